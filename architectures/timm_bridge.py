@@ -1,0 +1,98 @@
+"""The zoos: torchvision's and timm's classifiers by name, pretrained where their weights can be had."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from architectures import closest
+from model_loader import UserError, first_line
+
+
+def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str], stem: str = "imagenet",
+             **options: Any) -> nn.Module:
+    """Builds `torchvision:NAME`, `timm:NAME` or a bare NAME (torchvision's where both have it).
+
+    Args:
+        name: the model's name in the zoo.
+        num_classes: width of the head; pretrained weights of another head are left out.
+        pretrained: fetch the zoo's weights (a download unless they are cached).
+        known: other names for the "did you mean" of an unknown one.
+        stem: "small" replaces a ResNet's stem by a 3x3 convolution of stride 1 without max-pool.
+        options: keyword arguments of the zoo's own builder.
+
+    Raises:
+        UserError: unknown name or option, no such stem, or weights that cannot be fetched.
+    """
+    from torchvision import models
+
+    zoo, _, bare = name.rpartition(":")
+    if zoo not in ("", "torchvision", "timm"):
+        raise UserError(f"model {name}: the zoos are 'torchvision' and 'timm', got {zoo!r}")
+    in_torchvision = bare in models.list_models(module=models)
+    try:
+        if zoo == "torchvision" or (not zoo and in_torchvision):
+            if not in_torchvision:
+                raise UserError(f"model {name}: torchvision has no classifier of that name"
+                                f"{closest(bare, models.list_models(module=models))}")
+            model = _torchvision(bare, num_classes, pretrained, options)
+        else:
+            model = _timm(name, bare, num_classes, pretrained, known, options)
+    except TypeError as error:
+        raise UserError(f"model {name}: {first_line(error)}") from error
+    if stem == "small":
+        _use_small_stem(model, name)
+    elif stem != "imagenet":
+        raise UserError(f"model {name}: stem is 'imagenet' or 'small', got {stem!r}")
+    return model
+
+
+def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    from torchvision import models
+
+    if "init_weights" in inspect.signature(models.get_model_builder(name)).parameters:
+        options = {"init_weights": True, **options}  # googlenet and inception warn when it is left open
+    model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    if pretrained:
+        weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise _cannot_fetch(name, error) from error
+        fitting = {key: tensor for key, tensor in state.items()
+                   if key in model.state_dict() and model.state_dict()[key].shape == tensor.shape}
+        model.load_state_dict(fitting, strict=False)
+    return model
+
+
+def _timm(name: str, bare: str, num_classes: int, pretrained: bool, known: list[str],
+          options: dict[str, Any]) -> nn.Module:
+    import timm
+    from torchvision import models
+
+    if bare not in timm.list_models():
+        everything = [*known, *models.list_models(module=models), *timm.list_models()]
+        raise UserError(f"model {name}: unknown{closest(bare, everything)}")
+    try:
+        return timm.create_model(bare, pretrained=pretrained, num_classes=num_classes, **options)
+    except (OSError, RuntimeError) as error:
+        if pretrained:
+            raise _cannot_fetch(name, error) from error
+        raise
+
+
+def _cannot_fetch(name: str, error: Exception) -> UserError:
+    return UserError(f"model {name}: its pretrained weights cannot be fetched ({first_line(error)}); pass a checkpoint "
+                     "or pretrained=false")
+
+
+def _use_small_stem(model: nn.Module, name: str) -> None:
+    stem = getattr(model, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise UserError(f"model {name}: the small stem is for ResNets with conv1 and maxpool, which it is not")
+    model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=stem.bias is not None)
+    nn.init.kaiming_normal_(torch.as_tensor(model.conv1.weight), mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()

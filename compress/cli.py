@@ -1,0 +1,187 @@
+"""The command line: `python -m compress VERB`. Imports torch only inside the verbs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
+                  help="Teacher in; distilled, pruned, int8, packaged, verified and scored submission out.")
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as prune.ratio=0.4 seed=1")]
+Recipe = Annotated[str, typer.Argument(help="a recipe's name (see `recipes`), or the path of a .yaml file")]
+
+
+@app.command()
+def run(recipe: Recipe, overrides: Overrides = None,
+        update: Annotated[bool, typer.Option("--update", help="redo the stages that changed settings touch")] = False,
+        ) -> None:
+    """Run a recipe end to end; the same command continues an interrupted run."""
+    from compress import pipeline, report
+    from compress.config import resolve
+
+    console = _console()
+    outcome = pipeline.run(resolve(recipe, overrides or []), console, update)
+    report.print_table(console, outcome.rows)
+    for text in outcome.warnings:
+        console.print(f"warning: {text}", style="bold red", highlight=False)
+    if outcome.results:
+        console.print(f"total score {outcome.results['total_score']:.3f}, guarded "
+                      f"{outcome.results['details']['guarded_score']:.3f}", highlight=False)
+    submission = outcome.folder / "submission"
+    for what, path in (("submission", submission), ("results", outcome.folder / "results.json"),
+                       ("report", outcome.folder / "report.md"), ("plot", outcome.folder / "plot.png")):
+        if path.exists():
+            console.print(f"{what + ':':12}{path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Check a recipe and its data, and print what would run; trains nothing, writes nothing."""
+    from compress import pipeline
+    from compress.config import resolve
+    from compress.trackers import Tracker
+
+    console = _console()
+    planned = pipeline.make_plan(resolve(recipe, overrides or []), Tracker(console))
+    card = planned.splits.card
+    console.print(f"{planned.config.recipe}: {card.name}, {card.num_classes} classes, {list(card.input_shape)}, "
+                  f"{card.counts}", highlight=False)
+    for (name, stage), line in zip(planned.stages, planned.sketch.lines, strict=True):
+        console.print(f"{name:22}{line}", highlight=False, soft_wrap=True)
+        console.print(f"{'':22}{json.dumps(stage.model_dump(mode='json'))}", style="dim", highlight=False, soft_wrap=True)
+    for text in planned.splits.warnings:
+        console.print(f"warning: {text}", style="bold red", highlight=False)
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    from compress.config import RECIPES, recipe_names
+
+    for name in recipe_names():
+        first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+        typer.echo(f"{name:30}{first.removeprefix('#').strip()}")
+
+
+@app.command()
+def stages() -> None:
+    """List the stages and their settings."""
+    from compress.config import Config
+    from compress.stage import stage_class, stage_names
+
+    def show(kind: type[Config], indent: str) -> None:
+        for key, info in kind.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, Config):
+                typer.echo(f"{indent}{key}: {info.description or ''}".rstrip())
+                show(info.annotation, indent + "  ")
+            else:
+                typer.echo(f"{indent}{key} = {info.default!r}  {info.description or ''}".rstrip())
+
+    for name in stage_names():
+        kind = stage_class(name)
+        typer.echo(f"{name}: {(kind.__doc__ or '').strip().splitlines()[0]}")
+        show(kind, "    ")
+
+
+@app.command()
+def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage's folder or a submission")],
+             options: Annotated[list[str] | None, typer.Argument(
+                 metavar="[KEY=VALUE]...", help="num_classes, input_shape=3,32,32 and the model's own")] = None) -> None:
+    """Print a model's architecture JSON."""
+    import yaml
+
+    from architectures import make
+    from architectures.describe import describe as describe_module
+    from model_loader import ARCHITECTURE_FILE, Architecture, UserError, read_json
+
+    folder = Path(model)
+    if folder.is_dir():
+        path = next((folder / name for name in (ARCHITECTURE_FILE, "architecture.json") if (folder / name).is_file()), None)
+        if path is None:
+            raise UserError(f"{folder}: no {ARCHITECTURE_FILE} or architecture.json in it")
+        architecture: Architecture = read_json(path, Architecture)
+    else:
+        settings: dict[str, object] = {}
+        for option in options or []:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"{option!r}: expected key=value, such as width=16")
+            settings[key] = yaml.safe_load(value)
+        shape_text = str(settings.pop("input_shape", "3,224,224"))
+        try:
+            channels, height, width = (int(part) for part in shape_text.split(","))
+        except ValueError as error:
+            raise UserError(f"input_shape: expected three whole numbers such as 3,224,224, got {shape_text!r}") from error
+        num_classes = settings.pop("num_classes", 1000)
+        if not isinstance(num_classes, int) or min(num_classes, channels, height, width) < 1:
+            raise UserError("num_classes and input_shape: expected positive whole numbers")
+        architecture = describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
+    typer.echo(json.dumps(architecture.to_json(), indent=2))
+
+
+@app.command()
+def package(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/my_run")],
+            out: Annotated[Path, typer.Option("--out", help="the folder to write; it must not exist")],
+            layout: Annotated[str, typer.Option(help="toolkit or challenge")] = "toolkit",
+            username: Annotated[str, typer.Option(help="challenge layout")] = "",
+            teamname: Annotated[str, typer.Option(help="challenge layout")] = "") -> None:
+    """Package a finished run's last model again, elsewhere or in another layout."""
+    from compress.pipeline import package_run
+
+    package_run(run_folder, out, {"layout": layout, "username": username, "teamname": teamname})
+    typer.echo(f"submission: {out}")
+
+
+@app.command(name="export_data")
+def export_data(name: Annotated[str, typer.Argument(help="a data set, see loaders/")],
+                out: Annotated[Path, typer.Option("--out", help="the folder to write; it must not exist")],
+                root: Annotated[Path | None, typer.Option(help="where the set's files are")] = None,
+                download: Annotated[bool, typer.Option("--download", help="fetch a missing set")] = False) -> None:
+    """Write a data set's test split as an image folder, one PNG an image, for the evaluator."""
+    from compress.trackers import Tracker
+    from loaders import load
+    from loaders.arrays import Request, write_image_folder
+    from model_loader import UserError
+
+    if out.exists():
+        raise UserError(f"--out {out}: already there; nothing was written")
+    with Tracker(_console()).progress("reading images") as advance:
+        splits = load(Request(name, root, download, on_progress=advance))
+        test = splits.open_test()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_image_folder(test, splits.card.class_names, out)
+    typer.echo(f"{len(test)} images in {splits.card.num_classes} classes: {out}")
+
+
+def _console() -> "Console":  # type: ignore[name-defined]  # noqa: F821
+    from rich.console import Console
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def main() -> NoReturn:
+    """Runs the command line: exit 0, 2 for the user's mistake, 1 for a failed verification."""
+    from model_loader import UserError
+
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="python -m compress")
+    except UserError as error:
+        _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        _fail(f"{error.filename or 'disk'}: {error.strerror or error}; nothing half-written was left, make room or "
+              "choose another run_dir, and the same command continues", 2, debug)
+    sys.exit(0)
+
+
+def _fail(text: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        raise  # noqa: PLE0704  # inside the handler that calls it
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,190 @@
+"""What a run is made of: every default lives here or in a stage; recipes hold differences, overrides hold fewer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_loader import UserError, describe_validation_error, first_line
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Config(BaseModel):
+    """Base of all settings: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(Config):
+    """Which images."""
+
+    name: str = Field("digits", description="data set, see loaders/")
+    root: Path | None = Field(None, description="where its files are: an image folder or torchvision's files")
+    download: bool = Field(False, description="let torchvision fetch a missing set")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train held out, class by class")
+    num_classes: int | None = Field(None, description="refuse a folder with another number of classes")
+    resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
+    crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
+    mean: list[float] | None = Field(None, description="a channel; the set's own unless given")
+    std: list[float] | None = Field(None, description="a channel; the set's own unless given")
+    skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")
+    memory_limit_gb: float = Field(4.0, gt=0, description="decoded sets above this stream from disk")
+
+
+class TrainConfig(Config):
+    """How a stage trains."""
+
+    epochs: int = Field(10, ge=0, description="passes over the training split")
+    batch_size: int = Field(128, ge=2, description="images a step")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="SGD has Nesterov momentum")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    weight_decay: float = Field(5e-4, ge=0, description="not on norms and biases")
+    schedule: Literal["cosine", "linear", "constant", "step"] = Field("cosine", description="after the warmup")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linear rise")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no limit")
+    augment: list[Literal["crop", "flip", "cutout"]] = Field(["crop", "flip"], description="applied in this order")
+    padding: int = Field(4, ge=0, description="pixels, of the random crop")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, else float32")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, for trials")
+    checkpoint_seconds: float = Field(20.0, ge=0, description="time between checkpoints")
+
+
+class RunConfig(Config):
+    """A whole run, resolved: enough to repeat it."""
+
+    recipe: str = Field(description="the recipe it came from")
+    name: str = Field(description="the run's folder below run_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: Path = Field(Path("runs"), description="where runs are kept")
+    seed: int = Field(0, ge=0, description="of the split, the weights, the order and the augmentation")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads; 0: all that the process may use")
+    data: DataConfig = DataConfig()
+    stages: list[dict[str, dict[str, Any]]] = Field(min_length=1, description="stage names with their settings, in order")
+
+    def difference(self, other: RunConfig) -> list[str]:
+        """Keys whose values differ and change results, `a.b: 1 -> 2`."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        ignored = {"run_dir", "threads", "device", "recipe"}
+        return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in sorted(mine.keys() | theirs.keys())
+                if mine.get(key) != theirs.get(key) and key.split(".")[0] not in ignored]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        value = {str(index): entry for index, entry in enumerate(value)}
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, part in value.items()
+                for key, leaf in _flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {prefix: value}
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?', or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def recipe_names() -> list[str]:
+    """Names of the packaged recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The content of a packaged recipe by bare name, or of a YAML file by path.
+
+    Raises:
+        UserError: no such recipe (with the closest match) or file, or not a YAML mapping.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"recipe {name}: there is no such file")
+    elif name in recipe_names():
+        path = RECIPES / f"{name}.yaml"
+    else:
+        raise UserError(f"recipe {name!r}: unknown{closest(name, recipe_names())} (known: {', '.join(recipe_names())}; "
+                        "or a path that ends in .yaml)")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
+        raise UserError(f"recipe {path}: expected a mapping with a list of stages, got {type(content).__name__}")
+    content["stages"] = [_stage_entry(entry, path) for entry in content["stages"]]
+    return {"recipe": path.stem, "name": path.stem, **content}
+
+
+def _stage_entry(entry: Any, path: Path) -> dict[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return {entry: {}}
+    if isinstance(entry, dict) and len(entry) == 1:
+        (name, options), = entry.items()
+        if isinstance(options or {}, dict):
+            return {str(name): options or {}}
+    raise UserError(f"recipe {path}: stages: expected a name or one name with its settings, got {entry!r}")
+
+
+def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Reads a recipe and applies `key=value` overrides, `prune.ratio=0.4` for a stage's or the data's.
+
+    A stage that occurs twice is addressed by its place among its likes: `finetune#2.train.epochs=3`.
+
+    Raises:
+        UserError: unknown recipe or key (with the closest match), or a value of the wrong type. Keys inside a stage
+            are checked by the pipeline, which knows the stages.
+    """
+    content = read_recipe(recipe)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: expected key=value, such as prune.ratio=0.4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: not a YAML value: {first_line(error)}") from error
+        _apply(content, key, value)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        raise settings_error(f"recipe {recipe}", error, [*RunConfig.model_fields, *DataConfig.model_fields]) from error
+
+
+def settings_error(where: str, error: ValidationError, known: Iterable[str]) -> UserError:
+    """One line for a setting that pydantic refused; an unknown key comes with the closest match."""
+    first = error.errors()[0]
+    if first["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in first["loc"])
+        return UserError(f"{where}: unknown key {key!r}{closest(str(first['loc'][-1]), known)}")
+    return UserError(f"{where}: {describe_validation_error(error)}")
+
+
+def _apply(content: dict[str, Any], key: str, value: Any) -> None:
+    head, *rest = key.split(".")
+    if head in RunConfig.model_fields and head != "stages":
+        target: dict[str, Any] = content
+        path = [head, *rest]
+    else:
+        name, _, place = head.partition("#")
+        likes = [entry[name] for entry in content["stages"] if name in entry]
+        if not likes or not rest:
+            known = [*RunConfig.model_fields, *(name for entry in content["stages"] for name in entry)]
+            raise UserError(f"override {key!r}: unknown key {head!r}{closest(head, known)} (known: {', '.join(known)})")
+        if len(likes) > 1 and not place:
+            raise UserError(f"override {key!r}: the stage {name} occurs {len(likes)} times; say {name}#1."
+                            f"{'.'.join(rest)} or another place")
+        if place and not (place.isdigit() and 1 <= int(place) <= len(likes)):
+            raise UserError(f"override {key!r}: the stage {name} occurs {len(likes)} times, there is no #{place}")
+        target, path = likes[int(place or 1) - 1], rest
+    for part in path[:-1]:
+        if not isinstance(target.setdefault(part, {}), dict):
+            raise UserError(f"override {key!r}: {part!r} is a value, not a group of settings")
+        target = target[part]
+    target[path[-1]] = value

@@ -1,0 +1,358 @@
+"""Plan, run and resume a pipeline: stages transform, this measures, and the ledger says what each stage was worth."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from torch import nn
+
+from compress import report
+from compress.config import DataConfig, RunConfig, settings_error
+from compress.stage import (WEIGHTS, Artifact, Context, Evaluation, Sketch, Stage, Submission, TeacherModel, TorchModel,
+                            signature, stage_class)
+from compress.trackers import Tracker
+from loaders import load
+from loaders.arrays import Request, Split, Splits
+from metadata.files import write_csv, write_json
+from metadata.schemas import DatasetCard, LedgerRow, StageRecord
+from model_loader import (Preprocessing, UserError, accuracy_batch_size, count_macs, count_parameters, load_model, machine,
+                          measure_accuracy, measure_latency, read_json, read_submission, torch_threads, versions)
+
+PROJECT = Path(__file__).parents[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can be expected to work: settings checked, stages that chain, data that is there."""
+
+    config: RunConfig
+    stages: list[tuple[str, Stage]]  # folder name, stage
+    splits: Splits
+    sketch: Sketch
+
+
+def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
+    """The stages with their settings, each with its folder's name.
+
+    Raises:
+        UserError: unknown stages or settings (with the closest match), or stages that do not chain; all at once.
+    """
+    problems: list[str] = []
+    stages: list[tuple[str, Stage]] = []
+    carried: Any = type(None)
+    for index, entry in enumerate(config.stages):
+        (name, options), = entry.items()
+        try:
+            kind = stage_class(name)
+            takes, gives = signature(kind)
+            if takes is not carried:
+                problems.append(f"stage {name} takes {_kind(takes)}, but what comes before it gives {_kind(carried)}")
+            carried = gives
+            stages.append((f"{index + 1:02d}-{name}", kind.model_validate(options)))
+        except ValidationError as error:
+            problems.append(str(settings_error(f"stage {name}", error, _keys(kind))))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return stages
+
+
+def _kind(kind: Any) -> str:
+    names = {type(None): "nothing", TeacherModel: "a teacher", TorchModel: "a student", Submission: "a submission",
+             Evaluation: "an evaluation"}
+    return names[kind]
+
+
+def _keys(kind: type[Stage]) -> list[str]:
+    """Every key below a stage, for the closest match."""
+    keys = list(kind.model_fields)
+    for info in kind.model_fields.values():
+        keys += list(getattr(info.annotation, "model_fields", {}))
+    return keys
+
+
+def make_plan(config: RunConfig, tracker: Tracker) -> Plan:
+    """Checks everything that can be checked before training.
+
+    Raises:
+        UserError: whatever is wrong, in one line.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device; use device=cpu or auto")
+    stages = parse_stages(config)
+    with tracker.progress("reading images") as advance:
+        splits = load(request(config.data, config.seed, threads(config), advance))
+    sketch = Sketch(splits.card, config.seed)
+    problems = []
+    for _, stage in stages:
+        drawn = len(sketch.lines)
+        try:
+            stage.check(sketch)
+        except UserError as error:
+            problems.append(str(error))
+        if len(sketch.lines) == drawn:
+            sketch.lines.append("")
+    if problems:
+        raise UserError("; ".join(problems))
+    return Plan(config, stages, splits, sketch)
+
+
+def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
+    """The data settings as the loaders take them."""
+    preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
+    return Request(data.name, data.root, data.download, data.validation_fraction, seed, data.num_classes, preprocessing,
+                   data.skip_unreadable, data.memory_limit_gb, workers, on_progress)
+
+
+def threads(config: RunConfig) -> int:
+    """CPU threads of a run."""
+    return config.threads or len(os.sched_getaffinity(0))
+
+
+# ----------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    folder: Path
+    rows: list[LedgerRow]
+    results: dict[str, Any] | None
+    warnings: list[str]
+
+
+def run(config: RunConfig, console: Console, update: bool = False) -> Outcome:
+    """Runs a pipeline, or what is left of it.
+
+    Args:
+        config: what to do.
+        console: where progress goes.
+        update: allow a folder that holds a run of other settings; stages whose settings are the same are kept.
+
+    Raises:
+        UserError: a mistake of the user's; nothing was lost, and the same command continues after mending it.
+        VerificationError: the packaged model is not what it should be.
+    """
+    torch.set_num_threads(threads(config))
+    tracker = Tracker(console)
+    plan = make_plan(config, tracker)
+    folder = config.run_dir / config.name
+    with _claimed(folder, config, update):
+        return _Run(plan, folder, tracker).run()
+
+
+@contextmanager
+def _claimed(folder: Path, config: RunConfig, update: bool) -> Iterator[None]:
+    """The folder, for this process alone and for this configuration."""
+    settings = folder / "run.json"
+    if settings.is_file():
+        try:
+            before = RunConfig.model_validate(json.loads(settings.read_text())["config"])
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{settings}: not a run's settings; move the folder away, or choose name=OTHER") from error
+        difference = config.difference(before)
+        if difference and not update:
+            raise UserError(f"{folder} already holds another run ({', '.join(difference[:4])}"
+                            f"{', ...' if len(difference) > 4 else ''}); choose name=OTHER, or pass --update to redo "
+                            "only the stages that this changes")
+    elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise UserError(f"{folder}: already there and not a run's folder; choose name=OTHER or run_dir=DIR")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is running it; wait for it, or choose name=OTHER") from error
+        write_json(settings, {"schema": 1, "config": config.model_dump(mode="json"), "machine": machine(),
+                              "versions": versions()})
+        yield
+
+
+class _Run:
+    """The state of one run: which stages are done, and what they gave."""
+
+    def __init__(self, plan: Plan, folder: Path, tracker: Tracker) -> None:
+        self.plan, self.folder, self.tracker = plan, folder, tracker
+        self.config, self.splits = plan.config, plan.splits
+        cuda = self.config.device == "cuda" or (self.config.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if cuda else "cpu")
+        self.rows: list[LedgerRow] = []
+        self.outputs: list[Artifact] = []
+        self.warnings = list(self.splits.warnings)
+
+    def run(self) -> Outcome:
+        for text in self.splits.warnings:
+            self.tracker.warn(text)
+        card = self.splits.card
+        write_json(self.folder / "card.json", card.model_dump(mode="json"))
+        key = _hash({"card": card.model_dump(mode="json"), "seed": self.config.seed,
+                     "validation_fraction": self.config.data.validation_fraction})
+        for number, (name, stage) in enumerate(self.plan.stages, start=1):
+            key = _hash({"parent": key, "stage": name, "config": stage.model_dump(mode="json"), "source": _source(stage)})
+            title = f"[{number}/{len(self.plan.stages)}] {name.partition('-')[2]}"
+            record = self._finished(name, key)
+            if record:
+                self.tracker.say(f"{title}: finished before, skipped")
+                self._load_output(stage, name)
+            else:
+                self.tracker.say(f"{title}: {self.plan.sketch.lines[number - 1]}")
+                record = self._run_stage(stage, name, key)
+            self.rows += record.rows
+            self.warnings += record.warnings
+            write_csv(self.folder / "ledger.csv", [row.model_dump() for row in self.rows])
+        last = self.outputs[-1]
+        results = last.results if isinstance(last, Evaluation) else None
+        if results:
+            write_json(self.folder / "results.json", results)
+        report.write_report(self.folder, self.config.name, self.rows, self.warnings, results)
+        return Outcome(self.folder, self.rows, results, self.warnings)
+
+    def _finished(self, name: str, key: str) -> StageRecord | None:
+        path = self.folder / name / "stage.json"
+        if not path.is_file():
+            return None
+        record: StageRecord = read_json(path, StageRecord)
+        return record if record.key == key else None
+
+    def _load_output(self, stage: Stage, name: str) -> None:
+        _, gives = signature(type(stage))
+        self.outputs.append(gives.load(self.folder / name))
+
+    def _run_stage(self, stage: Stage, name: str, key: str) -> StageRecord:
+        folder = self.folder / name
+        started = folder / "stage.key"
+        if not started.is_file() or started.read_text() != key:
+            shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a stage that took its place
+            folder.mkdir()
+            started.write_text(key)
+        latest = self.rows[-1].model_dump() if self.rows else {}
+        context = Context(self.splits, self.device, self.config.seed, folder, self.folder, self.config.name,
+                          dataclasses.replace(self.tracker, folder=folder), self.outputs, latest)
+        begin = time.monotonic()
+        produced = stage.run(self.outputs[-1] if self.outputs else None, context)
+        produced.save(folder)
+        self._load_output(stage, name)  # as a resumed run would, so that both go on from the same
+        seconds = max(time.monotonic() - begin, context.training_seconds)
+        rows = [self._measure(self.outputs[-1], folder, name.partition("-")[2], seconds)]
+        for label, extra in context.extra_models.items():
+            (folder / label).mkdir(exist_ok=True)
+            extra.save(folder / label)
+            rows.append(self._measure(TorchModel.load(folder / label), folder / label,
+                                      f"{name.partition('-')[2]} ({label})", 0.0))
+        record = StageRecord(stage=name, key=key, config=stage.model_dump(mode="json"), notes=context.notes,
+                             warnings=context.warnings, rows=rows)
+        write_json(folder / "stage.json", record.model_dump(mode="json"))
+        for checkpoint in folder.glob("checkpoint*.pth"):
+            checkpoint.unlink()
+        row = rows[0]
+        self.tracker.say(f"  {row.parameters:,} parameters, {row.size_bytes / 2**20:.3f} MB, {row.latency_ms:.2f} ms, "
+                         f"{row.split} accuracy {row.accuracy:.2%} ({row.correct}/{row.images}), {seconds:.1f} s")
+        return record
+
+    def _measure(self, artifact: Artifact, folder: Path, stage: str, seconds: float) -> LedgerRow:
+        """The ledger's row for what a stage left."""
+        if isinstance(artifact, Evaluation):
+            return _evaluation_row(artifact.results, stage, seconds)
+        if isinstance(artifact, Submission):
+            files = read_submission(artifact.folder)
+            model, size = load_model(artifact.folder), files.weights.stat().st_size
+            int8 = accuracy_batch_size(files) == 1
+        else:
+            model, size = artifact.module, (folder / WEIGHTS).stat().st_size
+            int8 = isinstance(artifact, TorchModel) and artifact.is_int8
+        shape = self.splits.card.input_shape
+        model = model.cpu().eval()
+        latency = measure_latency(model, shape)
+        correct, images = self._accuracy(model, int8, stage)
+        return LedgerRow(stage=stage, parameters=count_parameters(model), macs=count_macs(model, shape),
+                         size_bytes=size, latency_ms=latency.median_ms, latency_p5_ms=latency.p5_ms,
+                         latency_p95_ms=latency.p95_ms, accuracy=correct / images, correct=correct, images=images,
+                         seconds=round(seconds, 2))
+
+    def _accuracy(self, model: nn.Module, int8: bool, stage: str) -> tuple[int, int]:
+        split, preprocessing = self.splits.validation, self.splits.card.preprocessing
+        with self.tracker.progress(f"validating {stage}") as advance:
+            if int8:  # as panels measure it: one image at a time, on one thread
+                with torch_threads(1):
+                    result = measure_accuracy(model, split.batches(1), preprocessing, len(split), advance)
+            else:
+                result = measure_accuracy(copy.deepcopy(model).to(self.device), split.batches(128), preprocessing,
+                                          len(split), advance)
+        return result.correct, result.total
+
+
+def _evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> LedgerRow:
+    details = results["details"]
+    return LedgerRow(stage=stage, split="test", parameters=details["parameters"], macs=details["macs"],
+                     size_bytes=details["bytes"]["weights"], latency_ms=details["latency"]["median_ms"],
+                     latency_p5_ms=details["latency"]["p5_ms"], latency_p95_ms=details["latency"]["p95_ms"],
+                     accuracy=results["accuracy"] / 100, correct=details["accuracy"]["correct"],
+                     images=details["accuracy"]["total"], seconds=round(seconds, 2))
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _source(stage: Stage) -> str:
+    """A hash of the stage's file and of the project's files that it imports: a stage whose code changed runs again."""
+    own = Path(*type(stage).__module__.split(".")).with_suffix(".py")
+    paths = {own}
+    for node in ast.walk(ast.parse((PROJECT / own).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            base = Path(*node.module.split("."))
+            paths |= {path for path in (base.with_suffix(".py"), base / "__init__.py") if (PROJECT / path).is_file()}
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update((PROJECT / path).read_bytes())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- package
+
+
+def package_run(folder: Path, out: Path, settings: dict[str, Any]) -> None:
+    """Packages the last model of a finished or unfinished run into another folder.
+
+    Raises:
+        UserError: no such run, no model in it yet, a setting out of range, or a target that exists.
+    """
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder}: not a run's folder (no run.json in it)")
+    config = RunConfig.model_validate(json.loads((folder / "run.json").read_text())["config"])
+    found: tuple[TorchModel, LedgerRow] | None = None
+    for name, stage in parse_stages(config):
+        if signature(type(stage))[1] is TorchModel and (folder / name / "stage.json").is_file():
+            record: StageRecord = read_json(folder / name / "stage.json", StageRecord)
+            found = TorchModel.load(folder / name), record.rows[0]
+    if found is None:
+        raise UserError(f"{folder}: no stage of this run has left a student yet; let it run on first")
+    kind = stage_class("package")
+    try:
+        stage = kind.model_validate(settings)
+    except ValidationError as error:
+        raise settings_error("package", error, kind.model_fields) from error
+    card: DatasetCard = read_json(folder / "card.json", DatasetCard)
+    assert isinstance(stage, kind)
+    stage.contents(found[0], card, found[1].model_dump()).write(out)  # type: ignore[attr-defined]

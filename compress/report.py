@@ -1,0 +1,89 @@
+"""What a person gets at the end of a run: the table, a page in Markdown and the plot beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from metadata.files import read_csv, write_atomically
+from metadata.schemas import LedgerRow
+
+HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds")
+
+
+def cells(row: LedgerRow) -> tuple[str, ...]:
+    """A ledger row as a person reads it."""
+    accuracy = f"{row.accuracy:.2%}" + (" (test)" if row.split == "test" else "")
+    return (row.stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
+            f"{row.latency_ms:.2f} ms", accuracy, f"{row.seconds:,.1f}")
+
+
+def print_table(console: Console, rows: list[LedgerRow]) -> None:
+    """The ledger on a terminal."""
+    table = Table(title="what each stage left (validation accuracy; latency: median, batch 1, one thread)")
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+
+
+def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: list[str],
+                 results: dict[str, Any] | None) -> None:
+    """Writes report.md and plot.png into a run's folder."""
+    lines = [f"# {run_name}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", "Accuracy is of the validation split unless it says test. Latency is the median at batch 1 on one "
+              "thread. Parameters are all stored numbers."]
+    if results:
+        counted = results["details"]["accuracy"]
+        machine = results["details"]["machine"]
+        lines += ["", f"The package, scored in a clean process on {counted['total']} test images: "
+                  f"{counted['correct']} right ({results['accuracy']:.2f} %), {results['model_size']:.3f} MB, "
+                  f"{results['latency']:.2f} ms (mean); total score {results['total_score']:.3f}, guarded "
+                  f"{results['details']['guarded_score']:.3f}. Machine: {machine['cpu']}, {machine['cores']} cores."]
+    lines += [""] + [f"Warning: {text}" for text in warnings] + ["", "![accuracy against size](plot.png)", ""]
+    write_atomically(folder / "report.md", "\n".join(lines).encode())
+    draw(folder, run_name, rows)
+
+
+def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
+    """plot.png: accuracy against size along the stages, and validation accuracy over the epochs of each training."""
+    import io
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    models = [row for row in rows if row.split == "validation"]
+    sizes = [row.size_bytes / 2**20 for row in models]
+    main = [index for index, row in enumerate(models) if "(control)" not in row.stage]
+    left.plot([sizes[i] for i in main], [100 * models[i].accuracy for i in main], color="0.75", zorder=1)
+    for index, (row, size) in enumerate(zip(models, sizes, strict=True)):
+        left.scatter(size, 100 * row.accuracy, s=50, zorder=2, color=f"C{index}",
+                     label=f"{row.stage}: {size:.3g} MB, {row.accuracy:.2%}")
+    left.set(xscale="log", xlabel="size of the weights (MB, log)", ylabel="validation accuracy (%)",
+             title="accuracy against size")
+    left.legend(fontsize=8, loc="best")
+    left.grid(alpha=0.3)
+
+    for path in sorted(folder.glob("[0-9][0-9]-*/metrics.csv")):
+        by_training: dict[str, list[dict[str, str]]] = {}
+        for epoch in read_csv(path):
+            by_training.setdefault(epoch["training"], []).append(epoch)
+        for name, epochs in by_training.items():
+            right.plot([int(epoch["epoch"]) for epoch in epochs], [100 * float(epoch["accuracy"]) for epoch in epochs],
+                       marker="." if len(epochs) < 40 else None, label=name)
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="training")
+    if right.lines:
+        right.legend(fontsize=8)
+    right.grid(alpha=0.3)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    plt.close(figure)
+    write_atomically(folder / "plot.png", buffer.getvalue())

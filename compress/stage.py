@@ -1,0 +1,208 @@
+"""What stages are, what passes between them, and what they may use while they run."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import fx, nn
+
+import compress.stages
+from architectures import make
+from compress.config import Config, TrainConfig, closest
+from compress.trackers import Tracker
+from compress.training import Data, Recipe
+from loaders.arrays import Splits
+from loaders.augment import Augmenter
+from metadata.files import write_json, write_tensors
+from metadata.schemas import Architecture, DatasetCard, ModelReference
+from model_loader import UserError, load_verified, read_json, read_weights
+
+ARCHITECTURE, WEIGHTS, REFERENCE = "architecture.json", "weights.pth", "model.json"
+
+
+# ------------------------------------------------------------------------------------ what passes between stages
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A trained model by name: anything that can be built, traceable or not."""
+
+    module: nn.Module
+    reference: ModelReference
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / REFERENCE, self.reference.model_dump())
+        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        reference: ModelReference = read_json(folder / REFERENCE, ModelReference)
+        module = make(reference.name, num_classes=reference.num_classes, **reference.options)
+        module.load_state_dict(read_weights(folder / WEIGHTS))
+        return cls(module.eval(), reference)
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A model that its architecture describes wholly."""
+
+    module: fx.GraphModule
+    architecture: Architecture
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / ARCHITECTURE, self.architecture.to_json())
+        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
+        weights = folder / WEIGHTS
+        return cls(load_verified(architecture, read_weights(weights), str(weights)), architecture)
+
+    @property
+    def is_int8(self) -> bool:
+        return any(layer.type.startswith("Int8") for layer in self.architecture.layers)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A packaged folder."""
+
+    folder: Path
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "submission.json", {"folder": str(self.folder.relative_to(folder.parent))})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        import json
+        return cls(folder.parent / json.loads((folder / "submission.json").read_text())["folder"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A scored submission: the content of its results.json."""
+
+    results: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "results.json", self.results)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        import json
+        return cls(json.loads((folder / "results.json").read_text()))
+
+
+Artifact = TeacherModel | TorchModel | Submission | Evaluation
+SomeArtifact = TypeVar("SomeArtifact", TeacherModel, TorchModel, Submission, Evaluation)
+
+
+def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------- what stages work with
+
+
+@dataclass
+class Context:
+    """What a stage may use, and where it leaves notes."""
+
+    splits: Splits
+    device: torch.device
+    seed: int
+    folder: Path  # the stage's own
+    run_folder: Path
+    run_name: str
+    tracker: Tracker
+    outputs: list[Artifact]  # of the earlier stages
+    measurements: dict[str, Any]  # the latest ledger row, as numbers by name
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    extra_models: dict[str, TorchModel] = field(default_factory=dict)  # by label; measured too, as rows of their own
+    training_seconds: float = 0.0  # of all sittings
+
+    def note(self, key: str, value: Any) -> None:
+        """Writes something worth knowing into stage.json."""
+        self.notes[key] = value
+
+    def warn(self, text: str) -> None:
+        """Warns the user now and at the end, and keeps the warning with the stage."""
+        self.warnings.append(text)
+        self.tracker.warn(text)
+
+    def latest(self, kind: type[SomeArtifact]) -> SomeArtifact | None:
+        """The last earlier output of a kind."""
+        return next((output for output in reversed(self.outputs) if isinstance(output, kind)), None)
+
+    def data(self, train: TrainConfig) -> Data:
+        """The splits on the device, with the training's augmentation."""
+        card = self.splits.card
+        split = self.splits.train.to(self.device)
+        augmenter = Augmenter(list(train.augment), card.input_shape[1:], train.padding, self.seed, len(split))
+        return Data(split, self.splits.validation.to(self.device), augmenter, card.preprocessing)
+
+
+def training_recipe(train: TrainConfig, device: torch.device, views: int = 0) -> Recipe:
+    """A stage's settings as the training loop takes them."""
+    bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
+    return Recipe(train.epochs, train.batch_size, train.optimizer, train.lr, train.momentum, train.weight_decay,
+                  train.schedule, train.warmup, train.clip, views, bfloat16, train.max_steps, train.checkpoint_seconds)
+
+
+class Stage(Config):
+    """One step of a pipeline. A file in `compress/stages/` holds one; the file's stem is its name in a recipe.
+
+    A stage returns a new model and leaves its input as it is. It transforms; the pipeline measures.
+    """
+
+    history: ClassVar[str | None] = None  # what the stage adds to compression_steps
+
+    def check(self, sketch: Sketch) -> None:
+        """Raises UserError for what can be known to fail before anything runs; draws what it will make."""
+
+    def run(self, model: Any, context: Context) -> Any:
+        raise NotImplementedError
+
+
+@dataclass
+class Sketch:
+    """What a plan knows before anything trains: the data, and an untrained model of the shape that stages will make."""
+
+    card: DatasetCard
+    seed: int
+    model: fx.GraphModule | None = None
+    lines: list[str] = field(default_factory=list)  # what each stage would do, for the plan's reader
+
+
+def stage_names() -> list[str]:
+    """Names of the stages: the files of `compress/stages/`."""
+    return sorted(module.name for module in pkgutil.iter_modules(compress.stages.__path__))
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The stage in `compress/stages/<name>.py`.
+
+    Raises:
+        UserError: there is none (with the closest match).
+    """
+    if name not in stage_names():
+        raise UserError(f"stage {name!r}: unknown{closest(name, stage_names())} (known: {', '.join(stage_names())})")
+    module = importlib.import_module(f"compress.stages.{name}")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Stage)
+               and value.__module__ == module.__name__]
+    assert len(classes) == 1, f"{module.__name__} must define one stage"
+    return classes[0]
+
+
+def signature(stage: type[Stage]) -> tuple[Any, Any]:
+    """The kinds of artifact that a stage takes and returns; None for a first stage."""
+    hints = typing.get_type_hints(stage.run)
+    return hints["model"], hints["return"]

@@ -1,0 +1,82 @@
+"""Stage `distill`: train a student on the teacher's logits and the labels; on request its twin without the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+from torch import fx
+
+from architectures import make
+from architectures.describe import carry_over, describe
+from compress.config import TrainConfig
+from compress.distillation import cached_targets, cross_entropy, distill, live_targets
+from compress.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
+from compress.training import Loss, accuracy_of, seeded, train
+from metadata.schemas import DatasetCard
+from model_loader import Architecture, build
+
+
+class Distill(Stage):
+    """Knowledge distillation by logits."""
+
+    history = "knowledge_distillation"
+
+    model: str = Field("slim_resnet18", description="the student; must be traceable, see architectures/")
+    options: dict[str, Any] = Field({}, description="the student's own options, such as width or stem")
+    temperature: float = Field(4.0, gt=0, description="softens both distributions")
+    alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher; the labels have the rest")
+    cache_views: int = Field(0, ge=0, description="augmentations a sample whose teacher outputs are computed once and "
+                                                  "kept; 0: the teacher looks at every batch")
+    control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
+    train: TrainConfig = TrainConfig()
+
+    def check(self, sketch: Sketch) -> None:
+        architecture, student = self._student(sketch.card, sketch.seed)
+        sketch.model = student.eval()
+        twin = ", and a control without the teacher" if self.control else ""
+        sketch.lines.append(f"{architecture.model_type} with {len(architecture.layers)} layers, {self.train.epochs} "
+                            f"epochs{twin}")
+
+    def run(self, model: TeacherModel, context: Context) -> TorchModel:
+        data = context.data(self.train)
+        recipe = training_recipe(self.train, context.device, self.cache_views)
+        teacher = model.module.to(context.device)
+        if self.cache_views:
+            targets = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
+                                     recipe.bfloat16, context.device, context.tracker)
+            context.note("cached_teacher_outputs", list(targets.logits.shape))
+        else:
+            targets = live_targets(teacher, recipe.bfloat16)
+
+        def trained(label: str, loss: Loss) -> tuple[TorchModel, float]:
+            architecture, student = self._student(context.splits.card, context.seed)
+            context.training_seconds += train(
+                student, data, loss, recipe, label=label, seed=context.seed, device=context.device,
+                checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
+            details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
+                       "lr": self.train.lr, "batch_size": self.train.batch_size, "temperature": self.temperature,
+                       "alpha": self.alpha, "dataset": context.splits.card.name, "seed": context.seed}
+            described = carry_over(describe(student, architecture.input_shape), architecture,
+                                   compression_steps=[self.history], training_details=details)
+            return TorchModel(student, described), accuracy_of(student, data.validation, data.preprocessing)
+
+        smoothing = self.train.label_smoothing
+        student, accuracy = trained("student", distill(targets, self.temperature, self.alpha, smoothing))
+        if self.control:
+            control, without = trained("control", cross_entropy(smoothing))
+            context.extra_models["control"] = control
+            context.note("gain_over_control", round(accuracy - without, 4))
+            if accuracy <= without:
+                context.warn(f"the teacher did not help: validation accuracy {accuracy:.2%} with it, {without:.2%} "
+                             "without")
+        return student
+
+    def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:
+        """The untrained student, as a graph; its weights depend on the seed alone."""
+        with seeded(seed, "student"):
+            module = make(self.model, num_classes=card.num_classes, **self.options)
+        architecture = describe(module, card.input_shape)
+        student = build(architecture)
+        student.load_state_dict(module.state_dict())
+        return architecture, student

@@ -1,0 +1,96 @@
+"""What a person sees while work goes on: progress bars with time left, and one line an epoch where nobody looks.
+
+Metrics go to `metrics.csv` (all epochs of all trainings of a stage) so that curves can be drawn later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from metadata.files import read_csv, write_csv
+
+Advance = Callable[[int, int], None]
+QUIET_SECONDS = 10.0  # between lines, where the output is a file
+
+
+@dataclass
+class Tracker:
+    """Shows progress on a console and keeps a stage's metrics.
+
+    Args:
+        console: where to.
+        folder: where `metrics.csv` goes; None keeps nothing.
+    """
+
+    console: Console
+    folder: Path | None = None
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
+        """Yields `advance(done, total)`; a bar with the time left on a terminal, a line now and then elsewhere."""
+        if not self.console.is_terminal:
+            yield _Lines(self.console, what, unit)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                   TextColumn("{task.fields[note]}", style="dim"))
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(what, total=None, unit=unit, note="")
+
+            def advance(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total, note=self._last_note())
+
+            yield advance
+
+    def start(self, label: str, done_epochs: int) -> None:
+        """Begins or continues the training `label`; rows of epochs that will be run again are dropped."""
+        if self.folder:
+            old = read_csv(self.folder / "metrics.csv")
+            self._rows = [row for row in old if row["training"] != label or int(row["epoch"]) <= done_epochs]
+
+    def epoch(self, label: str, **metrics: Any) -> None:
+        """Adds an epoch's row to metrics.csv."""
+        self._rows.append({"training": label, **metrics})
+        if self.folder:
+            write_csv(self.folder / "metrics.csv", self._rows)
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+        self.console.print(text, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """A line that the user should not miss."""
+        self.console.print(f"warning: {text}", style="bold red", highlight=False)
+
+    def _last_note(self) -> str:
+        if not self._rows:
+            return ""
+        row = self._rows[-1]
+        return f"epoch {row['epoch']}: loss {float(row['train_loss']):.3f}, accuracy {float(row['accuracy']):.3f}"
+
+
+class _Lines:
+    """Progress for logs: what, how far and the time left, at most one line in QUIET_SECONDS."""
+
+    def __init__(self, console: Console, what: str, unit: str) -> None:
+        self.console, self.what, self.unit = console, what, unit
+        self.start = self.last = time.monotonic()
+        self.first: int | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done  # a resumed training does not start at nought
+        if now - self.last >= QUIET_SECONDS and done > self.first:
+            self.last = now
+            left = (now - self.start) / (done - self.first) * (total - done)
+            self.console.print(f"  {self.what}: {done}/{total} {self.unit}, {left:.0f} s left", highlight=False)

@@ -1,0 +1,44 @@
+"""Bytes on disk -> `Splits(train, validation, test, card)`. `load(name, ...)` opens a data set; one set (or kind) a file.
+
+A data-set file defines `SETS`, a literal dict from a set's name to a function `(Request) -> Splits`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+from loaders.arrays import Request, Splits
+from model_loader import UserError
+
+NOT_SETS = {"arrays", "augment"}
+
+
+def sets() -> dict[str, Callable[[Request], Splits]]:
+    """The known data sets by name, from every file in this folder."""
+    found: dict[str, Callable[[Request], Splits]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name not in NOT_SETS:
+            found |= importlib.import_module(f"{__name__}.{module.name}").SETS
+    return found
+
+
+def load(request: Request) -> Splits:
+    """Opens a data set.
+
+    Raises:
+        UserError: unknown name (with the closest match), missing or malformed files, or fewer or more classes than
+            the request expects.
+    """
+    known = sets()
+    if request.name not in known:
+        near = difflib.get_close_matches(request.name, known, n=1)
+        raise UserError(f"data.name {request.name!r}: unknown" + (f"; did you mean {near[0]!r}?" if near else "")
+                        + f" (known: {', '.join(sorted(known))})")
+    splits = known[request.name](request)
+    if request.num_classes and splits.card.num_classes != request.num_classes:
+        raise UserError(f"data.root {request.root}: {splits.card.num_classes} classes, data.num_classes says "
+                        f"{request.num_classes}")
+    return splits

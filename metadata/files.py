@@ -1,0 +1,51 @@
+"""Reading and writing the project's files: JSON, state dicts and CSV, atomically, with errors that name file and key."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from model_loader import write_atomically, write_json
+
+__all__ = ["packaged_json", "read_csv", "write_atomically", "write_csv", "write_json", "write_tensors"]
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """`torch.save`, atomically; a full disk raises OSError and leaves what was there.
+
+    The bytes pass through memory because torch's own writer turns a full disk into a RuntimeError without a cause.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows with the union of their keys, in order of appearance, as the header."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, or none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def packaged_json(name: str) -> dict[str, Any]:
+    """A JSON file of this package, such as `datasets.json`."""
+    content = json.loads((Path(__file__).parent / name).read_text())
+    assert isinstance(content, dict)
+    return content
