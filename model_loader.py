@@ -8,13 +8,14 @@ library, numpy and pydantic at the top, torch and Pillow inside the functions th
 too (schemas, layer table, `build`, measuring, scoring) is defined here once and imported upward. A submission is data:
 nothing in it is ever executed.
 
-Sections: errors and files · schemas · layer table and build · int8 layers · read and verify · images · measure · score ·
-command line.
+Sections: errors and files · schemas · layer table and build · int8 layers · read and verify · images · measure ·
+score · command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_
 
 import numpy as np
 from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError,
-                      model_serializer, model_validator)
+                      create_model, model_serializer, model_validator)
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,8 @@ Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=200)]
 # Layer names become attribute paths of generated code (torch.fx), hence the tight alphabet.
-LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z", max_length=200)]
+LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z",
+                                  max_length=200)]
 
 
 class Preprocessing(Strict):
@@ -217,10 +219,14 @@ class Layer(Strict):
         low, high = self.input_count
         if not low <= len(self.inputs) <= high:
             raise ValueError(f"layer {self.name} takes {low} to {high} inputs, got {len(self.inputs)}")
-        info, width = self.pruning_info, self.width
-        if info and info.remaining_channels != width:
+        info, options = self.pruning_info, self.options()
+        if info and info.remaining_channels != self.width:
             raise ValueError(f"layer {self.name}: pruning_info.remaining_channels is {info.remaining_channels}, "
-                             f"the layer has {width}")
+                             f"the layer has {self.width}")
+        groups = options.get("groups", 1)
+        if groups > 1 and (options["in_channels"] % groups or options["out_channels"] % groups):
+            raise ValueError(f"layer {self.name}: groups {groups} does not divide {options['in_channels']} -> "
+                             f"{options['out_channels']} channels")
         return self
 
     @model_serializer(mode="wrap")
@@ -237,169 +243,63 @@ class Layer(Strict):
 
     def options(self) -> dict[str, Any]:
         """The layer's own settings: the constructor arguments of the torch module of the same name."""
-        return {key: getattr(self, key) for key in type(self).model_fields if key not in LAYER_FIELDS}
+        return {key: getattr(self, key) for key in type(self).model_fields if key not in Layer.model_fields}
 
     def module(self) -> nn.Module:
+        """The module, with fresh weights."""
         from torch import nn
-        return getattr(nn, self.type)(**self.options())  # type: ignore[attr-defined,no-any-return]
-
-
-LAYER_FIELDS = {"name", "type", "inputs", "pruning_info"}
-FunctionCall = tuple[Callable[..., Any], Callable[[list[Any]], tuple[Any, ...]], dict[str, Any]]
+        home = int8_layers() if self.type.startswith("Int8") else nn
+        return getattr(home, self.type)(**self.options())  # type: ignore[no-any-return]
 
 
 class FunctionLayer(Layer):
     """A layer without a module: a function of its input tensors."""
 
-    def call(self) -> FunctionCall:
-        """The function, how its inputs become positional arguments, and its keyword arguments."""
-        raise NotImplementedError
-
-
-class _Conv(Layer):
-    in_channels: Size
-    out_channels: Size
-    kernel_size: Pair
-    stride: Pair = (1, 1)
-    padding: Padding = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: Size = 1
-
-    @model_validator(mode="after")
-    def _groups_divide(self) -> _Conv:
-        if self.in_channels % self.groups or self.out_channels % self.groups:
-            raise ValueError(f"layer {self.name}: groups {self.groups} does not divide {self.in_channels} -> "
-                             f"{self.out_channels} channels")
-        return self
-
-
-class Conv2d(_Conv):
-    type: Literal["Conv2d"]
-    bias: bool = True
-
-
-class Linear(Layer):
-    type: Literal["Linear"]
-    in_features: Size
-    out_features: Size
-    bias: bool = True
-
-
-class Int8Conv2d(_Conv):
-    type: Literal["Int8Conv2d"]
-
-    def module(self) -> nn.Module:
-        return int8_layers().conv2d(**self.options())
-
-
-class Int8Linear(Layer):
-    type: Literal["Int8Linear"]
-    in_features: Size
-    out_features: Size
-
-    def module(self) -> nn.Module:
-        return int8_layers().linear(**self.options())
-
-
-class BatchNorm(Layer):
-    type: Literal["BatchNorm1d", "BatchNorm2d"]
-    num_features: Size
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-    affine: bool = True
-    track_running_stats: bool = True
-
-
-class GroupNorm(Layer):
-    type: Literal["GroupNorm"]
-    num_groups: Size
-    num_channels: Size
-    eps: float = 1e-5
-    affine: bool = True
-
-
-class Elementwise(Layer):
-    type: Literal["ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Sigmoid", "Tanh", "Identity"]
-
-
-class LeakyReLU(Layer):
-    type: Literal["LeakyReLU"]
-    negative_slope: float = 0.01
-
-
-class GELU(Layer):
-    type: Literal["GELU"]
-    approximate: Literal["none", "tanh"] = "none"
-
-
-class Dropout(Layer):
-    type: Literal["Dropout"]
-    p: Fraction = 0.5
-
-
-class MaxPool2d(Layer):
-    type: Literal["MaxPool2d"]
-    kernel_size: Pair
-    stride: Pair
-    padding: Padding = (0, 0)
-    dilation: Pair = (1, 1)
-    ceil_mode: bool = False
-
-
-class AvgPool2d(Layer):
-    type: Literal["AvgPool2d"]
-    kernel_size: Pair
-    stride: Pair
-    padding: Padding = (0, 0)
-    ceil_mode: bool = False
-    count_include_pad: bool = True
-
-
-class AdaptiveAvgPool2d(Layer):
-    type: Literal["AdaptiveAvgPool2d"]
-    output_size: Pair
-
-
-class Flatten(Layer):
-    type: Literal["Flatten"]
-    start_dim: int = 1
-    end_dim: int = -1
-
-
-class Mean(FunctionLayer):
-    type: Literal["Mean"]
-    dim: list[int]
-    keepdim: bool = False
-
-    def call(self) -> FunctionCall:
+    def call(self, inputs: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The function, its positional arguments and its keyword arguments."""
         import torch
-        return torch.mean, tuple, {"dim": self.dim, "keepdim": self.keepdim}
+        if self.type == "Concat":
+            return torch.cat, (inputs,), self.options()
+        function = {"Add": operator.add, "Multiply": operator.mul, "Mean": torch.mean}[self.type]
+        return function, tuple(inputs), self.options()
 
 
-class Binary(FunctionLayer):
-    type: Literal["Add", "Multiply"]
-    input_count = (2, 2)
-
-    def call(self) -> FunctionCall:
-        return operator.add if self.type == "Add" else operator.mul, tuple, {}
-
-
-class Concat(FunctionLayer):
-    type: Literal["Concat"]
-    input_count = (1, 1000)
-    dim: int = 1
-
-    def call(self) -> FunctionCall:
-        import torch
-        return torch.cat, lambda inputs: (list(inputs),), {"dim": self.dim}
+def _layer(*types: str, base: type[Layer] = Layer, input_count: tuple[int, int] = (1, 1), **fields: Any) -> type[Layer]:
+    """A row of the table; a field is a type, or (type, default)."""
+    defined = {key: field if isinstance(field, tuple) else (field, ...) for key, field in fields.items()}
+    kind = create_model(types[0], __base__=base, type=(Literal[types], ...), **defined)  # type: ignore[call-overload]
+    kind.input_count = input_count
+    return kind  # type: ignore[no-any-return]
 
 
-AnyLayer = Annotated[
-    Union[Conv2d, Linear, Int8Conv2d, Int8Linear, BatchNorm, GroupNorm, Elementwise, LeakyReLU, GELU, Dropout,
-          MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten, Mean, Binary, Concat],
-    Field(discriminator="type")]
-LAYER_TABLE: dict[str, type[Layer]] = {
-    name: layer for layer in get_args(get_args(AnyLayer)[0]) for name in get_args(layer.model_fields["type"].annotation)}
+_CONV = {"in_channels": Size, "out_channels": Size, "kernel_size": Pair, "stride": (Pair, (1, 1)),
+         "padding": (Padding, (0, 0)), "dilation": (Pair, (1, 1)), "groups": (Size, 1)}
+_POOL = {"kernel_size": Pair, "stride": Pair, "padding": (Padding, (0, 0)), "ceil_mode": (bool, False)}
+LAYERS = (
+    _layer("Conv2d", **_CONV, bias=(bool, True)),
+    _layer("Linear", in_features=Size, out_features=Size, bias=(bool, True)),
+    _layer("Int8Conv2d", **_CONV),
+    _layer("Int8Linear", in_features=Size, out_features=Size),
+    _layer("BatchNorm1d", "BatchNorm2d", num_features=Size, eps=(float, 1e-5), momentum=(float | None, 0.1),
+           affine=(bool, True), track_running_stats=(bool, True)),
+    _layer("GroupNorm", num_groups=Size, num_channels=Size, eps=(float, 1e-5), affine=(bool, True)),
+    _layer("ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Sigmoid", "Tanh", "Identity"),
+    _layer("LeakyReLU", negative_slope=(float, 0.01)),
+    _layer("GELU", approximate=(Literal["none", "tanh"], "none")),
+    _layer("Dropout", p=(Fraction, 0.5)),
+    _layer("MaxPool2d", **_POOL, dilation=(Pair, (1, 1))),
+    _layer("AvgPool2d", **_POOL, count_include_pad=(bool, True)),
+    _layer("AdaptiveAvgPool2d", output_size=Pair),
+    _layer("Flatten", start_dim=(int, 1), end_dim=(int, -1)),
+    _layer("Mean", base=FunctionLayer, dim=list[int], keepdim=(bool, False)),
+    _layer("Add", "Multiply", base=FunctionLayer, input_count=(2, 2)),
+    _layer("Concat", base=FunctionLayer, input_count=(1, 1000), dim=(int, 1)),
+)
+LAYER_TABLE = {name: layer for layer in LAYERS for name in get_args(layer.model_fields["type"].annotation)}
+if TYPE_CHECKING:
+    AnyLayer = Layer
+else:
+    AnyLayer = Annotated[Union[LAYERS], Field(discriminator="type")]
 
 
 class Architecture(Strict):
@@ -463,8 +363,7 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
                 raise VerificationError(f"layer {layer.name}: {part!r} is a name that torch modules keep to themselves")
         sources = [nodes[name] for name in layer.inputs]
         if isinstance(layer, FunctionLayer):
-            function, positional, options = layer.call()
-            node = graph.create_node("call_function", function, positional(sources), options, name=layer.name)
+            node = graph.create_node("call_function", *layer.call(sources), name=layer.name)
         else:
             modules[layer.name] = layer.module()
             node = graph.create_node("call_module", layer.name, tuple(sources))
@@ -523,9 +422,9 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 class Int8Layers:
     """The int8 module classes and the function they share (their source also goes into a package's model.py)."""
 
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
-    conv2d: type[nn.Module]
-    linear: type[nn.Module]
+    quantize_activations: Callable[[Tensor], tuple[Tensor, Tensor]]
+    Int8Conv2d: type[nn.Module]
+    Int8Linear: type[nn.Module]
 
 
 @functools.cache
@@ -539,10 +438,10 @@ def int8_layers() -> Int8Layers:
     """
     import torch
     import torch.nn.functional as F
-    from torch import Tensor, nn
+    from torch import nn
 
     def quantize_activations(input: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, ...) float -> integers in [-255, 255] held as float, zero point taken off, and their scale (N, 1, ...)."""
+        """(N, ...) float -> integers held as float, zero point taken off, and their scale (N, 1, ...)."""
         dims = tuple(range(1, input.dim()))
         low = input.amin(dims, keepdim=True).clamp(max=0)
         high = input.amax(dims, keepdim=True).clamp(min=0)
@@ -622,21 +521,31 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict: named tensors and nothing else (`weights_only`, so no code can run).
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors in plain containers (`weights_only`, so no code can run).
 
     Raises:
-        VerificationError: missing, truncated, not a state dict, or it holds objects other than tensors.
+        VerificationError: missing, truncated, or it holds objects other than tensors and plain values.
     """
     import torch
     if not path.is_file():
         raise VerificationError(f"{path}: there is no such file")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError,
             torch._weights_only_unpickler.UnpicklingError) as error:
         raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
                                 f"{first_line(error)}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict: named tensors and nothing else.
+
+    Raises:
+        VerificationError: not readable, see `load_tensors`, or not a state dict.
+    """
+    import torch
+    weights = load_tensors(path)
     if not isinstance(weights, dict) or not all(
             isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
         raise VerificationError(f"{path}: expected a state dict (names to tensors), got {type(weights).__name__}")
@@ -872,25 +781,22 @@ def measure_latency(model: nn.Module, input_shape: Sequence[int], runs: int = 10
     return Latency(float(np.mean(durations)), float(median), float(p5), float(p95), runs, warmup, threads)
 
 
-class torch_threads:
-    """Context: torch's intra-op thread count, put back afterwards."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    def __enter__(self) -> None:
-        import torch
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-
-    def __exit__(self, *error: object) -> None:
-        import torch
-        torch.set_num_threads(self.before)
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Torch's intra-op thread count inside; put back afterwards."""
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def count_parameters(model: nn.Module) -> int:
     """Every stored number but batch counters: parameters, frozen or not, and buffers (int8 weights, BN statistics)."""
-    return sum(tensor.numel() for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked"))
+    return sum(tensor.numel() for name, tensor in model.state_dict().items()
+               if not name.endswith("num_batches_tracked"))
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:

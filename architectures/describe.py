@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import fx, nn
 
-from model_loader import (LAYER_FIELDS, LAYER_TABLE, Architecture, Layer, PruningInfo, UserError,
+from model_loader import (LAYER_TABLE, Architecture, Layer, PruningInfo, UserError,
                           describe_validation_error, first_line, int8_layers)
 
 Lowered = tuple[str, list[fx.Node], dict[str, Any]]  # layer type, its inputs, its options
@@ -102,7 +102,7 @@ def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
 
 
 def _is_int8(module: nn.Module) -> bool:
-    return isinstance(module, (int8_layers().conv2d, int8_layers().linear))
+    return isinstance(module, (int8_layers().Int8Conv2d, int8_layers().Int8Linear))
 
 
 def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
@@ -150,7 +150,7 @@ def _lower_module(node: fx.Node, module: nn.Module) -> Lowered:
         raise UserError(f"layer {name}: {kind} is not in the layer table; as a teacher the model works")
     if getattr(module, "padding_mode", "zeros") != "zeros" or getattr(module, "divisor_override", None):
         raise UserError(f"layer {name}: {kind} with padding_mode or divisor_override is not in the layer table")
-    options = {key: getattr(module, key) for key in LAYER_TABLE[kind].model_fields if key not in LAYER_FIELDS}
+    options = {key: getattr(module, key) for key in LAYER_TABLE[kind].model_fields if key not in Layer.model_fields}
     if "bias" in options:
         options["bias"] = options["bias"] is not None
     if isinstance(options.get("padding"), str):
@@ -206,8 +206,8 @@ def _reshape(node: fx.Node) -> Lowered:
 
 def _is_size_arithmetic(node: fx.Node) -> bool:
     """x.size(0) and x.shape[0], which only feed the reshape above and have no layer of their own."""
-    shape_calls = node.op == "call_method" and node.target == "size" or node.target is getattr
-    return shape_calls or (node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+    shape_calls = (node.op == "call_method" and node.target == "size") or node.target is getattr
+    return bool(shape_calls) or (node.target is operator.getitem and isinstance(node.args[0], fx.Node)
                            and _is_size_arithmetic(node.args[0]))
 
 

@@ -32,11 +32,11 @@ def source(architecture: Architecture, weights_file: str) -> str:
 import torch
 ''' + ("import torch.nn.functional as F\n" if int8 else "") + "from torch import Tensor, nn\n"]
     if int8:
-        parts.append(_source_of(int8_layers().quantize))
+        parts.append(_source_of(int8_layers().quantize_activations))
     if "Int8Conv2d" in int8:
-        parts.append(_source_of(int8_layers().conv2d))
+        parts.append(_source_of(int8_layers().Int8Conv2d))
     if "Int8Linear" in int8:
-        parts.append(_source_of(int8_layers().linear))
+        parts.append(_source_of(int8_layers().Int8Linear))
     parts.append(f'''class {kind}(nn.Module):
     """(N, {", ".join(map(str, architecture.input_shape))}) -> (N, {architecture.num_classes}) logits."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
@@ -158,7 +161,7 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
     typer.echo(f"{len(test)} images in {splits.card.num_classes} classes: {out}")
 
 
-def _console() -> "Console":  # type: ignore[name-defined]  # noqa: F821
+def _console() -> Console:
     from rich.console import Console
     console = Console()
     return console if console.is_terminal else Console(width=120)
@@ -182,6 +185,6 @@ def main() -> NoReturn:
 
 def _fail(text: str, code: int, debug: bool) -> NoReturn:
     if debug:
-        raise  # noqa: PLE0704  # inside the handler that calls it
+        raise  # the handler that calls this has the error at hand
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(code)

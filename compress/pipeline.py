@@ -28,10 +28,10 @@ from compress.stage import (WEIGHTS, Artifact, Context, Evaluation, Sketch, Stag
                             signature, stage_class)
 from compress.trackers import Tracker
 from loaders import load
-from loaders.arrays import Request, Split, Splits
+from loaders.arrays import Request, Splits
 from metadata.files import write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
-from model_loader import (Preprocessing, UserError, accuracy_batch_size, count_macs, count_parameters, load_model, machine,
+from model_loader import (UserError, accuracy_batch_size, count_macs, count_parameters, load_model, machine,
                           measure_accuracy, measure_latency, read_json, read_submission, torch_threads, versions)
 
 PROJECT = Path(__file__).parents[1]

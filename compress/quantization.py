@@ -107,10 +107,10 @@ def _int8_module(layer: nn.Conv2d | nn.Linear, name: str) -> nn.Module:
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UserError(f"layer {name}: padding {layer.padding!r}, mode {layer.padding_mode!r} has no int8 form; list "
                             "it in quantize_dynamic.exclude")
-        module = int8_layers().conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+        module = int8_layers().Int8Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
                                       layer.padding, layer.dilation, layer.groups)
     else:
-        module = int8_layers().linear(layer.in_features, layer.out_features)
+        module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
     weight, scale = quantize_weight(layer.weight.detach().float().cpu(), name)
     state = {"weight": weight, "weight_scale": scale,
              "bias": torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float().cpu()}

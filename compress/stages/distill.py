@@ -66,10 +66,11 @@ class Distill(Stage):
         if self.control:
             control, without = trained("control", cross_entropy(smoothing))
             context.extra_models["control"] = control
-            context.note("gain_over_control", round(accuracy - without, 4))
-            if accuracy <= without:
-                context.warn(f"the teacher did not help: validation accuracy {accuracy:.2%} with it, {without:.2%} "
-                             "without")
+            gain, images = accuracy - without, len(data.validation)
+            context.note("gain_over_control", {"fraction": round(gain, 4), "images": round(gain * images)})
+            if gain <= 0:
+                context.warn(f"the teacher did not help: {accuracy:.2%} of {images} validation images are right with "
+                             f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
         return student
 
     def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:

@@ -15,7 +15,7 @@ from compress.distillation import cross_entropy
 from compress.stage import Context, Sketch, Stage, TeacherModel, training_recipe
 from compress.training import accuracy_of, seeded, train
 from metadata.schemas import ModelReference
-from model_loader import UserError, VerificationError, first_line, read_weights
+from model_loader import UserError, VerificationError, first_line, load_tensors
 
 
 class Teacher(Stage):
@@ -71,9 +71,20 @@ class Teacher(Stage):
         try:
             if self.checkpoint.suffix == ".safetensors":
                 return _read_safetensors(self.checkpoint)
-            return read_weights(self.checkpoint)
+            return _state_dict(load_tensors(self.checkpoint), self.checkpoint)
         except VerificationError as error:
             raise UserError(f"teacher.checkpoint {error}") from error
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint: bare, or under the names that training scripts commonly give it."""
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"teacher.checkpoint {path}: expected a state dict (names to tensors), bare or under "
+                        "'state_dict' or 'model'")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # of DataParallel
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,68 @@
+"""Write a finished run down: `python benchmarks/record_run.py runs/NAME` makes benchmarks/results/NAME.json.
+
+The record holds what a reader needs to repeat or doubt the run: settings, seed, machine, versions, data set, the ledger,
+each stage's notes, the evaluator's result, and the two claims that a compression run makes (smaller, and how much worse).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from model_loader import UserError, write_json  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What is worth keeping of a run's folder.
+
+    Raises:
+        UserError: the folder holds no finished run.
+    """
+    missing = [name for name in ("run.json", "results.json", "card.json") if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder}: no finished run, {missing[0]} is missing")
+    stages = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9][0-9]-*/stage.json"))]
+    rows = [row for stage in stages for row in stage["rows"]]
+    by_stage = {row["stage"]: row for row in rows}
+    results = json.loads((folder / "results.json").read_text())
+    run, card = json.loads((folder / "run.json").read_text()), json.loads((folder / "card.json").read_text())
+    run["config"]["data"]["root"] = run["config"]["run_dir"] = None  # where they lay on that machine says nothing
+    claims = {
+        "teacher_bytes_over_package_bytes": by_stage["teacher"]["size_bytes"] / by_stage["evaluate"]["size_bytes"],
+        "int8_minus_unpruned_float_points": 100 * (by_stage["quantize_dynamic"]["accuracy"]
+                                                   - by_stage["distill"]["accuracy"]),
+        "test_accuracy_percent": results["accuracy"],
+        "seconds": sum(row["seconds"] for row in rows),
+    }
+    return {"claims": claims, "seed": run["config"]["seed"], "machine": run["machine"], "versions": run["versions"],
+            "config": run["config"], "data": {"name": card["name"], "counts": card["counts"],
+                                              "input_shape": card["input_shape"], "fingerprint": card["fingerprint"]},
+            "ledger": rows, "notes": {stage["stage"]: stage["notes"] for stage in stages}, "results": results}
+
+
+def main() -> int:
+    """The command line."""
+    if len(sys.argv) != 2:
+        print("usage: python benchmarks/record_run.py runs/NAME", file=sys.stderr)
+        return 2
+    folder = Path(sys.argv[1])
+    try:
+        content = record(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    RESULTS.mkdir(exist_ok=True)
+    write_json(RESULTS / f"{folder.name}.json", content)
+    for name, value in content["claims"].items():
+        print(f"{name:36}{value:10.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Every model that can be described: describe and build are inverse, and the committed JSON says what `make` makes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from architectures import make, names
+from architectures.describe import describe
+from architectures.source import source
+from model_loader import Architecture, UserError, build, check_shapes, load_verified
+
+JSON = Path(__file__).parents[2] / "architectures" / "json"
+STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
+            ("torchvision:resnet18", {}), ("torchvision:mobilenet_v2", {}), ("torchvision:mobilenet_v3_small", {}),
+            ("torchvision:regnet_y_400mf", {}), ("torchvision:squeezenet1_1", {}), ("timm:resnet10t", {})]
+
+
+def made(name: str, options: dict[str, object]) -> tuple[nn.Module, tuple[int, int, int]]:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the zoos' own
+        model = make(name, num_classes=7, **options).eval()
+    return model, (int(options.get("in_channels", 3)), 64, 64)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("name", "options"), STUDENTS, ids=lambda value: str(value))
+def test_describe_and_build_are_inverse(name: str, options: dict[str, object]) -> None:
+    model, shape = made(name, options)
+    architecture = describe(model, shape)
+    again = Architecture.model_validate(json.loads(json.dumps(architecture.to_json())))
+    assert again == architecture
+    rebuilt = build(again)
+    assert describe(rebuilt, shape, architecture.model_type) == architecture
+    rebuilt.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, *shape)
+    assert torch.allclose(rebuilt.eval()(images), model(images), atol=1e-5)
+    assert check_shapes(architecture)[architecture.layers[-1].name] == (7,)
+
+
+@pytest.mark.parametrize(("name", "options"), STUDENTS, ids=lambda value: str(value))
+def test_readable_source_is_the_same_network(name: str, options: dict[str, object], tmp_path: Path) -> None:
+    model, shape = made(name, options)
+    architecture = describe(model, shape)
+    text = source(architecture, "weights.pth")
+    assert "model_loader" not in text and "architectures" not in text
+    namespace: dict[str, type[nn.Module]] = {}
+    exec(compile(text, "model.py", "exec"), namespace)
+    again = namespace[architecture.model_type]().eval()
+    again.load_state_dict(model.state_dict(), strict=True)
+    images = torch.randn(2, *shape)
+    assert torch.allclose(again(images), model(images), atol=1e-6)
+
+
+COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] = {
+    "slim_resnet18_100": ("slim_resnet18", 100, (3, 224, 224), {}),
+    "slim_resnet18_cifar10": ("slim_resnet18", 10, (3, 32, 32), {"width": 16, "stem": "small"}),
+    "slim_resnet18_digits": ("slim_resnet18", 10, (3, 8, 8), {"width": 16, "stem": "small"}),
+}
+
+
+def test_committed_architectures_are_what_make_makes() -> None:
+    assert {path.stem for path in JSON.glob("*.json")} == set(COMMITTED)
+    assert {name for name, *_ in COMMITTED.values()} == set(names())
+    for stem, (name, num_classes, shape, options) in COMMITTED.items():
+        made_now = describe(make(name, num_classes=num_classes, **options), shape)  # type: ignore[arg-type]
+        assert made_now.to_json() == json.loads((JSON / f"{stem}.json").read_text()), stem
+
+
+class Forks(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Inner(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.odd = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.odd(self.conv(x)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("layer", "said"), [
+    (Forks(), "layer odd (Forks) cannot be traced"),
+    (nn.PReLU(), "layer odd: PReLU is not in the layer table"),
+    (nn.Upsample(scale_factor=2), "layer odd: Upsample is not in the layer table"),
+    (nn.Conv2d(4, 4, 3, padding_mode="reflect"), "layer odd: Conv2d with padding_mode"),
+], ids=["control flow", "unknown layer", "unknown layer 2", "padding mode"])
+def test_what_cannot_be_described_is_named(layer: nn.Module, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        describe(Inner(layer), (3, 16, 16))
+    assert said in str(caught.value)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(self.relu(self.conv(x)))).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def test_shared_weights_are_refused_and_shared_activations_are_not() -> None:
+    with pytest.raises(UserError, match="layer conv is used twice"):
+        describe(Shared(), (3, 8, 8))
+    model = make("torchvision:resnet18", num_classes=3)  # calls one ReLU twice in every block
+    layers = [layer.name for layer in describe(model, (3, 64, 64)).layers]
+    assert "layer1.0.relu" in layers and "layer1.0.relu_1" in layers
+
+
+class OldFlatten(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.view(x.size(0), -1))  # type: ignore[no-any-return]
+
+
+def test_view_as_flatten() -> None:
+    architecture = describe(OldFlatten(), (3, 4, 4))
+    assert [layer.type for layer in architecture.layers] == ["Flatten", "Linear"]
+    load_verified(architecture, OldFlatten().state_dict(), "here")
+
+
+@pytest.mark.parametrize(("name", "options", "said"), [
+    ("slim_resnet81", {}, "did you mean 'slim_resnet18'"), ("torchvision:resnet19", {}, "did you mean 'resnet18'"),
+    ("slim_resnet18", {"widht": 3}, "did you mean 'width'"), ("slim_resnet18", {"width": 0}, "positive whole number"),
+    ("slim_resnet18", {"stem": "large"}, "'imagenet' or 'small'"), ("keras:resnet50", {}, "zoos are"),
+    ("slim_resnet18", {"pretrained": True}, "no pretrained weights"),
+    ("torchvision:vgg11", {"stem": "small"}, "small stem is for ResNets")])
+def test_wrong_names_and_options(name: str, options: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make(name, num_classes=3, **options)  # type: ignore[arg-type]
+    assert said in str(caught.value)

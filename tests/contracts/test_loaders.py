@@ -1,0 +1,186 @@
+"""Every data set keeps the contract, on tiny files in the true formats; damaged folders are named in one line."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from loaders import load, sets
+from loaders.arrays import FileImages, Request, Split, hold_out, write_image_folder
+from model_loader import Preprocessing, UserError, decode_image, image_batches, list_images
+from tests.conftest import draw_folder
+
+
+def write_mnist(root: Path, folder: str) -> None:
+    """The four IDX files of MNIST, 40 and 20 images."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 40), ("t10k", 20)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "image_folder", "cifar10"])
+def test_loader_contract(name: str, tmp_path: Path) -> None:
+    request = {"digits": lambda: Request("digits"),
+               "mnist": lambda: (write_mnist(tmp_path, "MNIST"), Request("mnist", tmp_path))[1],
+               "fashion_mnist": lambda: (write_mnist(tmp_path, "FashionMNIST"), Request("fashion_mnist", tmp_path))[1],
+               "image_folder": lambda: Request("image_folder", draw_folder(tmp_path, 3, 10),
+                                               preprocessing={"resize": 12, "crop": 12}),
+               "cifar10": lambda: Request("cifar10", draw_folder(tmp_path, 3, 10, size=32))}[name]()
+    splits = load(request)
+    card = splits.card
+    assert card.class_names == sorted(card.class_names)
+    for split in (splits.train, splits.validation, splits.open_test()):
+        images = split.images.batch(torch.arange(2))
+        assert images.dtype == torch.uint8 and tuple(images.shape[1:]) == card.input_shape
+        assert split.labels.dtype == torch.int64 and set(split.labels.tolist()) <= set(range(card.num_classes))
+        assert len(split.images) == len(split)
+    assert set(splits.validation.labels.tolist()) == set(range(card.num_classes))
+    again = load(request)
+    assert torch.equal(again.validation.labels, splits.validation.labels)
+    assert again.card.fingerprint == splits.card.fingerprint
+
+
+def test_every_set_is_known() -> None:
+    assert set(sets()) == {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"}
+
+
+def test_fashion_labels_follow_the_sorted_names(tmp_path: Path) -> None:
+    """An exported folder sorts class names, so labels must be ranks of the sorted names, not the canonical numbers."""
+    write_mnist(tmp_path, "FashionMNIST")
+    splits = load(Request("fashion_mnist", tmp_path))
+    test = splits.open_test()
+    canonical = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                 "Ankle boot"]
+    for index in range(10):  # the files hold labels 0, 1, 2, ...
+        assert splits.card.class_names[int(test.labels[index])].replace("-", "/").lower() \
+            == canonical[index].replace("-", "/").lower()
+
+
+def test_hold_out_is_stratified_seeded_and_disjoint() -> None:
+    labels = torch.arange(1000) % 7
+    train, held = hold_out(labels, 0.2, seed=1)
+    assert set(train.tolist()).isdisjoint(held.tolist()) and len(train) + len(held) == 1000
+    counts = labels[held].bincount()
+    assert counts.max() - counts.min() <= 1
+    assert not torch.equal(hold_out(labels, 0.2, seed=2)[1], held)
+    with pytest.raises(UserError, match="class 1 has 1 training image"):
+        hold_out(torch.tensor([0, 0, 1]), 0.5, 0)
+
+
+def test_exported_folder_gives_the_same_pixels(tmp_path: Path) -> None:
+    splits = load(Request("digits"))
+    test = splits.open_test()
+    write_image_folder(test, splits.card.class_names, tmp_path / "test")
+    classes, files = list_images(tmp_path / "test")
+    assert classes == splits.card.class_names and len(files) == len(test) == 359
+    read = torch.cat([images for images, _ in image_batches(files, splits.card.preprocessing, 64)])
+    labels = torch.tensor([label for _, label in files])
+    order = test.labels.argsort(stable=True)
+    assert torch.equal(labels, test.labels[order])
+    assert torch.equal(read, test.images.batch(order))
+    with pytest.raises(UserError, match="already there"):
+        write_image_folder(test, splits.card.class_names, tmp_path / "test")
+
+
+def test_streaming_gives_what_memory_gives(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 3, 8)
+    settings = {"resize": 12, "crop": 12}
+    in_memory = load(Request("image_folder", root, preprocessing=settings))
+    streamed = load(Request("image_folder", root, preprocessing=settings, memory_limit_gb=1e-9))
+    assert isinstance(streamed.train.images, FileImages)
+    for one, other in zip(in_memory.train.batches(5), streamed.train.batches(5), strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (33, 33), (64, 31)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_decoding_is_what_torchvision_does(shape: tuple[int, int], mode: str, tmp_path: Path) -> None:
+    from torchvision.transforms import v2
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).convert(mode).save(path)
+    ours = decode_image(path, Preprocessing(resize=24, crop=17))
+    with Image.open(path) as image:
+        transform = v2.Compose([v2.Resize(24), v2.CenterCrop(17), v2.PILToTensor()])
+        assert np.array_equal(ours, transform(image.convert("RGB")).numpy())
+
+
+def test_larger_training_images_leave_room_for_the_crop(tmp_path: Path) -> None:
+    splits = load(Request("image_folder", draw_folder(tmp_path, 2, 6, size=40),
+                          preprocessing={"resize": 32, "crop": 24}))
+    assert splits.card.input_shape == (3, 24, 24)
+    assert splits.train.images.batch(torch.arange(1)).shape == (1, 3, 32, 32)
+    assert splits.validation.images.batch(torch.arange(1)).shape == (1, 3, 24, 24)
+
+
+def test_separate_validation_folder_is_used(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 2, 6, splits=("train", "val", "test"))
+    splits = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}))
+    assert (len(splits.train), len(splits.validation), len(splits.open_test())) == (12, 12, 12)
+    assert splits.test_folder == root / "test"
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda root: root.joinpath("train").rename(root / "training"), "expected"),
+    (lambda root: root.joinpath("test").rename(root / "testing"), "expected a test split"),
+    (lambda root: (root / "train" / "class_new").mkdir(), "class_new: the class has no images"),
+    (lambda root: (root / "test" / "class_000").rename(root / "test" / "class_zzz"), "class_000, class_zzz"),
+    (lambda root: (root / "train" / "class_000" / "0.png").write_text("no image"), "class_000/0.png"),
+    (lambda root: (root / "train" / "class_001" / "2.png").write_bytes(
+        (root / "train" / "class_001" / "2.png").read_bytes()[:300]), "class_001/2.png"),
+    (lambda root: (root / "train" / "class_001" / "2.png").write_bytes(b""), "class_001/2.png"),
+], ids=["no train", "no test", "empty class", "other classes", "not an image", "cut short", "empty file"])
+def test_damaged_folders_are_named(damage: object, said: str, tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "set", 3, 4)
+    damage(root)  # type: ignore[operator]
+    with pytest.raises(UserError) as caught:
+        load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unreadable_images_are_skipped_only_when_asked(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 2, 5)
+    (root / "train" / "class_000" / "0.png").write_text("no image")
+    splits = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}, skip_unreadable=True))
+    assert len(splits.train) + len(splits.validation) == 9
+    assert len(splits.warnings) == 1 and "class_000/0.png" in splits.warnings[0]
+
+
+def test_unknown_set_missing_root_and_wrong_class_count(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'cifar10'"):
+        load(Request("cifar_10"))
+    with pytest.raises(UserError, match=r"data\.root is not set"):
+        load(Request("image_folder"))
+    with pytest.raises(UserError, match="download=true"):
+        load(Request("cifar10", tmp_path))
+    root = draw_folder(tmp_path, 3, 4)
+    with pytest.raises(UserError, match=r"3 classes, data\.num_classes says 100"):
+        load(Request("image_folder", root, num_classes=100, preprocessing={"resize": 12, "crop": 12}))
+
+
+def test_shared_real_sets() -> None:
+    """The development machine's MNIST, through torchvision's own class, where it lies beside the project."""
+    raw = Path(__file__).parents[3] / "shared" / "data" / "MNIST" / "raw"
+    if not raw.is_dir():
+        pytest.skip("no ../shared/data beside the project")
+    labels = gzip.decompress((raw / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    assert struct.unpack(">II", labels[:8]) == (2049, 10000)
+
+
+def test_split_batches_cover_everything_in_order() -> None:
+    splits = load(Request("digits"))
+    labels = torch.cat([labels for _, labels in splits.validation.batches(50)])
+    assert torch.equal(labels, splits.validation.labels)
+    assert isinstance(splits.validation, Split)

@@ -1,0 +1,344 @@
+"""The evaluator: scores, measuring, and submissions that lie, leave their folder or try to run code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model_loader
+from model_loader import (Architecture, UserError, VerificationError, build, check_shapes, guarded_score, load_model,
+                          measure_latency, score, write_atomically)
+
+
+def layer(name: str, kind: str, inputs: list[str], **options: Any) -> dict[str, Any]:
+    return {"name": name, "type": kind, "inputs": inputs, **options}
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A small architecture as JSON, with changes to its top level."""
+    return {"schema": 1, "model_type": "Tiny", "num_classes": 4, "input_shape": [3, 8, 8], "output_shape": [4],
+            "layers": [layer("conv", "Conv2d", ["input"], in_channels=3, out_channels=6, kernel_size=[3, 3]),
+                       layer("relu", "ReLU", ["conv"]), layer("pool", "Mean", ["relu"], dim=[2, 3]),
+                       layer("fc", "Linear", ["pool"], in_features=6, out_features=4)], **changes}
+
+
+# --------------------------------------------------------------------------------------------------------- scores
+
+
+def test_score_is_the_users_formula() -> None:
+    scores = score(10.0, 5.0, 60.0, 50.0, 10.0, 80.0)
+    assert scores == {"size_score": 5.0, "latency_score": 2.0, "accuracy_score": 0.75,
+                      "total_score": pytest.approx(0.3 * 5 + 0.3 * 2 + 0.4 * 0.75)}
+
+
+def test_guarded_score_is_zero_at_chance_and_capped() -> None:
+    scores = score(0.31, 4.71, 0.82, 44.7, 30.0, 40.0)  # the public competition's winner, worse than guessing
+    assert scores["total_score"] == pytest.approx(45.17, abs=0.1)
+    assert guarded_score(scores, 0.0082, 100) == 0.0
+    useful = score(1.58, 7.0, 18.4, 44.7, 30.0, 40.0)
+    assert 0 < guarded_score(useful, 0.184, 100) < useful["total_score"]
+    assert guarded_score(score(1e-6, 1e-6, 50.0, 50.0, 10.0, 80.0), 0.5, 10) \
+        == pytest.approx(0.3 * 10 + 0.3 * 10 + 0.4 * 0.625)
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0, 100), st.floats(1e-2, 0.9))
+def test_smaller_faster_better_never_scores_less(size: float, latency: float, accuracy: float, less: float) -> None:
+    worse = score(size, latency, accuracy, 50, 10, 80)["total_score"]
+    assert score(size * less, latency, accuracy, 50, 10, 80)["total_score"] > worse
+    assert score(size, latency * less, accuracy, 50, 10, 80)["total_score"] > worse
+    assert score(size, latency, accuracy + 1, 50, 10, 80)["total_score"] > worse
+
+
+# ------------------------------------------------------------------------------------------- schemas and the table
+
+
+def test_architecture_round_trips_and_rebuilds() -> None:
+    architecture = Architecture.model_validate(tiny())
+    assert Architecture.model_validate(architecture.to_json()) == architecture
+    assert build(architecture)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+    assert check_shapes(architecture) == {"conv": (6, 6, 6), "relu": (6, 6, 6), "pool": (6,), "fc": (4,)}
+
+
+def changed(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content["layers"][index].update(changes)
+    return change
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda a: a.update(schema=2), "schema"), (lambda a: a.update(extra=1), "extra"),
+    (lambda a: a.pop("num_classes"), "num_classes"), (lambda a: a.update(num_classes="four"), "num_classes"),
+    (lambda a: a.update(model_type="X; import os"), "model_type"), (lambda a: a.update(layers=[]), "layers"),
+    (lambda a: a.update(output_shape=[5]), "output_shape"), (changed(0, type="Conv3d"), "Conv3d"),
+    (changed(0, out_channels=10**9), "out_channels"), (changed(0, out_channels=-1), "out_channels"),
+    (changed(0, groups=2), "groups 2 does not divide"), (changed(0, inputs=["fc"]), "is no earlier layer"),
+    (changed(0, inputs=["conv"]), "is no earlier layer"), (changed(1, inputs=["nowhere"]), "is no earlier layer"),
+    (changed(1, inputs=["conv", "conv"]), "takes 1 to 1 inputs"), (changed(1, name="conv"), "used twice"),
+    (changed(1, inputs=["input"]), "nothing uses its output"),
+    (changed(0, pruning_info={"num_channels_pruned": 2, "remaining_channels": 5}), "remaining_channels is 5"),
+    (changed(0, name='a"), __import__("os").system("true"), ("b'), "name"), (changed(0, name="a..b"), "name"),
+    (changed(0, name="_private"), "name"), (changed(0, kernel_size=[3, 3, 3]), "kernel_size"),
+], ids=str)
+def test_bad_architectures_are_refused(change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path) -> None:
+    content = tiny()
+    change(content)
+    path = tmp_path / "architecture.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(VerificationError) as caught:
+        model_loader.read_json(path, Architecture)
+    message = str(caught.value)
+    assert said in message and str(path) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["class", "forward", "parameters.0", "training", "state_dict", "layer.keys"])
+def test_names_that_torch_keeps_to_itself(name: str) -> None:
+    content = tiny()
+    content["layers"][0]["name"] = name
+    content["layers"][1]["inputs"] = [name]
+    with pytest.raises(VerificationError, match="torch modules keep to themselves"):
+        check_shapes(Architecture.model_validate(content))
+
+
+def test_layer_inside_a_layer_is_refused() -> None:
+    content = tiny()
+    content["layers"][1]["name"] = "conv.relu"
+    content["layers"][2]["inputs"] = ["conv.relu"]
+    architecture = Architecture.model_validate(content)
+    try:
+        build(architecture)(torch.zeros(1, 3, 8, 8))
+    except VerificationError as error:
+        assert "tree" in str(error)
+
+
+def test_shapes_that_do_not_fit_name_the_layer() -> None:
+    content = tiny()
+    content["layers"][3]["in_features"] = 7
+    with pytest.raises(VerificationError, match="layer fc does not fit its inputs"):
+        check_shapes(Architecture.model_validate(content))
+
+
+def test_absurd_sizes_allocate_nothing() -> None:
+    wide = tiny()
+    wide["layers"][0]["out_channels"] = wide["layers"][3]["in_features"] = 2**20
+    wide["layers"][0]["kernel_size"] = [2**10, 2**10]
+    with pytest.raises(VerificationError, match="weights are over the limit"):
+        check_shapes(Architecture.model_validate(wide))
+    tall = tiny()
+    tall["layers"][2] = layer("pool", "AdaptiveAvgPool2d", ["relu"], output_size=[2**20, 2**20])
+    with pytest.raises(VerificationError, match="elements is over the limit"):
+        check_shapes(Architecture.model_validate(tall))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+                    max_leaves=12), st.sampled_from(["schema", "layers", "input_shape", "num_classes", "model_type"]))
+def test_any_json_is_accepted_or_refused_never_crashes(value: Any, key: str) -> None:
+    with contextlib.suppress(ValueError):  # pydantic's ValidationError is one
+        Architecture.model_validate(tiny(**{key: value}))
+
+
+# ------------------------------------------------------------------------------------------------------ measuring
+
+
+def test_latency_counts_runs_and_orders_percentiles() -> None:
+    model = build(Architecture.model_validate(tiny())).eval()
+    before = torch.get_num_threads()
+    latency = measure_latency(model, (3, 8, 8), runs=30, warmup=3, threads=1)
+    assert (latency.runs, latency.warmup, latency.threads) == (30, 3, 1)
+    assert 0 < latency.p5_ms <= latency.median_ms <= latency.p95_ms
+    assert torch.get_num_threads() == before
+
+
+def test_counts_include_what_hides_in_buffers() -> None:
+    class Hides(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1000))
+            self.fc = torch.nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+    assert model_loader.count_parameters(Hides()) == 1008
+    assert model_loader.count_macs(Hides(), (3, 1, 1)) == 6
+    architecture = Architecture.model_validate(tiny())
+    assert model_loader.count_macs(build(architecture), (3, 8, 8)) == 6 * 6 * 6 * 27 + 24
+
+
+def test_model_output_that_is_no_logits_is_refused() -> None:
+    from model_loader import Preprocessing, measure_accuracy
+    images, labels = torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    nan = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    torch.nn.init.constant_(nan[1].bias, float("nan"))
+    with pytest.raises(VerificationError, match="finite logits"):
+        measure_accuracy(nan, iter([(images, labels)]), Preprocessing(), 4)
+
+
+# -------------------------------------------------------------------------------------------------- atomic writing
+
+
+def test_write_atomically_replaces_or_leaves_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+    assert path.stat().st_mode & 0o044
+    script = ("import resource, sys; from pathlib import Path; import model_loader\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+              "try: model_loader.write_atomically(Path(sys.argv[1]), bytes(5000))\n"
+              "except OSError as error: print(type(error).__name__)")
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(model_loader.__file__).parent,
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "OSError" and path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
+
+
+# ------------------------------------------------------------------------------------- broken and hostile packages
+
+
+@pytest.fixture
+def copy(submission: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(submission, tmp_path / "submission"))
+
+
+def weights_of(folder: Path) -> Path:
+    return next(folder.glob("compressed_*.pth"))
+
+
+def restate(folder: Path) -> None:
+    """Makes the metadata state the hashes of the files as they are: a liar would."""
+    path = folder / "model_metadata.json"
+    metadata = json.loads(path.read_text())
+    for name in metadata["files"]:
+        content = (folder / name).read_bytes()
+        metadata["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    path.write_text(json.dumps(metadata))
+
+
+def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = torch.load(weights_of(folder), weights_only=True)
+    change(weights)
+    torch.save(weights, weights_of(folder))
+
+
+def code_in_a_pickle(folder: Path) -> None:
+    """A .pth whose pickle would run a command when opened without weights_only."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    evil = b"cos\nsystem\n(S'touch " + str(folder / "executed").encode() + b"'\ntR."
+    with zipfile.ZipFile(io.BytesIO(buffer.getvalue())) as old, zipfile.ZipFile(weights_of(folder), "w") as new:
+        for item in old.namelist():
+            new.writestr(item, evil if item.endswith("data.pkl") else old.read(item))
+
+
+ARCH, META = "trained_pruned_architecture.json", "model_metadata.json"
+ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
+    "weights missing": (lambda f: weights_of(f).unlink(), False, "is not there"),
+    "weights empty": (lambda f: weights_of(f).write_bytes(b""), True, "not a PyTorch state dict"),
+    "weights cut short": (lambda f: weights_of(f).write_bytes(weights_of(f).read_bytes()[:2000]), True,
+                          "not a PyTorch state dict"),
+    "weights swapped unstated": (lambda f: edit_weights(f, lambda w: w["fc.bias"].add_(1)), False, "sha256"),
+    "pickle with code": (code_in_a_pickle, True, "not a PyTorch state dict"),
+    "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("fc.bias")), True, "tensor fc.bias is missing"),
+    "tensor extra": (lambda f: edit_weights(f, lambda w: w.update(hidden=torch.zeros(9))), True, "tensor hidden"),
+    "tensor misshapen": (lambda f: edit_weights(f, lambda w: w.update({"fc.bias": torch.zeros(9)})), True,
+                         "tensor fc.bias is [9]"),
+    "tensor of another dtype": (lambda f: edit_weights(f, lambda w: w.update(
+        {"fc.weight": w["fc.weight"].float()})), True, "expected torch.int8"),
+    "NaN": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(float("nan"))), True, "NaN"),
+    "infinite": (lambda f: edit_weights(f, lambda w: w["fc.weight_scale"].fill_(float("inf"))), True, "infinite"),
+    "not a state dict": (lambda f: torch.save([1, 2], weights_of(f)), True, "expected a state dict"),
+    "architecture missing": (lambda f: (f / ARCH).unlink(), False, "no such file"),
+    "architecture no JSON": (lambda f: (f / ARCH).write_text("{"), False, "not valid JSON"),
+    "pruning info lies": (lambda f: edit_json(f, ARCH, lambda a: a["layers"][0]["pruning_info"].update(
+        remaining_channels=1)), True, "remaining_channels is 1"),
+    "channels lie": (lambda f: edit_json(f, ARCH, lambda a: (
+        a["layers"][0].update(out_channels=64), a["layers"][0]["pruning_info"].update(remaining_channels=64))), True,
+        "does not fit its inputs"),
+    "metadata missing": (lambda f: (f / META).unlink(), False, "no such file"),
+    "metadata no JSON": (lambda f: (f / META).write_text("nonsense"), False, "not valid JSON"),
+    "metadata is a list": (lambda f: (f / META).write_text("[]"), False, "model_metadata.json"),
+    "path out of the folder": (lambda f: edit_json(f, META, lambda m: m.update(weights_file="../w.pth")), False,
+                               "outside the submission"),
+    "absolute path": (lambda f: edit_json(f, META, lambda m: m.update(architecture_file="/etc/passwd")), False,
+                      "outside the submission"),
+    "link out of the folder": (lambda f: (weights_of(f).rename(f.parent / "w.pth"), os.symlink(
+        f.parent / "w.pth", f / "compressed_slimresnet18.pth")), False, "outside the submission"),
+    "other classes": (lambda f: edit_json(f, META, lambda m: m.update(class_names=[str(i) for i in range(1, 11)])),
+                      False, "not in both: 0, 10"),
+    "classes contradict": (lambda f: edit_json(f, META, lambda m: m.update(num_classes=9)), False, "class_names has 10"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, digits_test: Path, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    damage, restated, said = ATTACKS[attack]
+    damage(copy)
+    if restated:
+        restate(copy)
+    output = tmp_path / "results.json"
+    code = model_loader.main(["--submission_dir", str(copy), "--data_dir", str(digits_test), "--output_file", str(output)])
+    error = capsys.readouterr().err
+    assert code == 1 and said in error and len(error.strip().splitlines()) == 1, error
+    result = json.loads(output.read_text())
+    assert all(result[key] == 0 for key in model_loader.RESULT_KEYS)
+    assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
+    assert not (copy / "executed").exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda a: a.update({"--submission_dir": "/nowhere"}), "no such folder"),
+    (lambda a: a.update({"--data_dir": "/nowhere"}), "no such data folder"),
+    (lambda a: a.update({"--output_file": "/nowhere/results.json"}), "there is no folder"),
+    (lambda a: a.update({"--baseline_size": "0"}), "--baseline_size: expected a positive number"),
+    (lambda a: a.update({"--baseline_accuracy": "nan"}), "--baseline_accuracy: expected a positive number"),
+])
+def test_users_mistakes_exit_2_and_write_nothing(change: Callable[[dict[str, str]], None], said: str, submission: Path,
+                                                 digits_test: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"--submission_dir": str(submission), "--data_dir": str(digits_test),
+                 "--output_file": str(tmp_path / "results.json")}
+    change(arguments)
+    assert model_loader.main([word for pair in arguments.items() for word in pair]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "results.json").exists()
+
+
+def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    data = shutil.copytree(digits_test, tmp_path / "data")
+    victim = sorted((data / "3").iterdir())[0]
+    victim.write_bytes(b"no image")
+    assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(data), "--output_file",
+                              str(tmp_path / "r.json")]) == 2
+    assert str(victim) in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+
+
+def test_load_model_takes_the_file_or_the_folder(submission: Path) -> None:
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 8, 8), dtype=np.float32))
+    by_file, by_folder = load_model(str(weights_of(submission))), load_model(submission)
+    assert not by_file.training and torch.equal(by_file(images), by_folder(images))
+    with pytest.raises(UserError, match="no such file"):
+        load_model(submission / "nothing.pth")

@@ -1,0 +1,49 @@
+"""The README's commands are run, as they stand there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PROJECT, SMALL, draw_folder
+
+
+def commands() -> list[str]:
+    """Every line of the README's shell blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
+
+
+def test_readme_starts_with_the_two_commands() -> None:
+    found = commands()
+    assert [line.split("#")[0].strip() for line in found[:2]] == ["make demo", "make test"]
+    makefile = (PROJECT / "Makefile").read_text()
+    assert "run slim_resnet18_digits" in makefile and 'pytest -q -m "not slow"' in makefile
+    for line in found:
+        if line.startswith("make"):
+            assert f"\n{line.split()[1]}:" in makefile, line
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
+def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path) -> None:
+    """Each command with its placeholders filled in; runs are shortened, real data sets are planned instead of trained."""
+    words = command.split("#")[0].split()
+    images = tmp_path / "images"
+    filled = {"DIR": str(images), "CIFAR10": str(images), "RUN": str(small_run), "OUT": str(tmp_path / "out"),
+              "TEST_IMAGES": str(small_run / "test_images"), "SUBMISSION": str(small_run / "submission")}
+    words = [re.sub(r"\b(" + "|".join(filled) + r")\b", lambda match: filled[match[0]], word) for word in words]
+    assert words[0] == "python", command
+    if "slim_resnet18_digits" in words and "run" in words:
+        words += [f"run_dir={tmp_path}", *SMALL]
+    elif any(word.startswith("data.root=") for word in words):
+        classes = 10 if "cifar10" in command else 100
+        draw_folder(images, classes, 3, size=32)
+        words[words.index("run")] = "plan"
+    if "--output_file" in words:
+        words[words.index("--output_file") + 1] = str(tmp_path / "results.json")
+    done = subprocess.run([sys.executable, *words[1:]], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
