@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-SCHEMA_VERSION = 1
 ARCHITECTURE_FILE = "trained_pruned_architecture.json"
 METADATA_FILE = "model_metadata.json"
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -77,7 +76,7 @@ def describe_validation_error(error: ValidationError) -> str:
     return f"{where}: {first['msg']}, got {got if len(got) <= 60 else got[:57] + '...'}{more}"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Writes a file so that a reader, a full disk or SIGKILL meets the old file or the new one, never half of one.
 
     Raises:
@@ -129,7 +128,7 @@ Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=200)]
 # Layer names become attribute paths of generated code (torch.fx), hence the tight alphabet.
-LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z",
+LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z",
                                   max_length=200)]
 
 
@@ -177,7 +176,7 @@ class ModelMetadata(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    schema_version: Literal[1] = Field(SCHEMA_VERSION, alias="schema")
+    schema_version: Literal[1] = Field(1, alias="schema")
     model_format: Literal["pytorch"]
     architecture: str
     num_classes: Size
@@ -231,7 +230,7 @@ class Layer(Strict):
 
     @model_serializer(mode="wrap")
     def _serialize(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = handler(self)
+        fields: dict[str, Any] = handler(self)
         head = {key: fields.pop(key) for key in ("name", "type", "inputs")}
         info = fields.pop("pruning_info")
         return head | fields | ({"pruning_info": info} if info else {})
@@ -260,21 +259,21 @@ class FunctionLayer(Layer):
         import torch
         if self.type == "Concat":
             return torch.cat, (inputs,), self.options()
-        function = {"Add": operator.add, "Multiply": operator.mul, "Mean": torch.mean}[self.type]
-        return function, tuple(inputs), self.options()
+        functions: dict[str, Callable[..., Any]] = {"Add": operator.add, "Multiply": operator.mul, "Mean": torch.mean}
+        return functions[self.type], tuple(inputs), self.options()
 
 
 def _layer(*types: str, base: type[Layer] = Layer, input_count: tuple[int, int] = (1, 1), **fields: Any) -> type[Layer]:
     """A row of the table; a field is a type, or (type, default)."""
-    defined = {key: field if isinstance(field, tuple) else (field, ...) for key, field in fields.items()}
-    kind = create_model(types[0], __base__=base, type=(Literal[types], ...), **defined)  # type: ignore[call-overload]
+    defined: dict[str, Any] = {key: field if isinstance(field, tuple) else (field, ...) for key, field in fields.items()}
+    kind: type[Layer] = create_model(types[0], __base__=base, **{"type": (Literal[types], ...)}, **defined)
     kind.input_count = input_count
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
-_CONV = {"in_channels": Size, "out_channels": Size, "kernel_size": Pair, "stride": (Pair, (1, 1)),
+_CONV: dict[str, Any] = {"in_channels": Size, "out_channels": Size, "kernel_size": Pair, "stride": (Pair, (1, 1)),
          "padding": (Padding, (0, 0)), "dilation": (Pair, (1, 1)), "groups": (Size, 1)}
-_POOL = {"kernel_size": Pair, "stride": Pair, "padding": (Padding, (0, 0)), "ceil_mode": (bool, False)}
+_POOL: dict[str, Any] = {"kernel_size": Pair, "stride": Pair, "padding": (Padding, (0, 0)), "ceil_mode": (bool, False)}
 LAYERS = (
     _layer("Conv2d", **_CONV, bias=(bool, True)),
     _layer("Linear", in_features=Size, out_features=Size, bias=(bool, True)),
@@ -311,7 +310,7 @@ class Architecture(Strict):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    schema_version: Literal[1] = Field(SCHEMA_VERSION, alias="schema")
+    schema_version: Literal[1] = Field(1, alias="schema")
     model_type: Identifier
     num_classes: Size
     input_shape: tuple[Size, Size, Size]
@@ -359,7 +358,8 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
     modules: dict[str, nn.Module] = {}
     for layer in architecture.layers:
         for part in layer.name.split("."):
-            if keyword.iskeyword(part) or part == "training" or hasattr(fx.GraphModule, part) or hasattr(nn.ModuleDict, part):
+            taken = part == "training" or hasattr(fx.GraphModule, part) or hasattr(nn.ModuleDict, part)
+            if taken or keyword.iskeyword(part):
                 raise VerificationError(f"layer {layer.name}: {part!r} is a name that torch modules keep to themselves")
         sources = [nodes[name] for name in layer.inputs]
         if isinstance(layer, FunctionLayer):
@@ -371,7 +371,7 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
         nodes[layer.name] = node
     graph.output(node)
     try:
-        return fx.GraphModule(modules, graph, class_name=architecture.model_type)  # type: ignore[arg-type]
+        return fx.GraphModule(modules, graph, class_name=architecture.model_type)
     except (KeyError, TypeError, RuntimeError) as error:  # "layer1" beside "layer1.0", for instance
         raise VerificationError(f"architecture {architecture.model_type}: its layer names do not form a tree of "
                                 f"modules: {first_line(error)}") from error
@@ -386,28 +386,30 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """
     import torch
 
-    class Shapes(torch.fx.Interpreter):
-        def run_node(self, n: torch.fx.Node) -> Any:
-            name = n.meta.get("layer", n.name)
-            try:
-                result = super().run_node(n)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise VerificationError(f"layer {name} does not fit its inputs: {first_line(error)}") from error
-            if n.op in ("call_module", "call_function"):
-                if result.numel() > MAX_ACTIVATION_ELEMENTS:
-                    raise VerificationError(f"layer {name}: an output of {result.numel():,} elements is over the "
-                                            f"limit of {MAX_ACTIVATION_ELEMENTS:,}")
-                shapes[name] = tuple(result.shape[1:])
-            return result
-
     shapes: dict[str, tuple[int, ...]] = {}
+    count = 0
     with torch.device("meta"), torch.no_grad():
-        model = build(architecture).eval()
-        count = sum(tensor.numel() for tensor in model.state_dict().values())
-        if count > MAX_WEIGHT_ELEMENTS:
-            raise VerificationError(f"architecture {architecture.model_type}: {count:,} weights are over the limit of "
-                                    f"{MAX_WEIGHT_ELEMENTS:,}")
-        Shapes(model).run(torch.empty(1, *architecture.input_shape))
+        values = {"input": torch.empty(1, *architecture.input_shape)}
+        for layer in architecture.layers:
+            inputs = [values[name] for name in layer.inputs]
+            try:
+                if isinstance(layer, FunctionLayer):
+                    function, positional, options = layer.call(inputs)
+                    output = function(*positional, **options)
+                else:
+                    module = layer.module().eval()
+                    count += sum(tensor.numel() for tensor in module.state_dict().values())
+                    output = module(*inputs)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
+            if output.numel() > MAX_ACTIVATION_ELEMENTS:
+                raise VerificationError(f"layer {layer.name}: an output of {output.numel():,} elements is over the "
+                                        f"limit of {MAX_ACTIVATION_ELEMENTS:,}")
+            if count > MAX_WEIGHT_ELEMENTS:
+                raise VerificationError(f"layer {layer.name}: {count:,} weights up to here are over the limit of "
+                                        f"{MAX_WEIGHT_ELEMENTS:,}")
+            values[layer.name] = output
+            shapes[layer.name] = tuple(output.shape[1:])
     final = shapes[architecture.layers[-1].name]
     if final != architecture.output_shape:
         raise VerificationError(f"layer {architecture.layers[-1].name}: the output's shape is {list(final)}, declared "
@@ -533,7 +535,7 @@ def load_tensors(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError,
-            torch._weights_only_unpickler.UnpicklingError) as error:
+            torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
         raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
                                 f"{first_line(error)}") from error
 

@@ -136,7 +136,7 @@ def _lower(node: fx.Node, model: nn.Module) -> Lowered:
     if node.op == "call_module":
         return _lower_module(node, model.get_submodule(str(node.target)))
     if node.op == "call_function" and node.target in FUNCTIONS:
-        return FUNCTIONS[node.target](node)  # type: ignore[index]
+        return FUNCTIONS[node.target](node)
     if node.op == "call_method" and node.target in METHODS:
         return METHODS[str(node.target)](node)
     what = getattr(node.target, "__name__", node.target)
@@ -198,7 +198,7 @@ def _flatten(node: fx.Node) -> Lowered:
 def _reshape(node: fx.Node) -> Lowered:
     """`x.view(x.size(0), -1)` and its like, the old way to write flatten."""
     shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    if len(shape) != 2 or shape[1] != -1:  # type: ignore[arg-type]
+    if len(shape) != 2 or shape[1] != -1:
         raise UserError(f"layer {node.name}: a reshape other than flattening, x.view(x.size(0), -1), is not in the "
                         "layer table")
     return "Flatten", [node.args[0]], {}  # type: ignore[list-item]
@@ -238,13 +238,17 @@ def _adaptive_pool(node: fx.Node) -> Lowered:
         "output_size": _argument(node, 1, "output_size", 1)}
 
 
+def _gelu(node: fx.Node) -> Lowered:
+    return "GELU", _tensors(node), dict(node.kwargs)
+
+
 def _dropout(node: fx.Node) -> Lowered:
     return "Dropout", [node.args[0]], {"p": _argument(node, 1, "p", 0.5)}  # type: ignore[list-item]
 
 
 FUNCTIONS: dict[Any, Callable[[fx.Node], Lowered]] = {
     F.relu: _plain("ReLU"), torch.relu: _plain("ReLU"), F.relu6: _plain("ReLU6"), F.silu: _plain("SiLU"),
-    F.gelu: lambda node: ("GELU", [node.args[0]], dict(node.kwargs)), F.hardswish: _plain("Hardswish"),
+    F.gelu: _gelu, F.hardswish: _plain("Hardswish"),
     F.hardsigmoid: _plain("Hardsigmoid"), torch.sigmoid: _plain("Sigmoid"), F.sigmoid: _plain("Sigmoid"),
     torch.tanh: _plain("Tanh"), F.tanh: _plain("Tanh"), F.dropout: _dropout, F.max_pool2d: _pool("MaxPool2d"),
     F.avg_pool2d: _pool("AvgPool2d"), F.adaptive_avg_pool2d: _adaptive_pool, torch.flatten: _flatten,

@@ -55,9 +55,9 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[st
 
     if "init_weights" in inspect.signature(models.get_model_builder(name)).parameters:
         options = {"init_weights": True, **options}  # googlenet and inception warn when it is left open
-    model = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
-        weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+        weights = models.get_model_weights(name).DEFAULT
         try:
             state = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
@@ -77,11 +77,12 @@ def _timm(name: str, bare: str, num_classes: int, pretrained: bool, known: list[
         everything = [*known, *models.list_models(module=models), *timm.list_models()]
         raise UserError(f"model {name}: unknown{closest(bare, everything)}")
     try:
-        return timm.create_model(bare, pretrained=pretrained, num_classes=num_classes, **options)
+        model: nn.Module = timm.create_model(bare, pretrained=pretrained, num_classes=num_classes, **options)
     except (OSError, RuntimeError) as error:
         if pretrained:
             raise _cannot_fetch(name, error) from error
         raise
+    return model
 
 
 def _cannot_fetch(name: str, error: Exception) -> UserError:

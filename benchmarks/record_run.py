@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_loader import UserError, write_json  # noqa: E402
+from model_loader import UserError, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -109,7 +109,7 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
             raise UserError(f"{folder}: no {ARCHITECTURE_FILE} or architecture.json in it")
         architecture: Architecture = read_json(path, Architecture)
     else:
-        settings: dict[str, object] = {}
+        settings: dict[str, Any] = {}
         for option in options or []:
             key, equals, value = option.partition("=")
             if not equals:

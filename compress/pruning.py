@@ -129,7 +129,8 @@ def _groups(model: fx.GraphModule, example: Tensor, criterion: str) -> tuple[Any
 
 def _output_layers(model: fx.GraphModule) -> list[nn.Module]:
     """The last layers with weights on every way to the output: their channels are the classes."""
-    found, waiting = [], [node for node in model.graph.nodes if node.op == "output"]
+    found: list[nn.Module] = []
+    waiting = [node for node in model.graph.nodes if node.op == "output"]
     while waiting:
         node = waiting.pop()
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -135,7 +135,7 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
     channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
     model.to(device)
     if channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.momentum, recipe.weight_decay)
 
     state = _read_checkpoint(checkpoint)

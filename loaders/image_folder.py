@@ -38,7 +38,6 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
     for folder in filter(None, (test_folder, validation_folder)):
         _same_classes(root / "train", classes, folder)
     settings = Preprocessing(**{**preprocessing, **request.preprocessing})
-    shape = _input_shape(settings, train_files[0][0])
     warnings: list[str] = []
     train_settings = settings  # room for the random crop, where the resized image is larger than the crop
     if settings.resize and settings.crop and settings.resize > settings.crop:
@@ -52,6 +51,7 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
         files = {"train": train_files, "validation": list_images(validation_folder)[1]}
     train = _split(files["train"], train_settings, request, warnings)
     validation = _split(files["validation"], settings, request, warnings)
+    shape = _input_shape(validation.images)
     listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in train_files)
     card = DatasetCard(name=name, class_names=classes, input_shape=shape, preprocessing=settings,
                        counts={"train": len(train), "validation": len(validation)},
@@ -77,8 +77,8 @@ def _same_classes(train: Path, classes: list[str], folder: Path) -> None:
                         f"both: {', '.join(odd[:5])}")
 
 
-def _input_shape(settings: Preprocessing, example: Path) -> tuple[int, int, int]:
-    channels, height, width = decode_image(example, settings).shape
+def _input_shape(images: Images) -> tuple[int, int, int]:
+    _, channels, height, width = images.batch(torch.zeros(1, dtype=torch.int64)).shape
     return channels, height, width
 
 
@@ -88,7 +88,7 @@ def _split(files: list[tuple[Path, int]], settings: Preprocessing, request: Requ
     labels = torch.tensor([label for _, label in files])
     paths = [path for path, _ in files]
     streamed = FileImages(paths, settings, request.workers)
-    shape = _input_shape(settings, paths[0])
+    shape = _input_shape(streamed)
     if len(paths) * int(np.prod(shape)) > request.memory_limit_gb * 2**30:
         return Split(streamed, labels)
     return Split(_decode_all(streamed, shape, request), labels)

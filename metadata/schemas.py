@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from metadata.files import packaged_json
-from model_loader import SCHEMA_VERSION, Architecture, ModelMetadata, Preprocessing, Strict
+from model_loader import Architecture, ModelMetadata, Preprocessing, Strict
 
 __all__ = ["Architecture", "Baselines", "DatasetCard", "LedgerRow", "ModelMetadata", "ModelReference", "Preprocessing",
            "StageRecord", "baselines", "dataset_cards"]
@@ -64,7 +64,7 @@ class LedgerRow(Strict):
 class StageRecord(Strict):
     """`stage.json`: written last, so a stage folder that holds it is complete."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     stage: str
     key: str = Field(description="hash of the stage's settings, its parent's key and its source")
     config: dict[str, Any]

@@ -14,7 +14,7 @@ from PIL import Image
 
 PROJECT = Path(__file__).parents[1]
 SMALL = ["teacher.options.width=8", "teacher.train.epochs=2", "teacher.floor=0.3", "distill.options.width=8",
-         "distill.train.epochs=2", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=2", "threads=1"]
+         "distill.train.epochs=4", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=4", "threads=1"]
 
 torch.set_num_threads(1)
 
@@ -26,6 +26,23 @@ def run_compress(*arguments: object, timeout: float = 300) -> subprocess.Complet
     return subprocess.run([sys.executable, "-W", "error::DeprecationWarning:compress", "-m", "compress",
                            *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
                           check=False)
+
+
+@pytest.fixture
+def compress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Compress:
+    """The same command line inside this process, which spares each call the seconds of importing torch."""
+    from compress.cli import main
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return subprocess.CompletedProcess(sys.argv, code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    return run
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:

@@ -97,7 +97,7 @@ def test_steps_reach_the_ratio_of_the_original_width(slim: tuple[fx.GraphModule,
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"ratio": 0.95}, "leaves none of its 32 channels"), ({"ratio": 0.05}, "pruning removed nothing"),
+    ({"ratio": 0.95}, "leaves none of its"), ({"ratio": 0.01}, "pruning removed nothing"),
     ({"ratio": 0.99, "multiple": 1}, "leaves none"),
 ])
 def test_ratios_that_leave_nothing_or_take_nothing(changes: dict[str, object], said: str,
@@ -174,7 +174,7 @@ def test_int8_convolution_equals_integer_arithmetic() -> None:
     torch.manual_seed(1)
     layer = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
     model = build(describe(nn.Sequential(layer, nn.Flatten(), nn.Linear(128, 3)), (6, 8, 8)))
-    quantized, _ = quantize_dynamic(model, exclude=["1" if "1" in dict(model.named_modules()) else "2"])
+    quantized, _ = quantize_dynamic(model, exclude=["2"])
     module = next(m for m in quantized.modules() if isinstance(m, int8_layers().Int8Conv2d))
     x = torch.randn(2, 6, 8, 8)
     levels, scale = int8_layers().quantize_activations(x)

@@ -10,7 +10,7 @@ from torch import fx
 from architectures import make
 from architectures.describe import carry_over, describe
 from compress.config import TrainConfig
-from compress.distillation import cached_targets, cross_entropy, distill, live_targets
+from compress.distillation import Targets, cached_targets, cross_entropy, distill, live_targets
 from compress.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
 from compress.training import Loss, accuracy_of, seeded, train
 from metadata.schemas import DatasetCard
@@ -42,12 +42,12 @@ class Distill(Stage):
         data = context.data(self.train)
         recipe = training_recipe(self.train, context.device, self.cache_views)
         teacher = model.module.to(context.device)
+        targets: Targets = live_targets(teacher, recipe.bfloat16)
         if self.cache_views:
-            targets = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
-                                     recipe.bfloat16, context.device, context.tracker)
-            context.note("cached_teacher_outputs", list(targets.logits.shape))
-        else:
-            targets = live_targets(teacher, recipe.bfloat16)
+            cache = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
+                                   recipe.bfloat16, context.device, context.tracker)
+            context.note("cached_teacher_outputs", list(cache.logits.shape))
+            targets = cache
 
         def trained(label: str, loss: Loss) -> tuple[TorchModel, float]:
             architecture, student = self._student(context.splits.card, context.seed)

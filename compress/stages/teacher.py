@@ -91,9 +91,10 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     try:
-        return load_file(path)
+        weights: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"teacher.checkpoint {path}: not a safetensors file: {first_line(error)}") from error
+    return weights
 
 
 def _check_checkpoint(weights: dict[str, torch.Tensor], module: nn.Module, path: Path, num_classes: int) -> None:

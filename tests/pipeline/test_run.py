@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import PROJECT, SMALL, assert_one_line_error, draw_folder, run_compress
+from tests.conftest import PROJECT, SMALL, Compress, assert_one_line_error, draw_folder, run_compress
 
 STAGES = ["teacher", "distill", "prune", "finetune", "quantize_dynamic", "package", "evaluate"]
 
@@ -53,25 +53,25 @@ def test_stage_folders_report_and_notes(small_run: Path) -> None:
     assert "| quantize_dynamic |" in report and (small_run / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(small_run.glob("*/checkpoint*.pth"))
     metrics = (small_run / "02-distill" / "metrics.csv").read_text().splitlines()
-    assert metrics[0].startswith("training,epoch,train_loss,accuracy,lr") and len(metrics) == 3
+    assert metrics[0].startswith("training,epoch,train_loss,accuracy,lr") and len(metrics) == 5
 
 
-def test_finished_stages_are_skipped_and_changes_need_a_word(small_run: Path) -> None:
+def test_finished_stages_are_skipped_and_changes_need_a_word(small_run: Path, compress: Compress) -> None:
     same = ["run", "slim_resnet18_digits", f"run_dir={small_run.parent}", "name=small", *SMALL]
-    again = run_compress(*same)
+    again = compress(*same)
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == len(STAGES)
     before = ledger(small_run)
-    changed = run_compress(*same, "seed=7")
+    changed = compress(*same, "seed=7")
     assert_one_line_error(changed, "already holds another run", "seed: 0 -> 7", "--update")
     assert ledger(small_run) == before
 
 
-def test_update_redoes_only_what_the_change_touches(small_run: Path, tmp_path: Path) -> None:
+def test_update_redoes_only_what_the_change_touches(small_run: Path, compress: Compress, tmp_path: Path) -> None:
     import shutil
     copied = tmp_path / "small"
     shutil.copytree(small_run, copied)
     command = ["run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL, "prune.ratio=0.5"]
-    done = run_compress(*command, "--update")
+    done = compress(*command, "--update")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before, skipped") == 2
     assert ledger(copied)[:2] == ledger(small_run)[:2] and ledger(copied)[2] != ledger(small_run)[2]
@@ -97,7 +97,7 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(stage: str, file: 
         assert checkpoint.exists() and process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
     step = torch.load(checkpoint, weights_only=True)["step"]
-    total = {"01-teacher": 34, "02-distill": 34, "04-finetune": 34}[stage]
+    total = {"01-teacher": 34, "02-distill": 68, "04-finetune": 68}[stage]
     assert 0 < step < total, f"killed at step {step} of {total}, not in the middle"
     assert not (tmp_path / "small" / stage / "stage.json").exists()
     done = run_compress(*command[3:])
@@ -110,7 +110,8 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(stage: str, file: 
 
 def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
     """slim_resnet18_100: 100 classes at 224x224, a randomly initialised ResNet50, two steps a training."""
-    root = draw_folder(tmp_path / "images", 100, 2, size=20)
+    root = draw_folder(tmp_path / "images", 100, 2, size=20, splits=("train",))
+    draw_folder(tmp_path / "images", 100, 1, size=20, splits=("test",))
     few = [f"{name}.train.{key}" for name in ("teacher", "distill", "finetune")
            for key in ("max_steps=2", "batch_size=4", "epochs=1")]
     done = run_compress("run", "slim_resnet18_100", f"data.root={root}", f"run_dir={tmp_path / 'runs'}",
@@ -143,7 +144,7 @@ def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
     (["slim_resnet18_digits", "prune.ratio=0.97"], ["leaves none of its"]),
     (["slim_resnet18_digits", "prune.ratio=0.01"], ["pruning removed nothing"]),
     (["slim_resnet18_digits", "prune.criterion=l3"], ["criterion"]),
-    (["slim_resnet18_digits", "distill.model=vit_b_16"], ["layer", "as a teacher the model works"]),
+    (["slim_resnet18_digits", "distill.model=vit_b_16", "distill.options={}"], ["layer", "as a teacher the model works"]),
     (["slim_resnet18_digits", "teacher.model=resnet19"], ["did you mean 'resnet18'"]),
     (["slim_resnet18_digits", "teacher.checkpoint=/nowhere.pth"], ["/nowhere.pth", "no such file"]),
     (["slim_resnet18_digits", "teacher.train.epochs=0"], ["it would know nothing"]),
@@ -155,79 +156,80 @@ def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
     (["slim_resnet18_cifar10"], ["data.root is not set"]),
     (["slim_resnet18_100", "data.root=/nowhere"], ["/nowhere/train"]),
 ], ids=lambda value: " ".join(value)[:60])
-def test_mistakes_get_one_line_and_leave_nothing(arguments: list[str], parts: list[str], tmp_path: Path) -> None:
+def test_mistakes_get_one_line_and_leave_nothing(arguments: list[str], parts: list[str], compress: Compress,
+                                                 tmp_path: Path) -> None:
     if arguments[-1] == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    done = run_compress("run", *arguments, f"run_dir={tmp_path / 'runs'}")
+    done = compress("run", *arguments, f"run_dir={tmp_path / 'runs'}")
     assert_one_line_error(done, *parts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stages_that_do_not_chain(tmp_path: Path) -> None:
+def test_stages_that_do_not_chain(compress: Compress, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("data: {name: digits}\nstages: [teacher, prune, quantise_dynamic]\n")
-    done = run_compress("plan", recipe)
+    done = compress("plan", recipe)
     assert_one_line_error(done, "stage prune takes a student, but what comes before it gives a teacher",
                           "did you mean 'quantize_dynamic'")
     recipe.write_text("stages: [teacher\n")
-    assert_one_line_error(run_compress("plan", recipe), "not valid YAML")
+    assert_one_line_error(compress("plan", recipe), "not valid YAML")
     recipe.write_text("stages: {teacher: 1}\n")
-    assert_one_line_error(run_compress("plan", recipe), "list of stages")
+    assert_one_line_error(compress("plan", recipe), "list of stages")
     recipe.write_text("stages: []\n")
-    assert_one_line_error(run_compress("plan", recipe), "stages")
+    assert_one_line_error(compress("plan", recipe), "stages")
     recipe.write_text("stages: [distill]\n")
-    assert_one_line_error(run_compress("plan", recipe), "stage distill takes a teacher")
+    assert_one_line_error(compress("plan", recipe), "stage distill takes a teacher")
 
 
-def test_a_stage_that_occurs_twice_is_addressed_by_its_place(tmp_path: Path) -> None:
+def test_a_stage_that_occurs_twice_is_addressed_by_its_place(compress: Compress, tmp_path: Path) -> None:
     recipe = tmp_path / "twice.yaml"
     recipe.write_text("data: {name: digits}\nstages: [teacher, {distill: {options: {width: 16, stem: small}}}, finetune, "
                       "finetune, package]\n")
-    assert_one_line_error(run_compress("plan", recipe, "finetune.train.epochs=3"), "occurs 2 times", "finetune#1.train")
-    done = run_compress("plan", recipe, "finetune#2.train.epochs=3")
+    assert_one_line_error(compress("plan", recipe, "finetune.train.epochs=3"), "occurs 2 times", "finetune#1.train")
+    done = compress("plan", recipe, "finetune#2.train.epochs=3")
     assert done.returncode == 0 and "3 epochs" in done.stdout and "5 epochs" in done.stdout
-    assert_one_line_error(run_compress("plan", recipe, "finetune#3.train.epochs=3"), "there is no #3")
+    assert_one_line_error(compress("plan", recipe, "finetune#3.train.epochs=3"), "there is no #3")
 
 
-def test_teacher_with_other_classes_is_refused(small_run: Path, tmp_path: Path) -> None:
+def test_teacher_with_other_classes_is_refused(small_run: Path, compress: Compress, tmp_path: Path) -> None:
     from architectures import make
     path = tmp_path / "teacher.pth"
     model = make("slim_resnet18", num_classes=12, width=8, stem="small")
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
     common = ["slim_resnet18_digits", "teacher.options.width=8", "teacher.train.epochs=0", f"teacher.checkpoint={path}"]
-    done = run_compress("plan", *common)
+    done = compress("plan", *common)
     assert_one_line_error(done, "the teacher has 12 classes, the data has 10")
     good = small_run / "01-teacher" / "weights.pth"
-    done = run_compress("plan", *common[:-1], f"teacher.checkpoint={good}")
+    done = compress("plan", *common[:-1], f"teacher.checkpoint={good}")
     assert done.returncode == 0 and "from checkpoint" in done.stdout
     (tmp_path / "bad.pth").write_bytes(good.read_bytes()[:5000])
-    done = run_compress("plan", *common[:-1], f"teacher.checkpoint={tmp_path / 'bad.pth'}")
+    done = compress("plan", *common[:-1], f"teacher.checkpoint={tmp_path / 'bad.pth'}")
     assert_one_line_error(done, "bad.pth", "not a PyTorch state dict")
 
 
-def test_safetensors_teacher(small_run: Path, tmp_path: Path) -> None:
+def test_safetensors_teacher(small_run: Path, compress: Compress, tmp_path: Path) -> None:
     from safetensors.torch import save_file
     weights = torch.load(small_run / "01-teacher" / "weights.pth", weights_only=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "teacher.safetensors")
     common = ["plan", "slim_resnet18_digits", "teacher.options.width=8", "teacher.train.epochs=0"]
-    assert run_compress(*common, f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}").returncode == 0
+    assert compress(*common, f"teacher.checkpoint={tmp_path / 'teacher.safetensors'}").returncode == 0
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    assert_one_line_error(run_compress(*common, f"teacher.checkpoint={tmp_path / 'bad.safetensors'}"),
+    assert_one_line_error(compress(*common, f"teacher.checkpoint={tmp_path / 'bad.safetensors'}"),
                           "not a safetensors file")
 
 
-def test_folder_that_is_something_else_is_left_alone(tmp_path: Path) -> None:
+def test_folder_that_is_something_else_is_left_alone(compress: Compress, tmp_path: Path) -> None:
     mine = tmp_path / "small" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("three years of work")
-    done = run_compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
+    done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
     assert_one_line_error(done, "already there and not a run's folder")
     assert mine.read_text() == "three years of work" and len(list(mine.parent.iterdir())) == 1
 
 
-def test_unwritable_places(tmp_path: Path) -> None:
+def test_unwritable_places(compress: Compress, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    done = run_compress("run", "slim_resnet18_digits", f"run_dir={tmp_path / 'file'}", *SMALL)
+    done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path / 'file'}", *SMALL)
     assert_one_line_error(done, str(tmp_path / "file"))
 
 
@@ -241,16 +243,16 @@ def test_full_disk_gets_one_line_and_the_run_goes_on_later(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("weights.pth"))
 
 
-def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+def test_two_processes_cannot_share_a_run(compress: Compress, tmp_path: Path) -> None:
     import fcntl
     (tmp_path / "small").mkdir()
     with (tmp_path / "small" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
+        done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
     assert_one_line_error(done, "another process is running it")
 
 
-def test_packaged_accuracy_that_differs_fails_the_run(small_run: Path, tmp_path: Path) -> None:
+def test_packaged_accuracy_that_differs_fails_the_run(small_run: Path, compress: Compress, tmp_path: Path) -> None:
     """Tamper with the packaged weights as a bug would (hashes restated), and run only the evaluation again."""
     import shutil
 
@@ -259,5 +261,5 @@ def test_packaged_accuracy_that_differs_fails_the_run(small_run: Path, tmp_path:
     shutil.rmtree(tmp_path / "small" / "07-evaluate")
     edit_weights(tmp_path / "small" / "submission", lambda weights: weights["fc.bias"].add_(torch.arange(10) * 0.5))
     restate(tmp_path / "small" / "submission")
-    done = run_compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
+    done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
     assert_one_line_error(done, "test images right", "they must be the same", code=1)

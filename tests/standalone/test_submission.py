@@ -13,7 +13,7 @@ import torch
 
 import model_loader
 from compress.stage import TorchModel
-from tests.conftest import run_compress
+from tests.conftest import Compress, assert_one_line_error
 
 FILES = {"compressed_slimresnet18.pth", "trained_pruned_architecture.json", "model_metadata.json", "model.py",
          "model_loader.py", "requirements.txt", "README.md"}
@@ -120,9 +120,10 @@ print(len(one.predictions))
     assert out.strip() == "359"
 
 
-def test_challenge_layout_serves_the_public_harness(small_run: Path, digits_test: Path, tmp_path: Path) -> None:
+def test_challenge_layout_serves_the_public_harness(compress: Compress, small_run: Path, digits_test: Path,
+                                                    tmp_path: Path) -> None:
     out = tmp_path / "challenge"
-    done = run_compress("package", small_run, "--out", out, "--layout", "challenge", "--username", "ada", "--teamname",
+    done = compress("package", small_run, "--out", out, "--layout", "challenge", "--username", "ada", "--teamname",
                         "engines")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in out.iterdir()} == {
@@ -155,11 +156,11 @@ with torch.no_grad():
     assert abs(int(correct) - results["details"]["accuracy"]["correct"]) <= 1  # ToTensor rounds in another order
 
 
-def test_package_verb_refuses_what_it_cannot_do(small_run: Path, submission: Path, tmp_path: Path) -> None:
-    from tests.conftest import assert_one_line_error
-    assert_one_line_error(run_compress("package", small_run, "--out", submission), "already there")
-    assert_one_line_error(run_compress("package", tmp_path, "--out", tmp_path / "x"), "not a run's folder")
-    assert_one_line_error(run_compress("package", small_run, "--out", tmp_path / "x", "--layout", "zip"), "layout")
+def test_package_verb_refuses_what_it_cannot_do(compress: Compress, small_run: Path, submission: Path,
+                                                tmp_path: Path) -> None:
+    assert_one_line_error(compress("package", small_run, "--out", submission), "already there")
+    assert_one_line_error(compress("package", tmp_path, "--out", tmp_path / "x"), "not a run's folder")
+    assert_one_line_error(compress("package", small_run, "--out", tmp_path / "x", "--layout", "zip"), "layout")
     assert not (tmp_path / "x").exists()
 
 
