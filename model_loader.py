@@ -265,8 +265,9 @@ class FunctionLayer(Layer):
 
 def _layer(*types: str, base: type[Layer] = Layer, input_count: tuple[int, int] = (1, 1), **fields: Any) -> type[Layer]:
     """A row of the table; a field is a type, or (type, default)."""
+    fields["type"] = Literal[types]
     defined: dict[str, Any] = {key: field if isinstance(field, tuple) else (field, ...) for key, field in fields.items()}
-    kind: type[Layer] = create_model(types[0], __base__=base, **{"type": (Literal[types], ...)}, **defined)
+    kind: type[Layer] = create_model(types[0], __base__=base, **defined)
     kind.input_count = input_count
     return kind
 
