@@ -253,13 +253,14 @@ class _Run:
         produced = stage.run(self.outputs[-1] if self.outputs else None, context)
         produced.save(folder)
         self._load_output(stage, name)  # as a resumed run would, so that both go on from the same
-        seconds = max(time.monotonic() - begin, context.training_seconds)
+        seconds_of_extras = sum(extra_seconds for _, extra_seconds in context.extra_models.values())
+        seconds = max(time.monotonic() - begin - seconds_of_extras, context.training_seconds)
         rows = [self._measure(self.outputs[-1], folder, name.partition("-")[2], seconds)]
-        for label, extra in context.extra_models.items():
+        for label, (extra, extra_seconds) in context.extra_models.items():
             (folder / label).mkdir(exist_ok=True)
             extra.save(folder / label)
             rows.append(self._measure(TorchModel.load(folder / label), folder / label,
-                                      f"{name.partition('-')[2]} ({label})", 0.0))
+                                      f"{name.partition('-')[2]} ({label})", extra_seconds))
         record = StageRecord(stage=name, key=key, config=stage.model_dump(mode="json"), notes=context.notes,
                              warnings=context.warnings, rows=rows)
         write_json(folder / "stage.json", record.model_dump(mode="json"))

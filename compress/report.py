@@ -59,7 +59,7 @@ def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
-    models = [row for row in rows if row.split == "validation"]
+    models = [row for row in rows if row.split == "validation" and row.stage != "package"]  # the same model again
     sizes = [row.size_bytes / 2**20 for row in models]
     main = [index for index, row in enumerate(models) if "(control)" not in row.stage]
     left.plot([sizes[i] for i in main], [100 * models[i].accuracy for i in main], color="0.75", zorder=1)

@@ -126,7 +126,7 @@ class Context:
     measurements: dict[str, Any]  # the latest ledger row, as numbers by name
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    extra_models: dict[str, TorchModel] = field(default_factory=dict)  # by label; measured too, as rows of their own
+    extra_models: dict[str, tuple[TorchModel, float]] = field(default_factory=dict)  # by label, with seconds; own rows
     training_seconds: float = 0.0  # of all sittings
 
     def note(self, key: str, value: Any) -> None:

@@ -49,9 +49,9 @@ class Distill(Stage):
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             targets = cache
 
-        def trained(label: str, loss: Loss) -> tuple[TorchModel, float]:
+        def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
             architecture, student = self._student(context.splits.card, context.seed)
-            context.training_seconds += train(
+            seconds = train(
                 student, data, loss, recipe, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
             details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
@@ -59,13 +59,14 @@ class Distill(Stage):
                        "alpha": self.alpha, "dataset": context.splits.card.name, "seed": context.seed}
             described = carry_over(describe(student, architecture.input_shape), architecture,
                                    compression_steps=[self.history], training_details=details)
-            return TorchModel(student, described), accuracy_of(student, data.validation, data.preprocessing)
+            return TorchModel(student, described), accuracy_of(student, data.validation, data.preprocessing), seconds
 
         smoothing = self.train.label_smoothing
-        student, accuracy = trained("student", distill(targets, self.temperature, self.alpha, smoothing))
+        student, accuracy, context.training_seconds = trained(
+            "student", distill(targets, self.temperature, self.alpha, smoothing))
         if self.control:
-            control, without = trained("control", cross_entropy(smoothing))
-            context.extra_models["control"] = control
+            control, without, seconds = trained("control", cross_entropy(smoothing))
+            context.extra_models["control"] = control, seconds
             gain, images = accuracy - without, len(data.validation)
             context.note("gain_over_control", {"fraction": round(gain, 4), "images": round(gain * images)})
             if gain <= 0:

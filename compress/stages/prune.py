@@ -65,7 +65,10 @@ class Prune(Stage):
         context.note("channels", {name: [original[name], after[name]] for name in original})
         context.note("parameters", [count_parameters(module) for module in (model.module, pruned)])
         context.note("macs", [count_macs(module, shape) for module in (model.module, pruned)])
-        context.note("latency", _interleaved_latency(model.module, pruned, shape))
+        latency = _interleaved_latency(model.module, pruned, shape)
+        context.note("latency", latency)
+        context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; latency, timed in turns, "
+                            f"{latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms ({latency['ratio']:.2f}x)")
         steps = [*model.architecture.compression_steps, self.history]
         architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=self.ratio,
                                   compression_steps=steps)

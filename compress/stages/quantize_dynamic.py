@@ -29,6 +29,9 @@ class QuantizeDynamic(Stage):
         if model.is_int8:
             raise UserError("quantize_dynamic: the model is int8 already")
         quantized, coverage = quantize_dynamic(model.module.cpu(), self.exclude)
+        floats = [f"{row.layer} stays float32 ({row.reason})" for row in coverage if row.dtype != "int8"]
+        context.tracker.say(f"  {len(coverage) - len(floats)} of {len(coverage)} layers are int8" + "".join(
+            f"; {text}" for text in floats))
         context.note("coverage", [dataclasses.asdict(row) for row in coverage])
         steps = [*model.architecture.compression_steps, self.history]
         architecture = carry_over(describe(quantized, model.architecture.input_shape), model.architecture,

@@ -77,6 +77,19 @@ def test_update_redoes_only_what_the_change_touches(small_run: Path, compress: C
     assert ledger(copied)[:2] == ledger(small_run)[:2] and ledger(copied)[2] != ledger(small_run)[2]
 
 
+def test_challenge_layout_in_a_recipe_is_scored_too(small_run: Path, compress: Compress, tmp_path: Path) -> None:
+    import shutil
+    shutil.copytree(small_run, tmp_path / "small")
+    done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL, "package.layout=challenge",
+                    "package.username=ada", "--update")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "small"
+    assert json.loads((folder / "submission" / "metadata.json").read_text())["username"] == "ada"
+    assert not (folder / "submission" / "model.py").exists()
+    scored, before = (json.loads((path / "results.json").read_text()) for path in (folder, small_run))
+    assert scored["accuracy"] == before["accuracy"]
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/weights.pth")}
 
