@@ -24,9 +24,12 @@ import keyword
 import operator
 import os
 import platform
+import struct
 import sys
 import tempfile
 import time
+import types
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
@@ -38,6 +41,13 @@ from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, SerializerF
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+if __name__ not in sys.modules:
+    # Panels load this file by path, often without registering it; dataclasses and pydantic look their module up there.
+    class _Unregistered(types.ModuleType):
+        __dict__ = property(lambda self: globals())
+
+    sys.modules[__name__] = _Unregistered(__name__)
 
 ARCHITECTURE_FILE = "trained_pruned_architecture.json"
 METADATA_FILE = "model_metadata.json"
@@ -125,6 +135,8 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, Field(ge=0, le=2**16)]],
                     BeforeValidator(_pair)]
+# A path inside the submission; that it does not leave it through ".." or a link is checked when it is opened.
+FileName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_./ -]*\z", max_length=200)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=200)]
 # Layer names become attribute paths of generated code (torch.fx), hence the tight alphabet.
@@ -181,14 +193,14 @@ class ModelMetadata(BaseModel):
     architecture: str
     num_classes: Size
     class_names: list[str]
-    architecture_file: str = ARCHITECTURE_FILE
-    weights_file: str
+    architecture_file: FileName = ARCHITECTURE_FILE
+    weights_file: FileName
     input_shape: tuple[Size, Size, Size]
     preprocessing: Preprocessing
     quantization: Quantization
     parameters: int
     macs: int
-    files: dict[str, FileRecord]
+    files: dict[FileName, FileRecord]
     accuracy: dict[str, Any] = {}
     latency: dict[str, Any] = {}
     versions: dict[str, str] = {}
@@ -197,6 +209,9 @@ class ModelMetadata(BaseModel):
     def _names_match(self) -> ModelMetadata:
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names, num_classes is {self.num_classes}")
+        for name in (self.architecture_file, self.weights_file):
+            if name not in self.files:
+                raise ValueError(f"files does not state the hash of {name}")
         return self
 
 
@@ -281,7 +296,7 @@ LAYERS = (
     _layer("Int8Conv2d", **_CONV),
     _layer("Int8Linear", in_features=Size, out_features=Size),
     _layer("BatchNorm1d", "BatchNorm2d", num_features=Size, eps=(float, 1e-5), momentum=(float | None, 0.1),
-           affine=(bool, True), track_running_stats=(bool, True)),
+           affine=(bool, True), track_running_stats=(Literal[True], True)),  # else it would depend on the batch
     _layer("GroupNorm", num_groups=Size, num_channels=Size, eps=(float, 1e-5), affine=(bool, True)),
     _layer("ReLU", "ReLU6", "SiLU", "Hardswish", "Hardsigmoid", "Sigmoid", "Tanh", "Identity"),
     _layer("LeakyReLU", negative_slope=(float, 0.01)),
@@ -323,15 +338,20 @@ class Architecture(Strict):
 
     @model_validator(mode="after")
     def _is_a_graph(self) -> Architecture:
-        known, used = {"input"}, set()
+        known, used = {"input"}, set[str]()
+        branches: set[str] = set()
         for layer in self.layers:
             if layer.name in known:
                 raise ValueError(f"layer {layer.name}: the name is used twice")
+            parts = layer.name.split(".")
+            branches.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
             for source in layer.inputs:
                 if source not in known:
                     raise ValueError(f"layer {layer.name}: input {source!r} is no earlier layer")
             used.update(layer.inputs)
             known.add(layer.name)
+        if known & branches:
+            raise ValueError(f"layer {min(known & branches)}: other layers lie inside it")
         dangling = known - used - {self.layers[-1].name}
         if dangling:
             raise ValueError(f"layer {min(dangling)}: nothing uses its output")
@@ -371,26 +391,22 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
         node.meta["layer"] = layer.name
         nodes[layer.name] = node
     graph.output(node)
-    try:
-        return fx.GraphModule(modules, graph, class_name=architecture.model_type)
-    except (KeyError, TypeError, RuntimeError) as error:  # "layer1" beside "layer1.0", for instance
-        raise VerificationError(f"architecture {architecture.model_type}: its layer names do not form a tree of "
-                                f"modules: {first_line(error)}") from error
+    return fx.GraphModule(modules, graph, class_name=architecture.model_type)
 
 
 def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Runs the graph on the meta device, which allocates nothing, and returns each layer's output shape for one image.
 
     Raises:
-        VerificationError: a layer cannot take what its inputs give (named), an output is absurdly large, or the last
-            layer's shape is not the declared one.
+        VerificationError: a layer cannot take what its inputs give (named), mixes the images of a batch, or is
+            absurdly large; or the last layer's shape is not the declared one.
     """
     import torch
 
     shapes: dict[str, tuple[int, ...]] = {}
     count = 0
     with torch.device("meta"), torch.no_grad():
-        values = {"input": torch.empty(1, *architecture.input_shape)}
+        values = {"input": torch.empty(2, *architecture.input_shape)}
         for layer in architecture.layers:
             inputs = [values[name] for name in layer.inputs]
             try:
@@ -403,8 +419,10 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
                     output = module(*inputs)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
-            if output.numel() > MAX_ACTIVATION_ELEMENTS:
-                raise VerificationError(f"layer {layer.name}: an output of {output.numel():,} elements is over the "
+            if output.dim() < 2 or len(output) != 2:
+                raise VerificationError(f"layer {layer.name}: it mixes the images of a batch")
+            if output.numel() > 2 * MAX_ACTIVATION_ELEMENTS:
+                raise VerificationError(f"layer {layer.name}: an output of {output.numel() // 2:,} elements is over the "
                                         f"limit of {MAX_ACTIVATION_ELEMENTS:,}")
             if count > MAX_WEIGHT_ELEMENTS:
                 raise VerificationError(f"layer {layer.name}: {count:,} weights up to here are over the limit of "
@@ -534,8 +552,12 @@ def load_tensors(path: Path) -> Any:
     if not path.is_file():
         raise VerificationError(f"{path}: there is no such file")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise VerificationError(f"{path}: its members are compressed, which torch.save never does")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError,
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, struct.error,
             torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
         raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
                                 f"{first_line(error)}") from error
@@ -562,10 +584,11 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
         VerificationError: the weights do not bear out the architecture; the first tensor at fault is named.
     """
     import torch
-    check_shapes(architecture)
     with torch.device("meta"):
         model = build(architecture)
     expected = model.state_dict()
+    if not expected:
+        raise VerificationError(f"{where}: the architecture has no layer with weights")
     for name in expected.keys() - weights.keys():
         raise VerificationError(f"{where}: tensor {name} is missing")
     for name in weights.keys() - expected.keys():
@@ -616,7 +639,42 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
         if getattr(metadata, key) != getattr(architecture, key):
             raise VerificationError(f"{folder}: {key} is {getattr(metadata, key)} in {METADATA_FILE} and "
                                     f"{getattr(architecture, key)} in {metadata.architecture_file}")
+    if metadata.architecture != architecture.model_type:
+        raise VerificationError(f"{folder}: the architecture is {metadata.architecture} in {METADATA_FILE} and "
+                                f"{architecture.model_type} in {metadata.architecture_file}")
     return SubmissionFiles(folder, metadata, architecture, inside(folder, metadata.weights_file))
+
+
+def open_submission(files: SubmissionFiles) -> nn.Module:
+    """The submission's model, after checking that it bears out what the metadata claims of it.
+
+    Raises:
+        VerificationError: weights, counts or the table of int8 layers are not as stated.
+    """
+    metadata, architecture = files.metadata, files.architecture
+    model = open_model(architecture, files.weights)
+    for claim, stated, counted in (("parameters", metadata.parameters, count_parameters(model)),
+                                   ("macs", metadata.macs, count_macs(model, metadata.input_shape))):
+        if stated != counted:
+            raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
+    weighted = {layer.name: layer.type.startswith("Int8") for layer in architecture.layers if layer.width}
+    stated_int8 = {name: text.startswith("int8") for name, text in metadata.quantization.layers.items()}
+    scheme = "dynamic_int8" if any(weighted.values()) else "none"
+    if stated_int8 != weighted or metadata.quantization.scheme != scheme:
+        odd = min((name for name in weighted.keys() | stated_int8.keys() if weighted.get(name) != stated_int8.get(name)),
+                  default="scheme")
+        raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are ({odd})")
+    return model
+
+
+def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModule:
+    """The verified model of an architecture and a weights file, whose sizes are checked before the file is read.
+
+    Raises:
+        VerificationError: the weights do not bear out the architecture.
+    """
+    check_shapes(architecture)
+    return load_verified(architecture, read_weights(weights), str(weights))
 
 
 def load_model(model_path: str | Path) -> nn.Module:
@@ -631,12 +689,11 @@ def load_model(model_path: str | Path) -> nn.Module:
     """
     path = Path(model_path)
     if path.is_dir():
-        files = read_submission(path)
-        return load_verified(files.architecture, read_weights(files.weights), str(files.weights))
+        return open_submission(read_submission(path))
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     architecture = read_json(path.parent / ARCHITECTURE_FILE, Architecture)
-    return load_verified(architecture, read_weights(path), str(path))
+    return open_model(architecture, path)
 
 
 # -------------------------------------------------------------------------------------------------------- images
@@ -848,23 +905,18 @@ def score(size_mb: float, latency_ms: float, accuracy_percent: float, baseline_s
             "total_score": 0.3 * size + 0.3 * latency + 0.4 * accuracy}
 
 
-def guarded_score(scores: dict[str, float], accuracy: float, num_classes: int) -> float:
-    """The total with each ratio capped at RATIO_CAP, and zero for a model that is no better than guessing.
+def guarded_score(scores: dict[str, float], accuracy: float, num_classes: int, floor: float = 0.0) -> float:
+    """The total with each ratio capped at RATIO_CAP, and zero for a model no better than guessing, or below a floor.
 
-    The plain ratios are unbounded: a tiny network with random answers wins. `accuracy` is a fraction.
+    The plain ratios are unbounded: a tiny network with random answers wins. `accuracy` and `floor` are fractions.
     """
-    if accuracy <= 1 / num_classes:
+    if accuracy <= 1 / num_classes or accuracy < floor:
         return 0.0
     size, latency, right = (min(scores[key], RATIO_CAP) for key in ("size_score", "latency_score", "accuracy_score"))
     return 0.3 * size + 0.3 * latency + 0.4 * right
 
 
 RESULT_KEYS = ("model_size", "latency", "accuracy", "size_score", "latency_score", "accuracy_score", "total_score")
-
-
-def accuracy_batch_size(files: SubmissionFiles) -> int:
-    """1 for dynamically quantized models, as panels measure them; else 64, which is faster and changes nothing."""
-    return 1 if files.metadata.quantization.scheme == "dynamic_int8" else 64
 
 
 def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseline_size: float = 50.0,
@@ -886,18 +938,19 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
         odd = sorted(set(classes) ^ set(metadata.class_names))
         raise VerificationError(f"{data_dir}: {len(classes)} classes, the submission was trained on "
                                 f"{metadata.num_classes}" + (f"; not in both: {', '.join(odd[:3])}" if odd else ""))
-    model = load_verified(files.architecture, read_weights(files.weights), str(files.weights))
+    model = open_submission(files)
 
     threads = 1  # one core: comparable between machines, and the least noisy on shared ones
     latency = measure_latency(model, metadata.input_shape, threads=threads)
-    batch_size = accuracy_batch_size(files)
+    batch_size = 1  # as panels measure: images come class by class, and a batch would give the class away
     with torch_threads(threads):
         accuracy = measure_accuracy(model, image_batches(images, metadata.preprocessing, batch_size),
                                     metadata.preprocessing, len(images), progress)
     size_bytes = files.weights.stat().st_size
     scores = score(size_bytes / 2**20, latency.mean_ms, 100 * accuracy.fraction, baseline_size, baseline_latency,
                    baseline_accuracy)
-    needed = size_bytes + inside(files.folder, metadata.architecture_file).stat().st_size
+    needed = sum(path.stat().st_size for path in (files.weights, files.folder / metadata.architecture_file,
+                                                  files.folder / METADATA_FILE))
     guarded = scores | {"size_score": baseline_size / (needed / 2**20)}
     return {
         "model_size": size_bytes / 2**20, "latency": latency.mean_ms, "accuracy": 100 * accuracy.fraction, **scores,

@@ -6,15 +6,15 @@ are taken too: `torchvision:resnet50`, `timm:resnest14d`, or bare (`resnet50`), 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from metadata.closest import closest
 from model_loader import UserError
 
 NOT_FAMILIES = {"describe", "source", "timm_bridge"}
@@ -32,12 +32,6 @@ def families() -> dict[str, Callable[..., nn.Module]]:
 def names() -> list[str]:
     """Names of the project's own models."""
     return sorted(families())
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for messages about unknown names, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def make(name: str, *, num_classes: int, pretrained: bool = False, **options: Any) -> nn.Module:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import fx, nn
 
 from model_loader import (LAYER_TABLE, Architecture, Layer, PruningInfo, UserError,
-                          describe_validation_error, first_line, int8_layers)
+                          build, describe_validation_error, first_line, int8_layers)
 
 Lowered = tuple[str, list[fx.Node], dict[str, Any]]  # layer type, its inputs, its options
 
@@ -32,11 +32,12 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     Raises:
         UserError: the model cannot be traced, or uses something outside the table; the layer is named.
     """
-    graph = model.graph if isinstance(model, fx.GraphModule) else _trace(model)
-    graph = copy.deepcopy(graph)
+    traced = not isinstance(model, fx.GraphModule)
+    graph: fx.Graph = copy.deepcopy(model.graph if isinstance(model, fx.GraphModule) else _trace(model))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     names: dict[fx.Node, str] = {}
-    layers = []
+    called: set[str] = set()
+    layers: list[dict[str, Any]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
             if names:
@@ -47,15 +48,48 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
                 raise UserError("the model's output must be one tensor of logits, got a structure")
         elif not _is_size_arithmetic(node):
             kind, inputs, options = _lower(node, model)
-            names[node] = _unique_name(node, model, set(names.values()))
+            if any(source not in names for source in inputs):
+                raise UserError(f"layer {node.name}: it uses a tensor's shape or attribute as data, which is not in the "
+                                "layer table; as a teacher the model works")
+            if node.op == "call_module" and node.target in called and model.get_submodule(str(node.target)).state_dict():
+                raise UserError(f"layer {node.target} is used twice; layers that share weights are not in the layer table")
+            if node.op == "call_module" and node.target in names.values() and node.target not in called \
+                    and model.get_submodule(str(node.target)).state_dict():
+                raise UserError(f"layer {node.target}: the graph's input or an operation has that name; rename the module")
+            called.add(str(node.target) if node.op == "call_module" else "")
+            names[node] = _unique_name(node, set(names.values()))
             layers.append({"name": names[node], "type": kind, "inputs": [names[source] for source in inputs], **options})
     try:
         classes = _output_width(model, input_shape)
-        return Architecture.model_validate({
+        architecture = Architecture.model_validate({
             "schema": 1, "model_type": model_type or type(model).__name__, "num_classes": classes,
             "input_shape": input_shape, "output_shape": [classes], "layers": layers})
     except ValidationError as error:
         raise UserError(f"the model cannot be described: {describe_validation_error(error)}") from error
+    if traced:
+        _check_same(model, architecture)
+    return architecture
+
+
+def _check_same(model: nn.Module, architecture: Architecture) -> None:
+    """Holds what was described to the model itself, on three random images: lowering must not lose an argument."""
+    original = copy.deepcopy(model).cpu().eval()
+    rebuilt = build(architecture).eval()
+    try:
+        rebuilt.load_state_dict(original.state_dict(), strict=True)
+    except RuntimeError as error:
+        raise UserError("the model cannot be described: it has weights that its forward pass does not use "
+                        f"({' '.join(str(error).split())[:200]})") from error
+    images = torch.randn(3, *architecture.input_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            expected, got = original(images), rebuilt(images)
+    except RuntimeError as error:
+        raise UserError(f"the model cannot be described: it does not take a batch of three: {first_line(error)}") from error
+    scale = 1e-4 * float(expected.abs().max())
+    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True):
+        raise UserError("the model cannot be described: rebuilt from its layers it computes something else (a reshape, an "
+                        "in-place operation or an argument that the layer table does not hold); as a teacher it works")
 
 
 def carry_over(architecture: Architecture, previous: Architecture, **changes: Any) -> Architecture:
@@ -110,19 +144,17 @@ def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     try:
         with torch.no_grad():
             output = shadow(torch.empty(1, *input_shape, device="meta"))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise UserError(f"the model does not take images of shape {list(input_shape)}: {first_line(error)}") from error
     if output.dim() != 2:
         raise UserError(f"the model's output must be logits (N, classes), got shape {list(output.shape)}")
     return int(output.shape[1])
 
 
-def _unique_name(node: fx.Node, model: nn.Module, taken: set[str]) -> str:
+def _unique_name(node: fx.Node, taken: set[str]) -> str:
     name = str(node.target) if node.op == "call_module" else node.name
     if name not in taken:
         return name
-    if node.op == "call_module" and model.get_submodule(name).state_dict():
-        raise UserError(f"layer {name} is used twice; layers that share weights are not in the layer table")
     number = 1
     while f"{name}_{number}" in taken:
         number += 1
@@ -184,7 +216,7 @@ def _plain(kind: str) -> Callable[[fx.Node], Lowered]:
 
 def _binary(kind: str) -> Callable[[fx.Node], Lowered]:
     def lower(node: fx.Node) -> Lowered:
-        if len(_tensors(node)) != 2 or any(key != "inplace" for key in node.kwargs):
+        if len(node.args) != 2 or len(_tensors(node)) != 2 or node.kwargs:
             raise UserError(f"layer {node.name}: {kind} takes two tensors here; constants are not in the layer table")
         return kind, _tensors(node), {}
     return lower
@@ -206,8 +238,9 @@ def _reshape(node: fx.Node) -> Lowered:
 
 def _is_size_arithmetic(node: fx.Node) -> bool:
     """x.size(0) and x.shape[0], which only feed the reshape above and have no layer of their own."""
-    shape_calls = (node.op == "call_method" and node.target == "size") or node.target is getattr
-    return bool(shape_calls) or (node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+    size = node.op == "call_method" and node.target == "size"
+    shape = bool(node.target is getattr and node.args[1] == "shape")
+    return size or shape or (node.target is operator.getitem and isinstance(node.args[0], fx.Node)
                            and _is_size_arithmetic(node.args[0]))
 
 
@@ -225,12 +258,20 @@ def _concat(node: fx.Node) -> Lowered:
 
 def _pool(kind: str) -> Callable[[fx.Node], Lowered]:
     def lower(node: fx.Node) -> Lowered:
-        kernel = _argument(node, 1, "kernel_size", None)
-        stride = _argument(node, 2, "stride", None) or kernel
-        options = {"kernel_size": kernel, "stride": stride, "padding": _argument(node, 3, "padding", 0)}
-        return kind, [node.args[0]], options | {  # type: ignore[list-item]
-            key: value for key, value in node.kwargs.items() if key in ("ceil_mode", "count_include_pad", "dilation")}
+        options = {name: _argument(node, position, name, default) for position, (name, default) in enumerate(
+            POOL_ARGUMENTS[kind].items(), start=1)}
+        if options.pop("divisor_override", None) is not None or options.pop("return_indices", False):
+            raise UserError(f"layer {node.name}: {kind} with divisor_override or return_indices is not in the layer table")
+        options["stride"] = options["stride"] or options["kernel_size"]
+        return kind, _tensors(node)[:1], options
     return lower
+
+
+POOL_ARGUMENTS: dict[str, dict[str, Any]] = {  # in the order of torch.nn.functional
+    "MaxPool2d": {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
+                  "return_indices": False},
+    "AvgPool2d": {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True,
+                  "divisor_override": None}}
 
 
 def _adaptive_pool(node: fx.Node) -> Lowered:

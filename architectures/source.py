@@ -106,6 +106,7 @@ def _forward(architecture: Architecture) -> str:
         for name in layer.inputs:
             uses.setdefault(name, []).append(index)
     variables = {"input": "input"}
+    taken: set[str] = set()
     lines: list[str] = []
     block = ""
     for index, layer in enumerate(architecture.layers):
@@ -114,10 +115,20 @@ def _forward(architecture: Architecture) -> str:
             lines.append(f"        # {block}")
         # A value that only the next line needs is called x; one that is needed later keeps a name of its own.
         short_lived = uses.get(layer.name, [index + 1]) == [index + 1]
-        variables[layer.name] = "x" if short_lived else re.sub(r"\W", "_", layer.name)
+        variables[layer.name] = "x" if short_lived else _variable(layer.name, taken)
         lines.append(f"        {variables[layer.name]} = {_call(layer, [variables[name] for name in layer.inputs])}")
     lines.append(f"        return {variables[architecture.layers[-1].name]}")
     return "\n".join(lines)
+
+
+def _variable(name: str, taken: set[str]) -> str:
+    """A fresh name that no keyword, import or other layer's output has."""
+    base = "out_" + re.sub(r"\W", "_", name)
+    variable = base
+    while variable in taken:
+        variable += "_"
+    taken.add(variable)
+    return variable
 
 
 def _call(layer: Layer, inputs: list[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from architectures import closest
+from metadata.closest import closest
 from model_loader import UserError, first_line
 
 
@@ -41,8 +41,8 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
             model = _torchvision(bare, num_classes, pretrained, options)
         else:
             model = _timm(name, bare, num_classes, pretrained, known, options)
-    except TypeError as error:
-        raise UserError(f"model {name}: {first_line(error)}") from error
+    except (TypeError, ValueError, AssertionError, LookupError) as error:  # the zoos' ways to refuse an option
+        raise UserError(f"model {name}: its builder refuses the options {options}: {first_line(error)}") from error
     if stem == "small":
         _use_small_stem(model, name)
     elif stem != "imagenet":

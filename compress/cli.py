@@ -114,7 +114,10 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
             key, equals, value = option.partition("=")
             if not equals:
                 raise UserError(f"{option!r}: expected key=value, such as width=16")
-            settings[key] = yaml.safe_load(value)
+            try:
+                settings[key] = yaml.safe_load(value)
+            except yaml.YAMLError as error:
+                raise UserError(f"{option!r}: not a YAML value") from error
         shape_text = str(settings.pop("input_shape", "3,224,224"))
         try:
             channels, height, width = (int(part) for part in shape_text.split(","))
@@ -130,13 +133,15 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
 @app.command()
 def package(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/my_run")],
             out: Annotated[Path, typer.Option("--out", help="the folder to write; it must not exist")],
-            layout: Annotated[str, typer.Option(help="toolkit or challenge")] = "toolkit",
-            username: Annotated[str, typer.Option(help="challenge layout")] = "",
-            teamname: Annotated[str, typer.Option(help="challenge layout")] = "") -> None:
+            layout: Annotated[str | None, typer.Option(help="toolkit or challenge; the recipe's unless given")] = None,
+            username: Annotated[str | None, typer.Option(help="challenge layout; the recipe's unless given")] = None,
+            teamname: Annotated[str | None, typer.Option(help="challenge layout; the recipe's unless given")] = None,
+            ) -> None:
     """Package a finished run's last model again, elsewhere or in another layout."""
     from compress.pipeline import package_run
 
-    package_run(run_folder, out, {"layout": layout, "username": username, "teamname": teamname})
+    given = {"layout": layout, "username": username, "teamname": teamname}
+    package_run(run_folder, out, {key: value for key, value in given.items() if value is not None})
     typer.echo(f"submission: {out}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from metadata.closest import closest
 from model_loader import UserError, describe_validation_error, first_line
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,7 +34,7 @@ class DataConfig(Config):
     mean: list[float] | None = Field(None, description="a channel; the set's own unless given")
     std: list[float] | None = Field(None, description="a channel; the set's own unless given")
     skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")
-    memory_limit_gb: float = Field(4.0, gt=0, description="decoded sets above this stream from disk")
+    memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more stream from disk")
 
 
 class TrainConfig(Config):
@@ -63,14 +63,14 @@ class RunConfig(Config):
     recipe: str = Field(description="the recipe it came from")
     name: str = Field(description="the run's folder below run_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     run_dir: Path = Field(Path("runs"), description="where runs are kept")
-    seed: int = Field(0, ge=0, description="of the split, the weights, the order and the augmentation")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the split, the weights, the order and the augmentation")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     threads: int = Field(0, ge=0, description="CPU threads; 0: all that the process may use")
     data: DataConfig = DataConfig()
     stages: list[dict[str, dict[str, Any]]] = Field(min_length=1, description="stage names with their settings, in order")
 
     def difference(self, other: RunConfig) -> list[str]:
-        """Keys whose values differ and change results, `a.b: 1 -> 2`."""
+        """Keys that say what is run and whose values differ, `a.b: 1 -> 2`; not where or on how many threads."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         ignored = {"run_dir", "threads", "device", "recipe"}
         return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in sorted(mine.keys() | theirs.keys())
@@ -84,12 +84,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {key: leaf for name, part in value.items()
                 for key, leaf in _flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()}
     return {prefix: value}
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?', or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def recipe_names() -> list[str]:

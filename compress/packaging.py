@@ -76,9 +76,21 @@ class Package:
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)
         else:  # the challenge's harness takes the first match of model.* for the weights
-            write_atomically(folder / "model.py", source(self.architecture, self.weights_file).encode())
+            write_atomically(folder / "model.py", self._checked_source().encode())
             write_atomically(folder / "README.md", self._card((folder / self.weights_file).stat().st_size).encode())
         write_json(folder / METADATA_FILE, self._metadata(folder))
+
+    def _checked_source(self) -> str:
+        """The text of model.py, after running it once: it must be the same network."""
+        text = source(self.architecture, self.weights_file)
+        namespace: dict[str, Any] = {}
+        exec(compile(text, "model.py", "exec"), namespace)
+        again = namespace[self.architecture.model_type]().eval()
+        again.load_state_dict(self.model.state_dict(), strict=True)
+        images = torch.randn(2, *self.architecture.input_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.allclose(again(images), self.model(images), rtol=1e-4, atol=1e-5), "model.py is another network"
+        return text
 
     def _metadata(self, folder: Path) -> dict[str, Any]:
         files = {path.name: {"sha256": model_loader.sha256(path), "bytes": path.stat().st_size}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import fcntl
@@ -11,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +30,11 @@ from loaders import load
 from loaders.arrays import Request, Splits
 from metadata.files import write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
-from model_loader import (UserError, accuracy_batch_size, count_macs, count_parameters, load_model, machine,
+from model_loader import (UserError, count_macs, count_parameters, load_model, machine,
                           measure_accuracy, measure_latency, read_json, read_submission, torch_threads, versions)
 
 PROJECT = Path(__file__).parents[1]
+SHOW_ONLY = {"__main__", "cli", "report", "trackers"}  # files of compress/ that cannot change a stage's result
 
 
 # ---------------------------------------------------------------------------------------------------------- plan
@@ -156,6 +156,11 @@ def run(config: RunConfig, console: Console, update: bool = False) -> Outcome:
     """
     torch.set_num_threads(threads(config))
     tracker = Tracker(console)
+    if (config.run_dir / config.name / "run.json").is_file():
+        before = _settings_of(config.run_dir / config.name)
+        if (threads(before), before.device) != (threads(config), config.device):
+            tracker.warn(f"this run began on {threads(before)} threads, device {before.device}: a training that goes on "
+                         f"with {threads(config)}, device {config.device}, does not end with the same bits")
     plan = make_plan(config, tracker)
     folder = config.run_dir / config.name
     with _claimed(folder, config, update):
@@ -167,10 +172,7 @@ def _claimed(folder: Path, config: RunConfig, update: bool) -> Iterator[None]:
     """The folder, for this process alone and for this configuration."""
     settings = folder / "run.json"
     if settings.is_file():
-        try:
-            before = RunConfig.model_validate(json.loads(settings.read_text())["config"])
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{settings}: not a run's settings; move the folder away, or choose name=OTHER") from error
+        before = _settings_of(folder)
         difference = config.difference(before)
         if difference and not update:
             raise UserError(f"{folder} already holds another run ({', '.join(difference[:4])}"
@@ -189,6 +191,17 @@ def _claimed(folder: Path, config: RunConfig, update: bool) -> Iterator[None]:
         yield
 
 
+def _settings_of(folder: Path) -> RunConfig:
+    """The configuration of the run in a folder."""
+    path = folder / "run.json"
+    try:
+        return RunConfig.model_validate(json.loads(path.read_text())["config"])
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a run's folder (no run.json in it)") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a run's settings; move the folder away, or choose name=OTHER") from error
+
+
 class _Run:
     """The state of one run: which stages are done, and what they gave."""
 
@@ -200,12 +213,14 @@ class _Run:
         self.rows: list[LedgerRow] = []
         self.outputs: list[Artifact] = []
         self.warnings = list(self.splits.warnings)
+        self.latest: LedgerRow | None = None  # of the model that the next stage gets
 
     def run(self) -> Outcome:
         for text in self.splits.warnings:
             self.tracker.warn(text)
         card = self.splits.card
         write_json(self.folder / "card.json", card.model_dump(mode="json"))
+        self._remove_stages_after(0, keep={name for name, _ in self.plan.stages})
         key = _hash({"card": card.model_dump(mode="json"), "seed": self.config.seed,
                      "validation_fraction": self.config.data.validation_fraction})
         for number, (name, stage) in enumerate(self.plan.stages, start=1):
@@ -219,6 +234,7 @@ class _Run:
                 self.tracker.say(f"{title}: {self.plan.sketch.lines[number - 1]}")
                 record = self._run_stage(stage, name, key)
             self.rows += record.rows
+            self.latest = record.rows[0]
             self.warnings += record.warnings
             write_csv(self.folder / "ledger.csv", [row.model_dump() for row in self.rows])
         last = self.outputs[-1]
@@ -235,6 +251,12 @@ class _Run:
         record: StageRecord = read_json(path, StageRecord)
         return record if record.key == key else None
 
+    def _remove_stages_after(self, number: int, keep: Collection[str] = ()) -> None:
+        """Stage folders with a higher number, but for those to keep: nothing stale may be reported or packaged."""
+        for path in self.folder.glob("[0-9][0-9]-*"):
+            if int(path.name[:2]) > number and path.name not in keep:
+                shutil.rmtree(path)
+
     def _load_output(self, stage: Stage, name: str) -> None:
         _, gives = signature(type(stage))
         self.outputs.append(gives.load(self.folder / name))
@@ -243,10 +265,12 @@ class _Run:
         folder = self.folder / name
         started = folder / "stage.key"
         if not started.is_file() or started.read_text() != key:
-            shutil.rmtree(folder, ignore_errors=True)  # of other settings, or of a stage that took its place
+            self._remove_stages_after(int(name[:2]) - 1)  # of other settings, and what was made from them
             folder.mkdir()
             started.write_text(key)
-        latest = self.rows[-1].model_dump() if self.rows else {}
+        for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
+            leftover.unlink()
+        latest = self.latest.model_dump() if self.latest else {}
         context = Context(self.splits, self.device, self.config.seed, folder, self.folder, self.config.name,
                           dataclasses.replace(self.tracker, folder=folder), self.outputs, latest)
         begin = time.monotonic()
@@ -278,7 +302,7 @@ class _Run:
         if isinstance(artifact, Submission):
             files = read_submission(artifact.folder)
             model, size = load_model(artifact.folder), files.weights.stat().st_size
-            int8 = accuracy_batch_size(files) == 1
+            int8 = files.metadata.quantization.scheme == "dynamic_int8"
         else:
             model, size = artifact.module, (folder / WEIGHTS).stat().st_size
             int8 = isinstance(artifact, TorchModel) and artifact.is_int8
@@ -317,16 +341,13 @@ def _hash(content: dict[str, Any]) -> str:
 
 
 def _source(stage: Stage) -> str:
-    """A hash of the stage's file and of the project's files that it imports: a stage whose code changed runs again."""
-    own = Path(*type(stage).__module__.split(".")).with_suffix(".py")
-    paths = {own}
-    for node in ast.walk(ast.parse((PROJECT / own).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            base = Path(*node.module.split("."))
-            paths |= {path for path in (base.with_suffix(".py"), base / "__init__.py") if (PROJECT / path).is_file()}
+    """A hash of the stage's file and of all that it may call: a stage whose code changed runs again."""
+    own = PROJECT / Path(*type(stage).__module__.split(".")).with_suffix(".py")
+    shared = [path for folder in ("metadata", "loaders", "architectures") for path in (PROJECT / folder).glob("*.py")]
+    mechanics = [path for path in (PROJECT / "compress").glob("*.py") if path.stem not in SHOW_ONLY]
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update((PROJECT / path).read_bytes())
+    for path in sorted([own, PROJECT / "model_loader.py", *shared, *mechanics]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -339,11 +360,10 @@ def package_run(folder: Path, out: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: no such run, no model in it yet, a setting out of range, or a target that exists.
     """
-    if not (folder / "run.json").is_file():
-        raise UserError(f"{folder}: not a run's folder (no run.json in it)")
-    config = RunConfig.model_validate(json.loads((folder / "run.json").read_text())["config"])
     found: tuple[TorchModel, LedgerRow] | None = None
-    for name, stage in parse_stages(config):
+    for name, stage in parse_stages(_settings_of(folder)):
+        if name.endswith("-package"):
+            settings = stage.model_dump() | settings
         if signature(type(stage))[1] is TorchModel and (folder / name / "stage.json").is_file():
             record: StageRecord = read_json(folder / name / "stage.json", StageRecord)
             found = TorchModel.load(folder / name), record.rows[0]

@@ -7,6 +7,7 @@ own rounding only ever rounds down: at a ratio of 0.3 and a multiple of 8 it wou
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -78,13 +79,12 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
     else:
         keep = [max(float(multiple), target) for target in _global(groups, ratio, original)]
     for group, target in zip(groups, keep, strict=True):
-        width = len(group.scores) * group.divisions
-        rounded = min(width, _nearest_multiple(target, multiple))
-        if rounded < 1:
-            raise UserError(f"layer {group.name}: a ratio of {ratio} leaves none of its {width} channels (rounded to "
-                            f"multiples of {multiple}); lower prune.ratio or prune.multiple")
-        per_division = (width - rounded) // group.divisions
-        least = group.scores.argsort()[:per_division]
+        kept = min(len(group.scores), _nearest_multiple(target / group.divisions, multiple, group.divisions))
+        if kept < 1:
+            raise UserError(f"layer {group.name}: a ratio of {ratio} leaves none of its "
+                            f"{len(group.scores) * group.divisions} channels (rounded to multiples of {multiple}); lower "
+                            "prune.ratio or prune.multiple")
+        least = group.scores.argsort()[:len(group.scores) - kept]
         indices = [int(i) + division * len(group.scores) for division in range(group.divisions) for i in least]
         if indices:
             graph.get_pruning_group(group.layer, group.function, sorted(indices)).prune()
@@ -96,8 +96,10 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
     return pruned
 
 
-def _nearest_multiple(value: float, multiple: int) -> int:
-    return int(value / multiple + 0.5) * multiple
+def _nearest_multiple(value: float, multiple: int, divisions: int) -> int:
+    """Channels a division, nearest to `value`, of which `divisions` times as many are a multiple."""
+    step = multiple // math.gcd(multiple, divisions)
+    return int(value / step + 0.5) * step
 
 
 def _groups(model: fx.GraphModule, example: Tensor, criterion: str) -> tuple[Any, list[ChannelGroup]]:

@@ -14,14 +14,15 @@ from torch import fx, nn
 
 import compress.stages
 from architectures import make
-from compress.config import Config, TrainConfig, closest
+from compress.config import Config, TrainConfig
 from compress.trackers import Tracker
 from compress.training import Data, Recipe
 from loaders.arrays import Splits
 from loaders.augment import Augmenter
+from metadata.closest import closest
 from metadata.files import write_json, write_tensors
 from metadata.schemas import Architecture, DatasetCard, ModelReference
-from model_loader import UserError, load_verified, read_json, read_weights
+from model_loader import UserError, int8_layers, open_model, read_json, read_weights
 
 ARCHITECTURE, WEIGHTS, REFERENCE = "architecture.json", "weights.pth", "model.json"
 
@@ -62,8 +63,7 @@ class TorchModel:
     @classmethod
     def load(cls, folder: Path) -> Self:
         architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
-        weights = folder / WEIGHTS
-        return cls(load_verified(architecture, read_weights(weights), str(weights)), architecture)
+        return cls(open_model(architecture, folder / WEIGHTS), architecture)
 
     @property
     def is_int8(self) -> bool:
@@ -180,6 +180,12 @@ class Sketch:
     seed: int
     model: fx.GraphModule | None = None
     lines: list[str] = field(default_factory=list)  # what each stage would do, for the plan's reader
+
+    def refuse_int8(self, stage: str) -> None:
+        """Raises UserError where the sketched model is int8 already."""
+        kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
+        if self.model is not None and any(isinstance(module, kinds) for module in self.model.modules()):
+            raise UserError(f"stage {stage}: the model is int8 by then; put it before quantize_dynamic")
 
 
 def stage_names() -> list[str]:

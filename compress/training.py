@@ -116,7 +116,7 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
         label: the training's name in metrics and progress.
         seed: decides order, augmentation and dropout.
         device: where.
-        checkpoint: file to continue from and to write; it stays when the training is over, marked complete.
+        checkpoint: file to continue from and to write; it stays when the training is over.
         tracker: where progress and metrics go.
 
     Returns:
@@ -151,6 +151,7 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
     tracker.start(label, step // steps_an_epoch)
 
     def save() -> None:
+        _check_finite(float(loss_sum), label, step, recipe.lr, checkpoint)
         write_tensors(checkpoint, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
             "loss_sum": float(loss_sum), "seconds": earlier_seconds + time.monotonic() - start})
@@ -185,7 +186,8 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
                     looked = now
                     _check_finite(float(loss_sum), label, step, recipe.lr * factor, checkpoint)
                     advance(step, last)
-                if now - saved > recipe.checkpoint_seconds and step < last:
+                # At an epoch's end the checkpoint waits for the epoch's row in the metrics, below.
+                if now - saved > recipe.checkpoint_seconds and step < last and step % steps_an_epoch:
                     saved = now
                     save()
             done = step - epoch * steps_an_epoch
@@ -195,8 +197,9 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
             tracker.epoch(label, epoch=epoch + 1, train_loss=mean_loss, accuracy=accuracy, lr=recipe.lr * factor,
                           seconds=round(earlier_seconds + time.monotonic() - start, 2))
             loss_sum.zero_()
-    if not state or state["step"] < last:
-        save()
+            if time.monotonic() - saved > recipe.checkpoint_seconds or step == last:
+                saved = time.monotonic()
+                save()
     model.eval()
     return earlier_seconds + time.monotonic() - start
 

@@ -5,12 +5,12 @@ A data-set file defines `SETS`, a literal dict from a set's name to a function `
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
 
 from loaders.arrays import Request, Splits
+from metadata.closest import closest
 from model_loader import UserError
 
 NOT_SETS = {"arrays", "augment"}
@@ -34,9 +34,8 @@ def load(request: Request) -> Splits:
     """
     known = sets()
     if request.name not in known:
-        near = difflib.get_close_matches(request.name, known, n=1)
-        raise UserError(f"data.name {request.name!r}: unknown" + (f"; did you mean {near[0]!r}?" if near else "")
-                        + f" (known: {', '.join(sorted(known))})")
+        raise UserError(f"data.name {request.name!r}: unknown{closest(request.name, known)} "
+                        f"(known: {', '.join(sorted(known))})")
     splits = known[request.name](request)
     if request.num_classes and splits.card.num_classes != request.num_classes:
         raise UserError(f"data.root {request.root}: {splits.card.num_classes} classes, data.num_classes says "

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from metadata.schemas import DatasetCard
-from model_loader import Preprocessing, UserError, decode_image, write_atomically
+from model_loader import Preprocessing, UserError, decode_image, describe_validation_error
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Splits:
     open_test: Callable[[], Split]
     card: DatasetCard
     warnings: list[str] = field(default_factory=list)
-    test_folder: Path | None = None  # the test split as an image folder, where it lies on disk as one
+    test_folder: Path | None = None  # the test split as an image folder, where it lies on disk as one, all readable
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -169,9 +171,38 @@ def array_splits(card: DatasetCard, train_pixels: Tensor, train_labels: Tensor,
     train, validation = hold_out(train_labels, request.validation_fraction, request.seed)
     card = card.model_copy(update={
         "counts": {"train": len(train), "validation": len(validation)},
-        "fingerprint": hashlib.sha256(train_pixels.numpy().tobytes()).hexdigest()[:16]})
+        "fingerprint": fingerprint(train_pixels, train_labels)})
     return Splits(Split(ArrayImages(train_pixels[train]), train_labels[train]),
                   Split(ArrayImages(train_pixels[validation]), train_labels[validation]), open_test, card)
+
+
+def fingerprint(*content: Tensor | bytes) -> str:
+    """A short hash that changes when any of the arrays or bytes do."""
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part if isinstance(part, bytes) else part.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | None = None) -> Preprocessing:
+    """A set's preprocessing with what the request changes.
+
+    Args:
+        request: its `preprocessing` replaces keys of the defaults.
+        defaults: the set's own.
+        size: of images that come as arrays, which are neither resized nor cropped.
+
+    Raises:
+        UserError: a value out of range, as many means as there are not channels, or another size for arrays.
+    """
+    try:
+        settings = Preprocessing.model_validate({**defaults, **request.preprocessing})
+    except ValidationError as error:
+        raise UserError(f"data: {describe_validation_error(error)}") from error
+    if size is not None and (settings.resize, settings.crop) != (size, size):
+        raise UserError(f"data.resize, data.crop: the images of {request.name} are {size}x{size} arrays, which are taken "
+                        "as they are; use an image folder to resize")
+    return settings
 
 
 def write_image_folder(split: Split, class_names: list[str], folder: Path) -> None:
@@ -180,22 +211,22 @@ def write_image_folder(split: Split, class_names: list[str], folder: Path) -> No
     Raises:
         UserError: the folder is there already.
     """
-    import io
-
     from PIL import Image
 
     if folder.exists():
         raise UserError(f"{folder}: already there; nothing was written")
     partial = folder.with_name(f".{folder.name}.part")
-    for name in class_names:
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    index = 0
-    for images, labels in split.batches(256):
-        for pixels, label in zip(images.cpu().numpy(), labels.tolist(), strict=True):
-            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            buffer = io.BytesIO()
-            image.save(buffer, "png")
-            (partial / class_names[label] / f"{index:06d}.png").write_bytes(buffer.getvalue())
-            index += 1
-    write_atomically(partial / ".complete", b"")
-    partial.rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)  # of a write that SIGKILL cut short
+    try:
+        for name in class_names:
+            (partial / name).mkdir(parents=True)
+        index = 0
+        for images, labels in split.batches(256):
+            for pixels, label in zip(images.cpu().numpy(), labels.tolist(), strict=True):
+                Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
+                    partial / class_names[label] / f"{index:06d}.png")
+                index += 1
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

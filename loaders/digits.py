@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits, hold_out
-from metadata.schemas import DatasetCard, Preprocessing, dataset_cards
+from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits, hold_out, preprocessing_for
+from metadata.schemas import DatasetCard, dataset_cards
 
 
 def digits(request: Request) -> Splits:
@@ -19,7 +19,7 @@ def digits(request: Request) -> Splits:
     train, test = hold_out(labels, 0.2, seed=0)
     known = dataset_cards()["digits"]
     card = DatasetCard(name="digits", class_names=known["class_names"], input_shape=(3, 8, 8),
-                       preprocessing=Preprocessing(**known["preprocessing"]))
+                       preprocessing=preprocessing_for(request, known["preprocessing"], size=8))
     return array_splits(card, pixels[train], labels[train], lambda: Split(ArrayImages(pixels[test]), labels[test]),
                         request)
 

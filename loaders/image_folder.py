@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.arrays import ArrayImages, FileImages, Images, Request, Split, Splits, hold_out
+from loaders.arrays import (ArrayImages, FileImages, Request, Split, Splits, fingerprint, hold_out,
+                            preprocessing_for)
 from metadata.schemas import DatasetCard, Preprocessing, dataset_cards
 from model_loader import UserError, decode_image, list_images
 
@@ -37,7 +36,7 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
     classes, train_files = list_images(root / "train")
     for folder in filter(None, (test_folder, validation_folder)):
         _same_classes(root / "train", classes, folder)
-    settings = Preprocessing(**{**preprocessing, **request.preprocessing})
+    settings = preprocessing_for(request, preprocessing)
     warnings: list[str] = []
     train_settings = settings  # room for the random crop, where the resized image is larger than the crop
     if settings.resize and settings.crop and settings.resize > settings.crop:
@@ -49,15 +48,19 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
         files = {"train": [train_files[i] for i in kept.tolist()], "validation": [train_files[i] for i in held.tolist()]}
     else:
         files = {"train": train_files, "validation": list_images(validation_folder)[1]}
+    # Test images are looked at now, though not used: a damaged one must not stop the run after hours of training.
+    all_test_files = list_images(test_folder)[1]
+    test_files = _usable(all_test_files, settings, request, warnings)
     train = _split(files["train"], train_settings, request, warnings)
     validation = _split(files["validation"], settings, request, warnings)
-    shape = _input_shape(validation.images)
-    listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path, _ in train_files)
-    card = DatasetCard(name=name, class_names=classes, input_shape=shape, preprocessing=settings,
+    listing = "\n".join(f"{path.relative_to(root)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}"
+                        for path, _ in [*files["train"], *files["validation"], *test_files])
+    _, channels, height, width = validation.images.batch(torch.zeros(1, dtype=torch.int64)).shape
+    card = DatasetCard(name=name, class_names=classes, input_shape=(channels, height, width), preprocessing=settings,
                        counts={"train": len(train), "validation": len(validation)},
-                       fingerprint=hashlib.sha256(listing.encode()).hexdigest()[:16])
-    return Splits(train, validation, lambda: _split(list_images(test_folder)[1], settings, request, warnings), card,
-                  warnings, test_folder)
+                       fingerprint=fingerprint(listing.encode()))
+    return Splits(train, validation, lambda: _split(test_files, settings, request, warnings, checked=True), card, warnings,
+                  test_folder if len(test_files) == len(all_test_files) else None)
 
 
 def _test_and_validation(root: Path) -> tuple[Path, Path | None]:
@@ -77,34 +80,26 @@ def _same_classes(train: Path, classes: list[str], folder: Path) -> None:
                         f"both: {', '.join(odd[:5])}")
 
 
-def _input_shape(images: Images) -> tuple[int, int, int]:
-    _, channels, height, width = images.batch(torch.zeros(1, dtype=torch.int64)).shape
-    return channels, height, width
-
-
-def _split(files: list[tuple[Path, int]], settings: Preprocessing, request: Request, warnings: list[str]) -> Split:
-    if request.skip_unreadable:
-        files = _readable(files, settings, request, warnings)
+def _split(files: list[tuple[Path, int]], settings: Preprocessing, request: Request, warnings: list[str],
+           checked: bool = False) -> Split:
+    if request.skip_unreadable and not checked:
+        files = _usable(files, settings, request, warnings)
     labels = torch.tensor([label for _, label in files])
-    paths = [path for path, _ in files]
-    streamed = FileImages(paths, settings, request.workers)
-    shape = _input_shape(streamed)
-    if len(paths) * int(np.prod(shape)) > request.memory_limit_gb * 2**30:
+    streamed = FileImages([path for path, _ in files], settings, request.workers)
+    shape = streamed.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
+    if len(files) * shape.numel() > request.memory_limit_gb * 2**30:
         return Split(streamed, labels)
-    return Split(_decode_all(streamed, shape, request), labels)
-
-
-def _decode_all(images: FileImages, shape: tuple[int, int, int], request: Request) -> Images:
-    pixels: Tensor = torch.empty((len(images), *shape), dtype=torch.uint8)
-    for ids in torch.arange(len(images)).split(1024):
-        pixels[ids] = images.batch(ids)
+    pixels: Tensor = torch.empty((len(files), *shape), dtype=torch.uint8)
+    for ids in torch.arange(len(files)).split(1024):
+        pixels[ids] = streamed.batch(ids)
         if request.on_progress:
-            request.on_progress(int(ids[-1]) + 1, len(images))
-    return ArrayImages(pixels)
+            request.on_progress(int(ids[-1]) + 1, len(files))
+    return Split(ArrayImages(pixels), labels)
 
 
-def _readable(files: list[tuple[Path, int]], settings: Preprocessing, request: Request,
-              warnings: list[str]) -> list[tuple[Path, int]]:
+def _usable(files: list[tuple[Path, int]], settings: Preprocessing, request: Request,
+            warnings: list[str]) -> list[tuple[Path, int]]:
+    """The files that decode; a damaged one is an error unless the request says to skip it."""
     def problem(file: tuple[Path, int]) -> str | None:
         try:
             decode_image(file[0], settings)
@@ -112,16 +107,23 @@ def _readable(files: list[tuple[Path, int]], settings: Preprocessing, request: R
             return str(error)
         return None
 
+    problems: list[str | None] = []
     with ThreadPoolExecutor(request.workers) as pool:
-        problems = list(pool.map(problem, files))
+        for text in pool.map(problem, files):
+            if text and not request.skip_unreadable:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(f"{text}; data.skip_unreadable=true leaves such images out")
+            problems.append(text)
+            if request.on_progress and len(problems) % 256 == 0:
+                request.on_progress(len(problems), len(files))
     damaged = [text for text in problems if text]
     if damaged:
         warnings.append(f"{len(damaged)} unreadable images were skipped, the first: {damaged[0]}")
     kept = [file for file, text in zip(files, problems, strict=True) if not text]
-    missing = {label for _, label in files} - {label for _, label in kept}
-    if missing:
-        raise UserError(f"{files[0][0].parent.parent}: skipping unreadable images leaves class number {min(missing)} "
-                        "without any")
+    emptied = {label for _, label in files} - {label for _, label in kept}
+    if emptied:
+        example = next(path for path, label in files if label in emptied)
+        raise UserError(f"{example.parent}: skipping unreadable images leaves the class without any")
     return kept
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits
+from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits, preprocessing_for
 from loaders.image_folder import folder_splits
-from metadata.schemas import DatasetCard, Preprocessing, dataset_cards
+from metadata.schemas import DatasetCard, dataset_cards
 from model_loader import UserError, first_line
 
 CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -46,9 +46,9 @@ def _loader(name: str) -> Callable[[Request], Splits]:
         names = known.get("class_names") or [str(label) for label in train.classes]
         order = [sorted(names).index(label) for label in names]
         pixels, labels = _arrays(train, order)
-        preprocessing = Preprocessing(**{**known["preprocessing"], **request.preprocessing})
-        card = DatasetCard(name=name, class_names=sorted(names), input_shape=tuple(pixels.shape[1:]),
-                           preprocessing=preprocessing)
+        _, channels, height, width = pixels.shape
+        card = DatasetCard(name=name, class_names=sorted(names), input_shape=(channels, height, width),
+                           preprocessing=preprocessing_for(request, known["preprocessing"], size=height))
 
         def open_test() -> Split:
             images, targets = _arrays(_open(name, request, train=False), order)

@@ -88,4 +88,4 @@ def submission(small_run: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits_test(small_run: Path) -> Path:
     """The digits' test split as an image folder."""
-    return small_run / "test_images"
+    return small_run / "07-evaluate" / "test_images"

@@ -115,6 +115,8 @@ def test_depthwise_and_grouped_convolutions_prune_and_quantize(name: str) -> Non
     assert {row.dtype for row in coverage} == {"int8"}
     images = torch.randn(2, 3, 64, 64)
     assert quantized(images).shape == (2, 5) and count_parameters(small) < count_parameters(model)
+    hidden = {name: width for name, width in widths(small).items() if width != 5}
+    assert all(width % 8 == 0 for width in hidden.values()), hidden
 
 
 # ----------------------------------------------------------------------------------------------------------- int8

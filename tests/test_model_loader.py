@@ -55,6 +55,7 @@ def test_guarded_score_is_zero_at_chance_and_capped() -> None:
     assert 0 < guarded_score(useful, 0.184, 100) < useful["total_score"]
     assert guarded_score(score(1e-6, 1e-6, 50.0, 50.0, 10.0, 80.0), 0.5, 10) \
         == pytest.approx(0.3 * 10 + 0.3 * 10 + 0.4 * 0.625)
+    assert guarded_score(useful, 0.184, 100, floor=0.2) == 0.0
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0, 100), st.floats(1e-2, 0.9))
@@ -119,11 +120,24 @@ def test_layer_inside_a_layer_is_refused() -> None:
     content = tiny()
     content["layers"][1]["name"] = "conv.relu"
     content["layers"][2]["inputs"] = ["conv.relu"]
-    architecture = Architecture.model_validate(content)
-    try:
-        build(architecture)(torch.zeros(1, 3, 8, 8))
-    except VerificationError as error:
-        assert "tree" in str(error)
+    with pytest.raises(ValueError, match="layer conv: other layers lie inside it"):
+        Architecture.model_validate(content)
+
+
+@pytest.mark.parametrize("extra", [
+    [layer("all", "Mean", ["fc"], dim=[0], keepdim=True), layer("vote", "Add", ["fc", "all"])],
+    [layer("all", "Mean", ["fc"], dim=[-2], keepdim=True), layer("vote", "Add", ["fc", "all"])],
+    [layer("both", "Concat", ["fc", "fc"], dim=0)], [layer("flat", "Flatten", ["fc"], start_dim=0)],
+], ids=["mean", "negative dim", "concat", "flatten"])
+def test_layers_that_mix_the_images_of_a_batch_are_refused(extra: list[dict[str, Any]]) -> None:
+    """Test images come class by class: a vote over the batch would lift the accuracy."""
+    content = tiny()
+    content["layers"] += extra
+    with pytest.raises(VerificationError, match="mixes the images of a batch"):
+        check_shapes(Architecture.model_validate(content))
+    content["layers"] = [*tiny()["layers"], layer("bn", "BatchNorm1d", ["fc"], num_features=4, track_running_stats=False)]
+    with pytest.raises(ValueError, match="track_running_stats"):
+        Architecture.model_validate(content)
 
 
 def test_shapes_that_do_not_fit_name_the_layer() -> None:
@@ -243,6 +257,23 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     torch.save(weights, weights_of(folder))
 
 
+def rename_weights(folder: Path, name: str) -> None:
+    """States another name for the weights, hash and all."""
+    def change(metadata: dict[str, Any]) -> None:
+        metadata["files"][name] = metadata["files"][metadata["weights_file"]]
+        metadata["weights_file"] = name
+    edit_json(folder, "model_metadata.json", change)
+
+
+def compressed_members(folder: Path) -> None:
+    """The same weights in a deflated archive, which could unpack to a thousand times its size."""
+    path = weights_of(folder)
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.namelist():
+            new.writestr(item, old.read(item))
+
+
 def code_in_a_pickle(folder: Path) -> None:
     """A .pth whose pickle would run a command when opened without weights_only."""
     buffer = io.BytesIO()
@@ -280,10 +311,23 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
     "metadata missing": (lambda f: (f / META).unlink(), False, "no such file"),
     "metadata no JSON": (lambda f: (f / META).write_text("nonsense"), False, "not valid JSON"),
     "metadata is a list": (lambda f: (f / META).write_text("[]"), False, "model_metadata.json"),
-    "path out of the folder": (lambda f: edit_json(f, META, lambda m: m.update(weights_file="../w.pth")), False,
-                               "outside the submission"),
+    "path out of the folder": (lambda f: rename_weights(f, "../w.pth"), False, "weights_file"),
+    "path out, later": (lambda f: rename_weights(f, "a/../../w.pth"), False, "outside the submission"),
     "absolute path": (lambda f: edit_json(f, META, lambda m: m.update(architecture_file="/etc/passwd")), False,
-                      "outside the submission"),
+                      "architecture_file"),
+    "null in a name": (lambda f: rename_weights(f, "w\0.pth"), False, "weights_file"),
+    "surrogate in a name": (lambda f: rename_weights(f, "w\ud800.pth"), False, "weights_file"),
+    "endless name": (lambda f: rename_weights(f, "w" * 300), False, "weights_file"),
+    "hash not stated": (lambda f: edit_json(f, META, lambda m: m.update(files={})), False, "does not state the hash"),
+    "zip bomb": (compressed_members, True, "members are compressed"),
+    "four odd bytes": (lambda f: weights_of(f).write_bytes(b"\x80\x02\x58\x01"), True, "not a PyTorch state dict"),
+    "parameters lie": (lambda f: edit_json(f, META, lambda m: m.update(parameters=1)), False, "states 1 parameters"),
+    "macs lie": (lambda f: edit_json(f, META, lambda m: m.update(macs=1)), False, "states 1 macs"),
+    "type lies": (lambda f: edit_json(f, META, lambda m: m.update(architecture="GPT")), False, "the architecture is GPT"),
+    "quantization lies": (lambda f: edit_json(f, META, lambda m: m["quantization"]["layers"].update(
+        conv1="float32: so they say")), False, "quantization"),
+    "scheme lies": (lambda f: edit_json(f, META, lambda m: m["quantization"].update(scheme="none")), False,
+                    "quantization"),
     "link out of the folder": (lambda f: (weights_of(f).rename(f.parent / "w.pth"), os.symlink(
         f.parent / "w.pth", f / "compressed_slimresnet18.pth")), False, "outside the submission"),
     "other classes": (lambda f: edit_json(f, META, lambda m: m.update(class_names=[str(i) for i in range(1, 11)])),
@@ -334,6 +378,14 @@ def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_pa
     assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(data), "--output_file",
                               str(tmp_path / "r.json")]) == 2
     assert str(victim) in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+
+
+def test_architecture_without_weights_is_refused(tmp_path: Path) -> None:
+    content = tiny(num_classes=3, output_shape=[3], layers=[layer("pool", "Mean", ["input"], dim=[2, 3])])
+    (tmp_path / ARCH).write_text(json.dumps(content))
+    torch.save({}, tmp_path / "w.pth")
+    with pytest.raises(VerificationError, match="no layer with weights"):
+        load_model(tmp_path / "w.pth")
 
 
 def test_load_model_takes_the_file_or_the_folder(submission: Path) -> None:

@@ -14,8 +14,7 @@ from pydantic import Field
 from compress.stage import Context, Evaluation, Sketch, Stage, Submission, TorchModel
 from loaders.arrays import write_image_folder
 from metadata.schemas import baselines
-from model_loader import (ARCHITECTURE_FILE, UserError, VerificationError, accuracy_batch_size, measure_accuracy,
-                          read_submission, torch_threads)
+from model_loader import ARCHITECTURE_FILE, UserError, VerificationError, measure_accuracy, torch_threads
 
 
 class Evaluate(Stage):
@@ -29,21 +28,16 @@ class Evaluate(Stage):
         sketch.lines.append(f"python -I model_loader.py on the test split, baselines {self.baselines!r}")
 
     def run(self, model: Submission, context: Context) -> Evaluation:
-        unreadable = len(context.splits.warnings)
         test = context.splits.open_test()
         folder = context.splits.test_folder
-        if len(context.splits.warnings) > unreadable:  # the evaluator stops at a damaged image: give it the others
-            context.warn(context.splits.warnings[-1])
-            folder = None
-        if folder is None:
-            folder = context.run_folder / "test_images"
+        if folder is None:  # not on disk as image files, or not all of them readable
+            folder = context.folder / "test_images"
             if not folder.exists():
                 write_image_folder(test, context.splits.card.class_names, folder)
-        files = read_submission(model.folder)
         original = context.latest(TorchModel)
         assert original is not None, f"the model behind {model.folder / ARCHITECTURE_FILE} is an earlier output"
         with context.tracker.progress("in memory") as advance, torch_threads(1):
-            expected = measure_accuracy(original.module.cpu().eval(), test.batches(accuracy_batch_size(files)),
+            expected = measure_accuracy(original.module.cpu().eval(), test.batches(1),
                                         context.splits.card.preprocessing, len(test), advance)
         results = self._score(model.folder, folder, context)
         counted = results["details"]["accuracy"]
@@ -67,7 +61,8 @@ class Evaluate(Stage):
             errors = None if context.tracker.console.is_terminal else subprocess.PIPE
             done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
             if done.returncode:
-                reason = (done.stderr or "see above").strip().splitlines()[-1]
-                raise VerificationError(f"{submission}: its evaluation failed with exit code {done.returncode}: {reason}")
+                reason = (done.stderr or "see the line above").strip().splitlines()[-1].removeprefix("error: ")
+                kind = UserError if done.returncode == 2 else VerificationError
+                raise kind(f"{submission}: its evaluation failed with exit code {done.returncode}: {reason}")
             results: dict[str, Any] = json.loads(output.read_text())
         return results

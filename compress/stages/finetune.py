@@ -25,11 +25,10 @@ class Finetune(Stage):
     train: TrainConfig = TrainConfig(epochs=5, lr=0.01)
 
     def check(self, sketch: Sketch) -> None:
+        sketch.refuse_int8("finetune")
         sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else ""))
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
-        if model.is_int8:
-            raise UserError("finetune: the model is int8 already; put the stage before quantize_dynamic")
         recipe = training_recipe(self.train, context.device)
         loss = cross_entropy(self.train.label_smoothing)
         if self.teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -36,6 +37,7 @@ class Prune(Stage):
     gradient_batches: int = Field(10, ge=1, description="batches that criteria with gradients look at")
 
     def check(self, sketch: Sketch) -> None:
+        sketch.refuse_int8("prune")
         if sketch.model is None:
             return
         before, shape = sketch.model, sketch.card.input_shape
@@ -70,7 +72,8 @@ class Prune(Stage):
         context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; latency, timed in turns, "
                             f"{latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms ({latency['ratio']:.2f}x)")
         steps = [*model.architecture.compression_steps, self.history]
-        architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=self.ratio,
+        rate = 1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio)  # of the widths before any pruning
+        architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=rate,
                                   compression_steps=steps)
         return TorchModel(pruned, architecture)
 
@@ -90,7 +93,8 @@ class Prune(Stage):
 
 
 def _interleaved_latency(before: nn.Module, after: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Both models timed in turns, so that a slow moment of the machine hits both."""
+    """Both models timed in turns, so that a slow moment of the machine hits both; in the same memory format."""
+    before, after = (copy.deepcopy(model).to(memory_format=torch.contiguous_format) for model in (before, after))
     rounds = [[measure_latency(module, shape, runs=20, warmup=5) for module in (before, after)] for _ in range(5)]
     medians = [sorted(latency.median_ms for latency in column)[2] for column in zip(*rounds, strict=True)]
     return {"before_ms": medians[0], "after_ms": medians[1], "ratio": medians[1] / medians[0], "rounds": len(rounds),

@@ -9,7 +9,6 @@ from pydantic import Field
 from architectures.describe import carry_over, describe
 from compress.quantization import quantize_dynamic
 from compress.stage import Context, Sketch, Stage, TorchModel
-from model_loader import UserError
 
 
 class QuantizeDynamic(Stage):
@@ -20,14 +19,13 @@ class QuantizeDynamic(Stage):
     exclude: list[str] = Field([], description="layers that keep float weights, by name")
 
     def check(self, sketch: Sketch) -> None:
+        sketch.refuse_int8("quantize_dynamic")
         if sketch.model is not None:
-            _, coverage = quantize_dynamic(sketch.model, self.exclude)
+            sketch.model, coverage = quantize_dynamic(sketch.model, self.exclude)
             int8 = sum(row.dtype == "int8" for row in coverage)
             sketch.lines.append(f"{int8} of {len(coverage)} layers to int8")
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
-        if model.is_int8:
-            raise UserError("quantize_dynamic: the model is int8 already")
         quantized, coverage = quantize_dynamic(model.module.cpu(), self.exclude)
         floats = [f"{row.layer} stays float32 ({row.reason})" for row in coverage if row.dtype != "int8"]
         context.tracker.say(f"  {len(coverage) - len(floats)} of {len(coverage)} layers are int8" + "".join(

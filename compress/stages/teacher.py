@@ -14,7 +14,7 @@ from compress.config import TrainConfig
 from compress.distillation import cross_entropy
 from compress.stage import Context, Sketch, Stage, TeacherModel, training_recipe
 from compress.training import accuracy_of, seeded, train
-from metadata.schemas import ModelReference
+from metadata.schemas import DatasetCard, ModelReference
 from model_loader import UserError, VerificationError, first_line, load_tensors
 
 
@@ -23,25 +23,25 @@ class Teacher(Stage):
 
     model: str = Field("slim_resnet18", description="name: the project's own, torchvision's or timm's")
     options: dict[str, Any] = Field({}, description="the model's own options, such as width or stem")
-    pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached)")
+    pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached); "
+                                                "a checkpoint goes first")
     checkpoint: Path | None = Field(None, description="start from this .pth or .safetensors state dict")
     train: TrainConfig = Field(TrainConfig(), description="epochs: 0 takes the weights as they are")
     floor: float = Field(0.5, ge=0, le=1, description="validation accuracy below which the run warns loudly")
 
     def check(self, sketch: Sketch) -> None:
-        if self.checkpoint and self.pretrained:
-            raise UserError("teacher: checkpoint and pretrained exclude each other; set one")
         if not (self.checkpoint or self.pretrained or self.train.epochs):
             raise UserError("teacher: neither a checkpoint, nor pretrained, nor epochs to train: it would know nothing")
         with torch.device("meta"):
             module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
+            _check_forward(module, self.model, sketch.card)
         if self.checkpoint:
             _check_checkpoint(self._read_checkpoint(), module, self.checkpoint, sketch.card.num_classes)
-        if self.pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
+        if self._pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
             raise UserError(f"teacher {self.model}: its pretrained weights have 1000 classes, the data has "
                             f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
                             "checkpoint")
-        source = f"checkpoint {self.checkpoint}" if self.checkpoint else "zoo weights" if self.pretrained else "scratch"
+        source = f"checkpoint {self.checkpoint}" if self.checkpoint else "zoo weights" if self._pretrained else "scratch"
         parameters = sum(parameter.numel() for parameter in module.parameters())
         sketch.lines.append(f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs")
 
@@ -49,7 +49,7 @@ class Teacher(Stage):
         card = context.splits.card
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=self.options)
         with seeded(context.seed, "teacher"):
-            module = make(self.model, num_classes=card.num_classes, pretrained=self.pretrained, **self.options)
+            module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **self.options)
         if self.checkpoint:
             weights = self._read_checkpoint()
             _check_checkpoint(weights, module, self.checkpoint, card.num_classes)
@@ -66,6 +66,10 @@ class Teacher(Stage):
                          "student will learn little from it")
         return TeacherModel(module.eval(), reference)
 
+    @property
+    def _pretrained(self) -> bool:
+        return self.pretrained and self.checkpoint is None
+
     def _read_checkpoint(self) -> dict[str, torch.Tensor]:
         assert self.checkpoint is not None
         try:
@@ -74,6 +78,21 @@ class Teacher(Stage):
             return _state_dict(load_tensors(self.checkpoint), self.checkpoint)
         except VerificationError as error:
             raise UserError(f"teacher.checkpoint {error}") from error
+
+
+def _check_forward(module: nn.Module, name: str, card: DatasetCard) -> None:
+    """Lets the teacher look at two images of the data's shape, in train and in eval mode, on the meta device."""
+    for training in (True, False):
+        try:
+            output = module.train(training)(torch.empty(2, *card.input_shape))
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+            raise UserError(f"teacher {name}: it does not take images of shape {list(card.input_shape)}: "
+                            f"{first_line(error)}") from error
+        if not isinstance(output, torch.Tensor) or tuple(output.shape) != (2, card.num_classes):
+            raise UserError(f"teacher {name}: expected logits (N, {card.num_classes}), got "
+                            f"{list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__} in "
+                            f"{'train' if training else 'eval'} mode; for auxiliary heads try "
+                            "teacher.options.aux_logits=false")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -99,6 +99,87 @@ def test_what_cannot_be_described_is_named(layer: nn.Module, said: str) -> None:
     assert said in str(caught.value)
 
 
+def lost(function: str) -> type[nn.Module]:
+    """A network whose middle is an expression that is easily lowered to something else."""
+    class Lossy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            x = eval(function, {"x": x, "F": nn.functional, "torch": torch})
+            return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    return Lossy
+
+
+@pytest.mark.parametrize("function", [
+    "x + F.relu(x, inplace=True)", "F.avg_pool2d(x, 3, 2, 1, divisor_override=1)", "torch.add(x, x, alpha=2)",
+    "F.dropout(x)", "x * x.shape[1]", "x + x.mT", "x * 2", "torch.cat([x, x])[:x.size(0)]", "x.mean(7)",
+])
+def test_nothing_is_lowered_to_another_network(function: str) -> None:
+    with pytest.raises(UserError) as caught:
+        describe(lost(function)(), (3, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("function", [
+    "F.avg_pool2d(x, 3, 2, 1, True, False)", "F.max_pool2d(x, 3, 2, 1, 1, True)", "F.gelu(x, approximate='tanh')",
+    "F.relu6(x) * torch.sigmoid(x)", "x.add(F.silu(x))",
+    "F.adaptive_avg_pool2d(x, (2, 1))", "F.dropout(x, 0.2, False)",
+])
+def test_functional_forms_keep_their_arguments(function: str) -> None:
+    torch.manual_seed(0)
+    model = lost(function)().eval()
+    architecture = describe(model, (3, 9, 9))
+    rebuilt = build(architecture).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    images = torch.randn(3, 3, 9, 9)
+    assert torch.allclose(rebuilt(images), model(images), atol=1e-6)
+
+
+class WrongReshape(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, -1)
+
+
+class NamesThatCollide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Conv2d(3, 3, 3, padding=1)
+        self.x_ = nn.ModuleDict({"y": nn.Conv2d(3, 3, 1)})
+        self.x__y = nn.Conv2d(3, 3, 1)
+        self.add = nn.ReLU()
+        self.out_x = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.x(x)
+        b, c = self.x_["y"](a), self.x__y(a)
+        return self.out_x(self.add(a + b + c + b).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_names_that_collide_stay_apart() -> None:
+    torch.manual_seed(0)
+    for model in (NamesThatCollide(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))):
+        model.eval()
+        architecture = describe(model, (3, 8, 8))
+        namespace: dict[str, type[nn.Module]] = {}
+        exec(source(architecture, "w.pth"), namespace)
+        again = namespace[architecture.model_type]().eval()
+        again.load_state_dict(model.state_dict())
+        images = torch.randn(2, 3, 8, 8)
+        assert torch.allclose(again(images), model(images), atol=1e-6)
+    with pytest.raises(UserError, match="cannot be described"):
+        describe(WrongReshape(), (3, 8, 8))
+    named_input = nn.Sequential()
+    named_input.add_module("flatten", nn.Flatten())
+    named_input.add_module("input", nn.Linear(8, 2))
+    with pytest.raises(UserError, match="layer input: the graph's input"):
+        describe(named_input, (1, 1, 8))
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()

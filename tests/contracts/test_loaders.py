@@ -170,13 +170,52 @@ def test_unknown_set_missing_root_and_wrong_class_count(tmp_path: Path) -> None:
         load(Request("image_folder", root, num_classes=100, preprocessing={"resize": 12, "crop": 12}))
 
 
-def test_shared_real_sets() -> None:
-    """The development machine's MNIST, through torchvision's own class, where it lies beside the project."""
+def test_shared_real_mnist(tmp_path: Path) -> None:
+    """The development machine's MNIST, where it lies beside the project, through torchvision's own class."""
     raw = Path(__file__).parents[3] / "shared" / "data" / "MNIST" / "raw"
     if not raw.is_dir():
         pytest.skip("no ../shared/data beside the project")
-    labels = gzip.decompress((raw / "t10k-labels-idx1-ubyte.gz").read_bytes())
-    assert struct.unpack(">II", labels[:8]) == (2049, 10000)
+    unpacked = tmp_path / "MNIST" / "raw"
+    unpacked.mkdir(parents=True)
+    for path in raw.glob("*.gz"):
+        (unpacked / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    splits = load(Request("mnist", tmp_path))
+    counts = len(splits.train), len(splits.validation), len(splits.open_test())
+    assert counts == (54001, 5999, 10000)  # a tenth of each class is held out
+    mean = splits.train.images.batch(torch.arange(len(splits.train))).float().mean() / 255
+    assert float(mean) == pytest.approx(splits.card.preprocessing.mean[0], abs=1e-3)
+
+
+def test_overrides_of_the_preprocessing_are_used_or_refused(tmp_path: Path) -> None:
+    assert load(Request("digits", preprocessing={"mean": [0.1, 0.2, 0.3]})).card.preprocessing.mean == [0.1, 0.2, 0.3]
+    for changes in ({"mean": [0.1]}, {"std": [0.0, 1.0, 1.0]}, {"resize": 16}, {"crop": 4}):
+        with pytest.raises(UserError, match="data"):
+            load(Request("digits", preprocessing=changes))
+    root = draw_folder(tmp_path, 2, 4)
+    with pytest.raises(UserError, match="needs 3 values"):
+        load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12, "mean": [0.5]}))
+
+
+def test_fingerprint_changes_with_any_split(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 2, 4)
+    request = Request("image_folder", root, preprocessing={"resize": 12, "crop": 12})
+    before = load(request).card.fingerprint
+    assert load(request).card.fingerprint == before
+    one, other = root / "test" / "class_000" / "0.png", root / "test" / "class_001" / "0.png"
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    assert load(request).card.fingerprint != before
+
+
+def test_damaged_test_image_is_found_before_anything_trains(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 2, 4)
+    (root / "test" / "class_001" / "3.png").write_bytes(b"no image")
+    settings = {"resize": 12, "crop": 12}
+    with pytest.raises(UserError, match=r"class_001/3\.png.*data\.skip_unreadable"):
+        load(Request("image_folder", root, preprocessing=settings))
+    splits = load(Request("image_folder", root, preprocessing=settings, skip_unreadable=True))
+    assert len(splits.open_test()) == 7 and splits.test_folder is None
 
 
 def test_split_batches_cover_everything_in_order() -> None:

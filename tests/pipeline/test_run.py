@@ -75,6 +75,12 @@ def test_update_redoes_only_what_the_change_touches(small_run: Path, compress: C
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before, skipped") == 2
     assert ledger(copied)[:2] == ledger(small_run)[:2] and ledger(copied)[2] != ledger(small_run)[2]
+    shorter = tmp_path / "shorter.yaml"
+    shorter.write_text((PROJECT / "compress" / "recipes" / "slim_resnet18_digits.yaml").read_text().split("  - prune")[0])
+    kept = [setting for setting in SMALL if not setting.startswith(("prune", "finetune"))]
+    done = compress("run", shorter, f"run_dir={tmp_path}", "name=small", *kept, "--update")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in copied.glob("[0-9]*")) == ["01-teacher", "02-distill"]  # nothing stale
 
 
 def test_challenge_layout_in_a_recipe_is_scored_too(small_run: Path, compress: Compress, tmp_path: Path) -> None:
@@ -88,6 +94,12 @@ def test_challenge_layout_in_a_recipe_is_scored_too(small_run: Path, compress: C
     assert not (folder / "submission" / "model.py").exists()
     scored, before = (json.loads((path / "results.json").read_text()) for path in (folder, small_run))
     assert scored["accuracy"] == before["accuracy"]
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """Every epoch's row, less the seconds."""
+    return [{key: value for key, value in row.items() if key != "seconds"}
+            for path in sorted(folder.glob("*/metrics.csv")) for row in csv.DictReader(path.read_text().splitlines())]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -119,6 +131,7 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(stage: str, file: 
     one, other = weights(tmp_path / "small"), weights(small_run)
     assert one.keys() == other.keys() and len(one) == 5
     assert one == other
+    assert metrics(tmp_path / "small") == metrics(small_run)
 
 
 def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
@@ -159,6 +172,12 @@ def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
     (["slim_resnet18_digits", "prune.criterion=l3"], ["criterion"]),
     (["slim_resnet18_digits", "distill.model=vit_b_16", "distill.options={}"], ["layer", "as a teacher the model works"]),
     (["slim_resnet18_digits", "teacher.model=resnet19"], ["did you mean 'resnet18'"]),
+    (["slim_resnet18_digits", "teacher.model=torchvision:alexnet", "teacher.options={}"], ["does not take images"]),
+    (["slim_resnet18_digits", "teacher.options.in_channels=1"], ["does not take images of shape [3, 8, 8]"]),
+    (["slim_resnet18_digits", "distill.model=resnet18", "distill.options={groups: 2}"], ["resnet18"]),
+    (["slim_resnet18_digits", "seed=100000000000000000000"], ["seed"]),
+    (["slim_resnet18_digits", "data.mean=[0.5]"], ["needs 3 values"]),
+    (["slim_resnet18_digits", "data.resize=16"], ["data.resize"]),
     (["slim_resnet18_digits", "teacher.checkpoint=/nowhere.pth"], ["/nowhere.pth", "no such file"]),
     (["slim_resnet18_digits", "teacher.train.epochs=0"], ["it would know nothing"]),
     (["slim_resnet18_digits", "quantize_dynamic.exclude=[stem]"], ["'stem' is no Conv2d or Linear"]),
@@ -192,6 +211,38 @@ def test_stages_that_do_not_chain(compress: Compress, tmp_path: Path) -> None:
     assert_one_line_error(compress("plan", recipe), "stages")
     recipe.write_text("stages: [distill]\n")
     assert_one_line_error(compress("plan", recipe), "stage distill takes a teacher")
+
+
+@pytest.mark.parametrize("stage", ["prune", "finetune", "quantize_dynamic"])
+def test_stages_that_need_float_weights_are_refused_behind_int8(stage: str, compress: Compress, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {name: digits}\nstages: [teacher, {distill: {options: {width: 16, stem: small}}}, "
+                      f"quantize_dynamic, {stage}, package]\n")
+    assert_one_line_error(compress("plan", recipe), f"stage {stage}: the model is int8 by then")
+
+
+def test_package_states_the_students_numbers_not_the_controls(compress: Compress, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    training = "train: {epochs: 1, batch_size: 64, augment: []}"
+    recipe.write_text(f"""data: {{name: digits}}
+stages:
+  - teacher: {{options: {{width: 8, stem: small}}, floor: 0, {training}}}
+  - distill: {{options: {{width: 8, stem: small}}, control: true, {training}}}
+  - package: {{layout: challenge, username: ada}}
+""")
+    done = compress("run", recipe, f"run_dir={tmp_path}", "name=mine", "threads=1")
+    assert done.returncode == 0, done.stderr
+    rows = {row["stage"]: row for row in ledger(tmp_path / "mine")}
+    assert list(rows) == ["teacher", "distill", "distill (control)", "package"]
+    assert rows["distill"]["correct"] != rows["distill (control)"]["correct"]  # else this test shows nothing
+    stated = json.loads((tmp_path / "mine" / "submission" / "model_metadata.json").read_text())["accuracy"]
+    assert str(stated["correct"]) == rows["distill"]["correct"] == rows["package"]["correct"]
+    notes = json.loads((tmp_path / "mine" / "02-distill" / "stage.json").read_text())["notes"]
+    gain = int(rows["distill"]["correct"]) - int(rows["distill (control)"]["correct"])
+    assert notes["gain_over_control"]["images"] == gain
+    assert ("the teacher did not help" in done.stdout) == (gain <= 0)
+    assert compress("package", tmp_path / "mine", "--out", tmp_path / "again").returncode == 0
+    assert json.loads((tmp_path / "again" / "metadata.json").read_text())["username"] == "ada"
 
 
 def test_a_stage_that_occurs_twice_is_addressed_by_its_place(compress: Compress, tmp_path: Path) -> None:
@@ -246,7 +297,7 @@ def test_unwritable_places(compress: Compress, tmp_path: Path) -> None:
     assert_one_line_error(done, str(tmp_path / "file"))
 
 
-def test_full_disk_gets_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+def test_full_disk_gets_one_line_and_the_run_goes_on_later(small_run: Path, tmp_path: Path) -> None:
     """A file-size limit stands in for a full disk: the teacher's weights do not fit, then they do."""
     command = f"ulimit -f 40; exec {sys.executable} -m compress run slim_resnet18_digits run_dir={tmp_path} name=small " \
         + " ".join(SMALL)
@@ -254,6 +305,9 @@ def test_full_disk_gets_one_line_and_the_run_goes_on_later(tmp_path: Path) -> No
     assert_one_line_error(done, "nothing half-written")
     assert not list(tmp_path.rglob("*.part"))
     assert not list(tmp_path.rglob("weights.pth"))
+    done = run_compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert weights(tmp_path / "small") == weights(small_run)
 
 
 def test_two_processes_cannot_share_a_run(compress: Compress, tmp_path: Path) -> None:

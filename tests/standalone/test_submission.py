@@ -140,7 +140,6 @@ from torchvision import datasets, transforms
 folder = Path(".")
 spec = importlib.util.spec_from_file_location("submitted_loader", folder / "model_loader.py")
 module = importlib.util.module_from_spec(spec)
-sys.modules["submitted_loader"] = module
 spec.loader.exec_module(module)
 model = module.load_model(str(next(folder.glob("model.*"))))
 model = model.to(torch.device("cpu"))
