@@ -252,10 +252,16 @@ class _Run:
         return record if record.key == key else None
 
     def _remove_stages_after(self, number: int, keep: Collection[str] = ()) -> None:
-        """Stage folders with a higher number, but for those to keep: nothing stale may be reported or packaged."""
-        for path in self.folder.glob("[0-9][0-9]-*"):
-            if int(path.name[:2]) > number and path.name not in keep:
-                shutil.rmtree(path)
+        """Removes stages with a higher number, but for those to keep: nothing stale may be reported or handed on."""
+        stale = [path for path in self.folder.glob("[0-9][0-9]-*")
+                 if int(path.name[:2]) > number and path.name not in keep]
+        for path in stale:
+            shutil.rmtree(path)
+            if path.name.endswith("-package"):
+                shutil.rmtree(self.folder / "submission", ignore_errors=True)
+        if stale:
+            for name in ("results.json", "report.md", "plot.png"):
+                (self.folder / name).unlink(missing_ok=True)
 
     def _load_output(self, stage: Stage, name: str) -> None:
         _, gives = signature(type(stage))
@@ -271,7 +277,7 @@ class _Run:
         for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
             leftover.unlink()
         latest = self.latest.model_dump() if self.latest else {}
-        context = Context(self.splits, self.device, self.config.seed, folder, self.folder, self.config.name,
+        context = Context(self.splits, self.device, self.config.seed, folder, self.folder,
                           dataclasses.replace(self.tracker, folder=folder), self.outputs, latest)
         begin = time.monotonic()
         produced = stage.run(self.outputs[-1] if self.outputs else None, context)

@@ -120,7 +120,6 @@ class Context:
     seed: int
     folder: Path  # the stage's own
     run_folder: Path
-    run_name: str
     tracker: Tracker
     outputs: list[Artifact]  # of the earlier stages
     measurements: dict[str, Any]  # the latest ledger row, as numbers by name

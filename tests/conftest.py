@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 PROJECT = Path(__file__).parents[1]
-SMALL = ["teacher.options.width=8", "teacher.train.epochs=2", "teacher.floor=0.3", "distill.options.width=8",
+SMALL = ["teacher.options.width=8", "teacher.train.epochs=4", "teacher.floor=0.3", "distill.options.width=16",
          "distill.train.epochs=4", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=4", "threads=1"]
 
 torch.set_num_threads(1)

@@ -72,7 +72,7 @@ class Prune(Stage):
         context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; latency, timed in turns, "
                             f"{latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms ({latency['ratio']:.2f}x)")
         steps = [*model.architecture.compression_steps, self.history]
-        rate = 1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio)  # of the widths before any pruning
+        rate = round(1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio), 6)  # of the widths before any pruning
         architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=rate,
                                   compression_steps=steps)
         return TorchModel(pruned, architecture)
