@@ -1,4 +1,4 @@
-"""Write a finished run down: `python benchmarks/record_run.py runs/NAME` makes benchmarks/results/NAME.json.
+"""Write a finished run down: `python benchmarks/record_run.py runs/NAME [REMARK]...` makes benchmarks/results/NAME.json.
 
 The record holds what a reader needs to repeat or doubt the run: settings, seed, machine, versions, data set, the ledger,
 each stage's notes, the evaluator's result, and the two claims that a compression run makes (smaller, and how much worse).
@@ -18,8 +18,8 @@ from model_loader import UserError, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(folder: Path) -> dict[str, Any]:
-    """What is worth keeping of a run's folder.
+def record(folder: Path, remarks: list[str]) -> dict[str, Any]:
+    """What is worth keeping of a run's folder, and what its numbers do not say by themselves.
 
     Raises:
         UserError: the folder holds no finished run.
@@ -40,7 +40,7 @@ def record(folder: Path) -> dict[str, Any]:
         "test_accuracy_percent": results["accuracy"],
         "seconds": sum(row["seconds"] for row in rows),
     }
-    return {"claims": claims, "seed": run["config"]["seed"], "machine": run["machine"], "versions": run["versions"],
+    return {"claims": claims, "remarks": remarks, "seed": run["config"]["seed"], "machine": run["machine"], "versions": run["versions"],
             "config": run["config"], "data": {"name": card["name"], "counts": card["counts"],
                                               "input_shape": card["input_shape"], "fingerprint": card["fingerprint"]},
             "ledger": rows, "notes": {stage["stage"]: stage["notes"] for stage in stages}, "results": results}
@@ -48,12 +48,12 @@ def record(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     """The command line."""
-    if len(sys.argv) != 2:
-        print("usage: python benchmarks/record_run.py runs/NAME", file=sys.stderr)
+    if len(sys.argv) < 2:
+        print("usage: python benchmarks/record_run.py runs/NAME [REMARK]...", file=sys.stderr)
         return 2
     folder = Path(sys.argv[1])
     try:
-        content = record(folder)
+        content = record(folder, sys.argv[2:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
