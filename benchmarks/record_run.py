@@ -40,10 +40,10 @@ def record(folder: Path, remarks: list[str]) -> dict[str, Any]:
         "test_accuracy_percent": results["accuracy"],
         "seconds": sum(row["seconds"] for row in rows),
     }
-    return {"claims": claims, "remarks": remarks, "seed": run["config"]["seed"], "machine": run["machine"], "versions": run["versions"],
-            "config": run["config"], "data": {"name": card["name"], "counts": card["counts"],
-                                              "input_shape": card["input_shape"], "fingerprint": card["fingerprint"]},
-            "ledger": rows, "notes": {stage["stage"]: stage["notes"] for stage in stages}, "results": results}
+    data = {key: card[key] for key in ("name", "counts", "input_shape", "fingerprint")}
+    return {"claims": claims, "remarks": remarks, "seed": run["config"]["seed"], "machine": run["machine"],
+            "versions": run["versions"], "config": run["config"], "data": data, "ledger": rows,
+            "notes": {stage["stage"]: stage["notes"] for stage in stages}, "results": results}
 
 
 def main() -> int:
