@@ -983,9 +983,11 @@ def terminal_progress() -> Progress | None:
     """A counter with the time left on stderr, where a person is looking; None elsewhere."""
     if not sys.stderr.isatty():
         return None
-    start = time.monotonic()
+    start: float | None = None
 
     def show(done: int, total: int) -> None:
+        nonlocal start
+        start = start or time.monotonic()  # at the first image: loading and timing the model came before
         left = (time.monotonic() - start) / done * (total - done)
         end = "\n" if done == total else ""
         if end or done % max(1, total // 200) == 0:

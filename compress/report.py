@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -16,14 +17,15 @@ HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds
 
 def cells(row: LedgerRow) -> tuple[str, ...]:
     """A ledger row as a person reads it."""
-    accuracy = f"{row.accuracy:.2%}" + (" (test)" if row.split == "test" else "")
-    return (row.stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
-            f"{row.latency_ms:.2f} ms", accuracy, f"{row.seconds:,.1f}")
+    stage = row.stage + (" (test)" if row.split == "test" else "")
+    return (stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
+            f"{row.latency_ms:.2f} ms", f"{row.accuracy:.2%}", f"{row.seconds:,.1f}")
 
 
 def print_table(console: Console, rows: list[LedgerRow]) -> None:
     """The ledger on a terminal."""
-    table = Table(title="what each stage left (validation accuracy; latency: median, batch 1, one thread)")
+    table = Table(title="what each stage left (validation accuracy; latency: batch 1, one thread)", box=box.SIMPLE_HEAD,
+                  pad_edge=False, collapse_padding=True)  # fits 80 columns
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metadata.files import read_csv, write_csv
 
@@ -40,9 +40,8 @@ class Tracker:
         if not self.console.is_terminal:
             yield _Lines(self.console, what, unit)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                   TextColumn("{task.fields[note]}", style="dim"))
+        columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+                   TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"))  # fits 80 columns but for the note
         with Progress(*columns, console=self.console, transient=True) as bars:
             task = bars.add_task(what, total=None, unit=unit, note="")
 
@@ -75,7 +74,7 @@ class Tracker:
         if not self._rows:
             return ""
         row = self._rows[-1]
-        return f"epoch {row['epoch']}: loss {float(row['train_loss']):.3f}, accuracy {float(row['accuracy']):.3f}"
+        return f"epoch {row['epoch']}: {float(row['accuracy']):.1%}"
 
 
 class _Lines:
