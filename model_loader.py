@@ -359,6 +359,11 @@ class Architecture(Strict):
             raise ValueError(f"output_shape {list(self.output_shape)} does not hold {self.num_classes} classes")
         return self
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether any layer has int8 weights."""
+        return any(layer.type.startswith("Int8") for layer in self.layers)
+
     def to_json(self) -> dict[str, Any]:
         """The object that is written to disk."""
         return self.model_dump(mode="json", by_alias=True)
@@ -659,7 +664,7 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
             raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
     weighted = {layer.name: layer.type.startswith("Int8") for layer in architecture.layers if layer.width}
     stated_int8 = {name: text.startswith("int8") for name, text in metadata.quantization.layers.items()}
-    scheme = "dynamic_int8" if any(weighted.values()) else "none"
+    scheme = "dynamic_int8" if architecture.is_int8 else "none"
     if stated_int8 != weighted or metadata.quantization.scheme != scheme:
         odd = min((name for name in weighted.keys() | stated_int8.keys() if weighted.get(name) != stated_int8.get(name)),
                   default="scheme")

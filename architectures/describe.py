@@ -36,7 +36,6 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     graph: fx.Graph = copy.deepcopy(model.graph if isinstance(model, fx.GraphModule) else _trace(model))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     names: dict[fx.Node, str] = {}
-    called: set[str] = set()
     layers: list[dict[str, Any]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -51,13 +50,7 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
             if any(source not in names for source in inputs):
                 raise UserError(f"layer {node.name}: it uses a tensor's shape or attribute as data, which is not in the "
                                 "layer table; as a teacher the model works")
-            if node.op == "call_module" and node.target in called and model.get_submodule(str(node.target)).state_dict():
-                raise UserError(f"layer {node.target} is used twice; layers that share weights are not in the layer table")
-            if node.op == "call_module" and node.target in names.values() and node.target not in called \
-                    and model.get_submodule(str(node.target)).state_dict():
-                raise UserError(f"layer {node.target}: the graph's input or an operation has that name; rename the module")
-            called.add(str(node.target) if node.op == "call_module" else "")
-            names[node] = _unique_name(node, set(names.values()))
+            names[node] = _unique_name(node, model, names)
             layers.append({"name": names[node], "type": kind, "inputs": [names[source] for source in inputs], **options})
     try:
         classes = _output_width(model, input_shape)
@@ -151,10 +144,16 @@ def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     return int(output.shape[1])
 
 
-def _unique_name(node: fx.Node, taken: set[str]) -> str:
+def _unique_name(node: fx.Node, model: nn.Module, names: dict[fx.Node, str]) -> str:
+    """A layer's name among the earlier nodes'; a module with weights keeps its path, which the state dict uses."""
     name = str(node.target) if node.op == "call_module" else node.name
+    taken = set(names.values())
     if name not in taken:
         return name
+    if node.op == "call_module" and model.get_submodule(name).state_dict():
+        if any(earlier.op == "call_module" and earlier.target == node.target for earlier in names):
+            raise UserError(f"layer {name} is used twice; layers that share weights are not in the layer table")
+        raise UserError(f"layer {name}: the graph's input or an operation has that name; rename the module")
     number = 1
     while f"{name}_{number}" in taken:
         number += 1

@@ -95,7 +95,7 @@ class Package:
     def _metadata(self, folder: Path) -> dict[str, Any]:
         files = {path.name: {"sha256": model_loader.sha256(path), "bytes": path.stat().st_size}
                  for path in sorted(folder.iterdir()) if path.is_file()}
-        layers = {layer.name: _precision(layer.type, self._is_int8) for layer in self.architecture.layers
+        layers = {layer.name: _precision(layer.type, self.architecture.is_int8) for layer in self.architecture.layers
                   if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
         metadata = {
             "schema": 1, "model_format": "pytorch", "architecture": self.architecture.model_type,
@@ -103,7 +103,7 @@ class Package:
             "architecture_file": ARCHITECTURE_FILE, "weights_file": self.weights_file,
             "input_shape": list(self.architecture.input_shape), "preprocessing": self.card.preprocessing.model_dump(),
             "pruning_rate": self.architecture.pruning_rate, "compression_steps": self.architecture.compression_steps,
-            "quantization": {"scheme": "dynamic_int8" if self._is_int8 else "none", "layers": layers},
+            "quantization": {"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers},
             "parameters": count_parameters(self.model),
             "macs": count_macs(self.model, self.architecture.input_shape), "files": files,
             "accuracy": {"split": "validation", "correct": self.measured["correct"], "images": self.measured["images"],
@@ -114,10 +114,6 @@ class Package:
         }
         model_loader.ModelMetadata.model_validate(metadata)
         return metadata
-
-    @property
-    def _is_int8(self) -> bool:
-        return any(layer.type.startswith("Int8") for layer in self.architecture.layers)
 
     def _card(self, size_bytes: int) -> str:
         """README.md: a model card with the measured numbers."""

@@ -30,8 +30,8 @@ from loaders import load
 from loaders.arrays import Request, Splits
 from metadata.files import write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
-from model_loader import (UserError, count_macs, count_parameters, load_model, machine,
-                          measure_accuracy, measure_latency, read_json, read_submission, torch_threads, versions)
+from model_loader import (UserError, count_macs, count_parameters, machine, measure_accuracy, measure_latency,
+                          open_submission, read_json, read_submission, torch_threads, versions)
 
 PROJECT = Path(__file__).parents[1]
 SHOW_ONLY = {"__main__", "cli", "report", "trackers"}  # files of compress/ that cannot change a stage's result
@@ -156,19 +156,14 @@ def run(config: RunConfig, console: Console, update: bool = False) -> Outcome:
     """
     torch.set_num_threads(threads(config))
     tracker = Tracker(console)
-    if (config.run_dir / config.name / "run.json").is_file():
-        before = _settings_of(config.run_dir / config.name)
-        if (threads(before), before.device) != (threads(config), config.device):
-            tracker.warn(f"this run began on {threads(before)} threads, device {before.device}: a training that goes on "
-                         f"with {threads(config)}, device {config.device}, does not end with the same bits")
     plan = make_plan(config, tracker)
     folder = config.run_dir / config.name
-    with _claimed(folder, config, update):
+    with _claimed(folder, config, update, tracker):
         return _Run(plan, folder, tracker).run()
 
 
 @contextmanager
-def _claimed(folder: Path, config: RunConfig, update: bool) -> Iterator[None]:
+def _claimed(folder: Path, config: RunConfig, update: bool, tracker: Tracker) -> Iterator[None]:
     """The folder, for this process alone and for this configuration."""
     settings = folder / "run.json"
     if settings.is_file():
@@ -178,6 +173,9 @@ def _claimed(folder: Path, config: RunConfig, update: bool) -> Iterator[None]:
             raise UserError(f"{folder} already holds another run ({', '.join(difference[:4])}"
                             f"{', ...' if len(difference) > 4 else ''}); choose name=OTHER, or pass --update to redo "
                             "only the stages that this changes")
+        if (threads(before), before.device) != (threads(config), config.device):
+            tracker.warn(f"this run began on {threads(before)} threads, device {before.device}: a training that goes on "
+                         f"with {threads(config)}, device {config.device}, does not end with the same bits")
     elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"{folder}: already there and not a run's folder; choose name=OTHER or run_dir=DIR")
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,11 +305,11 @@ class _Run:
             return _evaluation_row(artifact.results, stage, seconds)
         if isinstance(artifact, Submission):
             files = read_submission(artifact.folder)
-            model, size = load_model(artifact.folder), files.weights.stat().st_size
-            int8 = files.metadata.quantization.scheme == "dynamic_int8"
+            model, size = open_submission(files), files.weights.stat().st_size
+            int8 = files.architecture.is_int8
         else:
             model, size = artifact.module, (folder / WEIGHTS).stat().st_size
-            int8 = isinstance(artifact, TorchModel) and artifact.is_int8
+            int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8
         shape = self.splits.card.input_shape
         model = model.cpu().eval()
         latency = measure_latency(model, shape)

@@ -65,10 +65,6 @@ class TorchModel:
         architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
         return cls(open_model(architecture, folder / WEIGHTS), architecture)
 
-    @property
-    def is_int8(self) -> bool:
-        return any(layer.type.startswith("Int8") for layer in self.architecture.layers)
-
 
 @dataclass(frozen=True)
 class Submission:
