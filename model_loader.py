@@ -4,12 +4,13 @@
         --baseline_accuracy 80 --output_file results.json
 
 This file travels, byte for byte, inside every submission, so it imports no other file of the project: the standard
-library, numpy and pydantic at the top, torch and Pillow inside the functions that need them. What the pipeline needs
-too (schemas, layer table, `build`, measuring, scoring) is defined here once and imported upward. A submission is data:
-nothing in it is ever executed.
+library, numpy and pydantic at the top; torch, Pillow, onnxruntime and openvino inside the functions that need them. What
+the pipeline needs too (schemas, layer table, `build`, measuring, scoring) is defined here once and imported upward. A
+submission is data: nothing in it is executed, unless the user says `--allow_code`, and then in a separate process.
 
-Sections: errors and files · schemas · layer table and build · int8 layers · read and verify · images · measure ·
-score · command line.
+Sections: errors and files · schemas · layer table and build · int8 layers · read and verify · ONNX · runtimes · images ·
+measure · score · command line. Comparing two submissions, running foreign code and the synthetic task are the toolkit's
+(`compress/evaluation/`), loaded by the flag that asks for them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import keyword
+import math
 import operator
 import os
 import platform
@@ -35,8 +39,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args
 
 import numpy as np
-from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError,
-                      create_model, model_serializer, model_validator)
+from pydantic import (BaseModel, BeforeValidator, ConfigDict, Field, RootModel, SerializerFunctionWrapHandler,
+                      ValidationError, create_model, model_serializer, model_validator)
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +55,13 @@ if __name__ not in sys.modules:
 
 ARCHITECTURE_FILE = "trained_pruned_architecture.json"
 METADATA_FILE = "model_metadata.json"
+ORIGINAL_METADATA_FILES = (METADATA_FILE, "metadata.json")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_ACTIVATION_ELEMENTS = 2**28  # one layer's output for one image; more than this is an attack or a mistake
 MAX_WEIGHT_ELEMENTS = 2**31
+MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; more than this is an attack or a mistake
+MAX_JSON_BYTES = 2**24
+MAX_FILE_BYTES = 2**32
 RATIO_CAP = 10.0  # no single ratio may buy more than this in the guarded score
 
 
@@ -184,16 +192,19 @@ class Quantization(Strict):
 
 
 class ModelMetadata(BaseModel):
-    """`model_metadata.json`. Keys that we do not know are kept: submissions carry notes of their own."""
+    """`model_metadata.json`. Keys that we do not know are kept: submissions carry notes of their own.
+
+    `parameters` counts every stored number; of an ONNX file those of its initializers.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    model_format: Literal["pytorch"]
+    model_format: Literal["pytorch", "onnx"]
     architecture: str
     num_classes: Size
     class_names: list[str]
-    architecture_file: FileName = ARCHITECTURE_FILE
+    architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for ONNX, whose graph is its own")
     weights_file: FileName
     input_shape: tuple[Size, Size, Size]
     preprocessing: Preprocessing
@@ -209,8 +220,10 @@ class ModelMetadata(BaseModel):
     def _names_match(self) -> ModelMetadata:
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} names, num_classes is {self.num_classes}")
+        if self.model_format == "pytorch" and not self.architecture_file:
+            raise ValueError("model_format pytorch needs an architecture_file")
         for name in (self.architecture_file, self.weights_file):
-            if name not in self.files:
+            if name and name not in self.files:
                 raise ValueError(f"files does not state the hash of {name}")
         return self
 
@@ -526,9 +539,13 @@ def read_json(path: Path, schema: type[BaseModel]) -> Any:
         VerificationError: missing, not JSON, or not of the schema; the message names the file and the key.
     """
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise VerificationError(f"{path}: {path.stat().st_size:,} bytes are over JSON's limit of {MAX_JSON_BYTES:,}")
         return schema.model_validate(json.loads(path.read_bytes()))
     except FileNotFoundError as error:
         raise VerificationError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise VerificationError(f"{path}: {describe_validation_error(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -592,8 +609,6 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
     with torch.device("meta"):
         model = build(architecture)
     expected = model.state_dict()
-    if not expected:
-        raise VerificationError(f"{where}: the architecture has no layer with weights")
     for name in expected.keys() - weights.keys():
         raise VerificationError(f"{where}: tensor {name} is missing")
     for name in weights.keys() - expected.keys():
@@ -614,16 +629,65 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
 
 @dataclasses.dataclass(frozen=True)
 class SubmissionFiles:
-    """A submission whose JSON files were read and whose files carry the hashes that its metadata states."""
+    """A submission whose JSON files were read and whose files are what its metadata states.
+
+    Args:
+        kind: "graph" (architecture JSON and `.pth`), "onnx", or "code" (the original style: its own model.py).
+        metadata: None for the original style.
+        class_names: None where the submission does not say.
+        preprocessing_from: which file states the preprocessing, or that it is the original's default.
+        model_class: the class in model.py, where the metadata names one.
+    """
 
     folder: Path
-    metadata: ModelMetadata
-    architecture: Architecture
+    kind: Literal["graph", "onnx", "code"]
     weights: Path
+    input_shape: tuple[int, int, int]
+    preprocessing: Preprocessing
+    preprocessing_from: str
+    num_classes: int | None = None
+    class_names: list[str] | None = None
+    metadata: ModelMetadata | None = None
+    architecture: Architecture | None = None
+    architecture_path: Path | None = None
+    metadata_path: Path | None = None
+    model_class: str | None = None
+
+    def needed(self) -> list[Path]:
+        """The files that inference needs; code can read whatever lies beside it."""
+        if self.kind == "code":
+            return submission_files(self.folder)
+        return [path for path in (self.weights, self.architecture_path, self.metadata_path) if path]
+
+
+def submission_files(folder: Path) -> list[Path]:
+    """Every file of a submission, sorted.
+
+    Raises:
+        VerificationError: a link leaves the folder, or something is neither a file nor a folder.
+    """
+    files = []
+    for path in sorted(folder.rglob("*")):
+        inside(folder, str(path.relative_to(folder)))
+        if path.is_file():
+            files.append(path)
+        elif not path.is_dir():
+            raise VerificationError(f"{path}: neither a file nor a folder")
+    return files
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash over the names and bytes of every file in a folder."""
+    digest = hashlib.sha256()
+    for path in submission_files(folder):
+        digest.update(f"{path.relative_to(folder)}\0{sha256(path)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_submission(folder: str | Path) -> SubmissionFiles:
-    """Reads a submission folder's metadata and architecture, and checks the files against what they claim.
+    """Reads a submission folder's JSON files, and checks the other files against what they claim.
+
+    A metadata file with a `schema` is ours; one without is the original style's, which the toolkit reads.
 
     Raises:
         UserError: the folder does not exist.
@@ -632,36 +696,52 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--submission_dir {folder}: there is no such folder")
-    metadata: ModelMetadata = read_json(folder / METADATA_FILE, ModelMetadata)
-    architecture: Architecture = read_json(inside(folder, metadata.architecture_file), Architecture)
+    path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), folder / METADATA_FILE)
+    content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
+    if "schema" in content:
+        return _read_packaged(folder, path)
+    original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
+    return original.read_original(folder, path)  # type: ignore[no-any-return]
+
+
+def _read_packaged(folder: Path, path: Path) -> SubmissionFiles:
+    metadata: ModelMetadata = read_json(path, ModelMetadata)
+    where = inside(folder, metadata.architecture_file) if metadata.architecture_file else None
+    architecture: Architecture | None = read_json(where, Architecture) if where else None
     for name, record in metadata.files.items():
-        path = inside(folder, name)
-        if not path.is_file():
-            raise VerificationError(f"{path}: {METADATA_FILE} lists this file, but it is not there")
-        if path.stat().st_size != record.bytes or sha256(path) != record.sha256:
-            raise VerificationError(f"{path}: its bytes are not those that {METADATA_FILE} states (sha256)")
-    for key in ("num_classes", "input_shape"):
-        if getattr(metadata, key) != getattr(architecture, key):
-            raise VerificationError(f"{folder}: {key} is {getattr(metadata, key)} in {METADATA_FILE} and "
-                                    f"{getattr(architecture, key)} in {metadata.architecture_file}")
-    if metadata.architecture != architecture.model_type:
-        raise VerificationError(f"{folder}: the architecture is {metadata.architecture} in {METADATA_FILE} and "
-                                f"{architecture.model_type} in {metadata.architecture_file}")
-    return SubmissionFiles(folder, metadata, architecture, inside(folder, metadata.weights_file))
+        listed = inside(folder, name)
+        if not listed.is_file():
+            raise VerificationError(f"{listed}: {path.name} lists this file, but it is not there")
+        if record.bytes > MAX_FILE_BYTES:
+            raise VerificationError(f"{listed}: {record.bytes:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
+        if listed.stat().st_size != record.bytes or sha256(listed) != record.sha256:
+            raise VerificationError(f"{listed}: its bytes are not those that {path.name} states (sha256)")
+    kind: Literal["graph", "onnx"] = "onnx" if metadata.model_format == "onnx" else "graph"
+    if architecture and where:
+        for key, stated in (("num_classes", metadata.num_classes), ("input_shape", metadata.input_shape)):
+            if stated != getattr(architecture, key):
+                raise VerificationError(f"{folder}: {key} is {stated} in {path.name} and {getattr(architecture, key)} in "
+                                        f"{where.name}")
+        if metadata.architecture != architecture.model_type:
+            raise VerificationError(f"{folder}: the architecture is {metadata.architecture} in {path.name} and "
+                                    f"{architecture.model_type} in {where.name}")
+    return SubmissionFiles(folder, kind, inside(folder, metadata.weights_file), metadata.input_shape,
+                           metadata.preprocessing, path.name, metadata.num_classes, metadata.class_names, metadata,
+                           architecture if kind == "graph" else None, where, path)
 
 
 def open_submission(files: SubmissionFiles) -> nn.Module:
-    """The submission's model, after checking that it bears out what the metadata claims of it.
+    """The model of a graph submission, after checking that it bears out what the metadata claims of it.
 
     Raises:
+        UserError: the submission is of another kind.
         VerificationError: weights, counts or the table of int8 layers are not as stated.
     """
     metadata, architecture = files.metadata, files.architecture
+    if metadata is None or architecture is None:
+        raise UserError(f"{files.folder}: no PyTorch graph of ours but {files.kind}; it can be evaluated, not loaded")
     model = open_model(architecture, files.weights)
-    for claim, stated, counted in (("parameters", metadata.parameters, count_parameters(model)),
-                                   ("macs", metadata.macs, count_macs(model, metadata.input_shape))):
-        if stated != counted:
-            raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
+    check_claims(files, count_parameters(model), count_macs(model, metadata.input_shape))
     weighted = {layer.name: layer.type.startswith("Int8") for layer in architecture.layers if layer.width}
     stated_int8 = {name: text.startswith("int8") for name, text in metadata.quantization.layers.items()}
     scheme = "dynamic_int8" if architecture.is_int8 else "none"
@@ -672,13 +752,38 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
     return model
 
 
+def check_claims(files: SubmissionFiles, parameters: int, macs: int | None) -> None:
+    """Holds the metadata's counts to those of the model.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    if files.metadata is None:
+        return
+    for claim, stated, counted in (("parameters", files.metadata.parameters, parameters),
+                                   ("macs", files.metadata.macs, macs)):
+        if counted is not None and stated != counted:
+            raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
+
+
 def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModule:
     """The verified model of an architecture and a weights file, whose sizes are checked before the file is read.
 
     Raises:
-        VerificationError: the weights do not bear out the architecture.
+        VerificationError: the weights do not bear out the architecture, or one image would take absurdly long.
     """
+    import torch
     check_shapes(architecture)
+    with torch.device("meta"):
+        empty = build(architecture).eval()
+        if not empty.state_dict():
+            raise VerificationError(f"{weights}: the architecture has no layer with weights")
+        macs = count_macs(empty, architecture.input_shape)
+    if macs > MAX_MACS:
+        raise VerificationError(f"{weights}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in empty.state_dict().values())
+    if weights.is_file() and weights.stat().st_size > 2 * needed + 2**20:
+        raise VerificationError(f"{weights}: the file has {weights.stat().st_size:,} bytes, its tensors need {needed:,}")
     return load_verified(architecture, read_weights(weights), str(weights))
 
 
@@ -689,7 +794,7 @@ def load_model(model_path: str | Path) -> nn.Module:
     `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` logits.
 
     Raises:
-        UserError: the path does not exist.
+        UserError: the path does not exist, or is a submission of another kind.
         VerificationError: the weights do not bear out the architecture.
     """
     path = Path(model_path)
@@ -699,6 +804,305 @@ def load_model(model_path: str | Path) -> nn.Module:
         raise UserError(f"{path}: there is no such file")
     architecture = read_json(path.parent / ARCHITECTURE_FILE, Architecture)
     return open_model(architecture, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- ONNX
+
+ONNX_DOMAINS = {"", "ai.onnx", "com.microsoft"}
+ONNX_RANDOM = {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+# Which input's shape holds the factors of one output's products: a weight (out, in/groups, ...), or rows of a matrix.
+ONNX_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "FusedConv": 1, "QLinearConv": 3}
+ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "FusedMatMul"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFile:
+    """What a checked ONNX file holds; `macs` is None where a shape that counts is not known before running."""
+
+    input_name: str
+    parameters: int
+    macs: int | None
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Checks an ONNX file without running it: one image in, one row of logits out, nothing outside the file.
+
+    Raises:
+        VerificationError: not ONNX, external data, unknown operators or domains, control flow or random operators,
+            several inputs or outputs, NaN or infinite weights, absurd sizes.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError(f"{path}: an ONNX submission needs the packages onnx and onnxruntime; "
+                        "pip install onnx onnxruntime") from error
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size >= 2**31:
+        raise VerificationError(f"{path}: {path.stat().st_size:,} bytes; an ONNX file without external data has under 2 GB")
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except (DecodeError, RecursionError, ValueError, TypeError) as error:
+        raise VerificationError(f"{path}: not an ONNX file: {first_line(error)}") from error
+    graph = model.graph
+    tensors = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute
+                                     if attribute.type == onnx.AttributeProto.TENSOR)]
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise VerificationError(f"{path}: tensor {tensor.name!r} lies in another file; store all data in this one")
+    if model.functions or graph.sparse_initializer:
+        raise VerificationError(f"{path}: local functions and sparse weights are not supported; export plain operators")
+    for node in graph.node:
+        subgraphs = any(attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+                        for attribute in node.attribute)
+        if node.domain not in ONNX_DOMAINS or subgraphs or node.op_type in ONNX_RANDOM:
+            why = "control flow" if subgraphs else "random" if node.op_type in ONNX_RANDOM else f"domain {node.domain!r}"
+            raise VerificationError(f"{path}: operator {node.op_type} of node {node.name!r} is not allowed ({why})")
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise VerificationError(f"{path}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
+    for tensor in tensors:
+        try:
+            values = onnx.numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise VerificationError(f"{path}: tensor {tensor.name!r} is not what it says: {first_line(error)}") from error
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise VerificationError(f"{path}: tensor {tensor.name!r} holds NaN or infinite values")
+    declared = inputs[0].type.tensor_type
+    if declared.elem_type != onnx.TensorProto.FLOAT or len(declared.shape.dim) != 4:
+        raise VerificationError(f"{path}: the input must be float32 (N, C, H, W)")
+    declared.shape.dim[0].dim_value = 1  # so that every later shape can be inferred; the file itself stays as it is
+    del graph.value_info[:]
+    try:
+        onnx.checker.check_model(model)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise VerificationError(f"{path}: not a valid ONNX graph: {first_line(error)}") from error
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims) and value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = [dim.dim_value for dim in dims]
+            if math.prod(shapes[value.name]) > MAX_ACTIVATION_ELEMENTS:
+                raise VerificationError(f"{path}: {value.name!r} has {math.prod(shapes[value.name]):,} elements, over the "
+                                        f"limit of {MAX_ACTIVATION_ELEMENTS:,}")
+    macs = _onnx_macs(graph.node, shapes)
+    if macs is not None and macs > MAX_MACS:
+        raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
+    return OnnxFile(inputs[0].name, sum(math.prod(tensor.dims) for tensor in tensors), macs)
+
+
+def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
+    total = 0
+    for node in nodes:
+        if node.op_type not in ONNX_CONVOLUTIONS and node.op_type not in ONNX_PRODUCTS:
+            continue
+        factors = shapes.get(node.input[ONNX_CONVOLUTIONS.get(node.op_type, 0)])
+        output = shapes.get(node.output[0])
+        if factors is None or output is None:
+            return None
+        if node.op_type in ONNX_CONVOLUTIONS:
+            total += math.prod(output) * math.prod(factors[1:])
+        else:
+            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            total += math.prod(output) * factors[-2 if transposed else -1]
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------ runtimes
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a submission is measured.
+
+    Args:
+        runs: timed calls at batch 1.
+        warmup: calls before them.
+        threads: of one inference; 1 is the most comparable between machines.
+        batch_size: for the accuracy alone.
+        min_accuracy: percent; below it the guarded score is zero.
+        time_limit_s: for everything that is asked of a submission.
+        memory_limit_mb: beyond what the evaluator has before it opens the submission.
+    """
+
+    runs: int = 130  # what a p95 needs
+    warmup: int = 10
+    threads: int = 1
+    backend: str = "auto"
+    batch_size: int = 1
+    min_accuracy: float = 0.0
+    allow_code: bool = False
+    time_limit_s: float = 3600.0
+    memory_limit_mb: int = 4096
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be meant."""
+        for name, low in (("runs", 1), ("warmup", 0), ("threads", 1), ("batch_size", 1), ("memory_limit_mb", 64)):
+            if getattr(self, name) < low:
+                raise UserError(f"--{name}: expected at least {low}, got {getattr(self, name)}")
+        if not 0 <= self.min_accuracy <= 100:
+            raise UserError(f"--min_accuracy: expected a percentage, got {self.min_accuracy}")
+        if not 0 < self.time_limit_s < float("inf"):
+            raise UserError(f"--time_limit_s: expected a positive number, got {self.time_limit_s}")
+
+
+class Runtime:
+    """A submission that answers: (N, C, H, W) float32 -> (N, classes) logits.
+
+    Attributes:
+        backend: "torch", "onnxruntime" or "openvino".
+        parameters: "all" stored numbers, and the "trainable" ones where that is known.
+        macs: multiply-adds an image, where known.
+        errors: what a call may raise when the model cannot answer.
+        details, warnings: for the result.
+    """
+
+    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError)
+
+    def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
+        self.backend, self.parameters, self.macs = backend, parameters, macs
+        self.details: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends what was started, and notes what can only be known at the end."""
+
+
+class TorchRuntime(Runtime):
+    """A graph of ours."""
+
+    def __init__(self, files: SubmissionFiles) -> None:
+        import torch
+        self.model = open_submission(files)
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        super().__init__("torch", {"all": count_parameters(self.model), "trainable": trainable},
+                         count_macs(self.model, files.input_shape))
+        self._mode, self._tensor = torch.inference_mode, torch.from_numpy
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        with self._mode():
+            return self.model(self._tensor(images)).numpy()  # type: ignore[no-any-return]
+
+
+class OnnxRuntime(Runtime):
+    """An ONNX file on ONNX Runtime's CPU provider."""
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        file = read_onnx(files.weights)
+        check_claims(files, file.parameters, file.macs)
+        super().__init__("onnxruntime", {"all": file.parameters, "trainable": None}, file.macs)
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
+                                                   if isinstance(kind, type) and issubclass(kind, Exception)))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        try:
+            self.session = onnxruntime.InferenceSession(str(files.weights), options, ["CPUExecutionProvider"])
+        except self.errors as error:
+            raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
+        self.input_name = file.input_name
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input_name: images})[0]  # type: ignore[no-any-return]
+
+
+class OpenvinoRuntime(Runtime):
+    """An ONNX file on OpenVINO's CPU plugin."""
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        file = read_onnx(files.weights)
+        check_claims(files, file.parameters, file.macs)
+        super().__init__("openvino", {"all": file.parameters, "trainable": None}, file.macs)
+        openvino = import_openvino()
+        try:
+            self.model = openvino.Core().compile_model(str(files.weights), "CPU", {
+                "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"})
+        except RuntimeError as error:
+            raise VerificationError(f"{files.weights}: OpenVINO cannot load it: {first_line(error)}") from error
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return next(iter(self.model(images).values()))
+
+
+def import_openvino() -> Any:
+    """The openvino package, with its telemetry off: on import it would report to an analytics server.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # openvino falls back to a stub
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise UserError("--backend openvino: the package is not installed; pip install openvino") from error
+
+
+def toolkit(flag: str, module: str) -> Any:
+    """A module of the toolkit's `compress.evaluation`, for the flag that asks for it.
+
+    Raises:
+        UserError: this file stands alone.
+    """
+    home = Path(__file__).resolve().parent
+    if not (home / "compress" / "evaluation" / f"{module}.py").is_file():
+        raise UserError(f"{flag} needs the toolkit: this {Path(__file__).name} stands alone; run the toolkit's own copy")
+    if str(home) not in sys.path:
+        sys.path.insert(0, str(home))
+    sys.modules.setdefault("model_loader", sys.modules[__name__])  # run as a script, its classes must not exist twice
+    return importlib.import_module(f"compress.evaluation.{module}")
+
+
+BACKENDS = {"graph": ("torch",), "onnx": ("onnxruntime", "openvino"), "code": ("torch",)}
+
+
+def open_runtime(files: SubmissionFiles, settings: Settings, classes: int) -> Runtime:
+    """Starts a submission on the backend that was asked for.
+
+    Raises:
+        UserError: a backend that cannot run this kind, or code without --allow_code.
+        VerificationError: the submission does not hold what it claims, or cannot be loaded.
+    """
+    known = BACKENDS[files.kind]
+    backend = known[0] if settings.backend == "auto" else settings.backend
+    if backend not in known:
+        raise UserError(f"--backend {backend}: {files.weights.name} runs on {' or '.join(known)}")
+    if files.kind == "graph":
+        return TorchRuntime(files)
+    if files.kind == "onnx":
+        return (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, settings.threads)
+    if not settings.allow_code:
+        raise UserError(f"{files.folder}: this submission is code (model.py); it runs, in a process with limits, only with "
+                        "--allow_code")
+    if settings.batch_size != 1:
+        raise UserError(f"--batch_size {settings.batch_size}: code is graded at batch 1, so that its timed calls and its "
+                        "graded ones cannot be told apart")
+    return toolkit("--allow_code", "sandbox").open_code(files, settings, classes)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def memory_limit(megabytes: int) -> Iterator[None]:
+    """Inside, this process cannot get more than that much further address space (where the system can tell and limit)."""
+    try:
+        import resource
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + megabytes * 2**20
+    if before[1] != resource.RLIM_INFINITY:
+        limit = min(limit, before[1])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # -------------------------------------------------------------------------------------------------------- images
@@ -761,18 +1165,19 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
-def image_batches(images: Sequence[tuple[Path, int]], preprocessing: Preprocessing,
-                  batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (images (N, C, H, W) uint8, labels (N,) int64) in order, decoding as it goes."""
-    import torch
-    for start in range(0, len(images), batch_size):
-        chunk = images[start:start + batch_size]
-        arrays = [decode_image(path, preprocessing) for path, _ in chunk]
-        for (path, _), array in zip(chunk, arrays, strict=True):
-            if array.shape != arrays[0].shape:
-                raise UserError(f"{path}: the image is {array.shape[1:]}, others are {arrays[0].shape[1:]}, and the "
-                                "preprocessing has neither resize nor crop")
-        yield torch.from_numpy(np.stack(arrays)), torch.tensor([label for _, label in chunk])
+def read_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:
+    """(N, C, H, W) float32, decoded and normalised.
+
+    Raises:
+        UserError: an image is unreadable, or the images differ in size.
+    """
+    arrays = [decode_image(path, preprocessing) for path in paths]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape != arrays[0].shape:
+            raise UserError(f"{path}: the image is {array.shape[1:]}, others are {arrays[0].shape[1:]}, and the "
+                            "preprocessing has neither resize nor crop")
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return (np.stack(arrays).astype(np.float32) / np.float32(255) - mean) / std
 
 
 # ------------------------------------------------------------------------------------------------------- measure
@@ -830,7 +1235,7 @@ class Latency:
     threads: int
 
 
-def measure_latency(model: nn.Module, input_shape: Sequence[int], runs: int = 100, warmup: int = 10,
+def measure_latency(model: nn.Module, input_shape: Sequence[int], runs: int = Settings.runs, warmup: int = 10,
                     threads: int = 1) -> Latency:
     """Times the model on the CPU at batch 1, on a fixed random input, one call after another."""
     import torch
@@ -875,6 +1280,190 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     return int(counter.get_total_flops()) // 2
 
 
+REPEATS = 64  # images that are asked a second time
+BURST = 32  # images decoded ahead, so that calls follow each other closely
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a runtime answered, and how long each call took by this process's clock.
+
+    Args:
+        logits: (N, classes) float32, the first answer to each image, in the images' order.
+        first_ms: (N,) the first call with each image.
+        order: (N,) in which the images were asked.
+        again: (image, ms) of every repeated call.
+    """
+
+    logits: np.ndarray
+    first_ms: np.ndarray
+    order: np.ndarray
+    again: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], images: Sequence[Path], classes: int,
+          settings: Settings, progress: Progress | None = None) -> list[Answers]:
+    """Asks every runtime for every image, one at a time, in an order that nobody can foresee, and times each call.
+
+    Timed calls and graded calls are the same calls, so the two runs cannot differ. Some images are asked again, later:
+    their answers must be the same, and must not come suddenly faster (`repeats_ratio`). Several runtimes take turns on
+    the same image, so that what slows the machine slows all of them.
+
+    Raises:
+        VerificationError: an answer is not finite logits, changes between two calls, or the time is over.
+        UserError: an image is unreadable.
+    """
+    entropy = np.random.default_rng()  # seeded by the system: code under test must not know the order
+    order = entropy.permutation(len(images))
+    repeats = entropy.choice(len(images), max(min(REPEATS, len(images)), settings.runs - len(images)))
+    place = np.argsort(order)
+    keys = np.concatenate([np.arange(len(images)), entropy.uniform(place[repeats] + 0.5, len(images))])
+    requests = np.concatenate([order, repeats])[np.argsort(keys, kind="stable")].tolist()
+    answers = [Answers(np.full((len(images), classes), np.nan, np.float32), np.zeros(len(images)), order) for _ in runtimes]
+    deadline, asked, seen = time.monotonic() + settings.time_limit_s, 0, set[int]()
+    for start in range(0, len(requests), BURST):
+        burst = requests[start:start + BURST]
+        inputs = [{image: read_images([images[image]], preprocessing) for image in burst}
+                  for preprocessing in preprocessings]
+        if start == 0:
+            for run in range(settings.warmup):
+                for runtime, pixels in zip(runtimes, inputs, strict=True):
+                    ask(runtime, pixels[burst[run % len(burst)]], classes)
+        for image in burst:
+            turns = range(len(runtimes)) if asked % 2 == 0 else reversed(range(len(runtimes)))
+            for index in turns:
+                logits, took = ask(runtimes[index], inputs[index][image], classes)
+                mine = answers[index]
+                if image not in seen:
+                    mine.logits[image], mine.first_ms[image] = logits[0], took
+                    continue
+                mine.again.append((image, took))
+                if not _same(mine.logits[image], logits[0]):
+                    raise VerificationError(f"{images[image]}: the model gave another answer when asked again")
+            seen.add(image)
+            asked += 1
+        if time.monotonic() > deadline:
+            raise VerificationError(f"{len(seen)} of {len(images)} images were answered within --time_limit_s "
+                                    f"{settings.time_limit_s:g}")
+        if progress:
+            progress(asked, len(requests))
+    return answers
+
+
+def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray, float]:
+    """One call: the logits (N, classes) float32, and its milliseconds.
+
+    Raises:
+        VerificationError: the model cannot answer, or not with one finite logit a class.
+    """
+    start = time.perf_counter_ns()
+    try:
+        logits = runtime(images)
+    except runtime.errors as error:
+        raise VerificationError(f"the model cannot answer images of shape {list(images.shape)}: "
+                                f"{first_line(error)}") from error
+    took = (time.perf_counter_ns() - start) / 1e6
+    if logits.shape != (len(images), classes) or not np.isfinite(logits).all():
+        finite = "" if logits.shape != (len(images), classes) else ", but with NaN or infinite values"
+        raise VerificationError(f"the model's output for {len(images)} image(s) is {list(logits.shape)}{finite}, expected "
+                                f"finite logits {[len(images), classes]} for the data's {classes} classes")
+    return logits.astype(np.float32, copy=False), took
+
+
+def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bool:
+    return bool(np.abs(one - two).max() <= tolerance * max(1e-6, float(np.abs(one).max())))
+
+
+def classify(runtime: Runtime, preprocessing: Preprocessing, images: Sequence[Path], classes: int, settings: Settings,
+             progress: Progress | None = None) -> np.ndarray:
+    """(N, classes) logits by batches, shuffled, so that neighbours give nothing away. Raises what `serve` raises."""
+    order = np.random.default_rng().permutation(len(images))
+    logits = np.empty((len(images), classes), np.float32)
+    deadline = time.monotonic() + settings.time_limit_s
+    for start in range(0, len(images), settings.batch_size):
+        chunk = order[start:start + settings.batch_size]
+        logits[chunk], _ = ask(runtime, read_images([images[index] for index in chunk], preprocessing), classes)
+        if time.monotonic() > deadline:
+            raise VerificationError(f"{start} of {len(images)} images were answered within --time_limit_s "
+                                    f"{settings.time_limit_s:g}")
+        if progress:
+            progress(start + len(chunk), len(images))
+    return logits
+
+
+def repeats_ratio(answers: Answers) -> float | None:
+    """Median over repeated images of second time / first time; None for fewer than eight. A cache gives itself away."""
+    if len(answers.again) < 8:
+        return None
+    return float(np.median([took / answers.first_ms[image] for image, took in answers.again]))
+
+
+PERCENTILES = {"p5_ms": (5, 130), "p90_ms": (90, 64), "p95_ms": (95, 130), "p99_ms": (99, 662)}
+
+
+def latency_details(durations: Sequence[float] | np.ndarray, settings: Settings) -> dict[str, Any]:
+    """Mean, median and those percentiles that so many runs can tell.
+
+    Source: Reddi et al. 2020, "MLPerf Inference Benchmark", section III-D (runs for a percentile at 99 % confidence).
+    """
+    n = len(durations)
+    details: dict[str, Any] = {"mean_ms": float(np.mean(durations)), "median_ms": float(np.median(durations))}
+    missing = {}
+    for key, (percentile, needed) in PERCENTILES.items():
+        details[key] = float(np.percentile(durations, percentile)) if n >= needed else None
+        if n < needed:
+            missing[key] = f"needs {needed} runs, got {n}"
+    return details | {"not_given": missing, "runs": n, "warmup": settings.warmup, "threads": settings.threads,
+                      "batch_size": 1}
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction. Source: Wilson 1927, "Probable Inference, the Law of Succession, and
+    Statistical Inference"."""
+    z = 1.959963984540054
+    centre = (correct + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy_details(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """Counts, interval, top-5 and every class; ties count against the model in the top 5."""
+    predictions = logits.argmax(1)
+    right = predictions == labels
+    per_class = {name: {"correct": int(right[labels == index].sum()), "total": int((labels == index).sum())}
+                 for index, name in enumerate(class_names)}
+    worst = min(per_class, key=lambda name: per_class[name]["correct"] / per_class[name]["total"])
+    rank = (logits >= logits[np.arange(len(labels)), labels][:, None]).sum(1)
+    correct, total = int(right.sum()), len(labels)
+    return {"correct": correct, "total": total, "fraction": correct / total, "wilson_95": list(wilson(correct, total)),
+            "top5_fraction": float((rank <= 5).mean()) if len(class_names) > 5 else None,
+            "worst_class": {"name": worst, **per_class[worst]}, "per_class": per_class, "batch_size": batch_size,
+            "predictions_sha256": hashlib.sha256(bytes(str(predictions.tolist()), "ascii")).hexdigest()}
+
+
+class PeakMemory:
+    """The most resident memory that this process takes from now on; unknown outside Linux."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.before_mb = status_mb("self", "VmRSS")
+
+    def details(self) -> dict[str, float | None]:
+        """In units of 2^20 bytes."""
+        peak = status_mb("self", "VmHWM")
+        return {"evaluator_mb": peak, "above_start_mb": peak - self.before_mb if peak and self.before_mb else None}
+
+
+def status_mb(process: int | str, key: str) -> float | None:
+    """A memory figure of a process in units of 2^20 bytes, from /proc."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), None)
+
+
 def machine() -> dict[str, Any]:
     """The CPU's model, the instruction sets that int8 speed and accuracy hang on, and the number of usable cores."""
     model, flags = platform.processor() or platform.machine(), set()
@@ -895,7 +1484,9 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of what decides a measurement."""
     import torch
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    used: dict[str, str] = {name: sys.modules[name].__version__ for name in ("onnx", "onnxruntime", "openvino")
+                            if name in sys.modules}
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, **used}
 
 
 # --------------------------------------------------------------------------------------------------------- score
@@ -910,75 +1501,187 @@ def score(size_mb: float, latency_ms: float, accuracy_percent: float, baseline_s
             "total_score": 0.3 * size + 0.3 * latency + 0.4 * accuracy}
 
 
-def guarded_score(scores: dict[str, float], accuracy: float, num_classes: int, floor: float = 0.0) -> float:
-    """The total with each ratio capped at RATIO_CAP, and zero for a model no better than guessing, or below a floor.
+def guarded_score(scores: dict[str, float], accuracy: float, baseline_accuracy: float, chance: float, floor: float = 0.0,
+                  lower: float | None = None) -> float:
+    """The score that a useless model cannot win: small and fast count only as far as the model is right.
 
-    The plain ratios are unbounded: a tiny network with random answers wins. `accuracy` and `floor` are fractions.
+        skill = (accuracy - chance) / (baseline_accuracy - chance)
+        guarded = min(skill, 1) * (0.3 min(size, cap) + 0.3 min(latency, cap)) + 0.4 min(skill, cap)
+
+    The plain ratios are unbounded, and a public competition was won by a tiny network that guessed. So each ratio is
+    capped at RATIO_CAP; size and latency are worth what is left of the baseline's accuracy above chance; and the score is
+    zero where `lower`, the lower end of the accuracy's interval, is not above chance, or the accuracy is below `floor`.
+    All accuracies are fractions. `chance` is what the best constant answer reaches.
     """
-    if accuracy <= 1 / num_classes or accuracy < floor:
+    if (accuracy if lower is None else lower) <= chance or accuracy < floor:
         return 0.0
-    size, latency, right = (min(scores[key], RATIO_CAP) for key in ("size_score", "latency_score", "accuracy_score"))
-    return 0.3 * size + 0.3 * latency + 0.4 * right
+    reference = baseline_accuracy if baseline_accuracy > chance else 1.0
+    skill = (accuracy - chance) / max(reference - chance, 1e-9)
+    size, latency = min(scores["size_score"], RATIO_CAP), min(scores["latency_score"], RATIO_CAP)
+    return min(skill, 1.0) * (0.3 * size + 0.3 * latency) + 0.4 * min(skill, RATIO_CAP)
 
 
 RESULT_KEYS = ("model_size", "latency", "accuracy", "size_score", "latency_score", "accuracy_score", "total_score")
 
 
+@dataclasses.dataclass(frozen=True)
+class Baselines:
+    """What a submission is compared with: MB (2^20 bytes), milliseconds at batch 1, percent."""
+
+    size: float = 50.0
+    latency: float = 10.0
+    accuracy: float = 80.0
+
+    def check(self) -> None:
+        """Raises UserError for what is not positive."""
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 < value < float("inf"):
+                raise UserError(f"--baseline_{name}: expected a positive number, got {value}")
+
+
+@dataclasses.dataclass
+class Entry:
+    """A submission under evaluation: what was read, what runs, what it was when it came."""
+
+    files: SubmissionFiles
+    runtime: Runtime
+    folder_hash: str
+
+
 def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseline_size: float = 50.0,
-                        baseline_latency: float = 10.0, baseline_accuracy: float = 80.0,
-                        progress: Progress | None = None) -> dict[str, Any]:
+                        baseline_latency: float = 10.0, baseline_accuracy: float = 80.0, settings: Settings | None = None,
+                        compare: str | Path | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """Loads, verifies, measures and scores a submission; the result is what `results.json` holds.
 
+    Args:
+        compare: another submission, served in turns with the first; the verdicts are in `details.compare`.
+
     Raises:
-        UserError: a folder is missing, an image is unreadable, a baseline is not positive.
+        UserError: a folder is missing, an image is unreadable, a setting makes no sense.
         VerificationError: the submission's claims do not hold, or its classes are not the data's.
     """
-    for name, value in (("size", baseline_size), ("latency", baseline_latency), ("accuracy", baseline_accuracy)):
-        if not 0 < value < float("inf"):
-            raise UserError(f"--baseline_{name}: expected a positive number, got {value}")
-    classes, images = list_images(data_dir)
-    files = read_submission(submission_dir)
-    metadata = files.metadata
-    if classes != metadata.class_names:
-        odd = sorted(set(classes) ^ set(metadata.class_names))
-        raise VerificationError(f"{data_dir}: {len(classes)} classes, the submission was trained on "
-                                f"{metadata.num_classes}" + (f"; not in both: {', '.join(odd[:3])}" if odd else ""))
-    model = open_submission(files)
+    settings, baselines = settings or Settings(), Baselines(baseline_size, baseline_latency, baseline_accuracy)
+    settings.check()
+    baselines.check()
+    comparing = toolkit("--compare", "compare") if compare else None
+    if compare and settings.batch_size != 1:
+        raise UserError(f"--batch_size {settings.batch_size}: --compare serves both submissions one image at a time")
+    import torch  # before memory is measured and limited: importing it takes far more than most models  # noqa: F401
+    classes, listed = list_images(data_dir)
+    images, labels = [path for path, _ in listed], np.array([label for _, label in listed])
+    memory = PeakMemory()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(memory_limit(settings.memory_limit_mb))
+        entries = []
+        for folder in (submission_dir, compare) if compare else (submission_dir,):
+            files = read_submission(folder)
+            _check_classes(files, classes, data_dir)
+            runtime = open_runtime(files, settings, len(classes))
+            stack.callback(runtime.close)
+            entries.append(Entry(files, runtime, folder_sha256(files.folder)))
+        if any(isinstance(entry.runtime, TorchRuntime) for entry in entries):
+            stack.enter_context(torch_threads(settings.threads))
+        preprocessings = [entry.files.preprocessing for entry in entries]
+        served = serve([entry.runtime for entry in entries], preprocessings, images, len(classes), settings, progress) \
+            if settings.batch_size == 1 else [_serve_batches(entries[0], images, len(classes), settings, progress)]
+        for entry in entries:
+            entry.runtime.close()
+    results = [_result(entry, answers, labels, classes, baselines, settings, memory)
+               for entry, answers in zip(entries, served, strict=True)]
+    if comparing:
+        results[0]["details"]["compare"] = comparing.verdicts(results, served, labels)
+    return results[0]
 
-    threads = 1  # one core: comparable between machines, and the least noisy on shared ones
-    latency = measure_latency(model, metadata.input_shape, threads=threads)
-    batch_size = 1  # as panels measure: images come class by class, and a batch would give the class away
-    with torch_threads(threads):
-        accuracy = measure_accuracy(model, image_batches(images, metadata.preprocessing, batch_size),
-                                    metadata.preprocessing, len(images), progress)
+
+def _check_classes(files: SubmissionFiles, classes: list[str], data_dir: str | Path) -> None:
+    count = len(classes) if files.num_classes is None else files.num_classes
+    if count == len(classes) and files.class_names in (None, classes):
+        return
+    odd = sorted(set(classes) ^ set(files.class_names or classes))
+    raise VerificationError(f"{data_dir}: {len(classes)} classes, the submission was trained on {count}"
+                            + (f"; not in both: {', '.join(odd[:3])}" if odd else ""))
+
+
+def _serve_batches(entry: Entry, images: Sequence[Path], classes: int, settings: Settings,
+                   progress: Progress | None) -> Answers:
+    """Accuracy by batches, then timed calls at batch 1, whose answers must be the same."""
+    preprocessing = entry.files.preprocessing
+    logits = classify(entry.runtime, preprocessing, images, classes, settings, progress)
+    some = np.random.default_rng().permutation(len(images))[:settings.runs]
+    timed = serve([entry.runtime], [preprocessing], [images[index] for index in some], classes, settings)[0]
+    for index, answer in zip(some, timed.logits, strict=True):
+        if not _same(logits[index], answer, 1e-2):
+            raise VerificationError(f"{images[index]}: the timed run's answer is not the one of the accuracy run")
+    return dataclasses.replace(timed, logits=logits)
+
+
+def _result(entry: Entry, answers: Answers, labels: np.ndarray, classes: list[str], baselines: Baselines,
+            settings: Settings, memory: PeakMemory) -> dict[str, Any]:
+    files, runtime = entry.files, entry.runtime
+    if folder_sha256(files.folder) != entry.folder_hash:
+        raise VerificationError(f"{files.folder}: the folder changed while its model ran")
+    warnings = list(runtime.warnings)
+    durations = np.random.default_rng().permutation(answers.first_ms)[:settings.runs]
+    ratio = repeats_ratio(answers)
+    if ratio is not None and ratio < 0.7:
+        warnings.append(f"images that were asked again came {1 / ratio:.1f} times faster: answers are cached; only first "
+                        "calls are counted")
+    elif len(durations) < settings.runs:
+        durations = np.concatenate([durations, [took for _, took in answers.again][:settings.runs - len(durations)]])
+    latency = latency_details(durations, settings)
+    accuracy = accuracy_details(answers.logits, labels, classes, settings.batch_size)
+    chance = float(np.bincount(labels).max() / len(labels))
     size_bytes = files.weights.stat().st_size
-    scores = score(size_bytes / 2**20, latency.mean_ms, 100 * accuracy.fraction, baseline_size, baseline_latency,
-                   baseline_accuracy)
-    needed = sum(path.stat().st_size for path in (files.weights, files.folder / metadata.architecture_file,
-                                                  files.folder / METADATA_FILE))
-    guarded = scores | {"size_score": baseline_size / (needed / 2**20)}
+    needed = sum(path.stat().st_size for path in files.needed())
+    if needed - size_bytes > max(size_bytes // 10, 2**18) and files.kind == "code":
+        warnings.append(f"{needed - size_bytes:,} bytes lie beside the weights, where code can read them; model_size is "
+                        f"that of {files.weights.name} ({size_bytes:,} bytes), the guarded score counts all")
+    if accuracy["wilson_95"][0] <= chance:
+        warnings.append(f"the accuracy cannot be told from that of the best constant answer, {100 * chance:.2f} %")
+    if 100 * accuracy["fraction"] < settings.min_accuracy:
+        warnings.append(f"the accuracy is below --min_accuracy {settings.min_accuracy:g} %")
+    if settings.batch_size > 1:
+        warnings.append(f"accuracy was measured at batch {settings.batch_size}, in a random order")
+    scores = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines.size, baselines.latency,
+                   baselines.accuracy)
+    guarded = guarded_score(scores | {"size_score": baselines.size / (needed / 2**20)}, accuracy["fraction"],
+                            baselines.accuracy / 100, chance, settings.min_accuracy / 100, accuracy["wilson_95"][0])
     return {
-        "model_size": size_bytes / 2**20, "latency": latency.mean_ms, "accuracy": 100 * accuracy.fraction, **scores,
+        "model_size": size_bytes / 2**20, "latency": latency["mean_ms"], "accuracy": 100 * accuracy["fraction"], **scores,
         "details": {
             "status": "ok",
-            "guarded_score": guarded_score(guarded, accuracy.fraction, metadata.num_classes),
-            "baselines": {"size_mb": baseline_size, "latency_ms": baseline_latency, "accuracy": baseline_accuracy},
-            "latency": dataclasses.asdict(latency),
-            "accuracy": {"correct": accuracy.correct, "total": accuracy.total, "batch_size": batch_size,
-                         "predictions_sha256": hashlib.sha256(bytes(str(accuracy.predictions), "ascii")).hexdigest()},
-            "preprocessing": metadata.preprocessing.model_dump(),
-            "parameters": count_parameters(model),
-            "macs": count_macs(model, metadata.input_shape),
-            "bytes": {"weights": size_bytes, "needed_at_inference": needed},
-            "sha256": {"evaluator": sha256(Path(__file__)), "weights": sha256(files.weights)},
+            "guarded_score": guarded,
+            "warnings": warnings,
+            "baselines": {"size_mb": baselines.size, "latency_ms": baselines.latency, "accuracy": baselines.accuracy},
+            "chance": chance,
+            "kind": files.kind,
+            "backend": runtime.backend,
+            "latency": latency | {"repeats_ratio": ratio},
+            "accuracy": accuracy,
+            "preprocessing": files.preprocessing.model_dump() | {"stated_by": files.preprocessing_from},
+            "parameters": runtime.parameters,
+            "macs": runtime.macs,
+            "bytes": {"weights": size_bytes, "needed_at_inference": needed,
+                      "files": {str(path.relative_to(files.folder)): path.stat().st_size
+                                for path in submission_files(files.folder)}},
+            "peak_memory": memory.details(),
+            "sha256": {"evaluator": sha256(Path(__file__)), "submission": entry.folder_hash,
+                       **{str(path.relative_to(files.folder)): sha256(path) for path in submission_files(files.folder)}},
+            **runtime.details,
+            "settings": dataclasses.asdict(settings),
             "machine": machine(), "versions": versions(),
         },
     }
 
 
-def failed_result(error: UserError) -> dict[str, Any]:
-    """The result of a submission that could not be scored: zero everywhere, and the reason."""
-    return dict.fromkeys(RESULT_KEYS, 0.0) | {"details": {"status": f"failed: {error}", "guarded_score": 0.0}}
+TASK_KEYS = ("score", "score_unbounded", "accuracy", "parameters_trainable", "parameters_all", "train_time_seconds")
+
+
+def failed_result(error: UserError, task: str | None = None) -> dict[str, Any]:
+    """The result of what could not be scored: zero everywhere, and the reason."""
+    details: dict[str, Any] = {"status": f"failed: {first_line(error)}", "warnings": []}
+    details |= {"task": task} if task else {"guarded_score": 0.0}
+    return dict.fromkeys(TASK_KEYS if task else RESULT_KEYS, 0.0) | {"details": details}
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -1001,36 +1704,85 @@ def terminal_progress() -> Progress | None:
     return show
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0 scored, 1 the submission fails verification, 2 a user's mistake."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's flags."""
+    plain = Settings()
     parser = argparse.ArgumentParser(description="Scores a compressed image classifier: size, latency and accuracy.")
-    parser.add_argument("--submission_dir", required=True, help="folder with model_metadata.json and what it names")
-    parser.add_argument("--data_dir", required=True, help="test images, one folder a class")
-    parser.add_argument("--baseline_size", type=float, default=50.0, help="MB (2^20 bytes)")
-    parser.add_argument("--baseline_latency", type=float, default=10.0, help="milliseconds at batch 1")
-    parser.add_argument("--baseline_accuracy", type=float, default=80.0, help="percent")
+    parser.add_argument("--submission_dir", help="folder with model_metadata.json and what it names")
+    parser.add_argument("--data_dir", help="test images, one folder a class")
+    parser.add_argument("--baseline_size", type=float, default=50.0, help="MB (2^20 bytes); default 50")
+    parser.add_argument("--baseline_latency", type=float, default=10.0, help="milliseconds at batch 1; default 10")
+    parser.add_argument("--baseline_accuracy", type=float, help="percent, default 80; of --task a fraction, default 0.85")
     parser.add_argument("--output_file", default="results.json", help="where the result is written")
+    parser.add_argument("--runs", type=int, default=plain.runs, help=f"timed calls; default {plain.runs}")
+    parser.add_argument("--warmup", type=int, default=plain.warmup, help=f"calls before them; default {plain.warmup}")
+    parser.add_argument("--threads", type=int, help="of one inference; default 1, of --task all cores")
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "onnxruntime", "openvino"])
+    parser.add_argument("--batch_size", type=int, default=1, help="for the accuracy alone; default 1")
+    parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
+    parser.add_argument("--allow_code", action="store_true", help="run a submission's model.py, in a process with limits")
+    parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s, help="of all that is asked")
+    parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb, help="that a submission may take")
+    parser.add_argument("--compare", metavar="SUBMISSION", help="measure this one in turns with the first, and judge")
+    parser.add_argument("--task", choices=["imagenet_pareto_2_5m"], help="instead: evaluate a solution of a synthetic task")
+    parser.add_argument("--solution", help="of --task: a Python file with a Solution class")
+    parser.add_argument("--param_limit", type=int, default=2_500_000, help="of --task: trainable parameters")
+    parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed, a fresh draw")
     options = parser.parse_args(arguments)
+    required = ("solution",) if options.task else ("submission_dir", "data_dir")
+    missing = [f"--{name}" for name in required if not getattr(options, name)]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    return options
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags ask for. Raises what the evaluation raises."""
+    settings = Settings(options.runs, options.warmup, options.threads or 1, options.backend, options.batch_size,
+                        options.min_accuracy, options.allow_code, options.time_limit_s, options.memory_limit_mb)
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads: expected at least 1, got {options.threads}")
+    if options.task:
+        task = toolkit("--task", "pareto_task")
+        return task.evaluate_solution(  # type: ignore[no-any-return]
+            Path(options.solution), options.param_limit, options.baseline_accuracy, options.data_seed,
+            options.threads or os.cpu_count() or 1, settings)
+    percent = 80.0 if options.baseline_accuracy is None else options.baseline_accuracy
+    return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,
+                               percent, settings, options.compare, terminal_progress())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 scored, 1 the submission fails verification, 2 a user's mistake.
+
+    The output file is written in every case but one: when it cannot be.
+    """
+    options = parse(arguments)
     output = Path(options.output_file)
     try:
         if not output.resolve().parent.is_dir():
             raise UserError(f"--output_file {output}: there is no folder {output.resolve().parent}")
         try:
-            result = evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size,
-                                         options.baseline_latency, options.baseline_accuracy, terminal_progress())
-        except VerificationError as error:
-            write_json(output, failed_result(error))
+            result = evaluate(options)
+        except UserError as error:
+            write_json(output, failed_result(error, options.task))
             raise
         write_json(output, result)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         print(f"error: {error.filename or output}: {error.strerror or error}", file=sys.stderr)
         return 2
-    for key in RESULT_KEYS:
-        print(f"{key:15} {result[key]:10.4f}")
-    print(f"{'guarded_score':15} {result['details']['guarded_score']:10.4f}\nwritten to {output}")
+    shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
+    shown |= {"guarded_score": result["details"]["guarded_score"]} if "guarded_score" in result["details"] else {}
+    for key, value in shown.items():
+        print(f"{key:20} {value:14,.4f}" if isinstance(value, float) else f"{key:20} {value:14,}")
+    for verdict in result["details"].get("compare", {}).get("lines", []):
+        print(verdict)
+    for warning in result["details"]["warnings"]:
+        print(f"warning: {warning}")
+    print(f"written to {output}")
     return 0
 
 

@@ -306,7 +306,7 @@ class _Run:
         if isinstance(artifact, Submission):
             files = read_submission(artifact.folder)
             model, size = open_submission(files), files.weights.stat().st_size
-            int8 = files.architecture.is_int8
+            int8 = files.architecture is not None and files.architecture.is_int8
         else:
             model, size = artifact.module, (folder / WEIGHTS).stat().st_size
             int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8
@@ -333,7 +333,7 @@ class _Run:
 
 def _evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> LedgerRow:
     details = results["details"]
-    return LedgerRow(stage=stage, split="test", parameters=details["parameters"], macs=details["macs"],
+    return LedgerRow(stage=stage, split="test", parameters=details["parameters"]["all"], macs=details["macs"],
                      size_bytes=details["bytes"]["weights"], latency_ms=details["latency"]["median_ms"],
                      latency_p5_ms=details["latency"]["p5_ms"], latency_p95_ms=details["latency"]["p95_ms"],
                      accuracy=results["accuracy"] / 100, correct=details["accuracy"]["correct"],

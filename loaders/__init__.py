@@ -13,7 +13,7 @@ from loaders.arrays import Request, Splits
 from metadata.closest import closest
 from model_loader import UserError
 
-NOT_SETS = {"arrays", "augment"}
+NOT_SETS = {"arrays", "augment", "synthetic"}
 
 
 def sets() -> dict[str, Callable[[Request], Splits]]:

@@ -47,15 +47,43 @@ def test_score_is_the_users_formula() -> None:
                       "total_score": pytest.approx(0.3 * 5 + 0.3 * 2 + 0.4 * 0.75)}
 
 
+# A public competition with this formula, baselines 44.7 MB, 30 ms, 40 %, 100 classes: MB, ms, %, published total.
+# The most accurate entry's latency was not published; it follows from its total.
+LEADERBOARD = {"winner": (0.31, 4.71, 0.82, 45.31), "second": (0.35, 8.63, 8.38, 39.43),
+               "third": (0.43, 2.13, 2.16, 35.36), "best useful": (1.58, 7.0, 18.40, 9.94),
+               "baseline ResNet18": (42.91, 30.6, 28.7, 0.90), "most accurate": (21.04, 20.6, 23.60, 1.31)}
+
+
+def test_guarded_score_ranks_the_useless_last_on_the_public_leaderboard() -> None:
+    plain, guarded = {}, {}
+    for name, (size, latency, accuracy, published) in LEADERBOARD.items():
+        scores = score(size, latency, accuracy, 44.7, 30.0, 40.0)
+        plain[name] = scores["total_score"]
+        assert plain[name] == pytest.approx(published, rel=0.03)
+        guarded[name] = guarded_score(scores, accuracy / 100, 0.40, 0.01)
+    assert max(plain, key=plain.__getitem__) == "winner"
+    ranked = sorted(guarded, key=guarded.__getitem__, reverse=True)
+    assert ranked[0] == "best useful" and ranked[-2:] == ["third", "winner"] and guarded["winner"] == 0.0
+    assert guarded["third"] < guarded["baseline ResNet18"] / 3
+
+
 def test_guarded_score_is_zero_at_chance_and_capped() -> None:
-    scores = score(0.31, 4.71, 0.82, 44.7, 30.0, 40.0)  # the public competition's winner, worse than guessing
-    assert scores["total_score"] == pytest.approx(45.17, abs=0.1)
-    assert guarded_score(scores, 0.0082, 100) == 0.0
     useful = score(1.58, 7.0, 18.4, 44.7, 30.0, 40.0)
-    assert 0 < guarded_score(useful, 0.184, 100) < useful["total_score"]
-    assert guarded_score(score(1e-6, 1e-6, 50.0, 50.0, 10.0, 80.0), 0.5, 10) \
-        == pytest.approx(0.3 * 10 + 0.3 * 10 + 0.4 * 0.625)
-    assert guarded_score(useful, 0.184, 100, floor=0.2) == 0.0
+    assert 0 < guarded_score(useful, 0.184, 0.4, 0.01) < useful["total_score"]
+    assert guarded_score(useful, 0.184, 0.4, 0.01, floor=0.2) == 0.0
+    assert guarded_score(useful, 0.184, 0.4, 0.01, lower=0.009) == 0.0
+    assert guarded_score(useful, 0.184, 0.4, 0.184) == 0.0
+    tiny_and_fast = score(1e-6, 1e-6, 50.0, 50.0, 10.0, 80.0)
+    skill = (0.5 - 0.1) / (0.8 - 0.1)
+    assert guarded_score(tiny_and_fast, 0.5, 0.8, 0.1) == pytest.approx(skill * (3 + 3) + 0.4 * skill)
+    assert guarded_score(tiny_and_fast, 0.5, 0.05, 0.1) == pytest.approx((3 + 3 + 0.4) * 0.4 / 0.9)  # baseline: guessing
+
+
+@given(st.floats(0.11, 1), st.floats(0.11, 1), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
+def test_guarded_score_grows_with_accuracy(one: float, two: float, size: float, latency: float) -> None:
+    low, high = sorted((one, two))
+    scores = score(size, latency, 50.0, 50.0, 10.0, 80.0)
+    assert guarded_score(scores, low, 0.8, 0.1) <= guarded_score(scores, high, 0.8, 0.1)
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0, 100), st.floats(1e-2, 0.9))
@@ -359,15 +387,25 @@ def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, digi
     (lambda a: a.update({"--output_file": "/nowhere/results.json"}), "there is no folder"),
     (lambda a: a.update({"--baseline_size": "0"}), "--baseline_size: expected a positive number"),
     (lambda a: a.update({"--baseline_accuracy": "nan"}), "--baseline_accuracy: expected a positive number"),
+    (lambda a: a.update({"--runs": "0"}), "--runs: expected at least 1"),
+    (lambda a: a.update({"--threads": "0"}), "--threads: expected at least 1"),
+    (lambda a: a.update({"--min_accuracy": "101"}), "--min_accuracy: expected a percentage"),
+    (lambda a: a.update({"--time_limit_s": "inf"}), "--time_limit_s: expected a positive number"),
+    (lambda a: a.update({"--backend": "onnxruntime"}), "runs on torch"),
+    (lambda a: a.update({"--compare": "/nowhere"}), "no such folder"),
 ])
-def test_users_mistakes_exit_2_and_write_nothing(change: Callable[[dict[str, str]], None], said: str, submission: Path,
-                                                 digits_test: Path, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_users_mistakes_exit_2_and_score_zero(change: Callable[[dict[str, str]], None], said: str, submission: Path,
+                                              digits_test: Path, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     arguments = {"--submission_dir": str(submission), "--data_dir": str(digits_test),
                  "--output_file": str(tmp_path / "results.json")}
     change(arguments)
     assert model_loader.main([word for pair in arguments.items() for word in pair]) == 2
-    assert said in capsys.readouterr().err and not (tmp_path / "results.json").exists()
+    error = capsys.readouterr().err
+    assert said in error and len(error.strip().splitlines()) == 1
+    if (output := Path(arguments["--output_file"])).parent.is_dir():
+        result = json.loads(output.read_text())
+        assert result["total_score"] == 0 and said in result["details"]["status"]
 
 
 def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_path: Path,
@@ -377,7 +415,9 @@ def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_pa
     victim.write_bytes(b"no image")
     assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(data), "--output_file",
                               str(tmp_path / "r.json")]) == 2
-    assert str(victim) in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+    assert str(victim) in capsys.readouterr().err
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["total_score"] == 0 and "not a readable image" in result["details"]["status"]
 
 
 def test_architecture_without_weights_is_refused(tmp_path: Path) -> None:

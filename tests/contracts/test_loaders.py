@@ -13,7 +13,7 @@ from PIL import Image
 
 from loaders import load, sets
 from loaders.arrays import FileImages, Request, Split, hold_out, write_image_folder
-from model_loader import Preprocessing, UserError, decode_image, image_batches, list_images
+from model_loader import Preprocessing, UserError, decode_image, list_images, normalize, read_images
 from tests.conftest import draw_folder
 
 
@@ -84,11 +84,11 @@ def test_exported_folder_gives_the_same_pixels(tmp_path: Path) -> None:
     write_image_folder(test, splits.card.class_names, tmp_path / "test")
     classes, files = list_images(tmp_path / "test")
     assert classes == splits.card.class_names and len(files) == len(test) == 359
-    read = torch.cat([images for images, _ in image_batches(files, splits.card.preprocessing, 64)])
+    read = torch.from_numpy(read_images([path for path, _ in files], splits.card.preprocessing))
     labels = torch.tensor([label for _, label in files])
     order = test.labels.argsort(stable=True)
     assert torch.equal(labels, test.labels[order])
-    assert torch.equal(read, test.images.batch(order))
+    assert torch.equal(read, normalize(test.images.batch(order), splits.card.preprocessing))
     with pytest.raises(UserError, match="already there"):
         write_image_folder(test, splits.card.class_names, tmp_path / "test")
 

@@ -76,7 +76,7 @@ def test_evaluates_isolated_in_another_folder(alone: Path, digits_test: Path, tm
     assert result["accuracy"] == earlier["accuracy"]
     assert result["details"]["accuracy"]["predictions_sha256"] == earlier["details"]["accuracy"]["predictions_sha256"]
     assert result["model_size"] == (alone / "compressed_slimresnet18.pth").stat().st_size / 2**20
-    assert result["details"]["accuracy"]["batch_size"] == 1 and result["details"]["latency"]["runs"] == 100
+    assert result["details"]["accuracy"]["batch_size"] == 1 and result["details"]["latency"]["runs"] == 130
     assert result["total_score"] == pytest.approx(0.3 * result["size_score"] + 0.3 * result["latency_score"]
                                                   + 0.4 * result["accuracy_score"])
 
@@ -110,12 +110,11 @@ model.load_state_dict(torch.load("compressed_slimresnet18.pth", weights_only=Tru
 model.eval()
 files = model_loader.read_submission(".")
 _, images = model_loader.list_images(sys.argv[1])
-one = model_loader.measure_accuracy(model, model_loader.image_batches(images, files.metadata.preprocessing, 1),
-                                    files.metadata.preprocessing, len(images))
-two = model_loader.measure_accuracy(model_loader.load_model("."), model_loader.image_batches(
-    images, files.metadata.preprocessing, 1), files.metadata.preprocessing, len(images))
-assert one.predictions == two.predictions
-print(len(one.predictions))
+other = model_loader.load_model(".")
+pixels = torch.from_numpy(model_loader.read_images([path for path, _ in images], files.preprocessing))
+with torch.no_grad():
+    assert all(torch.equal(model(one[None]).argmax(1), other(one[None]).argmax(1)) for one in pixels)
+print(len(pixels))
 """, alone, str(digits_test))
     assert out.strip() == "359"
 

@@ -1,0 +1,1 @@
+"""What only a scoring panel needs: comparing, the original style of submission, foreign code, the synthetic task."""

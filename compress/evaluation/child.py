@@ -1,0 +1,252 @@
+"""The sandbox's child process: runs foreign code, answers its parent. Nothing of the project is imported.
+
+Started as `python -I -B child.py REQUEST_FD REPLY_FD MEMORY_FD`. The first message says what to run; the process then
+gives up its rights (confine.py beside this file) and only then touches foreign code. Requests are a nonce and a shape,
+their numbers lie in shared memory; a reply is the same nonce, a status and bytes. The parent trusts none of it: it keeps
+the labels and the clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import inspect
+import json
+import mmap
+import os
+import struct
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REQUEST, REPLY = struct.Struct("<16sIIII"), struct.Struct("<16sBQ")
+STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the state dict
+LEAVES = (types.ModuleType, types.BuiltinFunctionType, types.CodeType, str, bytes, int, float)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def load_file(path: Path, name: str) -> types.ModuleType:
+    """Imports a Python file by its path."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def set_limits(memory_mb: int, cpu_seconds: int) -> None:
+    """Address space beyond what is there, processor time, sizes of files; no core files."""
+    import resource
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    for what, limit in ((resource.RLIMIT_AS, pages * resource.getpagesize() + memory_mb * 2**20),
+                        (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_FSIZE, 2**26), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_NOFILE, 512)):
+        resource.setrlimit(what, (limit, limit))
+
+
+# ------------------------------------------------------------------------------------------ an original submission
+
+
+def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model of a folder's model.py with its weights, and what it says of itself."""
+    import torch
+    from torch import nn
+
+    folder = Path(boot["folder"])
+    sys.path.insert(0, str(folder))
+    os.chdir(folder)
+    weights = torch.load(folder / boot["weights"], map_location="cpu", weights_only=True)
+    for key in STATE_KEYS:
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}  # DataParallel's
+    module = load_file(folder / "model.py", "model")
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
+               and value.__module__ == "model"]
+    named = [value for value in classes if value.__name__ == boot["model_class"]]
+    reasons = []
+    for kind in named or classes[::-1]:  # the whole network usually stands last
+        try:
+            model = construct(kind, boot["classes"])
+            model.load_state_dict(weights, strict=True)
+        except Exception as error:  # whatever foreign code raises; the reasons are told below
+            reasons.append(f"{kind.__name__}: {tell(error)}")
+            continue
+        model.eval()
+        return model, {"class": kind.__name__, **counts(model), "macs": macs(model, boot["input_shape"])}
+    raise RuntimeError("; ".join(reasons) or "model.py defines no nn.Module")
+
+
+def construct(kind: Callable[..., Any], classes: int) -> Any:
+    """An instance, with `num_classes` where the class takes it."""
+    try:
+        parameters = inspect.signature(kind).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return kind(num_classes=classes) if takes else kind()
+
+
+def counts(model: Any) -> dict[str, int]:
+    """Trainable parameters, and all stored numbers."""
+    return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "all": sum(tensor.numel() for name, tensor in model.state_dict().items()
+                       if not name.endswith("num_batches_tracked"))}
+
+
+def macs(model: Any, input_shape: list[int]) -> int | None:
+    """Multiply-adds for one input; None where they cannot be counted."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    counter = FlopCounterMode(display=False)
+    try:
+        with torch.no_grad(), counter:
+            model(torch.zeros(1, *input_shape))
+    except Exception:  # foreign code; a figure that is not known must not end the evaluation
+        return None
+    return int(counter.get_total_flops()) // 2
+
+
+# ------------------------------------------------------------------------------------- a solution of the 2.5M task
+
+
+def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[str, Any]]:
+    """The model that a Solution trains on the arrays in shared memory, and its size."""
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    tensors = [torch.from_numpy(np.frombuffer(memory, array["dtype"], array["count"], array["offset"]).copy()).reshape(
+        array["shape"]) for array in boot["arrays"]]
+    train, validation = TensorDataset(*tensors[:2]), TensorDataset(*tensors[2:])
+    folder = Path(boot["folder"])
+    os.chdir(folder)
+    module = load_file(folder / "solution.py", "solution")
+    solution = getattr(module, "Solution", None)
+    if solution is None:
+        raise RuntimeError("the file defines no class Solution")
+    torch.manual_seed(boot["seed"])
+    np.random.seed(boot["seed"])
+    model = solution().solve(DataLoader(train, batch_size=boot["batch_size"], shuffle=True),
+                             DataLoader(validation, batch_size=boot["batch_size"]), boot["metadata"])
+    if not isinstance(model, torch.nn.Module):
+        raise RuntimeError(f"solve returned {type(model).__name__}, expected an nn.Module")
+    model.eval()
+    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    statistics = {id(b) for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS}
+    reachable = numbers_within_reach(model, module)
+    hidden = sum(count for key, count in reachable.items() if key not in trainable and key not in statistics)
+    return model, {"trainable": sum(trainable.values()), "hidden": hidden,
+                   "all": sum(trainable.values()) + sum(n for key, n in reachable.items() if key not in trainable)}
+
+
+def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]:
+    """id -> count of every tensor and array that a model can reach: registered or not, in lists, closures, globals.
+
+    Functions and classes of the solution's own file are followed into the globals that they name; libraries are not.
+    """
+    import numpy as np
+    import torch
+
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor | np.ndarray):
+            found[id(thing)] = int(thing.numel() if isinstance(thing, torch.Tensor) else thing.size)
+        elif isinstance(thing, types.FunctionType):
+            if thing.__module__ == module.__name__:
+                waiting += [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__]
+                waiting += [vars(module)[name] for name in thing.__code__.co_names if name in vars(module)]
+        elif isinstance(thing, type):
+            if thing.__module__ == module.__name__:
+                waiting += list(vars(thing).values())
+        elif not isinstance(thing, LEAVES):
+            waiting += gc.get_referents(thing)
+            waiting.append(type(thing))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ the channel
+
+
+def tell(error: BaseException) -> str:
+    """An exception in one line."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def read_exactly(handle: int, count: int) -> bytes:
+    """Reads from a pipe; ends the process when the parent is gone."""
+    parts = b""
+    while len(parts) < count:
+        part = os.read(handle, count - len(parts))
+        if not part:
+            os._exit(0)
+        parts += part
+    return parts
+
+
+def write_all(handle: int, content: bytes) -> None:
+    """Writes to a pipe, however little it takes at a time."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(handle, view):]
+
+
+def main() -> None:
+    """See the top of the file."""
+    request, reply, memory_handle = map(int, sys.argv[1:4])
+    here = Path(__file__).resolve().parent
+    boot = json.loads(read_exactly(request, int.from_bytes(read_exactly(request, 8), "little")))
+    confinement = load_file(here / "confine.py", "confine")
+    confinement.die_with_parent()
+    memory = mmap.mmap(memory_handle, 0)
+    if boot["cores"] and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, boot["cores"])
+
+    import numpy as np
+    import torch
+    import torch.utils.data
+    import torch.utils.flop_counter
+    set_limits(boot["memory_limit_mb"], boot["cpu_limit_s"])
+    protection = confinement.confine([Path(path) for path in boot["readable"]], [Path(path) for path in boot["writable"]])
+    torch.set_num_threads(boot["threads"])
+
+    nonce = bytes.fromhex(boot["nonce"])
+    content = json.dumps(protection).encode()
+    write_all(reply, REPLY.pack(nonce, 0, len(content)) + content)  # the last word that the parent may believe
+    for _ in range(boot["pings"]):  # what the channel costs, before foreign code can have a hand in it
+        ping, *_ = REQUEST.unpack(read_exactly(request, REQUEST.size))
+        write_all(reply, REPLY.pack(ping, 0, 0))
+    try:
+        model, facts = (train_solution(boot, memory) if boot["mode"] == "solution" else build_submission(boot))
+        content = json.dumps(facts).encode()
+        status = 0
+    except BaseException as error:  # foreign code may raise anything, SystemExit too
+        content, status = tell(error).encode(errors="replace"), 1
+    write_all(reply, REPLY.pack(nonce, status, len(content)) + content)
+    while status == 0:
+        nonce, *shape = REQUEST.unpack(read_exactly(request, REQUEST.size))
+        shape = [size for size in shape if size]
+        try:
+            numbers = np.frombuffer(memory, np.float32, int(np.prod(shape))).reshape(shape)
+            with torch.inference_mode():
+                logits = model(torch.from_numpy(numbers))
+            if not isinstance(logits, torch.Tensor):
+                raise TypeError(f"the model returned {type(logits).__name__}, expected a Tensor")
+            content = np.ascontiguousarray(logits.float().numpy()).tobytes()
+        except BaseException as error:
+            content, status = tell(error).encode(errors="replace"), 1
+        write_all(reply, REPLY.pack(nonce, status, len(content)) + content)
+
+
+if __name__ == "__main__":
+    main()

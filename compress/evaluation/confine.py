@@ -1,0 +1,142 @@
+"""Takes rights away from the current process for good: file access (Landlock) and system calls (seccomp), on Linux.
+
+Standard library only: the sandbox's child loads this file by its path. Both mechanisms need no privileges. What the
+system does not offer is reported, never silently skipped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+SIGKILL = 9
+AT_FDCWD_FLAGS = os.O_PATH | os.O_CLOEXEC if hasattr(os, "O_PATH") else 0
+
+# linux/landlock.h: rights on files, by the ABI version that brought them.
+READ_FILE, READ_DIR, EXECUTE, WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
+ACCESS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+FILE_RIGHTS = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+
+# System calls that foreign code has no business with, by number on (x86-64, arm64).
+REFUSED = {
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "sendto": (44, 206), "socketpair": (53, 199),
+    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129),
+    "tkill": (200, 130), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
+    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setattr": (314, 274),
+    "setpriority": (141, 140), "setrlimit": (160, 164), "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40),
+    "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "bpf": (321, 280),
+    "perf_event_open": (298, 241), "io_uring_setup": (425, 425), "userfaultfd": (323, 282), "keyctl": (250, 219),
+    "add_key": (248, 217), "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),
+    "settimeofday": (170, 170), "clock_settime": (227, 112), "ioperm": (173, None), "iopl": (172, None),
+    "setsid": (112, 157), "shmget": (29, 194), "msgget": (68, 186), "mq_open": (240, 180),
+}
+CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
+AUDIT_ARCH = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+CLONE_THREAD = 0x00010000
+EPERM, ENOSYS = 1, 38
+ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, however that happens."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+
+
+def confine(readable: Iterable[Path], writable: Iterable[Path]) -> dict[str, str]:
+    """Leaves this process only reading below some paths, writing below others, and no network, processes or signals.
+
+    Threads that exist already would keep their rights, so there must be none.
+
+    Returns:
+        What each protection came to: "files", "network", "processes" -> "on ..." or "off: why".
+
+    Raises:
+        RuntimeError: there is more than one thread.
+    """
+    if platform.system() != "Linux":
+        why = f"off: needs Linux, this is {platform.system()}"
+        return {"files": why, "network": why, "processes": why}
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"cannot confine a process of {threads} threads")
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    if libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        why = "off: no_new_privs was refused"
+        return {"files": why, "network": why, "processes": why}
+    files = _landlock(libc, readable, writable)
+    calls = _seccomp(libc)
+    return {"files": files, "network": calls, "processes": calls}
+
+
+def _landlock(libc: ctypes.CDLL, readable: Iterable[Path], writable: Iterable[Path]) -> str:
+    """Source: Linux kernel documentation, userspace-api/landlock."""
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    if abi < 1:
+        return "off: this kernel has no Landlock"
+    handled = ACCESS_BY_ABI[max(version for version in ACCESS_BY_ABI if version <= abi)]
+    network, scoped = (3 if abi >= 4 else 0), (3 if abi >= 6 else 0)
+    attributes = struct.pack("QQQ", handled, network, scoped)[:24 if abi >= 6 else 16 if abi >= 4 else 8]
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
+    if ruleset < 0:
+        return f"off: Landlock was refused ({os.strerror(ctypes.get_errno())})"
+    for paths, rights in ((readable, READ_FILE | READ_DIR), (writable, handled & ~EXECUTE)):
+        for path in paths:
+            if not path.exists():
+                continue
+            handle = os.open(path, AT_FDCWD_FLAGS)
+            allowed = rights if path.is_dir() else rights & FILE_RIGHTS
+            rule = struct.pack("=Qi", allowed & handled, handle)
+            failed = libc.syscall(LANDLOCK_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint32(0))
+            os.close(handle)
+            if failed:
+                return f"off: Landlock took no rule for {path}"
+    failed = libc.syscall(LANDLOCK_RESTRICT_SELF, ctypes.c_int(ruleset), ctypes.c_uint32(0))
+    os.close(ruleset)
+    return "off: Landlock was refused" if failed else f"on (Landlock {abi})"
+
+
+def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+    return struct.pack("HBBI", code, yes, no, value)
+
+
+def seccomp_program(machine: str) -> bytes:
+    """The filter, as classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16).
+
+    Source: Linux kernel documentation, userspace-api/seccomp_filter.
+    """
+    load, equal, at_least, has_bits, result = 0x20, 0x15, 0x35, 0x45, 0x06
+    column, architecture = AUDIT_ARCH[machine]
+    program = [_statement(load, 4), _statement(equal, architecture, 1, 0), _statement(result, KILL), _statement(load, 0)]
+    if column == 0:  # the x32 numbers of the same calls
+        program += [_statement(at_least, 0x40000000, 0, 1), _statement(result, ERRNO | EPERM)]
+    numbers: set[int] = {call[column] for call in REFUSED.values() if call[column] is not None}  # type: ignore[misc]
+    for number in sorted(numbers):
+        program += [_statement(equal, number, 0, 1), _statement(result, ERRNO | EPERM)]
+    # clone3 hides its flags behind a pointer; without it, libraries fall back to clone, where threads alone may pass
+    program += [_statement(equal, CLONE3[column], 0, 1), _statement(result, ERRNO | ENOSYS)]
+    program += [_statement(equal, CLONE[column], 0, 4), _statement(load, 16), _statement(has_bits, CLONE_THREAD, 1, 0),
+                _statement(result, ERRNO | EPERM), _statement(result, ALLOW)]
+    # prlimit may read limits (its third argument, two words of 32 bits, is null), not set them
+    program += [_statement(equal, PRLIMIT[column], 0, 5), _statement(load, 32), _statement(equal, 0, 0, 2),
+                _statement(load, 36), _statement(equal, 0, 1, 0), _statement(result, ERRNO | EPERM)]
+    return b"".join([*program, _statement(result, ALLOW)])
+
+
+def _seccomp(libc: ctypes.CDLL) -> str:
+    machine = platform.machine()
+    if machine not in AUDIT_ARCH:
+        return f"off: no filter for {machine}"
+    program = ctypes.create_string_buffer(seccomp_program(machine))
+    header = struct.pack("HxxxxxxP", (len(program) - 1) // 8, ctypes.addressof(program))
+    if libc.prctl(22, 2, header, 0, 0):  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+        return f"off: seccomp was refused ({os.strerror(ctypes.get_errno())})"
+    return "on (seccomp)"

@@ -1,0 +1,337 @@
+"""Runs foreign code in a process of its own, with limits, and believes nothing that it says about itself.
+
+The parent keeps the labels, sends images, receives logits, and measures with its own clock. The child (child.py) has no
+network, no other processes, no file but the interpreter's libraries and a copy of the submission (confine.py), limits on
+memory and time, an empty environment and a temporary working folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import secrets
+import select
+import shutil
+import site
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.evaluation.child import REPLY, REQUEST, STATE_KEYS
+from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, first_line, inside,
+                          load_tensors, status_mb, submission_files)
+
+MAX_REPLY_BYTES = 2**24
+MAX_SCRATCH_BYTES = 2**30
+PINGS = 20
+MAX_SUBMISSION_BYTES = 2**32
+# What an interpreter and its libraries read; the data, the project and home folders are not among them.
+SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo",
+          "/sys/devices/system", "/dev/null", "/dev/urandom")
+
+
+def readable_paths() -> list[str]:
+    """What the child may read besides its own folder."""
+    libraries = [sys.prefix, sys.base_prefix, *site.getsitepackages(), *(path for path in sys.path if "-packages" in path)]
+    return sorted({str(Path(path).resolve()) for path in (*libraries, *SYSTEM)})
+
+
+class Child:
+    """A confined process that runs one submission or solution.
+
+    Args:
+        boot: what to run, see child.py; limits, folders and a nonce are added here.
+        files: name in the scratch folder -> file that is copied there.
+        content: bytes that lie in shared memory when the child starts.
+        capacity: bytes of shared memory.
+        where: for messages.
+    """
+
+    def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: Settings, threads: int, where: str,
+                 capacity: int, content: bytes = b"") -> None:
+        if not hasattr(os, "memfd_create"):
+            raise UserError(f"{where}: foreign code runs in a Linux sandbox; this is {sys.platform}")
+        self.where, self.deadline = where, time.monotonic() + max(60.0, settings.time_limit_s)  # for starting up
+        self.time_limit_s, self.waited = settings.time_limit_s, 0.0
+        self.process: subprocess.Popen[bytes] | None = None
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            self.scratch = Path(stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)))
+            folder = self.scratch / "folder"
+            folder.mkdir()
+            for name, path in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, folder / name)
+            handle = os.memfd_create("images")
+            stack.callback(os.close, handle)
+            os.ftruncate(handle, max(capacity, len(content), mmap.PAGESIZE))
+            self.memory = stack.enter_context(contextlib.closing(mmap.mmap(handle, 0)))
+            self.memory[:len(content)] = content
+            request_end, self._request = os.pipe()
+            self._reply, reply_end = os.pipe()
+            stack.callback(os.close, self._request)
+            stack.callback(os.close, self._reply)
+            cores = sorted(os.sched_getaffinity(0))[-threads:]
+            self.nonce = secrets.token_bytes(16)
+            boot = boot | {"folder": str(folder), "nonce": self.nonce.hex(), "threads": threads, "cores": cores,
+                           "memory_limit_mb": settings.memory_limit_mb, "readable": readable_paths(),
+                           "writable": [str(self.scratch)], "pings": PINGS,
+                           "cpu_limit_s": int((settings.time_limit_s + 60) * (threads + 1))}
+            self.output = self.scratch.with_name(self.scratch.name + ".txt")
+            stack.callback(self.output.unlink, missing_ok=True)
+            environment = {"HOME": str(self.scratch), "TMPDIR": str(self.scratch), "OPENBLAS_NUM_THREADS": "1",
+                           "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8"}
+            try:
+                with self.output.open("wb") as output:
+                    self.process = subprocess.Popen(
+                        [sys.executable, "-I", "-B", str(Path(__file__).with_name("child.py")), str(request_end),
+                         str(reply_end), str(handle)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                        cwd=self.scratch, env=environment, pass_fds=(request_end, reply_end, handle),
+                        start_new_session=True, restore_signals=True)
+            finally:
+                os.close(request_end)
+                os.close(reply_end)
+            stack.callback(self._kill)
+            message = json.dumps(boot).encode()
+            self._write(len(message).to_bytes(8, "little") + message)
+            self.protection: dict[str, str] = json.loads(self._receive(self.nonce))  # foreign code comes after this
+            self.channel_ms = self._round_trip(boot.get("input_shape", [0]))
+            self.waited, self.deadline = 0.0, time.monotonic() + settings.time_limit_s
+            self._stack = stack.pop_all()
+
+    def facts(self) -> dict[str, Any]:
+        """What the child says of the model once it stands, and the seconds until then.
+
+        Raises:
+            VerificationError: the code fails, ends its process, or takes too long.
+        """
+        content = self._receive(self.nonce)
+        try:
+            facts = json.loads(content)
+        except ValueError as error:
+            raise VerificationError(f"{self.where}: the code wrote into the channel") from error
+        if not isinstance(facts, dict):
+            raise VerificationError(f"{self.where}: the code wrote into the channel")
+        return facts | {"seconds": self.waited}
+
+    def ask(self, inputs: np.ndarray) -> np.ndarray:
+        """Flat logits for float32 inputs.
+
+        Raises:
+            VerificationError: see `facts`.
+        """
+        nonce = secrets.token_bytes(16)
+        if inputs.nbytes > len(self.memory):
+            raise VerificationError(f"{self.where}: inputs of shape {list(inputs.shape)} are too large to send")
+        if inputs.nbytes:
+            self.memory[:inputs.nbytes] = np.ascontiguousarray(inputs).data.cast("B")
+        shape = [*inputs.shape, 0, 0, 0, 0][:4]
+        self._write(REQUEST.pack(nonce, *shape))
+        content = self._receive(nonce)
+        if len(content) % 4:
+            raise VerificationError(f"{self.where}: the code wrote into the channel")
+        return np.frombuffer(content, np.float32)
+
+    def _round_trip(self, shape: Sequence[int]) -> float:
+        """Median milliseconds of sending one input and receiving nothing."""
+        times, input = [], np.zeros((1, *shape), np.float32)
+        for _ in range(PINGS):
+            start = time.perf_counter_ns()
+            self.ask(input)
+            times.append((time.perf_counter_ns() - start) / 1e6)
+        return float(np.median(times))
+
+    def printed_bytes(self) -> int:
+        """How much the code wrote to its standard output and error, which nobody reads."""
+        return self.output.stat().st_size
+
+    def usage(self) -> dict[str, float | None]:
+        """Processor seconds, seconds that the parent waited, and peak memory, by the kernel's account."""
+        assert self.process
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            return {"cpu_s": cpu, "waited_s": self.waited, "peak_mb": status_mb(self.process.pid, "VmHWM")}
+        return {"cpu_s": None, "waited_s": self.waited, "peak_mb": None}
+
+    def close(self) -> None:
+        """Kills the process and removes its folder."""
+        self._stack.close()
+
+    def _kill(self) -> None:
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, 9)
+            self.process.wait()
+
+    def _write(self, content: bytes) -> None:
+        try:
+            while content:
+                self._wait(self._request, writing=True)
+                content = content[os.write(self._request, content[:select.PIPE_BUF]):]
+        except BrokenPipeError:
+            raise self._ended() from None
+
+    def _receive(self, nonce: bytes) -> bytes:
+        start = time.monotonic()
+        answered, status, length = REPLY.unpack(self._read(REPLY.size))
+        if answered != nonce or length > MAX_REPLY_BYTES:
+            raise VerificationError(f"{self.where}: the code wrote into the channel")
+        content = self._read(length)
+        self.waited += time.monotonic() - start
+        if status:
+            text = "".join(c if c.isprintable() else " " for c in content.decode(errors="replace"))
+            raise VerificationError(f"{self.where}: the code failed: {text[:300]}")
+        return content
+
+    def _read(self, count: int) -> bytes:
+        content = b""
+        while len(content) < count:
+            self._wait(self._reply)
+            part = os.read(self._reply, count - len(content))
+            if not part:
+                raise self._ended()
+            content += part
+        return content
+
+    def _wait(self, handle: int, writing: bool = False) -> None:
+        """Until the pipe is ready; looks at the clock and at the scratch folder once a second."""
+        while True:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise VerificationError(f"{self.where}: the code did not answer within --time_limit_s "
+                                        f"{self.time_limit_s:g}")
+            read, write = ([], [handle]) if writing else ([handle], [])
+            if any(select.select(read, write, [], min(1.0, left))):
+                return
+            if sum(path.lstat().st_size for path in self.scratch.rglob("*")) > MAX_SCRATCH_BYTES:
+                raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder")
+
+    def _ended(self) -> VerificationError:
+        assert self.process
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        code = self.process.returncode
+        why = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        hint = "; --memory_limit_mb may be too low" if code in (-6, -9, -11) else ""
+        return VerificationError(f"{self.where}: the code ended its process ({why}) instead of answering{hint}")
+
+
+class CodeRuntime(Runtime):
+    """A submission with its own model.py, behind a channel."""
+
+    def __init__(self, files: SubmissionFiles, settings: Settings, classes: int) -> None:
+        stored = check_weights(files)
+        where = str(files.folder / "model.py")
+        copied = {str(path.relative_to(files.folder)): path for path in submission_files(files.folder)}
+        total = sum(path.stat().st_size for path in copied.values())
+        if total > MAX_SUBMISSION_BYTES:
+            raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
+        boot = {"mode": "submission", "weights": str(files.weights.relative_to(files.folder)), "classes": classes,
+                "model_class": files.model_class, "input_shape": files.input_shape}
+        self.child = Child(boot, copied, settings, settings.threads, where, capacity=2**26)
+        try:
+            facts = self.child.facts()
+        except BaseException:
+            self.child.close()
+            raise
+        trainable, macs = (facts[key] if isinstance(facts.get(key), int) else None for key in ("trainable", "macs"))
+        super().__init__("torch", {"all": stored, "trainable": trainable}, macs)
+        self.details["sandbox"] = {"protection": self.child.protection, "model_class": str(facts.get("class"))[:100],
+                                   "channel_ms": self.child.channel_ms,  # part of every latency; not taken off
+                                   "stated_by_the_code": ["parameters.trainable", "macs"]}
+        self.warnings += [f"sandbox: {what} {state}" for what, state in self.child.protection.items()
+                          if not str(state).startswith("on")]
+        if trainable is not None and trainable < 0.5 * stored:
+            self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
+                                 "lie in buffers or are frozen")
+        self.threads, self.classes, self.closed = settings.threads, classes, False
+        self.start = self.child.usage()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.child.ask(images)
+        return logits.reshape(len(images), -1) if logits.size % len(images) == 0 else logits
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        usage = self.child.usage()
+        printed = self.child.printed_bytes() if usage["cpu_s"] is not None else 0
+        self.child.close()
+        self.details["sandbox"] |= usage | {"printed_bytes": printed}
+        if printed:
+            self.warnings.append(f"the code printed {printed:,} bytes, which nobody reads")
+        if usage["cpu_s"] is not None and self.start["cpu_s"] is not None:
+            cpu = usage["cpu_s"] - self.start["cpu_s"]
+            waited = (usage["waited_s"] or 0) - (self.start["waited_s"] or 0)
+            if cpu > 1.25 * self.threads * waited + 0.5:
+                self.warnings.append(f"the code used {cpu:.1f} s of processor time in {waited:.1f} s of calls on "
+                                     f"{self.threads} thread(s)")
+
+
+def check_weights(files: SubmissionFiles) -> int:
+    """Opens the state dict of an original submission without running anything, and counts its numbers.
+
+    Raises:
+        VerificationError: unreadable, no state dict, NaN or infinite values, or channels other than the architecture
+            file's `pruning_info` states.
+    """
+    import torch
+    weights = load_tensors(files.weights)
+    for key in STATE_KEYS:
+        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
+            weights = weights[key]
+    tensors = list(weights.values()) if isinstance(weights, dict) else []
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise VerificationError(f"{files.weights}: expected a state dict (names to tensors)")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise VerificationError(f"{files.weights}: tensor {name} holds NaN or infinite values")
+    if files.architecture_path:
+        for name, claimed in pruning_claims(files.architecture_path).items():
+            tensor = weights.get(f"{name}.weight")
+            if tensor is not None and tensor.dim() and tensor.shape[0] != claimed:
+                raise VerificationError(f"{files.architecture_path}: layer {name}: remaining_channels is {claimed}, its "
+                                        f"weights have {tensor.shape[0]}")
+    return sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("num_batches_tracked"))
+
+
+def pruning_claims(path: Path) -> dict[str, int]:
+    """Layer -> `remaining_channels` of an architecture file in the original style.
+
+    Raises:
+        VerificationError: not JSON.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise VerificationError(f"{path}: the metadata names this file, but it cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path}: not valid JSON: {first_line(error)}") from error
+    layers = content.get("layers") if isinstance(content, dict) else None
+    claims = {}
+    for layer in layers if isinstance(layers, list) else []:
+        info = layer.get("pruning_info") if isinstance(layer, dict) else None
+        if isinstance(info, dict) and isinstance(info.get("remaining_channels"), int):
+            claims[str(layer.get("name"))] = info["remaining_channels"]
+    return claims
+
+
+def open_code(files: SubmissionFiles, settings: Settings, classes: int) -> Runtime:
+    """Starts a submission in the original style.
+
+    Raises:
+        VerificationError: its weights or its code fail.
+    """
+    inside(files.folder, "model.py")
+    return CodeRuntime(files, settings, classes)
