@@ -1022,7 +1022,8 @@ class OpenvinoRuntime(Runtime):
         openvino = import_openvino()
         try:
             self.model = openvino.Core().compile_model(str(files.weights), "CPU", {
-                "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"})
+                "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_PRECISION_HINT": "f32"})  # else float layers run in bfloat16 where the CPU has it
         except RuntimeError as error:
             raise VerificationError(f"{files.weights}: OpenVINO cannot load it: {first_line(error)}") from error
 
@@ -1432,7 +1433,7 @@ def accuracy_details(logits: np.ndarray, labels: np.ndarray, class_names: Sequen
     right = predictions == labels
     per_class = {name: {"correct": int(right[labels == index].sum()), "total": int((labels == index).sum())}
                  for index, name in enumerate(class_names)}
-    worst = min(per_class, key=lambda name: per_class[name]["correct"] / per_class[name]["total"])
+    worst = min(per_class, key=lambda name: per_class[name]["correct"] / max(1, per_class[name]["total"]))
     rank = (logits >= logits[np.arange(len(labels)), labels][:, None]).sum(1)
     correct, total = int(right.sum()), len(labels)
     return {"correct": correct, "total": total, "fraction": correct / total, "wilson_95": list(wilson(correct, total)),

@@ -179,8 +179,7 @@ def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]
 
 def tell(error: BaseException) -> str:
     """An exception in one line."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def read_exactly(handle: int, count: int) -> bytes:

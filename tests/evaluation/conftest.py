@@ -1,0 +1,84 @@
+"""Submissions of other kinds, made from the small run's own: ONNX files, and folders with their own model.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import model_loader
+from compress.stage import TorchModel
+
+QUICK = ["--runs", "20", "--warmup", "2"]
+Evaluate = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture(scope="session")
+def few(digits_test: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five test images of each digit."""
+    folder = tmp_path_factory.mktemp("few")
+    for source in sorted(digits_test.iterdir()):
+        (folder / source.name).mkdir()
+        for image in sorted(source.iterdir())[:5]:
+            shutil.copy(image, folder / source.name)
+    return folder
+
+
+@pytest.fixture
+def evaluate(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """Runs the evaluator's command line: exit code, result, stderr."""
+    def run(folder: Path, *flags: str, data: Path = few) -> tuple[int, dict[str, Any], str]:
+        output = tmp_path / "results.json"
+        before = sorted(tmp_path.iterdir())
+        code = model_loader.main(["--submission_dir", str(folder), "--data_dir", str(data), "--output_file", str(output),
+                                  *QUICK, *flags])
+        assert sorted(tmp_path.iterdir()) == sorted({*before, output}), "something half-written was left"
+        return code, json.loads(output.read_text()), capsys.readouterr().err
+    return run
+
+
+def assert_refused(outcome: tuple[int, dict[str, Any], str], said: str, code: int = 1) -> None:
+    """One line on stderr, zeros in the result, and the reason in its status."""
+    got, result, error = outcome
+    assert got == code and said in error and len(error.strip().splitlines()) == 1, error
+    assert all(result[key] == 0 for key in model_loader.RESULT_KEYS) and result["details"]["guarded_score"] == 0
+    assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
+
+
+@pytest.fixture(scope="session")
+def original(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A submission in the original style: model.py, a state dict under some name, loose metadata."""
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copy(submission / "model.py", folder)
+    shutil.copy(next(submission.glob("*.pth")), folder / "best_weights.pth")
+    card = json.loads((submission / "model_metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps({
+        "model_format": "pth", "model_name": "SlimResNet18", "team": "ada", "num_classes": 10,
+        "preprocessing": card["preprocessing"]}))
+    return folder
+
+
+def export(folder: Path, path: Path) -> None:
+    """The float student of a run as ONNX."""
+    student = TorchModel.load(folder / "04-finetune")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter without onnxscript
+        wrapped = torch.nn.Sequential(student.module).eval()  # that exporter takes an fx module's graph for its own
+        torch.onnx.export(wrapped, (torch.zeros(1, *student.architecture.input_shape),), str(path), dynamo=False,
+                          input_names=["image"], dynamic_axes={"image": {0: "n"}}, opset_version=17)
+
+
+@pytest.fixture(scope="session")
+def onnx_submission(small_run: Path, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float student as one ONNX file with loose metadata."""
+    folder = tmp_path_factory.mktemp("onnx")
+    export(small_run, folder / "model.onnx")
+    metadata = json.loads((original / "metadata.json").read_text())
+    (folder / "model_metadata.json").write_text(json.dumps(metadata | {"model_format": "ONNX"}))
+    return folder

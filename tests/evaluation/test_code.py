@@ -1,0 +1,332 @@
+"""Submissions with their own model.py: the variants that people have, and code that cheats, breaks out or breaks down."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.evaluation import confine
+from model_loader import Settings, VerificationError, evaluate_submission, read_submission
+from tests.evaluation.conftest import Evaluate, assert_refused
+
+ALLOW = "--allow_code"
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "folder"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Changes keys of the metadata; None removes one."""
+    path = folder / "metadata.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def append(code: str) -> Callable[[Path], Any]:
+    """Adds lines to the end of model.py."""
+    return lambda folder: (folder / "model.py").write_text((folder / "model.py").read_text() + "\n" + code)
+
+
+def wrap(forward: str, before: str = "") -> Callable[[Path], Any]:
+    """Replaces the class by one whose forward does something else with `honest`, the real one's."""
+    body = "\n".join("        " + line for line in forward.splitlines())
+    return append(f"import os, sys, time, torch\nhonest = SlimResNet18.forward\n{before}\nclass Other(SlimResNet18):\n"
+                  f"    def forward(self, x):\n{body}\n    __name__ = 'SlimResNet18'\n"
+                  "Other.__name__ = 'SlimResNet18'\nSlimResNet18 = Other\n")
+
+
+# ----------------------------------------------------------------------------------------------------- the variants
+
+
+def test_code_runs_only_when_allowed(folder: Path, evaluate: Evaluate) -> None:
+    append("open('executed', 'w')")(folder)
+    assert_refused(evaluate(folder), "only with --allow_code", code=2)
+    assert_refused(evaluate(folder, ALLOW, "--batch_size", "8"), "graded at batch 1", code=2)
+    assert not list(folder.glob("**/executed"))
+
+
+def test_same_answers_as_the_package(folder: Path, honest: dict[str, Any], evaluate: Evaluate) -> None:
+    package = honest
+    code, result, error = evaluate(folder, ALLOW)
+    assert code == 0, error
+    details = result["details"]
+    assert details["accuracy"]["predictions_sha256"] == package["details"]["accuracy"]["predictions_sha256"]
+    assert details["parameters"]["all"] == package["details"]["parameters"]["all"]
+    assert details["macs"] == package["details"]["macs"] and result["model_size"] == package["model_size"]
+    assert details["preprocessing"]["stated_by"] == "metadata.json"
+    assert details["bytes"]["needed_at_inference"] == sum(path.stat().st_size for path in folder.iterdir())
+    assert any("lie in buffers" in warning for warning in details["warnings"])  # int8 weights do
+    if platform.system() == "Linux":
+        assert all(state.startswith("on") for state in details["sandbox"]["protection"].values())
+
+
+@pytest.mark.parametrize("change", [
+    dict(model_format="pytorch"), dict(model_format="pt"), dict(model_format=".pth"), dict(model_format=None),
+    dict(weights_file="best_weights.pth"), dict(model_file="best_weights.pth"), dict(num_classes=None, pruning_rate=None),
+    dict(model_name="my best net"), dict(model_class="SlimResNet18", team=None), dict(input_shape=[1, 3, 8, 8]),
+], ids=lambda change: "-".join(map(str, change)))
+def test_metadata_in_the_variants_seen_in_the_wild(change: dict[str, Any], folder: Path) -> None:
+    edit(folder, **change)
+    if "team" in change:
+        (folder / "metadata.json").rename(folder / "model_metadata.json")
+    files = read_submission(folder)
+    assert files.kind == "code" and files.weights.name == "best_weights.pth" and files.preprocessing.crop == 8
+
+
+@pytest.mark.parametrize(("stated", "resize", "crop"), [
+    (None, 256, 224), ({"resize": [40, 40], "center_crop": 32}, 40, 32), ({"resize": 36, "input_size": [32, 32]}, 36, 32),
+    ({"resize_size": 48, "crop_size": 40, "normalization": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}, 48, 40),
+])
+def test_preprocessing_is_read_or_the_originals(stated: Any, resize: int, crop: int, folder: Path) -> None:
+    edit(folder, preprocessing=stated)
+    files = read_submission(folder)
+    assert (files.preprocessing.resize, files.preprocessing.crop) == (resize, crop)
+    assert files.preprocessing.mean == ([0.1, 0.2, 0.3] if stated and "normalization" in stated else [0.485, 0.456, 0.406])
+    assert ("original's default" in files.preprocessing_from) == (stated is None)
+    assert files.input_shape == (3, crop, crop)
+
+
+def test_a_class_is_found_without_being_named_and_checkpoints_are_unwrapped(folder: Path, evaluate: Evaluate) -> None:
+    weights = torch.load(folder / "best_weights.pth", weights_only=True)
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}},
+               folder / "best_weights.pth")
+    edit(folder, model_name=None)
+    code, result, error = evaluate(folder, ALLOW)
+    assert code == 0, error
+    assert result["details"]["sandbox"]["model_class"] == "SlimResNet18" and result["accuracy"] > 80
+
+
+# ---------------------------------------------------------------------------------------------- what must be refused
+
+
+def pickle_with_code(folder: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    evil = b"cos\nsystem\n(S'touch " + str(folder / "executed").encode() + b"'\ntR."
+    with zipfile.ZipFile(io.BytesIO(buffer.getvalue())) as old, zipfile.ZipFile(folder / "best_weights.pth", "w") as new:
+        for item in old.namelist():
+            new.writestr(item, evil if item.endswith("data.pkl") else old.read(item))
+
+
+def poisoned(folder: Path) -> None:
+    weights = torch.load(folder / "best_weights.pth", weights_only=True)
+    weights["fc.bias"][0] = float("nan")
+    torch.save(weights, folder / "best_weights.pth")
+
+
+def other_weights(folder: Path) -> None:
+    weights = torch.load(folder / "best_weights.pth", weights_only=True)
+    del weights["fc.bias"]
+    torch.save(weights, folder / "best_weights.pth")
+
+
+def contradicted(folder: Path) -> None:
+    (folder / "trained_pruned_architecture.json").write_text(json.dumps({"layers": [
+        {"name": "conv1", "pruning_info": {"remaining_channels": 1000}}]}))
+    edit(folder, architecture_file="trained_pruned_architecture.json")
+
+
+def linked(name: str) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        outside = folder.parent / f"outside_{name}"
+        (folder / name).rename(outside)
+        os.symlink(outside, folder / name)
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "metadata missing": (lambda f: (f / "metadata.json").unlink(), "there is no such file"),
+    "metadata no JSON": (lambda f: (f / "metadata.json").write_text("{'a': 1}"), "not valid JSON"),
+    "metadata huge": (lambda f: os.truncate(f / "metadata.json", 2**25), "over JSON's limit"),
+    "unknown format": (lambda f: edit(f, model_format="keras"), "model_format"),
+    "unknown schema": (lambda f: edit(f, schema=7), "schema"),
+    "weights missing": (lambda f: (f / "best_weights.pth").unlink(), "0 files end in"),
+    "weights named but missing": (lambda f: edit(f, weights_file="other.pth"), "it is not there"),
+    "weights empty": (lambda f: (f / "best_weights.pth").write_bytes(b""), "not a PyTorch state dict"),
+    "weights huge": (lambda f: os.truncate(f / "best_weights.pth", 2**33), "over the limit"),
+    "two candidates": (lambda f: shutil.copy(f / "best_weights.pth", f / "a.pt"), "2 files end in"),
+    "weights outside": (lambda f: edit(f, weights_file="a/../../w.pth"), "outside the submission"),
+    "weights linked outside": (linked("best_weights.pth"), "outside the submission"),
+    "model.py linked outside": (linked("model.py"), "outside the submission"),
+    "model.py missing": (lambda f: (f / "model.py").unlink(), "nor a model.py"),
+    "a device": (lambda f: os.mkfifo(f / "pipe"), "neither a file nor a folder"),
+    "pickle with code": (pickle_with_code, "not a PyTorch state dict"),
+    "NaN in the weights": (poisoned, "NaN"),
+    "other weights": (other_weights, "Missing key(s)"),
+    "pruning info lies": (contradicted, "remaining_channels is 1000"),
+    "other class count": (lambda f: edit(f, num_classes=100), "the submission was trained on 100"),
+    "syntax error": (append("def"), "SyntaxError"),
+    "no class": (lambda f: (f / "model.py").write_text("x = 1"), "defines no nn.Module"),
+    "raises at import": (append("raise ValueError('two\\nlines')"), "ValueError: two"),
+    "exits at import": (append("import sys; sys.exit(0)"), "SystemExit"),
+    "os._exit at import": (append("import os; os._exit(0)"), "ended its process (exit code 0)"),
+    "os._exit in forward": (wrap("os._exit(0)"), "ended its process (exit code 0)"),
+    "loops for ever": (append("while True: pass"), "within --time_limit_s 5"),
+    "loops in forward": (wrap("while True: pass"), "within --time_limit_s 5"),
+    "eats memory": (append("hoard = [bytearray(2**24) for _ in range(10**6)]"), "MemoryError"),
+    "forks": (append("import os; os.fork()"), "PermissionError"),
+    "starts a program": (append("import subprocess; subprocess.run(['true'])"), "PermissionError"),
+    "opens a connection": (append("import socket; socket.create_connection(('127.0.0.1', 9), 1)"), "PermissionError"),
+    "reads the project": (append(f"open({str(Path(__file__))!r}).read()"), "PermissionError"),
+    "writes elsewhere": (append("open('/tmp/written_by_a_submission', 'w')"), "PermissionError"),
+    "kills its parent": (append("import os; os.kill(os.getppid(), 9)"), "PermissionError"),
+    "looks into its parent": (append("import os; open(f'/proc/{os.getppid()}/environ').read()"), "PermissionError"),
+    "takes more cores": (append("import os; os.sched_setaffinity(0, range(2))"), "PermissionError"),
+    "raises its limits": (append("import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); a = bytearray(2**20)"),
+                          "Error"),
+    "few classes": (wrap("return honest(self, x)[:, :5]"), "for the data's 10 classes"),
+    "NaN answers": (wrap("return honest(self, x) * float('nan')"), "NaN or infinite"),
+    "no tensor": (wrap("return [1]"), "returned list"),
+    "answers change": (wrap("return honest(self, x) + 3 * torch.randn(1, 10)"), "another answer when asked again"),
+    "other answers later": (wrap("global calls; calls += 1\nreturn honest(self, x) if calls < 40 else torch.zeros(1, 10)",
+                                 "calls = 0"), "another answer when asked again"),
+    "floods the channel": (append("import os\nfor fd in range(3, 40):\n    try: os.write(fd, bytes(4096))\n"
+                                  "    except OSError: pass"), "wrote into the channel"),
+    "fills the disk": (append("import time\nfor i in range(99):\n    with open(f'{i}', 'wb') as f: f.write(bytes(2**25))\n"
+                              "time.sleep(30)"), "wrote more than"),
+    "a file too large": (append("f = open('x', 'wb')\nfor i in range(99): f.write(bytes(2**24))"), "File too large"),
+}
+
+
+@pytest.mark.parametrize("attack", REFUSED)
+def test_broken_and_hostile_code_scores_zero(attack: str, folder: Path, evaluate: Evaluate) -> None:
+    change, said = REFUSED[attack]
+    change(folder)
+    start = time.monotonic()
+    # Time enough for a loaded machine to run honest code; what loops for ever gets less.
+    limit = "5" if "loops" in attack else "60"
+    assert_refused(evaluate(folder, ALLOW, "--time_limit_s", limit, "--memory_limit_mb", "1024"), said)
+    assert time.monotonic() - start < 90
+    assert not (folder / "executed").exists() and not Path("/tmp/written_by_a_submission").exists()
+
+
+# ------------------------------------------------------------------------------- what must not change the result
+
+
+HARMLESS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
+    "prints forged results": (append("print('{\"accuracy\": 100, \"total_score\": 999}', flush=True)"), "printed"),
+    "patches time": (append("import time\ntime.perf_counter_ns = time.time = time.monotonic = lambda: 0"), None),
+    "patches torch": (append("import torch\ntorch.Tensor.argmax = lambda self, *a: torch.zeros(1)\n"
+                             "torch.get_num_threads = lambda: 0"), None),
+    "changes its own folder": (append("import pathlib\nfor path in pathlib.Path('.').iterdir():\n"
+                                      "    path.chmod(0o600); path.write_bytes(b'')"), None),
+    "swallows what is refused": (append("import os\nfor call in (os.fork, lambda: open('/etc/shadow')):\n"
+                                        "    try: call()\n    except OSError: pass"), None),
+    "hides numbers in buffers": (wrap("return honest(self, x)"), "lie in buffers"),
+    "hides numbers in a file": (lambda f: (f / "more.bin").write_bytes(bytes(2**20)), "lie beside the weights"),
+    "caches answers": (wrap("key = bytes(x.numpy())\nif key not in seen:\n    time.sleep(0.02)\n"
+                            "    seen[key] = honest(self, x)\nreturn seen[key]", "seen = {}"), "answers are cached"),
+    "leaves threads behind": (append("import threading, time\n"
+                                     "threading.Thread(target=lambda: time.sleep(99), daemon=True).start()"), None),
+}
+
+
+@pytest.fixture(scope="session")
+def honest(submission: Path, few: Path) -> dict[str, Any]:
+    """The result of the package that the original was made from."""
+    return evaluate_submission(submission, few, settings=Settings(runs=20, warmup=2))
+
+
+@pytest.mark.parametrize("trick", HARMLESS)
+def test_tricks_do_not_change_the_result(trick: str, folder: Path, evaluate: Evaluate, honest: dict[str, Any]) -> None:
+    change, warned = HARMLESS[trick]
+    change(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, result, error = evaluate(folder, ALLOW)
+    assert code == 0, error
+    assert result["accuracy"] == honest["accuracy"]
+    assert result["details"]["accuracy"]["predictions_sha256"] == honest["details"]["accuracy"]["predictions_sha256"]
+    assert 0 < result["latency"] < 1000
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    if warned:
+        assert any(warned in warning for warning in result["details"]["warnings"]), result["details"]["warnings"]
+
+
+def test_no_process_outlives_an_evaluation(folder: Path, evaluate: Evaluate) -> None:
+    append("while True: pass")(folder)
+    evaluate(folder, ALLOW, "--time_limit_s", "1")
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline")
+            if b"evaluation/child.py" in path.read_bytes() and f"/{os.getpid()}\n" in _parent(path)]
+    assert left == []
+
+
+def _parent(path: Path) -> str:
+    return "/" + next(line.split()[1] for line in (path.parent / "status").read_text().splitlines()
+                      if line.startswith("PPid:")) + "\n"
+
+
+def test_threads_that_exist_already_are_an_error() -> None:
+    """They would keep their rights."""
+    if platform.system() != "Linux":
+        pytest.skip("Landlock and seccomp are Linux's")
+    import threading
+    ready = threading.Event()
+    thread = threading.Thread(target=ready.wait)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="threads"):
+            confine.confine([], [])
+    finally:
+        ready.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filter_allows_and_refuses_what_it_says(machine: str) -> None:
+    """Runs the BPF program in an interpreter of its four kinds of instruction."""
+    import struct
+    program = [struct.unpack("HBBI", confine.seccomp_program(machine)[at:at + 8])
+               for at in range(0, len(confine.seccomp_program(machine)), 8)]
+    column, architecture = confine.AUDIT_ARCH[machine]
+
+    def verdict(number: int, *arguments: int, arch: int = architecture) -> int:
+        data = struct.pack("=iIQ6Q", number, arch, 0, *(list(arguments) + [0] * 6)[:6])
+        accumulator, at = 0, 0
+        while True:
+            code, yes, no, value = program[at]
+            at += 1
+            if code == 0x06:
+                return value
+            if code == 0x20:
+                accumulator = struct.unpack_from("=I", data, value)[0]
+                continue
+            true = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            at += yes if true else no
+
+    refuse = confine.ERRNO | confine.EPERM
+    for name, numbers in confine.REFUSED.items():
+        if numbers[column] is not None:
+            assert verdict(numbers[column]) == refuse, name
+    read = (0, 63)[column]
+    assert verdict(read) == confine.ALLOW and verdict(read, arch=7) == confine.KILL
+    assert verdict(confine.CLONE3[column]) == confine.ERRNO | confine.ENOSYS
+    assert verdict(confine.CLONE[column], 17) == refuse and verdict(confine.CLONE[column], 0x3D0F00) == confine.ALLOW
+    assert verdict(confine.PRLIMIT[column], 0, 9, 0) == confine.ALLOW
+    assert verdict(confine.PRLIMIT[column], 0, 9, 1) == refuse and verdict(confine.PRLIMIT[column], 0, 9, 1 << 40) == refuse
+    if column == 0:
+        assert verdict(0x40000000 + 39) == refuse
+
+
+def test_child_that_cannot_start_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, evaluate: Evaluate) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    assert_refused(evaluate(folder, ALLOW), "ended its process")
+
+
+def test_reading_alone_does_not_run_anything(folder: Path) -> None:
+    append("raise SystemExit('executed')")(folder)
+    assert read_submission(folder).kind == "code"
+    with pytest.raises(VerificationError):
+        read_submission(folder / "..")

@@ -1,0 +1,205 @@
+"""ONNX submissions: the same answers as PyTorch on both runtimes, and files that must be refused before they run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+import model_loader
+from compress.stage import TorchModel
+from model_loader import OnnxRuntime, OpenvinoRuntime, count_macs, read_images, read_onnx, read_submission
+from tests.conftest import PROJECT
+from tests.evaluation.conftest import Evaluate, assert_refused
+
+Change = Callable[[onnx.ModelProto, Path], Any]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_both_runtimes_score_what_pytorch_scores(backend: str, onnx_submission: Path, evaluate: Evaluate, few: Path,
+                                                 small_run: Path) -> None:
+    code, result, error = evaluate(onnx_submission, "--backend", backend)
+    assert code == 0, error
+    details = result["details"]
+    assert details["kind"] == "onnx" and details["backend"] == backend and backend in details["versions"]
+    student = TorchModel.load(small_run / "04-finetune")
+    assert details["macs"] == count_macs(student.module, student.architecture.input_shape)
+    files = read_submission(onnx_submission)
+    paths = [path for path, _ in model_loader.list_images(few)[1]]
+    pixels = read_images(paths, files.preprocessing)
+    import torch
+    with torch.no_grad():
+        expected = student.module.eval()(torch.from_numpy(pixels)).numpy()
+    runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, 1)
+    assert np.allclose(runtime(pixels), expected, atol=1e-3)
+    labels = np.array([label for _, label in model_loader.list_images(few)[1]])
+    assert details["accuracy"]["correct"] == int((expected.argmax(1) == labels).sum())
+
+
+def test_openvino_reports_to_nobody() -> None:
+    """Its import posts to an analytics server unless that is prevented: no connection and no name may be asked for."""
+    script = """
+import sys
+calls = []
+sys.addaudithook(lambda event, args: calls.append(event) if event.startswith(("socket.", "urllib.", "http.")) else None)
+import model_loader
+openvino = model_loader.import_openvino()
+import time
+openvino.Core().available_devices
+time.sleep(1)
+from openvino.tools.ovc import telemetry_utils
+assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm
+assert not calls, calls
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "quiet", done.stderr
+
+
+def test_batches_shuffle_and_agree_with_single_images(onnx_submission: Path, evaluate: Evaluate) -> None:
+    _, one, _ = evaluate(onnx_submission)
+    code, many, error = evaluate(onnx_submission, "--batch_size", "16")
+    assert code == 0, error
+    assert many["details"]["accuracy"]["predictions_sha256"] == one["details"]["accuracy"]["predictions_sha256"]
+    assert many["details"]["accuracy"]["batch_size"] == 16 and many["details"]["latency"]["batch_size"] == 1
+    assert any("batch 16" in warning for warning in many["details"]["warnings"])
+
+
+def test_torch_cannot_run_onnx(onnx_submission: Path, evaluate: Evaluate) -> None:
+    assert_refused(evaluate(onnx_submission, "--backend", "torch"), "runs on onnxruntime or openvino", code=2)
+    with pytest.raises(model_loader.UserError, match="can be evaluated, not loaded"):
+        model_loader.load_model(onnx_submission)
+
+
+def add_node(op: str, **options: Any) -> Change:
+    """Puts an operator between the logits and the output."""
+    def change(model: onnx.ModelProto, folder: Path) -> None:
+        output = model.graph.output[0].name
+        last = next(node for node in model.graph.node if output in node.output)
+        last.output[:] = ["before"]
+        model.graph.node.append(helper.make_node(op, ["before"], [output], name="extra", **options))
+    return change
+
+
+def a_loop(model: onnx.ModelProto, folder: Path) -> None:
+    count, go_on, still = (helper.make_tensor_value_info(name, kind, []) for name, kind in (
+        ("i", TensorProto.INT64), ("c", TensorProto.BOOL), ("d", TensorProto.BOOL)))
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["d"])], "body", [count, go_on], [still])
+    model.graph.node.insert(0, helper.make_node("Loop", ["", ""], [], name="for_ever", body=body))
+
+
+def external(model: onnx.ModelProto, folder: Path) -> None:
+    onnx.save_model(model, str(folder / "model.onnx"), save_as_external_data=True, location="data.bin", size_threshold=0)
+    model.CopyFrom(onnx.load_model(str(folder / "model.onnx"), load_external_data=False))
+
+
+def second_output(model: onnx.ModelProto, folder: Path) -> None:
+    model.graph.output.append(helper.make_tensor_value_info(model.graph.node[0].output[0], TensorProto.FLOAT, None))
+
+
+def second_input(model: onnx.ModelProto, folder: Path) -> None:
+    model.graph.input.append(helper.make_tensor_value_info("key", TensorProto.FLOAT, [1]))
+
+
+def poison(value: float) -> Change:
+    def change(model: onnx.ModelProto, folder: Path) -> None:
+        tensor = model.graph.initializer[0]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array.flat[0] = value
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return change
+
+
+def vast(model: onnx.ModelProto, folder: Path) -> None:
+    """A constant of 10^13 numbers that a runtime would compute before the first image."""
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([10**13], np.int64), "much"))
+    model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["much"], ["zeros"], name="vast"))
+    model.graph.node.insert(1, helper.make_node("ReduceSum", ["zeros"], ["zero"], keepdims=0))
+    add_node("Identity")(model, folder)
+    model.graph.node[-1].CopyFrom(helper.make_node("Add", ["before", "zero"], list(model.graph.node[-1].output)))
+
+
+def short_tensor(model: onnx.ModelProto, folder: Path) -> None:
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.raw_data)
+    tensor.raw_data = tensor.raw_data[:-4]
+
+
+def grey(model: onnx.ModelProto, folder: Path) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def five_classes(model: onnx.ModelProto, folder: Path) -> None:
+    add_node("Slice")(model, folder)
+    for name, value in (("s", 0), ("e", 5), ("a", 1)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    model.graph.node[-1].input.extend(["s", "e", "a"])
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 5
+
+
+HOSTILE: dict[str, tuple[Change, str]] = {
+    "external data": (external, "lies in another file"),
+    "unknown operator": (add_node("Frobnicate"), "not a valid ONNX graph"),
+    "unknown domain": (add_node("Identity", domain="evil.ops"), "domain 'evil.ops'"),
+    "several outputs": (second_output, "got 1 and 2"),
+    "several inputs": (second_input, "got 2 and 1"),
+    "endless loop": (a_loop, "control flow"),
+    "random answers": (add_node("RandomNormalLike"), "random"),
+    "NaN": (poison(float("nan")), "NaN"),
+    "infinite": (poison(float("inf")), "infinite"),
+    "a vast constant": (vast, "over the limit"),
+    "a tensor cut short": (short_tensor, "is not what it says"),
+    "grey images": (grey, "cannot answer images"),
+    "five classes": (five_classes, "for the data's 10 classes"),
+    "dangling input": (lambda m, f: m.graph.node[3].input.__setitem__(0, "nowhere"), "not a valid ONNX graph"),
+    "local function": (lambda m, f: m.functions.add(name="f", domain="d"), "local functions"),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_onnx_files_are_refused(attack: str, onnx_submission: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    change, said = HOSTILE[attack]
+    folder = Path(shutil.copytree(onnx_submission, tmp_path / "folder"))
+    model = onnx.load_model(str(folder / "model.onnx"))
+    change(model, folder)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    assert_refused(evaluate(folder), said)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"", "got 0 and 0"), (b"\x00nonsense" * 9, "not an ONNX file"), (None, "2 GB")], ids=["empty", "nonsense", "huge"])
+def test_files_that_are_no_onnx(content: bytes | None, said: str, onnx_submission: Path, evaluate: Evaluate,
+                                tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_submission, tmp_path / "folder"))
+    if content is None:
+        with (folder / "model.onnx").open("r+b") as file:
+            file.truncate(2**31)  # a sparse file: it takes no room
+    else:
+        (folder / "model.onnx").write_bytes(content)
+    assert_refused(evaluate(folder), said)
+
+
+def test_packaged_metadata_holds_an_onnx_file_to_its_claims(onnx_submission: Path, submission: Path, evaluate: Evaluate,
+                                                            tmp_path: Path) -> None:
+    """Our own metadata with model_format onnx: hashes and counts are checked as for a graph."""
+    folder = Path(shutil.copytree(onnx_submission, tmp_path / "folder"))
+    file = read_onnx(folder / "model.onnx")
+    metadata = json.loads((submission / "model_metadata.json").read_text())
+    metadata |= {"model_format": "onnx", "weights_file": "model.onnx", "architecture_file": None,
+                 "parameters": file.parameters, "macs": file.macs, "quantization": {"scheme": "none", "layers": {}},
+                 "files": {"model.onnx": {"sha256": model_loader.sha256(folder / "model.onnx"),
+                                          "bytes": (folder / "model.onnx").stat().st_size}}}
+    (folder / "model_metadata.json").write_text(json.dumps(metadata))
+    code, result, error = evaluate(folder)
+    assert code == 0, error
+    assert result["details"]["preprocessing"]["stated_by"] == "model_metadata.json" and result["accuracy"] > 80
+    (folder / "model_metadata.json").write_text(json.dumps(metadata | {"parameters": 1}))
+    assert_refused(evaluate(folder), "states 1 parameters")

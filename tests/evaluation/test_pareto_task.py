@@ -1,0 +1,183 @@
+"""The 2.5M-parameter task's evaluator: the public data and score, the limit to the parameter, solutions that cheat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import model_loader
+from loaders.synthetic import prototype_problem
+
+MEANS = """
+import torch
+class Solution:
+    def solve(self, train_loader, val_loader, metadata):
+        assert metadata == {"num_classes": 128, "input_dim": 384, "param_limit": LIMIT, "baseline_accuracy": BASE,
+                            "train_samples": 2048, "val_samples": 512, "test_samples": 1024, "device": "cpu"}, metadata
+        assert train_loader.batch_size == val_loader.batch_size == 128
+        batches = [*train_loader, *val_loader]
+        inputs, labels = torch.cat([x for x, y in batches]), torch.cat([y for x, y in batches])
+        means = torch.stack([inputs[labels == c].mean(0) for c in range(128)])
+        head = torch.nn.Linear(384, 128)
+        head.weight.data, head.bias.data = means, -0.5 * (means ** 2).sum(1)
+        return self.finish(head)
+    def finish(self, head):
+        return head
+"""
+TASK = ["--task", "imagenet_pareto_2_5m", "--threads", "1"]
+
+
+class Run:
+    """Writes a solution, evaluates it, keeps what came of it."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, code: str, *flags: str, limit: int = 2_500_000,
+                 base: float = 0.85) -> tuple[int, dict[str, Any], str]:
+        solution, output = self.folder / "solution.py", self.folder / "results.json"
+        solution.write_text(code.replace("LIMIT", str(limit)).replace("BASE", str(base)))
+        exit_code = model_loader.main([*TASK, "--solution", str(solution), "--output_file", str(output), *flags])
+        assert sorted(self.folder.iterdir()) == [output, solution]
+        return exit_code, json.loads(output.read_text()), self.capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, capsys)
+
+
+def finish(code: str) -> str:
+    """The class means, with another last step."""
+    return MEANS.replace("        return head\n", "".join(f"        {line}\n" for line in code.splitlines()))
+
+
+def public_score() -> float:
+    """The class means on the public data, in this process."""
+    problem = prototype_problem()
+    inputs = torch.cat([problem.train[0], problem.validation[0]])
+    labels = torch.cat([problem.train[1], problem.validation[1]])
+    means = torch.stack([inputs[labels == c].mean(0) for c in range(128)])
+    predictions = (problem.test[0] @ means.T - 0.5 * (means ** 2).sum(1)).argmax(1)
+    return float((predictions == problem.test[1]).float().mean())
+
+
+def test_class_means_score_what_they_score_outside(run: Run) -> None:
+    code, result, error = run(MEANS)
+    assert code == 0, error
+    assert result["accuracy"] == pytest.approx(public_score())
+    assert result["score"] == pytest.approx((result["accuracy"] - 0.85) / 0.15 * 100) == result["score_unbounded"]
+    assert result["parameters_trainable"] == result["parameters_all"] == 384 * 128 + 128
+    assert 0 < result["train_time_seconds"] < 30
+    assert result["details"]["warnings"] == [] and not any(result["details"]["flags"].values())
+
+
+def test_the_limit_counts_to_the_parameter(run: Run) -> None:
+    _, exact, _ = run(MEANS, "--param_limit", "49280", limit=49280)
+    _, over, _ = run(MEANS, "--param_limit", "49279", limit=49279)
+    assert exact["score"] > 90 and over["score"] == over["score_unbounded"] == 0
+    assert over["details"]["status"] == "over the parameter limit" and exact["details"]["status"] == "ok"
+    big = finish("head.more = torch.nn.Parameter(torch.zeros(2_500_001 - 49_280))\nreturn head")
+    assert run(big)[1]["score"] == 0
+    assert run(big.replace("500_001", "500_000"))[1]["score"] > 90
+
+
+def test_other_baselines_and_draws(run: Run) -> None:
+    _, result, _ = run(MEANS, "--baseline_accuracy", "0.5", "--data_seed", "7", base=0.5)
+    assert result["score"] == pytest.approx((result["accuracy"] - 0.5) / 0.5 * 100)
+    assert result["details"]["data_seed"] == 7 and 0.95 < result["accuracy"] < 1 and result["accuracy"] != public_score()
+    _, result, _ = run(MEANS, "--baseline_accuracy", "0.999", base=0.999)
+    assert result["score"] == 0 and result["score_unbounded"] < 0
+
+
+HIDDEN = {
+    "buffer": "more = torch.nn.Module()\nmore.register_buffer('table', torch.randn(300, 300))\nhead.more = more\nreturn head",
+    "frozen": "head.more = torch.nn.Parameter(torch.zeros(10**5), requires_grad=False)\nreturn head",
+    "list": "head.more = [torch.zeros(10**5)]\nreturn head",
+    "array": "import numpy\nhead.more = {'a': (numpy.zeros(10**5),)}\nreturn head",
+    "closure": "table = torch.zeros(10**5)\nhead.rule = lambda x: x + table[0]\nreturn head",
+    "global": "global TABLE\nTABLE = torch.zeros(10**5)\ndef f(x):\n    return x + TABLE[0]\nhead.rule = f\nreturn head",
+    "class": "class Head(torch.nn.Linear):\n    table = torch.zeros(10**5)\nhead.__class__ = Head\nreturn head",
+}
+
+
+@pytest.mark.parametrize("where", HIDDEN)
+def test_hidden_capacity_is_flagged(where: str, run: Run) -> None:
+    code, result, error = run(finish(HIDDEN[where]))
+    assert code == 0, error
+    assert result["details"]["flags"]["hidden_capacity"] and result["details"]["hidden_numbers"] >= 90_000
+    assert result["parameters_all"] >= result["parameters_trainable"] + 90_000
+    assert any("hidden capacity" in warning for warning in result["details"]["warnings"])
+
+
+def test_batch_statistics_are_not_hidden_capacity_but_adapting_is_flagged(run: Run) -> None:
+    normal = finish("net = torch.nn.Sequential(head, torch.nn.BatchNorm1d(128))\nreturn net")
+    _, result, _ = run(normal)
+    assert not any(result["details"]["flags"].values()) and result["score"] > 90
+    adapting = finish("class Adapting(torch.nn.Linear):\n"
+                      "    def forward(self, x):\n        return super().forward(x - x.mean(0))\n"
+                      "head.__class__ = Adapting\nreturn head")
+    _, result, _ = run(adapting)
+    assert result["details"]["flags"]["batch_dependent"]
+
+
+FAILS = {
+    "syntax error": ("def", "SyntaxError"), "no class": ("x = 1", "no class Solution"),
+    "no module": (finish("return 7"), "returned int, expected an nn.Module"),
+    "raises": (finish("raise ValueError('no luck')"), "ValueError: no luck"),
+    "exits": (finish("import os; os._exit(0)"), "ended its process (exit code 0)"),
+    "for ever": (finish("while True: pass"), "within --time_limit_s 4"),
+    "too few classes": (finish("return torch.nn.Linear(384, 5)"), "expected finite logits (128, 128)"),
+    "NaN": (finish("head.bias.data[0] = float('nan')\nreturn head"), "finite logits"),
+    "other inputs": (finish("return torch.nn.Linear(5, 128)"), "shapes cannot be multiplied"),
+    "reads elsewhere": (finish(f"open({str(Path(__file__))!r})"), "PermissionError"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILS)
+def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> None:
+    code, said = FAILS[failure]
+    exit_code, result, error = run(code, "--time_limit_s", "4" if failure == "for ever" else "60")
+    assert exit_code == 1 and said in error and len(error.strip().splitlines()) == 1, error
+    assert all(result[key] == 0 for key in model_loader.TASK_KEYS)
+    assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--baseline_accuracy", "85"], "expected a fraction below 1"), (["--param_limit", "0"], "--param_limit"),
+    (["--data_seed", "-1"], "--data_seed"), (["--solution", "/nowhere.py"], "there is no such file"),
+])
+def test_users_mistakes(flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    solution = tmp_path / "s.py"
+    solution.write_text(MEANS)
+    assert model_loader.main([*TASK, "--solution", str(solution), "--output_file", str(tmp_path / "r.json"), *flags]) == 2
+    assert said in capsys.readouterr().err
+    assert json.loads((tmp_path / "r.json").read_text())["score"] == 0
+
+
+def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, missing in (([], "--submission_dir, --data_dir"), (TASK, "--solution")):
+        with pytest.raises(SystemExit) as ended:
+            model_loader.main(arguments)
+        assert ended.value.code == 2 and missing in capsys.readouterr().err
+
+
+def test_a_copy_alone_says_what_needs_the_toolkit(tmp_path: Path) -> None:
+    import shutil
+    import subprocess
+    import sys
+    alone = Path(shutil.copy(model_loader.__file__, tmp_path))
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "metadata.json").write_text("{}")
+    for flags in ([*TASK, "--solution", "x.py"], ["--submission_dir", "s", "--data_dir", ".", "--compare", "s"],
+                  ["--submission_dir", "s", "--data_dir", "d"]):
+        (tmp_path / "d" / "class").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / "class" / "image.png").write_bytes(b"")
+        done = subprocess.run([sys.executable, "-I", str(alone), *flags], cwd=tmp_path, capture_output=True, text=True,
+                              check=False)
+        assert done.returncode == 2 and "needs the toolkit" in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
