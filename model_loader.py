@@ -939,7 +939,7 @@ class Settings:
 
     def check(self) -> None:
         """Raises UserError for what cannot be meant."""
-        for name, low in (("runs", 1), ("warmup", 0), ("threads", 1), ("batch_size", 1), ("memory_limit_mb", 64)):
+        for name, low in (("runs", 1), ("warmup", 0), ("threads", 1), ("batch_size", 1), ("memory_limit_mb", 256)):
             if getattr(self, name) < low:
                 raise UserError(f"--{name}: expected at least {low}, got {getattr(self, name)}")
         if not 0 <= self.min_accuracy <= 100:
@@ -1088,7 +1088,11 @@ def open_runtime(files: SubmissionFiles, settings: Settings, classes: int) -> Ru
 
 @contextlib.contextmanager
 def memory_limit(megabytes: int) -> Iterator[None]:
-    """Inside, this process cannot get more than that much further address space (where the system can tell and limit)."""
+    """Inside, this process cannot get more than that much further address space (where the system can tell and limit).
+
+    Raises:
+        VerificationError: what runs inside needs more.
+    """
     try:
         import resource
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -1102,6 +1106,10 @@ def memory_limit(megabytes: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         yield
+    except (MemoryError, SystemError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):
+            raise
+        raise VerificationError(f"the submission needs more than --memory_limit_mb {megabytes}") from error
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 

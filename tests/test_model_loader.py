@@ -187,6 +187,30 @@ def test_absurd_sizes_allocate_nothing() -> None:
         check_shapes(Architecture.model_validate(tall))
 
 
+def test_a_network_that_would_take_for_ever_is_not_run(tmp_path: Path) -> None:
+    slow = tiny(input_shape=[4096, 224, 224])
+    slow["layers"][0].update(in_channels=4096, out_channels=4096, kernel_size=[7, 7])
+    slow["layers"][3].update(in_features=4096)
+    (tmp_path / ARCH).write_text(json.dumps(slow))
+    (tmp_path / "w.pth").write_bytes(b"never read")
+    with pytest.raises(VerificationError, match="multiply-adds an image are over the limit"):
+        load_model(tmp_path / "w.pth")
+
+
+def test_memory_limit_holds_inside_and_only_there() -> None:
+    import resource
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with model_loader.memory_limit(200):
+        torch.zeros(2**20)
+    for greedy in (lambda: torch.zeros(2**30), lambda: bytearray(2**32)):
+        with pytest.raises(VerificationError, match="more than --memory_limit_mb 200"), model_loader.memory_limit(200):
+            greedy()
+    with pytest.raises(RuntimeError, match="shape"), model_loader.memory_limit(200):
+        torch.zeros(2) + torch.zeros(3).reshape(5)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    assert torch.zeros(2**27).numel() == 2**27
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -336,9 +360,18 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
     "channels lie": (lambda f: edit_json(f, ARCH, lambda a: (
         a["layers"][0].update(out_channels=64), a["layers"][0]["pruning_info"].update(remaining_channels=64))), True,
         "does not fit its inputs"),
+    "architecture huge": (lambda f: os.truncate(f / ARCH, 2**25), False, "over JSON's limit"),
+    "architecture with a cycle": (lambda f: edit_json(f, ARCH, lambda a: a["layers"][1].update(
+        inputs=[a["layers"][2]["name"]])), False, "is no earlier layer"),
+    "weights padded": (lambda f: os.truncate(weights_of(f), 2**24), True, "its tensors need"),
+    "weights huge": (lambda f: edit_json(f, META, lambda m: m["files"][m["weights_file"]].update(bytes=2**40)), False,
+                     "over the limit"),
     "metadata missing": (lambda f: (f / META).unlink(), False, "no such file"),
     "metadata no JSON": (lambda f: (f / META).write_text("nonsense"), False, "not valid JSON"),
     "metadata is a list": (lambda f: (f / META).write_text("[]"), False, "model_metadata.json"),
+    "unknown schema": (lambda f: edit_json(f, META, lambda m: m.update(schema=2)), False, "schema"),
+    "unknown format": (lambda f: edit_json(f, META, lambda m: m.update(model_format="tflite")), False, "model_format"),
+    "wrong types": (lambda f: edit_json(f, META, lambda m: m.update(input_shape="large")), False, "input_shape"),
     "path out of the folder": (lambda f: rename_weights(f, "../w.pth"), False, "weights_file"),
     "path out, later": (lambda f: rename_weights(f, "a/../../w.pth"), False, "outside the submission"),
     "absolute path": (lambda f: edit_json(f, META, lambda m: m.update(architecture_file="/etc/passwd")), False,

@@ -95,7 +95,7 @@ def test_other_baselines_and_draws(run: Run) -> None:
 
 
 HIDDEN = {
-    "buffer": "more = torch.nn.Module()\nmore.register_buffer('table', torch.randn(300, 300))\nhead.more = more\nreturn head",
+    "buffer": "head.register_buffer('table', torch.randn(300, 300))\nreturn head",
     "frozen": "head.more = torch.nn.Parameter(torch.zeros(10**5), requires_grad=False)\nreturn head",
     "list": "head.more = [torch.zeros(10**5)]\nreturn head",
     "array": "import numpy\nhead.more = {'a': (numpy.zeros(10**5),)}\nreturn head",
