@@ -34,7 +34,8 @@ def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path) -> N
     words = command.split("#")[0].split()
     images = tmp_path / "images"
     filled = {"DIR": str(images), "CIFAR10": str(images), "RUN": str(small_run), "OUT": str(tmp_path / "out"),
-              "TEST_IMAGES": str(small_run / "07-evaluate" / "test_images"), "SUBMISSION": str(small_run / "submission")}
+              "TEST_IMAGES": str(small_run / "07-evaluate" / "test_images"), "SUBMISSION": str(small_run / "submission"),
+              "OTHER_SUBMISSION": str(small_run / "submission")}
     words = [re.sub(r"\b(" + "|".join(filled) + r")\b", lambda match: filled[match[0]], word) for word in words]
     assert words[0] == "python", command
     if "slim_resnet18_digits" in words and "run" in words:

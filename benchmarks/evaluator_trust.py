@@ -1,0 +1,80 @@
+"""How far the evaluator's own verdicts can be trusted: A against A, and what the sandbox adds to a latency.
+
+    python benchmarks/evaluator_trust.py --submission SUBMISSION --data TEST_IMAGES --output results/evaluator_trust.json
+
+A submission is compared with itself many times: every verdict but "cannot be told apart" is a false alarm. Then with the
+same network as foreign code in the sandbox (its own model.py and weights, nothing else): the answers must be the same,
+and the ratio of the latencies is what separate processes cost. Both sides are served in turns, so the ratios are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compress.evaluation.compare import MARGIN, SAME
+from model_loader import Settings, evaluate_submission, machine, versions, write_json
+
+
+def as_code(submission: Path, folder: Path) -> Path:
+    """The same network in the original style: its own model.py, its weights, loose metadata."""
+    folder.mkdir()
+    card = json.loads((submission / "model_metadata.json").read_text())
+    shutil.copy(submission / "model.py", folder)
+    shutil.copy(submission / card["weights_file"], folder / "weights.pth")
+    (folder / "metadata.json").write_text(json.dumps({
+        "model_format": "pytorch", "model_class": card["architecture"], "preprocessing": card["preprocessing"]}))
+    return folder
+
+
+def compare(one: Path, two: Path, data: Path) -> dict[str, Any]:
+    """The verdicts of one comparison."""
+    result = evaluate_submission(one, data, settings=Settings(allow_code=True), compare=two)
+    return result["details"]["compare"]  # type: ignore[no-any-return]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, extremes and n."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def main() -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description="A against A, and the sandbox against none.")
+    parser.add_argument("--submission", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    same, boxed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        code = as_code(options.submission, Path(folder) / "code")
+        for round_number in range(options.rounds):
+            same.append(compare(options.submission, options.submission, options.data))
+            boxed.append(compare(code, options.submission, options.data))
+            print(f"round {round_number + 1}/{options.rounds}: A/A {same[-1]['latency']['ratio']:.3f}, "
+                  f"sandbox {boxed[-1]['latency']['ratio']:.3f}", flush=True)
+    content = {
+        "images": same[0]["latency"]["pairs"], "margin": MARGIN,
+        "a_against_a": {"latency_ratio": spread([judged["latency"]["ratio"] for judged in same]),
+                        "false_alarms": {key: sum(judged[key]["verdict"] != SAME for judged in same)
+                                         for key in ("size", "latency", "accuracy")}},
+        "sandbox_against_none": {"latency_ratio": spread([judged["latency"]["ratio"] for judged in boxed]),
+                                 "in_process_ms": spread([judged["latency"]["second_ms"] for judged in boxed]),
+                                 "flip_rate": spread([judged["accuracy"]["flip_rate"] for judged in boxed])},
+        "machine": machine(), "versions": versions(),
+    }
+    write_json(options.output, content)
+    print(json.dumps({key: content[key] for key in ("a_against_a", "sandbox_against_none")}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
