@@ -17,6 +17,8 @@ from model_loader import Architecture, UserError, build, check_shapes, load_veri
 
 JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
+            ("mnist_model_ll", {"in_channels": 1}), ("mnist_model_gap", {"in_channels": 3, "dropout": 0.1}),
+            ("mnist_model_final", {"in_channels": 1}),
             ("torchvision:resnet18", {}), ("torchvision:mobilenet_v2", {}), ("torchvision:mobilenet_v3_small", {}),
             ("torchvision:regnet_y_400mf", {}), ("torchvision:squeezenet1_1", {}), ("timm:resnet10t", {})]
 
@@ -55,6 +57,16 @@ def test_readable_source_is_the_same_network(name: str, options: dict[str, objec
     again.load_state_dict(model.state_dict(), strict=True)
     images = torch.randn(2, *shape)
     assert torch.allclose(again(images), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "published"), [
+    ("mnist_model_ll", 9412), ("mnist_model_gap", 6992), ("mnist_model_final", 6972)])
+def test_published_mnist_models_are_rebuilt_to_the_parameter(name: str, published: int) -> None:
+    model = make(name, num_classes=10)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    with pytest.raises(UserError, match="in_channels must be a positive whole number"):
+        make(name, num_classes=10, in_channels=0)
 
 
 COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] = {

@@ -1,0 +1,73 @@
+"""Networks of a few thousand parameters for 28x28 grey digits: the three published ones, to the parameter, and a free one.
+
+Source: the "MNIST, 99.4 %, 15 epochs" challenge's published models; all use unpadded 3x3 convolutions without biases,
+each followed by batch norm (affine), ReLU and, where stated, dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from model_loader import UserError
+
+
+def conv(in_channels: int, out_channels: int, kernel_size: int = 3, dropout: float = 0.0) -> list[nn.Module]:
+    """Convolution, batch norm, ReLU and perhaps dropout: (N, in, H, W) -> (N, out, H - k + 1, W - k + 1)."""
+    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel_size, bias=False), nn.BatchNorm2d(out_channels),
+                               nn.ReLU(inplace=True)]
+    return [*layers, nn.Dropout(dropout)] if dropout else layers
+
+
+class TinyMNIST(nn.Sequential):
+    """A plain chain of layers: (N, 1, 28, 28) -> (N, num_classes)."""
+
+
+class MNISTModelLL(TinyMNIST):
+    """9,412 parameters at ten classes: six 3x3 convolutions, 1x1, global average pool, two linear layers without bias."""
+
+
+class MNISTModelGAP(TinyMNIST):
+    """6,992 parameters at ten classes. Its logits pass a ReLU, as published: a class can say nothing against itself."""
+
+
+class MNISTModelFinal(TinyMNIST):
+    """6,972 parameters at ten classes: MNISTModelGAP without dropout, and a plain 1x1 convolution at the end."""
+
+
+def mnist_model_ll(*, num_classes: int, in_channels: int = 1, dropout: float = 0.05) -> MNISTModelLL:
+    """Builds MNISTModelLL."""
+    _check(num_classes, in_channels)
+    return MNISTModelLL(*conv(in_channels, 8, 3, dropout), *conv(8, 8, 3, dropout), nn.MaxPool2d(2),
+                        *conv(8, 16, 3, dropout), *conv(16, 16, 3, dropout), nn.MaxPool2d(2), *conv(16, 32, 3, dropout),
+                        *conv(32, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
+                        nn.Linear(num_classes, num_classes, bias=False), nn.ReLU(inplace=True),
+                        nn.Linear(num_classes, num_classes, bias=False))
+
+
+def mnist_model_gap(*, num_classes: int, in_channels: int = 1, dropout: float = 0.05) -> MNISTModelGAP:
+    """Builds MNISTModelGAP."""
+    _check(num_classes, in_channels)
+    return MNISTModelGAP(*_trunk(in_channels, dropout), *conv(24, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def mnist_model_final(*, num_classes: int, in_channels: int = 1) -> MNISTModelFinal:
+    """Builds MNISTModelFinal."""
+    _check(num_classes, in_channels)
+    return MNISTModelFinal(*_trunk(in_channels, 0.0), nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, num_classes, 1, bias=False),
+                           nn.Flatten(1))
+
+
+def _trunk(in_channels: int, dropout: float) -> Sequence[nn.Module]:
+    return [*conv(in_channels, 12, 3, dropout), *conv(12, 12, 3, dropout), nn.MaxPool2d(2), *conv(12, 12, 3, dropout),
+            *conv(12, 12, 3, dropout), nn.MaxPool2d(2), *conv(12, 24, 3, dropout)]
+
+
+def _check(num_classes: int, in_channels: int) -> None:
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"tiny_mnist: {name} must be a positive whole number, got {value!r}")
+
+
+MODELS = {"mnist_model_ll": mnist_model_ll, "mnist_model_gap": mnist_model_gap, "mnist_model_final": mnist_model_final}
