@@ -25,7 +25,7 @@ def level(module: str) -> int:
         return 3
     if parts[1] in MECHANICS:
         return 3
-    return {"config": 4, "stage": 5, "stages": 6, "pipeline": 7, "evaluation": 8, "studies": 8, "cli": 9,
+    return {"config": 4, "stage": 5, "stages": 6, "pipeline": 7, "studies": 8, "evaluation": 8, "cli": 9,
             "__main__": 10}[parts[1]]
 
 

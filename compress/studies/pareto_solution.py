@@ -113,16 +113,14 @@ class Rows:
             rows = self.scaled(units)
             means, sizes = k_means(rows, self.labels, self.counts, number)
             within, total = len(rows) - int((sizes > 0).sum()), rows.double().T @ rows.double()
+            total.diagonal().add_(1e-6 * total.trace())  # beyond the rounding of the difference below
             between = (means.double() * sizes[..., None]).flatten(0, 1).T @ means.double().flatten(0, 1)
             self._known[units, number] = means, sizes, (total - between) / within if within else total / len(rows)
         return self._known[units, number]
 
 
 def k_means(rows: Tensor, labels: Tensor, counts: Tensor, number: int, rounds: int = 8) -> tuple[Tensor, Tensor]:
-    """K means for each class, all classes at once, and their sizes; clusters that a class lacks rows for are empty.
-
-    Source: Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding".
-    """
+    """K means of each class, and sizes, 0 where it lacks rows. Source: Arthur and Vassilvitskii 2007, "k-means++"."""
     if number == 1:
         total = torch.zeros(len(counts), rows.shape[1], device=rows.device).index_add_(0, labels, rows)
         return (total / counts.clamp(min=1)[:, None])[:, None], counts[:, None]
@@ -203,11 +201,11 @@ class Radial:
     def fit(self, rows: Rows) -> nn.Module:
         """(P^T P + ridge N Q) W = P^T Y, bumps P at rows, Q at centres. Source: Rudi et al. 2015, "Less is More"."""
         means, sizes, _ = rows.clusters(self.units, self.number)
-        inputs, centres = rows.scaled(self.units), means[sizes > 0]
+        inputs, centres = rows.scaled(self.units).double(), means[sizes > 0].double()  # float32 would not stay definite
         typical = torch.cdist(inputs[:: max(1, len(inputs) // 500)], centres).square().median().clamp(min=1e-12)
         stretch = (self.narrowness / typical).sqrt()
-        at_rows = bumps(inputs * stretch, centres * stretch).double()
-        at_centres = bumps(centres * stretch, centres * stretch).double()
+        at_rows = bumps(inputs * stretch, centres * stretch)
+        at_centres = bumps(centres * stretch, centres * stretch)
         system = at_rows.T @ at_rows + self.ridge * len(inputs) * at_centres
         system.diagonal().add_(1e-7 * system.diagonal().mean())
         frequency = rows.counts.double() / len(inputs)
