@@ -5,7 +5,6 @@ These are rows of features, not images, so this file defines no `SETS` and is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +100,3 @@ def shuffled(inputs: Tensor, labels: Tensor, generator: torch.Generator) -> Rows
     """Rows and labels in one random order."""
     order = torch.randperm(len(labels), generator=generator)
     return inputs[order], labels[order]
-
-
-__all__: Sequence[str] = ["Problem", "mixture_problem", "prototype_problem"]

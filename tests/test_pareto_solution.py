@@ -201,6 +201,18 @@ def test_other_shapes(rows: Rows, classes: int, limit: int) -> None:
         assert right(model, rows) > 0.7
 
 
+@pytest.mark.parametrize("inputs", [
+    shape(40, 4, 4)[0].repeat(3, 1), shape(120, 4, 4)[0] * 1e15, shape(120, 4, 4)[0] * 1e-15, shape(120, 4, 4)[0] + 1e6,
+    torch.cat([shape(119, 4, 4)[0], torch.full((1, 4), 1e5)]), torch.ones(120, 4)],
+    ids=["repeated", "huge", "tiny", "far away", "outlier", "constant"])
+def test_every_closed_form_survives_odd_rows(inputs: Tensor) -> None:
+    rows = pareto_solution.Rows(inputs, torch.arange(120) % 4, 4)
+    candidates = pareto_solution.closed_forms(rows, 200)
+    assert len(candidates) > 50
+    for candidate in candidates:
+        assert candidate.fit(rows)(inputs).isfinite().all(), candidate
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"param_limit": 7}, "param_limit 7: 2 features and 2 classes need 8"), ({"input_dim": 3}, "rows of 3 finite features"),
     ({"num_classes": 1}, "labels 0 to 0; got 0 to 1")])
