@@ -30,6 +30,11 @@ from loaders.synthetic import Problem, mixture_problem, prototype_problem
 from model_loader import machine, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
+FIRST_DRAW = 5000  # draws 3000 to 3019 served to find the method
+REMARKS = [
+    "The public test split was opened once, after the method was fixed, and nothing was changed for it.",
+    "Digits are not untouched data: grids and training settings were found on other splits of the same 1,797 images.",
+]
 LIMITS = (20_000, 50_000, 200_000, 2_500_000)
 FULL = 2_500_000
 MLP_EPOCHS, BATCH = 40, 128
@@ -136,7 +141,7 @@ def standard() -> dict[str, Any]:
 def fresh_draws(draws: int, mlp_draws: int) -> dict[str, Any]:
     """The same task with other data; the public draw is not among them."""
     ours, means, perfect, networks, seconds, winners = [], [], [], [], [], []
-    for index, seed in enumerate(range(3000, 3000 + draws)):
+    for index, seed in enumerate(range(FIRST_DRAW, FIRST_DRAW + draws)):
         problem = prototype_problem(seed)
         model, solution, took = solve(problem, FULL)
         prototypes = F.normalize(torch.randn(128, 384, generator=torch.Generator().manual_seed(seed)))
@@ -148,7 +153,7 @@ def fresh_draws(draws: int, mlp_draws: int) -> dict[str, Any]:
         if index < mlp_draws:
             networks.append(mlp(problem, FULL, seed))
         print(f"draw {seed}: {ours[-1]:.4f} in {took:.1f} s, nearest mean {means[-1]:.4f}", flush=True)
-    return {"seeds": [3000, 3000 + draws], "ours": spread(ours), "nearest_mean": spread(means),
+    return {"seeds": [FIRST_DRAW, FIRST_DRAW + draws - 1], "ours": spread(ours), "nearest_mean": spread(means),
             "true_prototypes": spread(perfect), "mlp": spread(networks), "seconds": spread(seconds), "winners": winners}
 
 
@@ -209,7 +214,7 @@ def main() -> int:
     fresh, others = fresh_draws(options.draws, options.mlp_draws), other_problems(options.seeds)
     print("the public data, in a process of its own", flush=True)
     done = subprocess.run([sys.executable, __file__, "--standard"], capture_output=True, text=True, check=True)
-    content = {"machine": machine(), "versions": versions(), "threads": options.threads,
+    content = {"remarks": REMARKS, "machine": machine(), "versions": versions(), "threads": options.threads,
                "mlp": f"3 layers, Adam 1e-3, cosine, {MLP_EPOCHS} epochs, batches of {BATCH}",
                "standard": json.loads(done.stdout), "fresh_draws": fresh, "other_problems": others}
     write_json(RESULTS / "pareto_2_5m.json", content)
