@@ -193,7 +193,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
                            [100 * (row[key]["sd"] or 0) for row in rows], marker="o", capsize=3, label=label)
         panel.set(xscale="log", yscale="log", title=name, xlabel="parameter limit", ylabel="test errors, %")
         panel.grid(alpha=0.3, which="both")
-        panel.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
