@@ -104,7 +104,7 @@ def test_a_linear_rule_fails_on_the_mixture_problem() -> None:
 def test_public_score(standard: tuple[Problem, nn.Module, Solution]) -> None:
     problem, model, solution = standard
     score = min(max((right(model, problem.test) - 0.85) / 0.15 * 100, 0), 100)
-    assert score > 83.7  # the best of 35 published attempts; what exactly it is stands in benchmarks/results
+    assert score >= 93.3
     assert solution.report[0][0].startswith("Centres(number=1,")
     assert solution.report[0][1] == sum(p.numel() for p in model.parameters())
 

@@ -8,10 +8,11 @@ All it knows of the data are the rows it is given. Four families, the simplest f
     Network          a residual MLP on mixed and noisy rows, mostly labelled by an ensemble of the best closed forms
 
 Stratified cross-validation chooses. Closed forms race: after each fold the worse half drops out; networks run a short heat
-first. Only what is better by more than one standard error of the paired difference displaces something simpler.
-"""
+first. Only what is better by more than two standard errors of the paired difference displaces something simpler.
 
-from __future__ import annotations
+Annotations are no strings here: dataclasses would look for their module in sys.modules, where a file that an evaluator
+loads by its path need not be.
+"""
 
 import itertools
 import math
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FOLDS, SEED = 5, 2025
-CLEARLY, FEWEST = 2.0, 4  # standard errors behind the best that end a race; candidates that otherwise stay in it
+CLEARLY, FEWEST = 2.0, 4  # standard errors that tell two candidates apart; how many stay in a race at least
 FIT_MACS, PADDED = 2e9, 5e7  # of one mixture or radial fit: about a second; numbers in k-means' padded array
 TRAINING_MACS, MOST_STEPS, BATCH = 3e10, 600, 128  # of one network: some seconds
 NETWORK_SIZE = 300_000  # more parameters than this learn too little within TRAINING_MACS
@@ -226,7 +227,7 @@ class Network:
     """
     width: int
     units: str
-    teachers: tuple[Candidate, ...] = ()  # closed forms of any size: they are no part of the model
+    teachers: tuple[Centres | Radial, ...] = ()  # closed forms of any size: they are no part of the model
     shortening: int = 1  # divides the number of steps
 
     def size(self, rows: Rows) -> int:
@@ -278,7 +279,7 @@ def closed_forms(rows: Rows, limit: int) -> list[Candidate]:
     numbers = [number for number in sorted({2, 4, 8, 16, 32, 64, most} | largest)
                if 1 < number <= most and classes * most * features < PADDED]
     shrinkages = (1.0, 0.5, 0.2, 0.05) if features**2 * (features + classes) < FIT_MACS else (1.0, 0.3)
-    settings = [(1, *setting) for setting in itertools.product(("one", "each"), shrinkages, (True, False))]
+    settings = [(1, *setting) for setting in itertools.product(("one", "each"), shrinkages, (False, True))]
     affordable = [number for number in numbers if (total + features) * features * classes * number < FIT_MACS]
     settings += itertools.product(affordable, ("one", "each"), (1.0, 0.3), (False,))
     found: list[Candidate] = []
@@ -309,7 +310,7 @@ class Entry:
         self.right.append((logits.argmax(1) == held.labels) & logits.isfinite().all(1))
         self.errors += int((~self.right[-1]).sum())
 
-    def behind(self, other: Entry) -> float:
+    def behind(self, other: "Entry") -> float:
         """Errors more than the other's, in standard errors of the paired difference. Source: McNemar 1947."""
         pairs = list(zip(self.right, other.right))  # noqa: B905 - the folds that both have run
         differ = sum(int((own != its).sum()) for own, its in pairs)
@@ -336,7 +337,7 @@ def stratified(rows: Rows) -> list[tuple[Rows, Rows]]:
 def train_networks(rows: Rows, limit: int, folds: list[tuple[Rows, Rows]], leader: Entry, rest: list[Entry]) -> list[Entry]:
     """Networks that ran all folds: neither hopeless in a short heat nor ever behind the leader."""
     best = {type(entry.candidate): entry.candidate for entry in sorted(rest, key=lambda entry: -entry.errors)
-            if entry.behind(leader) <= CLEARLY}
+            if entry.behind(leader) <= CLEARLY and not isinstance(entry.candidate, Network)}
     units, taught = leader.candidate.units, tuple(best.values())
     width = max((n for n in range(0, 1025, 8) if Network(n, units).size(rows) <= min(limit, NETWORK_SIZE)), default=0)
     finished: list[Entry] = []
@@ -387,10 +388,10 @@ class Solution:
                 entry.run(train, held)
             within, above = survivors(within), survivors(above)
         best = min(within, key=lambda entry: entry.errors)
-        leader = next(entry for entry in within if entry.behind(best) <= 1)  # the simplest that may be as good
+        leader = next(entry for entry in within if entry.behind(best) <= CLEARLY)  # the simplest that may be as good
         if leader.errors:
             trained = train_networks(rows, limit, folds, leader, [*within, *above])
-            better = [entry for entry in trained if leader.behind(entry) > 1]
+            better = [entry for entry in trained if leader.behind(entry) > CLEARLY]
             within, leader = [*within, *trained], min([leader, *better], key=lambda entry: entry.errors)
         within.sort(key=lambda entry: (entry is not leader, entry.errors))
         self.report = [(str(entry.candidate), entry.parameters, 1 - entry.errors / len(rows.labels)) for entry in within]
