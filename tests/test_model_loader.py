@@ -76,7 +76,9 @@ def test_guarded_score_is_zero_at_chance_and_capped() -> None:
     tiny_and_fast = score(1e-6, 1e-6, 50.0, 50.0, 10.0, 80.0)
     skill = (0.5 - 0.1) / (0.8 - 0.1)
     assert guarded_score(tiny_and_fast, 0.5, 0.8, 0.1) == pytest.approx(skill * (3 + 3) + 0.4 * skill)
-    assert guarded_score(tiny_and_fast, 0.5, 0.05, 0.1) == pytest.approx((3 + 3 + 0.4) * 0.4 / 0.9)  # baseline: guessing
+    # A baseline that guesses is no yardstick: at least a tenth of the way from chance to perfection counts as skill 1.
+    assert guarded_score(tiny_and_fast, 0.5, 0.05, 0.1) == pytest.approx(3 + 3 + 0.4 * 0.4 / 0.09)
+    assert guarded_score(tiny_and_fast, 0.11, 0.101, 0.1) == pytest.approx(guarded_score(tiny_and_fast, 0.11, 0.1, 0.1))
 
 
 @given(st.floats(0.11, 1), st.floats(0.11, 1), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
@@ -135,7 +137,7 @@ def test_bad_architectures_are_refused(change: Callable[[dict[str, Any]], None],
     assert said in message and str(path) in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["class", "forward", "parameters.0", "training", "state_dict", "layer.keys"])
+@pytest.mark.parametrize("name", ["class", "self", "forward", "parameters.0", "training", "state_dict", "layer.keys"])
 def test_names_that_torch_keeps_to_itself(name: str) -> None:
     content = tiny()
     content["layers"][0]["name"] = name
@@ -352,6 +354,14 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
         {"fc.weight": w["fc.weight"].float()})), True, "expected torch.int8"),
     "NaN": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(float("nan"))), True, "NaN"),
     "infinite": (lambda f: edit_weights(f, lambda w: w["fc.weight_scale"].fill_(float("inf"))), True, "infinite"),
+    "tensor sparse": (lambda f: edit_weights(f, lambda w: w.update({"fc.bias": w["fc.bias"].to_sparse()})), True,
+                      "no plain dense tensor"),
+    "tensor without numbers": (lambda f: edit_weights(f, lambda w: w.update({"fc.bias": w["fc.bias"].to("meta")})), True,
+                               "fc.bias"),
+    "key that is no name": (lambda f: edit_weights(f, lambda w: w.update({7: torch.zeros(1)})), True,
+                            "expected a state dict"),
+    "architecture a pipe": (lambda f: ((f / ARCH).unlink(), os.mkfifo(f / ARCH)), False, "not a plain file"),
+    "a link to itself": (lambda f: os.symlink(f / "x", f / "x"), False, "cannot be resolved"),
     "not a state dict": (lambda f: torch.save([1, 2], weights_of(f)), True, "expected a state dict"),
     "architecture missing": (lambda f: (f / ARCH).unlink(), False, "no such file"),
     "architecture no JSON": (lambda f: (f / ARCH).write_text("{"), False, "not valid JSON"),
@@ -420,8 +430,12 @@ def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, digi
     (lambda a: a.update({"--output_file": "/nowhere/results.json"}), "there is no folder"),
     (lambda a: a.update({"--baseline_size": "0"}), "--baseline_size: expected a positive number"),
     (lambda a: a.update({"--baseline_accuracy": "nan"}), "--baseline_accuracy: expected a positive number"),
-    (lambda a: a.update({"--runs": "0"}), "--runs: expected at least 1"),
-    (lambda a: a.update({"--threads": "0"}), "--threads: expected at least 1"),
+    (lambda a: a.update({"--runs": "0"}), "--runs: expected 1 to"),
+    (lambda a: a.update({"--threads": "0"}), "--threads: expected 1 to"),
+    (lambda a: a.update({"--threads": "99999999999"}), "--threads: expected 1 to"),
+    (lambda a: a.update({"--memory_limit_mb": "9" * 13}), "--memory_limit_mb: expected 256 to"),
+    (lambda a: a.update({"--baseline_size": "1e308"}), "--baseline_size: expected a positive number"),
+    (lambda a: a.update({"--submission_dir": "x" * 5000}), "File name too long"),
     (lambda a: a.update({"--min_accuracy": "101"}), "--min_accuracy: expected a percentage"),
     (lambda a: a.update({"--time_limit_s": "inf"}), "--time_limit_s: expected a positive number"),
     (lambda a: a.update({"--backend": "onnxruntime"}), "runs on torch"),
@@ -451,6 +465,42 @@ def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_pa
     assert str(victim) in capsys.readouterr().err
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["total_score"] == 0 and "not a readable image" in result["details"]["status"]
+
+
+def test_names_that_are_not_unicode_do_not_stop_the_result(submission: Path, digits_test: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(submission, tmp_path / "folder"))
+    (folder / "n\udcff.txt").write_text("")
+    output = tmp_path / "r.json"
+    assert model_loader.main(["--submission_dir", str(folder), "--data_dir", str(digits_test), "--output_file",
+                              str(output)]) == 0
+    assert "n\udcff.txt" in json.loads(output.read_text())["details"]["bytes"]["files"]
+
+
+def test_what_nobody_foresaw_ends_in_one_line_and_a_result(submission: Path, digits_test: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ArithmeticError("two\nlines")
+
+    monkeypatch.setattr(model_loader, "accuracy_details", broken)
+    arguments = ["--submission_dir", str(submission), "--data_dir", str(digits_test), "--output_file",
+                 str(tmp_path / "r.json")]
+    assert model_loader.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "ArithmeticError: two" in error and "--debug" in error and len(error.strip().splitlines()) == 1
+    assert "broke down" in json.loads((tmp_path / "r.json").read_text())["details"]["status"]
+    with pytest.raises(ArithmeticError):
+        model_loader.main([*arguments, "--debug"])
+
+
+def test_output_must_be_a_plain_file(submission: Path, digits_test: Path, tmp_path: Path,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path / "pipe", tmp_path):
+        assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(digits_test), "--output_file",
+                                  str(output)]) == 2
+        assert "not a plain file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_architecture_without_weights_is_refused(tmp_path: Path) -> None:

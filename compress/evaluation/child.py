@@ -8,6 +8,7 @@ the labels and the clock.
 
 from __future__ import annotations
 
+import array
 import gc
 import importlib.util
 import inspect
@@ -23,7 +24,7 @@ from typing import Any
 
 REQUEST, REPLY = struct.Struct("<16sIIII"), struct.Struct("<16sBQ")
 STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the state dict
-LEAVES = (types.ModuleType, types.BuiltinFunctionType, types.CodeType, str, bytes, int, float)
+LEAVES = (types.ModuleType, types.BuiltinFunctionType, int, float)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -42,8 +43,8 @@ def set_limits(memory_mb: int, cpu_seconds: int) -> None:
     import resource
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     for what, limit in ((resource.RLIMIT_AS, pages * resource.getpagesize() + memory_mb * 2**20),
-                        (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_FSIZE, 2**26), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_NOFILE, 512)):
+                        (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_FSIZE, 2**24), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_NOFILE, 128)):  # the last two also bound files that nobody can see
         resource.setrlimit(what, (limit, limit))
 
 
@@ -76,7 +77,8 @@ def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             reasons.append(f"{kind.__name__}: {tell(error)}")
             continue
         model.eval()
-        return model, {"class": kind.__name__, **counts(model), "macs": macs(model, boot["input_shape"])}
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return model, {"class": kind.__name__, "trainable": trainable, "macs": macs(model, boot["input_shape"])}
     raise RuntimeError("; ".join(reasons) or "model.py defines no nn.Module")
 
 
@@ -88,13 +90,6 @@ def construct(kind: Callable[..., Any], classes: int) -> Any:
         parameters = {}  # type: ignore[assignment]
     takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return kind(num_classes=classes) if takes else kind()
-
-
-def counts(model: Any) -> dict[str, int]:
-    """Trainable parameters, and all stored numbers."""
-    return {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "all": sum(tensor.numel() for name, tensor in model.state_dict().items()
-                       if not name.endswith("num_batches_tracked"))}
 
 
 def macs(model: Any, input_shape: list[int]) -> int | None:
@@ -117,6 +112,7 @@ def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[s
     """The model that a Solution trains on the arrays in shared memory, and its size."""
     import numpy as np
     import torch
+    from torch import nn
     from torch.utils.data import DataLoader, TensorDataset
 
     tensors = [torch.from_numpy(np.frombuffer(memory, array["dtype"], array["count"], array["offset"]).copy()).reshape(
@@ -124,7 +120,8 @@ def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[s
     train, validation = TensorDataset(*tensors[:2]), TensorDataset(*tensors[2:])
     folder = Path(boot["folder"])
     os.chdir(folder)
-    module = load_file(folder / "solution.py", "solution")
+    parameters, buffers, reach, total = nn.Module.parameters, nn.Module.named_buffers, numbers_within_reach, sum
+    module = load_file(folder / "solution.py", "solution")  # from here on names may mean something else
     solution = getattr(module, "Solution", None)
     if solution is None:
         raise RuntimeError("the file defines no class Solution")
@@ -135,16 +132,16 @@ def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[s
     if not isinstance(model, torch.nn.Module):
         raise RuntimeError(f"solve returned {type(model).__name__}, expected an nn.Module")
     model.eval()
-    trainable = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
-    statistics = {id(b) for name, b in model.named_buffers() if name.rsplit(".", 1)[-1] in STATISTICS}
-    reachable = numbers_within_reach(model, module)
-    hidden = sum(count for key, count in reachable.items() if key not in trainable and key not in statistics)
-    return model, {"trainable": sum(trainable.values()), "hidden": hidden,
-                   "all": sum(trainable.values()) + sum(n for key, n in reachable.items() if key not in trainable)}
+    trainable = {id(p): p.numel() for p in parameters(model) if p.requires_grad}
+    normal = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
+    statistics = {id(buffer) for part in normal for name, buffer in buffers(part, recurse=False) if name in STATISTICS}
+    others = {key: count for key, count in reach(model, module).items() if key not in trainable}
+    return model, {"trainable": total(trainable.values()), "all": total(trainable.values()) + total(others.values()),
+                   "hidden": total(count for key, count in others.items() if key not in statistics)}
 
 
 def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]:
-    """id -> count of every tensor and array that a model can reach: registered or not, in lists, closures, globals.
+    """id -> count of the numbers that a model can reach: in tensors, arrays and bytes, in lists, closures and globals.
 
     Functions and classes of the solution's own file are followed into the globals that they name; libraries are not.
     """
@@ -161,10 +158,14 @@ def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]
         seen.add(id(thing))
         if isinstance(thing, torch.Tensor | np.ndarray):
             found[id(thing)] = int(thing.numel() if isinstance(thing, torch.Tensor) else thing.size)
+        elif isinstance(thing, str | bytes | bytearray | memoryview | array.array):
+            found[id(thing)] = len(thing) // 4 if len(thing) > 1024 else 0  # as many float32; short texts are names
         elif isinstance(thing, types.FunctionType):
             if thing.__module__ == module.__name__:
-                waiting += [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__]
-                waiting += [vars(module)[name] for name in thing.__code__.co_names if name in vars(module)]
+                waiting += [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__code__]
+        elif isinstance(thing, types.CodeType):
+            if thing.co_filename == module.__file__:  # constants hold bytes, and the code of inner functions
+                waiting += [*thing.co_consts, *(vars(module)[name] for name in thing.co_names if name in vars(module))]
         elif isinstance(thing, type):
             if thing.__module__ == module.__name__:
                 waiting += list(vars(thing).values())

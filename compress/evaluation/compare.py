@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 from model_loader import Answers
 
 RESAMPLES = 2000
-BLOCK = 8  # neighbouring calls share the machine's mood, so they are drawn together
+BLOCK = 8  # neighbouring calls share the machine's mood, so at least so many are drawn together
+FEWEST_PAIRS = 20  # with fewer, the bootstrap's interval is too narrow to be believed
 MARGIN = 0.02  # a latency ratio this close to 1 depends on where the allocator put things, not on the model
 ALPHA = 0.05
 SAME = "cannot be told apart"
@@ -27,7 +28,7 @@ def latency_ratio_interval(first_ms: np.ndarray, second_ms: np.ndarray, seed: in
     Source: Kuensch 1989, "The Jackknife and the Bootstrap for General Stationary Observations".
     """
     count = len(first_ms)
-    block = min(BLOCK, max(1, count // 4))
+    block = min(max(BLOCK, round(count ** 0.5)), max(1, count // 4))
     starts = np.random.default_rng(seed).integers(0, count - block + 1, (RESAMPLES, -(-count // block)))
     rows = (starts[:, :, None] + np.arange(block)).reshape(RESAMPLES, -1)[:, :count]
     ratios = np.median(first_ms[rows], 1) / np.median(second_ms[rows], 1)
@@ -63,7 +64,8 @@ def verdicts(results: Sequence[dict[str, Any]], served: Sequence[Answers], label
     ratio, low, high = latency_ratio_interval(served[0].first_ms[order], served[1].first_ms[order])
     latency = {"first_ms": float(np.median(served[0].first_ms)), "second_ms": float(np.median(served[1].first_ms)),
                "ratio": ratio, "ratio_95": [low, high], "pairs": len(order), "margin": MARGIN,
-               "verdict": "better" if high < 1 - MARGIN else "worse" if low > 1 + MARGIN else SAME}
+               "verdict": SAME if len(order) < FEWEST_PAIRS else "better" if high < 1 - MARGIN
+               else "worse" if low > 1 + MARGIN else SAME}
 
     predictions = [answers.logits.argmax(1) for answers in served]
     right = [predicted == labels for predicted in predictions]

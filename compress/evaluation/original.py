@@ -36,7 +36,7 @@ def _original_preprocessing(value: Any) -> Any:
         for key in theirs:
             if key in value:
                 value.setdefault(ours, value.pop(key))
-        if isinstance(value.get(ours), list) and len(set(value[ours])) == 1:
+        if isinstance(value.get(ours), list) and value[ours] and all(size == value[ours][0] for size in value[ours]):
             value[ours] = value[ours][0]
     return value
 

@@ -8,12 +8,14 @@ memory and time, an empty environment and a temporary working folder.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
 import secrets
 import select
 import shutil
+import signal
 import site
 import subprocess
 import sys
@@ -24,13 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import RootModel
 
 from compress.evaluation.child import REPLY, REQUEST, STATE_KEYS
-from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, first_line, inside,
-                          load_tensors, status_mb, submission_files)
+from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, check_tensors, inside,
+                          load_tensors, read_json, status_mb, submission_files)
 
 MAX_REPLY_BYTES = 2**24
-MAX_SCRATCH_BYTES = 2**30
+MAX_SCRATCH_BYTES = 2**28
+MAX_SCRATCH_ENTRIES = 10_000
 PINGS = 20
 MAX_SUBMISSION_BYTES = 2**32
 # What an interpreter and its libraries read; the data, the project and home folders are not among them.
@@ -42,6 +46,23 @@ def readable_paths() -> list[str]:
     """What the child may read besides its own folder."""
     libraries = [sys.prefix, sys.base_prefix, *site.getsitepackages(), *(path for path in sys.path if "-packages" in path)]
     return sorted({str(Path(path).resolve()) for path in (*libraries, *SYSTEM)})
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder that foreign code has filled, however deep; Python's own way is recursive."""
+    subprocess.run(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, check=False)
+
+
+def check_hidden(data_dir: Path) -> None:
+    """Sees to it that foreign code cannot read the test data.
+
+    Raises:
+        UserError: the data lie where it must read its libraries.
+    """
+    data = data_dir.resolve()
+    for path in readable_paths():
+        if data.is_relative_to(path):
+            raise UserError(f"--data_dir {data_dir}: lies under {path}, which the code may read; move the data elsewhere")
 
 
 class Child:
@@ -60,20 +81,22 @@ class Child:
         if not hasattr(os, "memfd_create"):
             raise UserError(f"{where}: foreign code runs in a Linux sandbox; this is {sys.platform}")
         self.where, self.deadline = where, time.monotonic() + max(60.0, settings.time_limit_s)  # for starting up
-        self.time_limit_s, self.waited = settings.time_limit_s, 0.0
+        self.time_limit_s, self.waited, self.looked = settings.time_limit_s, 0.0, time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self.scratch = Path(stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)))
+            self.scratch = Path(tempfile.mkdtemp(prefix="sandbox-"))
+            stack.callback(remove, self.scratch)
             folder = self.scratch / "folder"
             folder.mkdir()
             for name, path in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
-            handle = os.memfd_create("images")
+            handle = os.memfd_create("images", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, handle)
             os.ftruncate(handle, max(capacity, len(content), mmap.PAGESIZE))
+            # A child that cut it short would kill the parent at its next write.
+            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.memory = stack.enter_context(contextlib.closing(mmap.mmap(handle, 0)))
             self.memory[:len(content)] = content
             request_end, self._request = os.pipe()
@@ -114,13 +137,15 @@ class Child:
         Raises:
             VerificationError: the code fails, ends its process, or takes too long.
         """
+        self._signal(signal.SIGCONT)
         content = self._receive(self.nonce)
         try:
             facts = json.loads(content)
-        except ValueError as error:
-            raise VerificationError(f"{self.where}: the code wrote into the channel") from error
+        except (ValueError, RecursionError) as error:
+            raise self._forged() from error
         if not isinstance(facts, dict):
-            raise VerificationError(f"{self.where}: the code wrote into the channel")
+            raise self._forged()
+        self._signal(signal.SIGSTOP)
         return facts | {"seconds": self.waited}
 
     def ask(self, inputs: np.ndarray) -> np.ndarray:
@@ -130,6 +155,7 @@ class Child:
             VerificationError: see `facts`.
         """
         nonce = secrets.token_bytes(16)
+        self._signal(signal.SIGCONT)  # it runs only while it is asked: no work ahead, no slowing of others
         if inputs.nbytes > len(self.memory):
             raise VerificationError(f"{self.where}: inputs of shape {list(inputs.shape)} are too large to send")
         if inputs.nbytes:
@@ -137,8 +163,9 @@ class Child:
         shape = [*inputs.shape, 0, 0, 0, 0][:4]
         self._write(REQUEST.pack(nonce, *shape))
         content = self._receive(nonce)
+        self._signal(signal.SIGSTOP)
         if len(content) % 4:
-            raise VerificationError(f"{self.where}: the code wrote into the channel")
+            raise self._forged()
         return np.frombuffer(content, np.float32)
 
     def _round_trip(self, shape: Sequence[int]) -> float:
@@ -149,6 +176,19 @@ class Child:
             self.ask(input)
             times.append((time.perf_counter_ns() - start) / 1e6)
         return float(np.median(times))
+
+    def empty_scratch(self) -> None:
+        """Takes the temporary files away, which could hold what a model must not."""
+        for path in self.scratch.iterdir():
+            remove(path)
+
+    def _signal(self, number: int) -> None:
+        assert self.process
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def _forged(self) -> VerificationError:
+        return VerificationError(f"{self.where}: the code wrote into the channel")
 
     def printed_bytes(self) -> int:
         """How much the code wrote to its standard output and error, which nobody reads."""
@@ -185,7 +225,7 @@ class Child:
         start = time.monotonic()
         answered, status, length = REPLY.unpack(self._read(REPLY.size))
         if answered != nonce or length > MAX_REPLY_BYTES:
-            raise VerificationError(f"{self.where}: the code wrote into the channel")
+            raise self._forged()
         content = self._read(length)
         self.waited += time.monotonic() - start
         if status:
@@ -204,26 +244,45 @@ class Child:
         return content
 
     def _wait(self, handle: int, writing: bool = False) -> None:
-        """Until the pipe is ready; looks at the clock and at the scratch folder once a second."""
+        """Until the pipe is ready; looks at the clock, and once a second at the scratch folder, however busy the pipe."""
+        read, write = ([], [handle]) if writing else ([handle], [])
         while True:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
+            now = time.monotonic()
+            if now > self.deadline:
                 raise VerificationError(f"{self.where}: the code did not answer within --time_limit_s "
                                         f"{self.time_limit_s:g}")
-            read, write = ([], [handle]) if writing else ([handle], [])
-            if any(select.select(read, write, [], min(1.0, left))):
+            if now - self.looked > 1:
+                self.looked = now
+                if folder_bytes(self.scratch) > MAX_SCRATCH_BYTES:
+                    raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its "
+                                            "folder")
+            if any(select.select(read, write, [], min(1.0, max(0.0, self.deadline - now)))):
                 return
-            if sum(path.lstat().st_size for path in self.scratch.rglob("*")) > MAX_SCRATCH_BYTES:
-                raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder")
 
     def _ended(self) -> VerificationError:
         assert self.process
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.returncode
-        why = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        why = "channel closed" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = "; --memory_limit_mb may be too low" if code in (-6, -9, -11) else ""
         return VerificationError(f"{self.where}: the code ended its process ({why}) instead of answering{hint}")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes below a folder that is being written to: what vanishes meanwhile counts as nothing, a crowd as too much."""
+    total, waiting, entries = 0, [str(folder)], 0
+    while waiting:
+        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as found:
+            for entry in found:
+                entries += 1
+                with contextlib.suppress(OSError):
+                    total += entry.stat(follow_symlinks=False).st_size
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                if entries > MAX_SCRATCH_ENTRIES:
+                    return MAX_SCRATCH_BYTES + 1
+    return total
 
 
 class CodeRuntime(Runtime):
@@ -254,7 +313,7 @@ class CodeRuntime(Runtime):
         if trainable is not None and trainable < 0.5 * stored:
             self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
                                  "lie in buffers or are frozen")
-        self.threads, self.classes, self.closed = settings.threads, classes, False
+        self.threads, self.closed = settings.threads, False
         self.start = self.child.usage()
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -286,17 +345,13 @@ def check_weights(files: SubmissionFiles) -> int:
         VerificationError: unreadable, no state dict, NaN or infinite values, or channels other than the architecture
             file's `pruning_info` states.
     """
-    import torch
-    weights = load_tensors(files.weights)
+    content = load_tensors(files.weights)
     for key in STATE_KEYS:
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
-    tensors = list(weights.values()) if isinstance(weights, dict) else []
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        raise VerificationError(f"{files.weights}: expected a state dict (names to tensors)")
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise VerificationError(f"{files.weights}: tensor {name} holds NaN or infinite values")
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    weights = check_tensors(content, str(files.weights))
+    if not weights:
+        raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
     if files.architecture_path:
         for name, claimed in pruning_claims(files.architecture_path).items():
             tensor = weights.get(f"{name}.weight")
@@ -312,12 +367,7 @@ def pruning_claims(path: Path) -> dict[str, int]:
     Raises:
         VerificationError: not JSON.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise VerificationError(f"{path}: the metadata names this file, but it cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path}: not valid JSON: {first_line(error)}") from error
+    content: Any = read_json(path, RootModel[Any]).root
     layers = content.get("layers") if isinstance(content, dict) else None
     claims = {}
     for layer in layers if isinstance(layers, list) else []:
@@ -327,11 +377,13 @@ def pruning_claims(path: Path) -> dict[str, int]:
     return claims
 
 
-def open_code(files: SubmissionFiles, settings: Settings, classes: int) -> Runtime:
+def open_code(files: SubmissionFiles, settings: Settings, classes: int, data_dir: Path) -> Runtime:
     """Starts a submission in the original style.
 
     Raises:
+        UserError: the code could read the test data.
         VerificationError: its weights or its code fail.
     """
+    check_hidden(data_dir)
     inside(files.folder, "model.py")
     return CodeRuntime(files, settings, classes)

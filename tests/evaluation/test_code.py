@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.evaluation import confine
+from compress.evaluation import confine, sandbox
 from model_loader import Settings, VerificationError, evaluate_submission, read_submission
 from tests.evaluation.conftest import Evaluate, assert_refused
 
@@ -184,6 +184,18 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "writes elsewhere": (append("open('/tmp/written_by_a_submission', 'w')"), "PermissionError"),
     "kills its parent": (append("import os; os.kill(os.getppid(), 9)"), "PermissionError"),
     "looks into its parent": (append("import os; open(f'/proc/{os.getppid()}/environ').read()"), "PermissionError"),
+    "kills its parent by its thread": (append(
+        "import ctypes, os\nif ctypes.CDLL(None).syscall(234, os.getppid(), os.getppid(), 9): raise PermissionError"),
+        "PermissionError"),
+    "cuts the shared memory short": (append(
+        "import os\nfor fd in range(3, 40):\n    try: size = os.fstat(fd).st_size\n    except OSError: continue\n"
+        "    if size == 2**26: os.ftruncate(fd, 0)"), "PermissionError"),
+    "hoards in nameless memory": (append("import os; os.memfd_create('hoard')"), "PermissionError"),
+    "makes a device": (append("import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0))"),
+                       "PermissionError"),
+    "bends the clock": (append("import ctypes\nb = ctypes.create_string_buffer(256)\nb[0] = b'\\x00'\n"
+                               "if ctypes.CDLL(None).syscall(159, b) < 0: raise PermissionError"), "PermissionError"),
+    "facts too deep to parse": (append("import json; json.dumps = lambda *a, **k: '[' * 100000"), "wrote into the channel"),
     "takes more cores": (append("import os; os.sched_setaffinity(0, range(2))"), "PermissionError"),
     "raises its limits": (append("import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); a = bytearray(2**20)"),
                           "Error"),
@@ -195,7 +207,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
                                  "calls = 0"), "another answer when asked again"),
     "floods the channel": (append("import os\nfor fd in range(3, 40):\n    try: os.write(fd, bytes(4096))\n"
                                   "    except OSError: pass"), "wrote into the channel"),
-    "fills the disk": (append("import time\nfor i in range(99):\n    with open(f'{i}', 'wb') as f: f.write(bytes(2**25))\n"
+    "fills the disk": (append("import time\nfor i in range(99):\n    with open(f'{i}', 'wb') as f: f.write(bytes(2**23))\n"
                               "time.sleep(30)"), "wrote more than"),
     "a file too large": (append("f = open('x', 'wb')\nfor i in range(99): f.write(bytes(2**24))"), "File too large"),
 }
@@ -226,9 +238,15 @@ HARMLESS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "swallows what is refused": (append("import os\nfor call in (os.fork, lambda: open('/etc/shadow')):\n"
                                         "    try: call()\n    except OSError: pass"), None),
     "hides numbers in buffers": (wrap("return honest(self, x)"), "lie in buffers"),
-    "hides numbers in a file": (lambda f: (f / "more.bin").write_bytes(bytes(2**20)), "lie beside the weights"),
+    "hides numbers in a file": (lambda f: (f / "more.bin").write_bytes(bytes(2**20)), "files beside the weights"),
     "caches answers": (wrap("key = bytes(x.numpy())\nif key not in seen:\n    time.sleep(0.02)\n"
                             "    seen[key] = honest(self, x)\nreturn seen[key]", "seen = {}"), "answers are cached"),
+    "makes folders without end": (append("import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')"), None),
+    "has a class of an odd name": (append("import json\nreal = json.dumps\n"
+                                          "json.dumps = lambda o, **k: real({**o, 'class': '\\ud800'})"), None),
+    "creates and deletes in a race": (append(
+        "import os, threading\ndef race():\n    while True:\n        open('r', 'w').close(); os.unlink('r')\n"
+        "threading.Thread(target=race, daemon=True).start()"), None),
     "leaves threads behind": (append("import threading, time\n"
                                      "threading.Thread(target=lambda: time.sleep(99), daemon=True).start()"), None),
 }
@@ -288,8 +306,7 @@ def test_threads_that_exist_already_are_an_error() -> None:
 def test_filter_allows_and_refuses_what_it_says(machine: str) -> None:
     """Runs the BPF program in an interpreter of its four kinds of instruction."""
     import struct
-    program = [struct.unpack("HBBI", confine.seccomp_program(machine)[at:at + 8])
-               for at in range(0, len(confine.seccomp_program(machine)), 8)]
+    program = list(struct.iter_unpack("HBBI", confine.seccomp_program(machine, 1234)))
     column, architecture = confine.AUDIT_ARCH[machine]
 
     def verdict(number: int, *arguments: int, arch: int = architecture) -> int:
@@ -316,8 +333,25 @@ def test_filter_allows_and_refuses_what_it_says(machine: str) -> None:
     assert verdict(confine.CLONE[column], 17) == refuse and verdict(confine.CLONE[column], 0x3D0F00) == confine.ALLOW
     assert verdict(confine.PRLIMIT[column], 0, 9, 0) == confine.ALLOW
     assert verdict(confine.PRLIMIT[column], 0, 9, 1) == refuse and verdict(confine.PRLIMIT[column], 0, 9, 1 << 40) == refuse
+    assert verdict(confine.TGKILL[column], 1234, 7, 6) == confine.ALLOW
+    assert verdict(confine.TGKILL[column], 1, 1, 9) == refuse
+    assert verdict(confine.PRCTL[column], 15) == confine.ALLOW and verdict(confine.PRCTL[column], 1, 0) == refuse
     if column == 0:
         assert verdict(0x40000000 + 39) == refuse
+
+
+def test_data_that_code_could_read_are_refused(folder: Path, evaluate: Evaluate, few: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "SYSTEM", (str(few.parent),))
+    assert_refused(evaluate(folder, ALLOW), "which the code may read", code=2)
+
+
+def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission: Path, evaluate: Evaluate) -> None:
+    wrap("return honest(self, x)[:, :5]")(folder)
+    code, result, error = evaluate(submission, ALLOW, "--compare", str(folder))
+    assert code == 0 and result["accuracy"] > 80, error
+    assert str(folder) in result["details"]["compare"]["status"]
+    assert any("there is no comparison" in warning for warning in result["details"]["warnings"])
 
 
 def test_child_that_cannot_start_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, evaluate: Evaluate) -> None:

@@ -125,6 +125,19 @@ def test_answers_that_change_or_do_not_fit_are_refused(pictures: list[Path]) -> 
         ask(Scripted(4), pictures)
 
 
+def test_answers_may_differ_by_rounding_and_not_by_class() -> None:
+    one = np.array([-1e6, 1.0, 2.0], np.float32)
+    assert model_loader._same(one, one + np.float32(1e-5)) and not model_loader._same(one, one[[0, 2, 1]])
+    tie = np.array([1.0, 1.0000001, 0.0], np.float32)
+    assert model_loader._same(tie, tie[[1, 0, 2]])
+
+
+def test_warm_up_shows_no_test_image(pictures: list[Path]) -> None:
+    runtime = Scripted()
+    ask(runtime, pictures, runs=20, warmup=10)
+    assert len(set(runtime.asked[:10]) | set(runtime.asked[10:])) == 10 + 40
+
+
 def test_time_limit_holds_for_models_in_this_process_too(pictures: list[Path]) -> None:
     class Slow(Scripted):
         def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -169,6 +182,8 @@ def test_verdicts_on_planted_differences() -> None:
     assert judged["accuracy"]["flip_rate"] == pytest.approx((better != base).mean())
     judged = verdicts([result_of(2), result_of(1)], [answers_of(base, again), answers_of(better, 0.8 * times)], labels)
     assert [judged[key]["verdict"] for key in ("size", "latency", "accuracy")] == ["worse"] * 3
+    few = [answers_of(base[:8], 0.5 * times[:8]), answers_of(base[:8], again[:8])]
+    assert verdicts([result_of(1), result_of(1)], few, labels[:8])["latency"]["verdict"] == SAME  # too few to tell
     judged = verdicts([result_of(1), result_of(1)], [answers_of(base, times), answers_of(base, again)], labels)
     assert [judged[key]["verdict"] for key in ("size", "latency", "accuracy")] == [SAME] * 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from model_loader import OnnxRuntime, OpenvinoRuntime, count_macs, read_images, 
 from tests.conftest import PROJECT
 from tests.evaluation.conftest import Evaluate, assert_refused
 
+META = "model_metadata.json"
 Change = Callable[[onnx.ModelProto, Path], Any]
 
 
@@ -133,6 +135,15 @@ def short_tensor(model: onnx.ModelProto, folder: Path) -> None:
     tensor.raw_data = tensor.raw_data[:-4]
 
 
+def numbers_in_a_list(model: onnx.ModelProto, folder: Path) -> None:
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["many"], value_floats=[0.5] * 1000))
+
+
+def whole_numbers(model: onnx.ModelProto, folder: Path) -> None:
+    add_node("Cast", to=TensorProto.INT64)(model, folder)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+
+
 def grey(model: onnx.ModelProto, folder: Path) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
 
@@ -147,12 +158,12 @@ def five_classes(model: onnx.ModelProto, folder: Path) -> None:
 
 HOSTILE: dict[str, tuple[Change, str]] = {
     "external data": (external, "lies in another file"),
-    "unknown operator": (add_node("Frobnicate"), "not a valid ONNX graph"),
-    "unknown domain": (add_node("Identity", domain="evil.ops"), "domain 'evil.ops'"),
+    "unknown operator": (add_node("Frobnicate"), "is not one of those"),
+    "unknown domain": (add_node("Identity", domain="evil.ops"), "is not one of those"),
     "several outputs": (second_output, "got 1 and 2"),
     "several inputs": (second_input, "got 2 and 1"),
-    "endless loop": (a_loop, "control flow"),
-    "random answers": (add_node("RandomNormalLike"), "random"),
+    "endless loop": (a_loop, "is not one of those"),
+    "random answers": (add_node("RandomNormalLike"), "is not one of those"),
     "NaN": (poison(float("nan")), "NaN"),
     "infinite": (poison(float("inf")), "infinite"),
     "a vast constant": (vast, "over the limit"),
@@ -160,6 +171,11 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "grey images": (grey, "cannot answer images"),
     "five classes": (five_classes, "for the data's 10 classes"),
     "dangling input": (lambda m, f: m.graph.node[3].input.__setitem__(0, "nowhere"), "not a valid ONNX graph"),
+    "an operator that crashes a runtime": (add_node("Inverse", domain="com.microsoft"), "is not one of those"),
+    "an operator without inputs": (lambda m, f: m.graph.node.add(op_type="Add", output=["nothing"]), "is not one of those"),
+    "numbers in a list": (numbers_in_a_list, "store a Constant's numbers"),
+    "no logits": (whole_numbers, "must be float logits"),
+    "a pipe for metadata": (lambda m, f: ((f / META).unlink(), os.mkfifo(f / META)), "not a plain file"),
     "local function": (lambda m, f: m.functions.add(name="f", domain="d"), "local functions"),
 }
 
@@ -191,7 +207,7 @@ def test_packaged_metadata_holds_an_onnx_file_to_its_claims(onnx_submission: Pat
                                                             tmp_path: Path) -> None:
     """Our own metadata with model_format onnx: hashes and counts are checked as for a graph."""
     folder = Path(shutil.copytree(onnx_submission, tmp_path / "folder"))
-    file = read_onnx(folder / "model.onnx")
+    file = read_onnx(folder / "model.onnx", (3, 8, 8))
     metadata = json.loads((submission / "model_metadata.json").read_text())
     metadata |= {"model_format": "onnx", "weights_file": "model.onnx", "architecture_file": None,
                  "parameters": file.parameters, "macs": file.macs, "quantization": {"scheme": "none", "layers": {}},

@@ -101,6 +101,9 @@ HIDDEN = {
     "array": "import numpy\nhead.more = {'a': (numpy.zeros(10**5),)}\nreturn head",
     "closure": "table = torch.zeros(10**5)\nhead.rule = lambda x: x + table[0]\nreturn head",
     "global": "global TABLE\nTABLE = torch.zeros(10**5)\ndef f(x):\n    return x + TABLE[0]\nhead.rule = f\nreturn head",
+    "bytes": "head.more = bytes(10**6)\nreturn head",
+    "name of a statistic": "head.register_buffer('running_var', torch.zeros(10**5))\nreturn head",
+    "inner function": "global TABLE\nTABLE = torch.zeros(10**5)\nhead.rule = lambda x: [TABLE for _ in x]\nreturn head",
     "class": "class Head(torch.nn.Linear):\n    table = torch.zeros(10**5)\nhead.__class__ = Head\nreturn head",
 }
 
@@ -125,13 +128,34 @@ def test_batch_statistics_are_not_hidden_capacity_but_adapting_is_flagged(run: R
     assert result["details"]["flags"]["batch_dependent"]
 
 
+def test_counters_are_bound_before_the_solution_can_change_them(run: Run) -> None:
+    patched = finish("import sys\nsys.modules['__main__'].numbers_within_reach = lambda *a: {}\n"
+                     "head.parameters = lambda: []\nhead.more = torch.nn.Parameter(torch.zeros(3_000_000))\nreturn head")
+    _, result, _ = run(patched)
+    assert result["score"] == 0 and result["parameters_trainable"] == 3_049_280
+
+
+def test_a_temporary_file_is_gone_when_the_test_begins(run: Run) -> None:
+    code, _, error = run(finish("torch.save(head.weight, 'w.pt')\nclass Late(torch.nn.Linear):\n"
+                                "    def forward(self, x):\n        return x @ torch.load('w.pt').T\n"
+                                "head.__class__ = Late\nreturn head"))
+    assert code == 1 and "FileNotFoundError" in error
+
+
+def test_more_than_the_rows_can_teach_is_flagged(run: Run) -> None:
+    rebuilt = finish("p = torch.randn(128, 384, generator=torch.Generator().manual_seed(2025))\n"
+                     "head.weight.data = 2.5 * p / p.norm(dim=1, keepdim=True)\nhead.bias.data.zero_()\nreturn head")
+    _, result, _ = run(rebuilt)
+    assert result["accuracy"] > 0.997 and result["details"]["flags"]["implausible"]
+
+
 FAILS = {
     "syntax error": ("def", "SyntaxError"), "no class": ("x = 1", "no class Solution"),
     "no module": (finish("return 7"), "returned int, expected an nn.Module"),
     "raises": (finish("raise ValueError('no luck')"), "ValueError: no luck"),
     "exits": (finish("import os; os._exit(0)"), "ended its process (exit code 0)"),
     "for ever": (finish("while True: pass"), "within --time_limit_s 4"),
-    "too few classes": (finish("return torch.nn.Linear(384, 5)"), "expected finite logits (128, 128)"),
+    "too few classes": (finish("return torch.nn.Linear(384, 5)"), "expected finite logits (1, 128)"),
     "NaN": (finish("head.bias.data[0] = float('nan')\nreturn head"), "finite logits"),
     "other inputs": (finish("return torch.nn.Linear(5, 128)"), "shapes cannot be multiplied"),
     "reads elsewhere": (finish(f"open({str(Path(__file__))!r})"), "PermissionError"),
@@ -160,7 +184,9 @@ def test_users_mistakes(flags: list[str], said: str, tmp_path: Path, capsys: pyt
 
 
 def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, missing in (([], "--submission_dir, --data_dir"), (TASK, "--solution")):
+    for arguments, missing in (([], "--submission_dir, --data_dir"), (TASK, "--solution"),
+                               ([*TASK, "--solution", "x", "--compare", "y"], "--compare does not go with --task"),
+                               (["--submission_dir", "x", "--data_dir", "y", "--solution", "z"], "without --task")):
         with pytest.raises(SystemExit) as ended:
             model_loader.main(arguments)
         assert ended.value.code == 2 and missing in capsys.readouterr().err
