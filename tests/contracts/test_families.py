@@ -73,6 +73,9 @@ COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] =
     "slim_resnet18_100": ("slim_resnet18", 100, (3, 224, 224), {}),
     "slim_resnet18_cifar10": ("slim_resnet18", 10, (3, 32, 32), {"width": 16, "stem": "small"}),
     "slim_resnet18_digits": ("slim_resnet18", 10, (3, 8, 8), {"width": 16, "stem": "small"}),
+    "mnist_model_ll": ("mnist_model_ll", 10, (1, 28, 28), {}),
+    "mnist_model_gap": ("mnist_model_gap", 10, (1, 28, 28), {}),
+    "mnist_model_final": ("mnist_model_final", 10, (1, 28, 28), {}),
 }
 
 
