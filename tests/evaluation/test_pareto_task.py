@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import model_loader
+from compress.evaluation import child
 from loaders.synthetic import prototype_problem
 
 MEANS = """
@@ -109,6 +110,17 @@ HIDDEN = {
 
 
 @pytest.mark.parametrize("where", HIDDEN)
+def test_every_hiding_place_is_found(where: str, tmp_path: Path) -> None:
+    """The count itself, in this process: what is within a model's reach beside its weight and bias."""
+    path = tmp_path / "solution.py"
+    path.write_text(finish(HIDDEN[where]))
+    module = child.load_file(path, f"solution_{where.replace(' ', '_')}")
+    head = module.Solution().finish(torch.nn.Linear(384, 128))
+    found = child.numbers_within_reach(head, module)
+    assert sum(found.values()) - sum(parameter.numel() for parameter in (head.weight, head.bias)) >= 90_000
+
+
+@pytest.mark.parametrize("where", ["name of a statistic", "global"])
 def test_hidden_capacity_is_flagged(where: str, run: Run) -> None:
     code, result, error = run(finish(HIDDEN[where]))
     assert code == 0, error
