@@ -1075,7 +1075,7 @@ class OpenvinoRuntime(Runtime):
         try:
             self.model = openvino.Core().compile_model(str(files.weights), "CPU", {
                 "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_PRECISION_HINT": "f32"})  # else float layers run in bfloat16 where the CPU has it
+                "INFERENCE_PRECISION_HINT": "f32"})  # its default may compute in less than float32
         except RuntimeError as error:
             raise VerificationError(f"{files.weights}: OpenVINO cannot load it: {first_line(error)}") from error
 
