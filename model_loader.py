@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib
-import importlib.util
 import json
 import keyword
 import math
@@ -706,11 +705,16 @@ def submission_files(folder: Path) -> list[Path]:
     return files
 
 
-def folder_sha256(folder: Path) -> str:
-    """One hash over the names and bytes of every file in a folder."""
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its name within."""
+    return {str(path.relative_to(folder)): sha256(path) for path in submission_files(folder)}
+
+
+def combined_hash(hashes: dict[str, str]) -> str:
+    """One hash over the names and hashes of a folder's files."""
     digest = hashlib.sha256()
-    for path in submission_files(folder):
-        digest.update(f"{path.relative_to(folder)}\0{sha256(path)}\n".encode(errors="surrogateescape"))
+    for name, value in hashes.items():
+        digest.update(f"{name}\0{value}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -1041,13 +1045,20 @@ class TorchRuntime(Runtime):
             return self.model(self._tensor(images)).numpy()  # type: ignore[no-any-return]
 
 
-class OnnxRuntime(Runtime):
+class OnnxFileRuntime(Runtime):
+    """What both runtimes of an ONNX file begin with: the file is checked, and its claims."""
+
+    def __init__(self, backend: str, files: SubmissionFiles) -> None:
+        self.file = read_onnx(files.weights, files.input_shape)
+        check_claims(files, self.file.parameters, self.file.macs)
+        super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
+
+
+class OnnxRuntime(OnnxFileRuntime):
     """An ONNX file on ONNX Runtime's CPU provider."""
 
     def __init__(self, files: SubmissionFiles, threads: int) -> None:
-        file = read_onnx(files.weights, files.input_shape)
-        check_claims(files, file.parameters, file.macs)
-        super().__init__("onnxruntime", {"all": file.parameters, "trainable": None}, file.macs)
+        super().__init__("onnxruntime", files)
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
         self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
@@ -1058,19 +1069,16 @@ class OnnxRuntime(Runtime):
             self.session = onnxruntime.InferenceSession(str(files.weights), options, ["CPUExecutionProvider"])
         except self.errors as error:
             raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
-        self.input_name = file.input_name
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.input_name: images})[0]  # type: ignore[no-any-return]
+        return self.session.run(None, {self.file.input_name: images})[0]  # type: ignore[no-any-return]
 
 
-class OpenvinoRuntime(Runtime):
+class OpenvinoRuntime(OnnxFileRuntime):
     """An ONNX file on OpenVINO's CPU plugin."""
 
     def __init__(self, files: SubmissionFiles, threads: int) -> None:
-        file = read_onnx(files.weights, files.input_shape)
-        check_claims(files, file.parameters, file.macs)
-        super().__init__("openvino", {"all": file.parameters, "trainable": None}, file.macs)
+        super().__init__("openvino", files)
         openvino = import_openvino()
         try:
             self.model = openvino.Core().compile_model(str(files.weights), "CPU", {
@@ -1326,8 +1334,12 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 def count_parameters(model: nn.Module) -> int:
     """Every stored number but batch counters: parameters, frozen or not, and buffers (int8 weights, BN statistics)."""
-    return sum(tensor.numel() for name, tensor in model.state_dict().items()
-               if not name.endswith("num_batches_tracked"))
+    return count_numbers(model.state_dict())
+
+
+def count_numbers(weights: dict[str, Tensor]) -> int:
+    """The numbers of a state dict, without batch counters."""
+    return sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("num_batches_tracked"))
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
@@ -1630,7 +1642,7 @@ class Entry:
 
     files: SubmissionFiles
     runtime: Runtime
-    folder_hash: str
+    hashes: dict[str, str]
 
 
 def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseline_size: float = 50.0,
@@ -1680,11 +1692,11 @@ def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baseline
         for folder in folders:
             files = read_submission(folder)
             _check_classes(files, data.classes, data.folder)
-            folder_hash = folder_sha256(files.folder)
+            hashes = file_hashes(files.folder)
             runtime = open_runtime(files, settings, classes, data.folder)
             stack.callback(runtime.close)
             runtime.name = str(files.folder)
-            entries.append(Entry(files, runtime, folder_hash))
+            entries.append(Entry(files, runtime, hashes))
         if any(isinstance(entry.runtime, TorchRuntime) for entry in entries):
             stack.enter_context(torch_threads(settings.threads))
         preprocessings = [entry.files.preprocessing for entry in entries]
@@ -1722,7 +1734,7 @@ def _serve_batches(entry: Entry, images: Sequence[Path], classes: int, settings:
 def _result(entry: Entry, answers: Answers, data: TestData, baselines: Baselines, settings: Settings,
             peak: dict[str, Any] | None) -> dict[str, Any]:
     files, runtime, labels = entry.files, entry.runtime, data.labels
-    if folder_sha256(files.folder) != entry.folder_hash:
+    if file_hashes(files.folder) != entry.hashes:
         raise VerificationError(f"{files.folder}: the folder changed while its model ran")
     remarks = list(runtime.warnings)
     durations = np.random.default_rng().permutation(answers.first_ms)[:settings.runs]
@@ -1768,11 +1780,9 @@ def _result(entry: Entry, answers: Answers, data: TestData, baselines: Baselines
             "parameters": runtime.parameters,
             "macs": runtime.macs,
             "bytes": {"weights": size_bytes, "needed_at_inference": needed,
-                      "files": {str(path.relative_to(files.folder)): path.stat().st_size
-                                for path in submission_files(files.folder)}},
+                      "files": {name: (files.folder / name).stat().st_size for name in entry.hashes}},
             "peak_memory": peak,
-            "sha256": {"evaluator": sha256(Path(__file__)), "submission": entry.folder_hash,
-                       **{str(path.relative_to(files.folder)): sha256(path) for path in submission_files(files.folder)}},
+            "sha256": {"evaluator": sha256(Path(__file__)), "submission": combined_hash(entry.hashes), **entry.hashes},
             **runtime.details,
             "settings": dataclasses.asdict(settings),
             "machine": machine(), "versions": versions(),

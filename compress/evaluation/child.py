@@ -59,10 +59,7 @@ def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     folder = Path(boot["folder"])
     sys.path.insert(0, str(folder))
     os.chdir(folder)
-    weights = torch.load(folder / boot["weights"], map_location="cpu", weights_only=True)
-    for key in STATE_KEYS:
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
+    weights = state_dict_in(torch.load(folder / boot["weights"], map_location="cpu", weights_only=True))
     weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}  # DataParallel's
     module = load_file(folder / "model.py", "model")
     classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
@@ -80,6 +77,14 @@ def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return model, {"class": kind.__name__, "trainable": trainable, "macs": macs(model, boot["input_shape"])}
     raise RuntimeError("; ".join(reasons) or "model.py defines no nn.Module")
+
+
+def state_dict_in(content: Any) -> Any:
+    """What a checkpoint keeps as its state dict, or the content itself."""
+    for key in STATE_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return content
 
 
 def construct(kind: Callable[..., Any], classes: int) -> Any:

@@ -9,7 +9,6 @@ inside that process, with what was bound before the solution was loaded; code th
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
     child = Child(boot, {"solution.py": solution}, settings, threads, str(solution), len(content), content)
     try:
         facts = child.facts()
-        trainable, stored, hidden = (_count(facts, key, solution) for key in ("trainable", "all", "hidden"))
+        trainable, stored, hidden = (_count(facts, key, child) for key in ("trainable", "all", "hidden"))
         child.empty_scratch()
         predictions, batch_dependent = _predict(child, inputs, problem.num_classes, solution)
         usage = child.usage()
@@ -80,8 +79,7 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
     accuracy = correct / len(labels)
     unbounded = task_score(accuracy, baseline)
     over = trainable > param_limit
-    warnings = [f"sandbox: {what} {state}" for what, state in child.protection.items()
-                if not str(state).startswith("on")]
+    warnings = child.unprotected()
     if over:
         warnings.append(f"{trainable:,} trainable parameters are over the limit of {param_limit:,}: the score is 0")
     hides = hidden > 0.01 * param_limit or trainable <= param_limit < trainable + hidden
@@ -128,10 +126,10 @@ def _pack(tensors: list[Tensor]) -> tuple[list[dict[str, Any]], bytes]:
     return arrays, content
 
 
-def _count(facts: dict[str, Any], key: str, solution: Path) -> int:
+def _count(facts: dict[str, Any], key: str, child: Child) -> int:
     value = facts.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise VerificationError(f"{solution}: the code wrote into the channel")
+        raise child.forged()
     return value
 
 
@@ -152,7 +150,7 @@ def _predict(child: Child, inputs: np.ndarray, classes: int, solution: Path) -> 
 
 def _logits(child: Child, rows: np.ndarray, classes: int, solution: Path) -> np.ndarray:
     answer = child.ask(rows)
-    if answer.size != math.prod((len(rows), classes)) or not np.isfinite(answer).all():
+    if answer.size != len(rows) * classes or not np.isfinite(answer).all():
         raise VerificationError(f"{solution}: the model's answer to {len(rows)} rows has {answer.size} numbers, expected "
                                 f"finite logits ({len(rows)}, {classes})")
     return answer.reshape(len(rows), classes)

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from pydantic import RootModel
 
-from compress.evaluation.child import REPLY, REQUEST, STATE_KEYS
-from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, check_tensors, inside,
-                          load_tensors, read_json, status_mb, submission_files)
+from compress.evaluation.child import REPLY, REQUEST, state_dict_in
+from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, check_tensors,
+                          count_numbers, inside, load_tensors, read_json, status_mb, submission_files)
 
 MAX_REPLY_BYTES = 2**24
 MAX_SCRATCH_BYTES = 2**28
@@ -142,9 +142,9 @@ class Child:
         try:
             facts = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise self._forged() from error
+            raise self.forged() from error
         if not isinstance(facts, dict):
-            raise self._forged()
+            raise self.forged()
         self._signal(signal.SIGSTOP)
         return facts | {"seconds": self.waited}
 
@@ -165,7 +165,7 @@ class Child:
         content = self._receive(nonce)
         self._signal(signal.SIGSTOP)
         if len(content) % 4:
-            raise self._forged()
+            raise self.forged()
         return np.frombuffer(content, np.float32)
 
     def _round_trip(self, shape: Sequence[int]) -> float:
@@ -187,7 +187,12 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def _forged(self) -> VerificationError:
+    def unprotected(self) -> list[str]:
+        """A warning for each protection that the system did not offer."""
+        return [f"sandbox: {what} {state}" for what, state in self.protection.items() if not state.startswith("on")]
+
+    def forged(self) -> VerificationError:
+        """The error for a reply that no honest child sends."""
         return VerificationError(f"{self.where}: the code wrote into the channel")
 
     def printed_bytes(self) -> int:
@@ -225,7 +230,7 @@ class Child:
         start = time.monotonic()
         answered, status, length = REPLY.unpack(self._read(REPLY.size))
         if answered != nonce or length > MAX_REPLY_BYTES:
-            raise self._forged()
+            raise self.forged()
         content = self._read(length)
         self.waited += time.monotonic() - start
         if status:
@@ -308,8 +313,7 @@ class CodeRuntime(Runtime):
         self.details["sandbox"] = {"protection": self.child.protection, "model_class": str(facts.get("class"))[:100],
                                    "channel_ms": self.child.channel_ms,  # part of every latency; not taken off
                                    "stated_by_the_code": ["parameters.trainable", "macs"]}
-        self.warnings += [f"sandbox: {what} {state}" for what, state in self.child.protection.items()
-                          if not str(state).startswith("on")]
+        self.warnings += self.child.unprotected()
         if trainable is not None and trainable < 0.5 * stored:
             self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
                                  "lie in buffers or are frozen")
@@ -345,11 +349,7 @@ def check_weights(files: SubmissionFiles) -> int:
         VerificationError: unreadable, no state dict, NaN or infinite values, or channels other than the architecture
             file's `pruning_info` states.
     """
-    content = load_tensors(files.weights)
-    for key in STATE_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    weights = check_tensors(content, str(files.weights))
+    weights = check_tensors(state_dict_in(load_tensors(files.weights)), str(files.weights))
     if not weights:
         raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
     if files.architecture_path:
@@ -358,7 +358,7 @@ def check_weights(files: SubmissionFiles) -> int:
             if tensor is not None and tensor.dim() and tensor.shape[0] != claimed:
                 raise VerificationError(f"{files.architecture_path}: layer {name}: remaining_channels is {claimed}, its "
                                         f"weights have {tensor.shape[0]}")
-    return sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("num_batches_tracked"))
+    return count_numbers(weights)
 
 
 def pruning_claims(path: Path) -> dict[str, int]:
