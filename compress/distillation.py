@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from compress.losses import distillation_loss
 from compress.trackers import Tracker
-from compress.training import Batch, Data, Loss, precision
+from compress.assessment import precision
+from compress.batches import Batch
+from compress.training import Data, Loss
 from loaders.arrays import prefetched
 from metadata.files import write_tensors
 from model_loader import normalize
@@ -23,12 +25,12 @@ from model_loader import normalize
 Targets = Callable[[Batch], Tensor]  # batch -> (N, C) teacher logits
 
 
-def live_targets(teacher: nn.Module, bfloat16: bool) -> Targets:
+def live_targets(teacher: nn.Module, autocast: torch.dtype | None) -> Targets:
     """The teacher looks at each batch as the student does."""
     teacher.eval()
 
     def targets(batch: Batch) -> Tensor:
-        with torch.no_grad(), precision(bfloat16, batch.images.device):
+        with torch.no_grad(), precision(autocast, batch.images.device):
             logits: Tensor = teacher(batch.images)
         return logits.float()
 
@@ -49,8 +51,9 @@ class CachedTargets:
         return self.logits[batch.view, batch.ids].float()
 
 
-def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path, bfloat16: bool, device: torch.device,
-                   tracker: Tracker, batch_size: int = 256) -> CachedTargets:
+def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path,
+                   autocast: torch.dtype | None, device: torch.device, tracker: Tracker,
+                   batch_size: int = 256) -> CachedTargets:
     """Runs the teacher over every view of every training image once, or reads the file of an earlier sitting.
 
     Args:
@@ -58,7 +61,7 @@ def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path, bfloa
         data: what the student will train on, with the same augmenter.
         views: how many augmentations of each sample.
         path: the cache; belongs to one stage folder, so to one teacher, data set and seed.
-        bfloat16: run the teacher in bfloat16.
+        autocast: run the teacher in this type.
         device: where the cache is kept.
         tracker: shows progress.
         batch_size: images a pass.
@@ -72,7 +75,7 @@ def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path, bfloa
         for view in range(views):
             for ids, images in prefetched(data.train.images, torch.arange(samples).split(batch_size)):
                 inputs = normalize(data.augmenter(images.to(device), ids, view), data.preprocessing)
-                with precision(bfloat16, device):
+                with precision(autocast, device):
                     logits = teacher(inputs)
                 if cache is None:
                     cache = torch.empty(views, samples, logits.shape[1], dtype=torch.float16)
@@ -85,13 +88,19 @@ def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path, bfloa
 
 def distill(targets: Targets, temperature: float, alpha: float, label_smoothing: float) -> Loss:
     """The loss function of a training that listens to a teacher."""
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return distillation_loss(model(batch.images), targets(batch), batch.labels, temperature, alpha, label_smoothing)
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images)
+        return distillation_loss(logits, targets(batch), batch.labels, temperature, alpha, label_smoothing), logits
     return loss
 
 
 def cross_entropy(label_smoothing: float) -> Loss:
     """The loss function of a training on labels alone."""
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(model(batch.images), batch.labels, label_smoothing=label_smoothing)
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images)
+        value = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+        if batch.other_labels is not None:
+            other = nn.functional.cross_entropy(logits, batch.other_labels, label_smoothing=label_smoothing)
+            value = batch.share * value + (1 - batch.share) * other
+        return value, logits
     return loss

@@ -78,7 +78,8 @@ def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
         for epoch in read_csv(path):
             by_training.setdefault(epoch["training"], []).append(epoch)
         for name, epochs in by_training.items():
-            right.plot([int(epoch["epoch"]) for epoch in epochs], [100 * float(epoch["accuracy"]) for epoch in epochs],
+            right.plot([int(epoch["epoch"]) for epoch in epochs],
+                       [100 * float(epoch["validation_accuracy"]) for epoch in epochs],
                        marker="." if len(epochs) < 40 else None, label=name)
     right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="training")
     if right.lines:

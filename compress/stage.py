@@ -14,7 +14,9 @@ from torch import fx, nn
 
 import compress.stages
 from architectures import make
+from compress import optimizers
 from compress.config import Config, TrainConfig
+from compress.schedules import Schedule
 from compress.trackers import Tracker
 from compress.training import Data, Recipe
 from loaders.arrays import Splits
@@ -148,8 +150,10 @@ class Context:
 def training_recipe(train: TrainConfig, device: torch.device, views: int = 0) -> Recipe:
     """A stage's settings as the training loop takes them."""
     bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
-    return Recipe(train.epochs, train.batch_size, train.optimizer, train.lr, train.momentum, train.weight_decay,
-                  train.schedule, train.warmup, train.clip, views, bfloat16, train.max_steps, train.checkpoint_seconds)
+    return Recipe(
+        train.epochs, train.batch_size, optimizers.Settings(train.optimizer, train.lr, train.momentum, train.weight_decay),
+        Schedule(train.schedule, train.warmup), train.clip, views, torch.bfloat16 if bfloat16 else None, train.max_steps,
+        train.checkpoint_seconds, ema=train.ema)
 
 
 class Stage(Config):

@@ -6,18 +6,23 @@ Metrics go to `metrics.csv` (all epochs of all trainings of a stage) so that cur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metadata.files import read_csv, write_csv
 
-Advance = Callable[[int, int], None]
+class Advance(Protocol):
+    """Tells how far the work is; `note` is what else is worth seeing at that point."""
+
+    def __call__(self, done: int, total: int, note: str = "") -> None: ...
+
+
 QUIET_SECONDS = 10.0  # between lines, where the output is a file
 
 
@@ -45,8 +50,8 @@ class Tracker:
         with Progress(*columns, console=self.console, transient=True) as bars:
             task = bars.add_task(what, total=None, unit=unit, note="")
 
-            def advance(done: int, total: int) -> None:
-                bars.update(task, completed=done, total=total, note=self._last_note())
+            def advance(done: int, total: int, note: str = "") -> None:
+                bars.update(task, completed=done, total=total, note="  ".join(filter(None, (note, self._last_note()))))
 
             yield advance
 
@@ -74,7 +79,7 @@ class Tracker:
         if not self._rows:
             return ""
         row = self._rows[-1]
-        return f"epoch {row['epoch']}: {float(row['accuracy']):.1%}"
+        return f"epoch {row['epoch']}: {float(row.get('validation_accuracy') or row['train_accuracy']):.1%}"
 
 
 class _Lines:
@@ -85,11 +90,12 @@ class _Lines:
         self.start = self.last = time.monotonic()
         self.first: int | None = None
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = done  # a resumed training does not start at nought
         if now - self.last >= QUIET_SECONDS and done > self.first:
             self.last = now
             left = (now - self.start) / (done - self.first) * (total - done)
-            self.console.print(f"  {self.what}: {done}/{total} {self.unit}, {left:.0f} s left", highlight=False)
+            self.console.print(f"  {self.what}: {done}/{total} {self.unit}, {left:.0f} s left"
+                               f"{', ' + note if note else ''}", highlight=False)

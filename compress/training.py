@@ -9,33 +9,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.optimizers import make_optimizer
-from compress.schedules import rate
+from compress import optimizers
+from compress.assessment import assess, precision
+from compress.averaging import Average
+from compress.batches import Batch, mixed, parts
+from compress.distributed import Team
+from compress.optimizers import Ascent, frozen_statistics, make_optimizer
+from compress.schedules import Plateau, Schedule
 from compress.trackers import Tracker
 from loaders.arrays import Split, prefetched
 from loaders.augment import Augmenter, derive_seed
 from metadata.files import write_tensors
-from model_loader import Preprocessing, UserError, measure_accuracy, normalize
+from model_loader import Preprocessing, UserError, normalize
 
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a loss function gets."""
-
-    images: Tensor  # (N, C, H, W) float32, augmented and normalised
-    labels: Tensor  # (N,) int64
-    ids: Tensor  # (N,) int64, indices into the training split
-    view: int  # which augmentation of each sample this is
+BEST = "best.pth"  # beside the checkpoint, where the best weights are kept
 
 
 @dataclass(frozen=True)
@@ -44,42 +41,80 @@ class Recipe:
 
     Args:
         epochs: passes over the training split.
-        batch_size: images a step; a last partial batch is left out.
-        optimizer, lr, momentum, weight_decay: see `optimizers`.
-        schedule, warmup: see `schedules`; `warmup` is a share of all steps.
+        batch_size: images a step, of all processes together; a last partial batch is left out.
+        optimizer: see `optimizers`.
+        schedule: see `schedules`.
         clip: largest norm of the gradient, 0 for no limit.
         views: how many different augmentations a sample goes through before they repeat; 0: a new one each epoch.
-        bfloat16: autocast to bfloat16 (weights stay float32).
+        autocast: compute in float16 (with a loss scaler) or bfloat16; weights stay float32.
         max_steps: stop after so many steps of the schedule, for trials.
         checkpoint_seconds: time between checkpoints.
+        batch_sizes: epoch (counted from nought) -> images a step from then on.
+        sizes: epoch (counted from nought) -> side in pixels to which images are shrunk from then on.
+        accumulate: parts in which a step's batch is worked, where it does not fit into memory whole.
+        mixup: alpha of the Beta distribution; 0 mixes nothing.
+        ema: decay of the weight average that is measured and kept; 0 keeps the weights themselves.
+        patience, factor: of the schedule "plateau".
+        early_patience: epochs without a lower loss after which to stop; 0 never stops.
+        keep_best: end with the weights of the epoch with the lowest loss.
+        watch_training: plateau, stopping and the best go by the training loss, not the validation loss.
+        compile: let torch compile the network.
+        channels_last: keep images and kernels so in memory, where there are convolutions.
     """
 
     epochs: int
     batch_size: int
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    schedule: str
-    warmup: float
-    clip: float
-    views: int
-    bfloat16: bool
-    max_steps: int | None
-    checkpoint_seconds: float
+    optimizer: optimizers.Settings = field(default_factory=optimizers.Settings)
+    schedule: Schedule = field(default_factory=Schedule)
+    clip: float = 0.0
+    views: int = 0
+    autocast: torch.dtype | None = None
+    max_steps: int | None = None
+    checkpoint_seconds: float = 20.0
+    batch_sizes: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    accumulate: int = 1
+    mixup: float = 0.0
+    ema: float = 0.0
+    patience: int = 5
+    factor: float = 0.1
+    early_patience: int = 0
+    keep_best: bool = False
+    watch_training: bool = False
+    compile: bool = False
+    channels_last: bool = True
+
+    def steps(self, epoch: int, samples: int) -> tuple[int, int]:
+        """(images a step, steps) of an epoch over so many samples."""
+        batch_size = min(scheduled(self.batch_sizes, epoch, self.batch_size), samples)
+        return batch_size, samples // batch_size
 
 
-Loss = Callable[[nn.Module, Batch], Tensor]
+def scheduled(changes: dict[int, int], epoch: int, default: int) -> int:
+    """The value that holds in an epoch: the latest change up to it, or the default."""
+    return changes[max(past)] if (past := [start for start in changes if start <= epoch]) else default
+
+
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> mean loss, (N, classes) logits
 
 
 @dataclass(frozen=True)
 class Data:
-    """The split to train on, the split to watch, and how images become inputs."""
+    """The split to train on, the split to watch (it may be empty), and how images become inputs."""
 
     train: Split
     validation: Split
     augmenter: Augmenter
     preprocessing: Preprocessing
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training took: seconds over all sittings, epochs, and the epoch (counted from 1) of the weights kept."""
+
+    seconds: float
+    epochs: int
+    kept_epoch: int
 
 
 @contextmanager
@@ -91,127 +126,244 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
         yield
 
 
-def precision(bfloat16: bool, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
-
-
-def accuracy_of(model: nn.Module, split: Split, preprocessing: Preprocessing, batch_size: int = 250) -> float:
-    """The share of a split that the model classifies rightly, in eval mode; the mode is put back."""
-    training = model.training
-    result = measure_accuracy(model.eval(), split.batches(batch_size), preprocessing, len(split))
-    model.train(training)
-    return result.fraction
+def _shrunk(images: Tensor, size: int | None) -> Tensor:
+    """(N, C, H, W) -> (N, C, size, size), each pixel the mean of the area that it covers."""
+    return images if size is None or images.shape[2] == size else F.interpolate(images, (size, size), mode="area")
 
 
 def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: str, seed: int, device: torch.device,
-          checkpoint: Path, tracker: Tracker) -> float:
+          checkpoint: Path, tracker: Tracker, team: Team = Team()) -> Trained:  # noqa: B008 - it is immutable
     """Trains a model in place and leaves it in eval mode.
 
     Args:
         model: any module (N, C, H, W) -> (N, classes); moved to the device.
         data: splits on the device.
-        loss: (model, batch) -> scalar.
+        loss: (model, batch) -> mean loss and logits.
         recipe: how.
         label: the training's name in metrics and progress.
-        seed: decides order, augmentation and dropout.
+        seed: decides order, augmentation, mixup and dropout.
         device: where.
         checkpoint: file to continue from and to write; it stays when the training is over.
         tracker: where progress and metrics go.
-
-    Returns:
-        Seconds of training, over all sittings.
+        team: the processes that train it together; their files are on one disk, and only the first one's tracker speaks.
 
     Raises:
-        UserError: the loss is not finite, or the split is smaller than two images.
+        UserError: the loss is not finite, or batches would be smaller than two images.
     """
-    samples = len(data.train)
-    batch_size = min(recipe.batch_size, samples)
-    if batch_size < 2:
-        raise UserError(f"{label}: training needs batches of two or more images, got {batch_size} ({samples} in all)")
-    steps_an_epoch = samples // batch_size
-    total = recipe.epochs * steps_an_epoch
-    last = min(total, recipe.max_steps or total)
-    channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    model.to(device)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.momentum, recipe.weight_decay)
-
-    state = _read_checkpoint(checkpoint)
-    step, earlier_seconds = 0, 0.0
-    loss_sum = torch.zeros((), device=device)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, earlier_seconds = state["step"], state["seconds"]
-        loss_sum += state["loss_sum"]
-        tracker.say(f"  {label}: continuing at step {step} of {last}" if step < last else f"  {label}: done before")
-    start = looked = saved = time.monotonic()
-    tracker.start(label, step // steps_an_epoch)
-
-    def save() -> None:
-        _check_finite(float(loss_sum), label, step, recipe.lr, checkpoint)
-        write_tensors(checkpoint, {
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-            "loss_sum": float(loss_sum), "seconds": earlier_seconds + time.monotonic() - start})
-
-    model.train()
-    with tracker.progress(label, "steps") as advance, seeded(seed, "train"):
-        while step < last:
-            epoch, first = divmod(step, steps_an_epoch)
-            view = epoch % recipe.views if recipe.views else epoch
-            order = torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
-            batches = order[first * batch_size:steps_an_epoch * batch_size].split(batch_size)
-            for ids, images in prefetched(data.train.images, batches[:last - step]):
-                factor = rate(recipe.schedule, recipe.warmup, step / total)
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.lr * factor
-                torch.manual_seed(derive_seed(seed, "step", step))  # dropout
-                ids = ids.to(device)
-                images = normalize(data.augmenter(images.to(device), ids, view), data.preprocessing)
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                with precision(recipe.bfloat16, device):
-                    value = loss(model, Batch(images, data.train.labels[ids], ids, view))
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                if recipe.clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                optimizer.step()
-                loss_sum += value.detach()
-                step += 1
-                now = time.monotonic()
-                if now - looked > PROGRESS_SECONDS:
-                    looked = now
-                    _check_finite(float(loss_sum), label, step, recipe.lr * factor, checkpoint)
-                    advance(step, last)
-                # At an epoch's end the checkpoint waits for the epoch's row in the metrics, below.
-                if now - saved > recipe.checkpoint_seconds and step < last and step % steps_an_epoch:
-                    saved = now
-                    save()
-            done = step - epoch * steps_an_epoch
-            mean_loss = float(loss_sum) / done
-            _check_finite(mean_loss, label, step, recipe.lr * factor, checkpoint)
-            accuracy = accuracy_of(model, data.validation, data.preprocessing)
-            tracker.epoch(label, epoch=epoch + 1, train_loss=mean_loss, accuracy=accuracy, lr=recipe.lr * factor,
-                          seconds=round(earlier_seconds + time.monotonic() - start, 2))
-            loss_sum.zero_()
-            if time.monotonic() - saved > recipe.checkpoint_seconds or step == last:
-                saved = time.monotonic()
-                save()
-    model.eval()
-    return earlier_seconds + time.monotonic() - start
+    return _Training(model, data, loss, recipe, label, seed, device, checkpoint, tracker, team).run()
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
+class _Training:
+    """The state of one training: where it is, and what it has come to."""
 
+    def __init__(self, model: nn.Module, data: Data, loss: Loss, recipe: Recipe, label: str, seed: int,
+                 device: torch.device, checkpoint: Path, tracker: Tracker, team: Team) -> None:
+        self.data, self.loss, self.recipe, self.label, self.seed = data, loss, recipe, label, seed
+        self.device, self.checkpoint, self.tracker, self.team = device, checkpoint, tracker, team
+        self.samples = len(data.train)
+        self._check_batches()
+        self.format = torch.channels_last if recipe.channels_last and any(
+            isinstance(module, nn.Conv2d) for module in model.modules()) else torch.contiguous_format
+        self.model = model.to(device)
+        if self.format == torch.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.network = team.wrapped(self.model, device)
+        if recipe.compile:
+            self.network = torch.compile(self.network)  # type: ignore[assignment]
+        self.optimizer = make_optimizer(recipe.optimizer, self.model)
+        self.ascent = (Ascent(self.model.parameters(), recipe.optimizer.sam_rho) if recipe.optimizer.name == "sam"
+                       else None)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast == torch.float16)
+        self.average = Average(self.model, recipe.ema) if recipe.ema else None
+        self.plateau = Plateau(recipe.patience, recipe.factor)
+        # Position: `done` steps of `epoch`, `step` in all; what the epoch has come to; what the best epoch was.
+        self.epoch = self.done = self.step = 0
+        self.loss_sum, self.correct, self.seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+        self.best_loss, self.best_epoch = math.inf, 0
+        self.stopped, self.lr = False, recipe.optimizer.lr
+        self.earlier_seconds, self.start = 0.0, time.monotonic()
+        self.total = sum(recipe.steps(epoch, self.samples)[1] for epoch in range(recipe.epochs))
+        self.last = min(self.total, recipe.max_steps or self.total)
 
-def _check_finite(value: float, label: str, step: int, lr: float, checkpoint: Path) -> None:
-    if not math.isfinite(value):
-        raise UserError(f"{label}: the loss is {value} at step {step} (learning rate {lr:.3g}); lower lr, lengthen the "
-                        f"warmup or set clip; the last good state is kept in {checkpoint}")
+    def run(self) -> Trained:
+        self._restore()
+        self.tracker.start(self.label, self.epoch)
+        self.looked = self.saved = time.monotonic()
+        self.model.train()
+        with self.tracker.progress(self.label, "steps") as self.advance, seeded(self.seed, "train"):
+            while self.step < self.last and not self.stopped:
+                self._train_epoch()
+                self._end_epoch()
+        if self.average:
+            self.model.load_state_dict(self.average.state_dict())
+        if self.recipe.keep_best and self.best_epoch:
+            best = self.checkpoint.with_name(BEST)
+            self.model.load_state_dict(torch.load(best, map_location=self.device, weights_only=True))
+        self.model.eval()
+        return Trained(self._seconds(), self.epoch,
+                       self.best_epoch if self.recipe.keep_best and self.best_epoch else self.epoch)
+
+    # --------------------------------------------------------------------------------------------------- an epoch
+
+    def _train_epoch(self) -> None:
+        batch_size, steps = self.recipe.steps(self.epoch, self.samples)
+        view = self.epoch % self.recipe.views if self.recipe.views else self.epoch
+        size = scheduled(self.recipe.sizes, self.epoch, 0) or None
+        order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(
+            derive_seed(self.seed, "order", self.epoch)))
+        batches = order[self.done * batch_size:steps * batch_size].split(batch_size)[:self.last - self.step]
+        started, images_done = time.monotonic(), 0
+        for ids, pixels in prefetched(self.data.train.images, [self.team.mine(ids) for ids in batches]):
+            factor = self.recipe.schedule.factor((self.epoch + self.done / steps) / self.recipe.epochs, self.epoch)
+            self.lr = self.recipe.optimizer.lr * factor * self.plateau.value
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+            # Dropout and mixup; by step, so that a resumed training draws the same.
+            torch.manual_seed(derive_seed(self.seed, "step", self.step, *([self.team.rank] if self.team.rank else [])))
+            ids = ids.to(self.device)
+            images = normalize(self.data.augmenter(pixels.to(self.device), ids, view), self.data.preprocessing)
+            images = _shrunk(images, size).contiguous(memory_format=self.format)
+            batch = Batch(images, self.data.train.labels[ids], ids, view)
+            self._step(mixed(batch, self.recipe.mixup) if self.recipe.mixup else batch)
+            self.step, self.done, images_done = self.step + 1, self.done + 1, images_done + batch_size
+            if self.average:
+                self.average.follow(self.step)
+            now = time.monotonic()
+            if now - self.looked > PROGRESS_SECONDS:
+                self.looked = now
+                self._check_finite()
+                self.advance(self.step, self.last, f"{images_done / (now - started):,.0f} images/s")
+            # At an epoch's end the checkpoint waits for the epoch's row in the metrics, below.
+            if now - self.saved > self.recipe.checkpoint_seconds and self.step < self.last and self.done < steps:
+                self._save()
+        self.speed = images_done / (time.monotonic() - started)
+
+    def _step(self, batch: Batch) -> None:
+        """One step of the optimizer on a batch."""
+        loss, correct = self._gradients(batch)
+        self.loss_sum += loss
+        self.correct += correct
+        self.seen += len(batch.labels)
+        if self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
+            self._check_finite(self.step + 1)
+        if self.ascent:
+            self.ascent.up(self.scaler.get_scale())
+            with frozen_statistics(self.model):
+                self._gradients(batch)
+            self.ascent.down()
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Leaves the gradient of the mean loss in the parameters; returns that loss and the number of right answers."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        pieces = parts(batch, self.recipe.accumulate)
+        for index, part in enumerate(pieces):
+            last = index == len(pieces) - 1
+            with nullcontext() if last or self.team.size == 1 else self.network.no_sync():  # type: ignore[operator]
+                with precision(self.recipe.autocast, self.device):
+                    value, logits = self.loss(self.network, part)
+                value = value * (len(part.labels) / len(batch.labels))
+                self.scaler.scale(value).backward()
+            loss += value.detach()
+            correct += (logits.detach().argmax(1) == part.labels).sum()
+        return loss, correct
+
+    def _end_epoch(self) -> None:
+        """Measures, notes, decides whether to go on, and saves."""
+        self._check_finite()
+        sums = self.team.total(torch.stack([self.loss_sum / self.done, self.correct, torch.tensor(
+            float(self.seen), device=self.device)]))
+        train_loss, train_accuracy = float(sums[0]) / self.team.size, float(sums[1] / sums[2])
+        row: dict[str, Any] = dict(epoch=self.epoch + 1, train_loss=train_loss, train_accuracy=train_accuracy)
+        watched = train_loss
+        if len(self.data.validation) and self.team.first:
+            model = self.average.model if self.average else self.model
+            found = assess(model, self.data.validation, self.data.preprocessing, self.recipe.autocast)
+            row |= dict(validation_loss=found.loss, validation_accuracy=found.accuracy)
+            if not self.recipe.watch_training:
+                watched = found.loss
+        watched, = self.team.of_first([watched], self.device)
+        self.tracker.epoch(self.label, **row, lr=self.lr, images_per_second=round(self.speed, 1),
+                           seconds=round(self._seconds(), 2))
+        if self.done == self.recipe.steps(self.epoch, self.samples)[1]:  # not cut short by max_steps
+            self.epoch, self.done, self.seen = self.epoch + 1, 0, 0
+            self.loss_sum.zero_()
+            self.correct.zero_()
+            self.plateau.see(watched) if self.recipe.schedule.name == "plateau" else None
+            if watched < self.best_loss:
+                self.best_loss, self.best_epoch = watched, self.epoch
+                if self.recipe.keep_best and self.team.first:
+                    kept = self.average.model if self.average else self.model
+                    write_tensors(self.checkpoint.with_name(BEST), kept.state_dict())
+            waited = self.epoch - self.best_epoch
+            self.stopped = bool(self.recipe.early_patience) and waited >= self.recipe.early_patience
+            if self.stopped:
+                self.tracker.say(f"  {self.label}: stopped after epoch {self.epoch}, no lower loss for {waited} epochs")
+        if time.monotonic() - self.saved > self.recipe.checkpoint_seconds or self.step == self.last or self.stopped:
+            self._save()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def _seconds(self) -> float:
+        return self.earlier_seconds + time.monotonic() - self.start
+
+    _POSITION = ("epoch", "done", "step", "seen", "best_loss", "best_epoch", "stopped")
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        if not self.team.first:
+            return
+        self._check_finite()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise self._diverged("the weights are not finite any more")
+        write_tensors(self.checkpoint, {
+            **{key: getattr(self, key) for key in self._POSITION}, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None, "plateau": vars(self.plateau),
+            "loss_sum": float(self.loss_sum), "correct": float(self.correct), "seconds": self._seconds()})
+
+    def _restore(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.plateau = Plateau(**state["plateau"])
+        for key in self._POSITION:
+            setattr(self, key, state[key])
+        self.loss_sum += state["loss_sum"]
+        self.correct += state["correct"]
+        self.earlier_seconds = state["seconds"]
+        over = self.step >= self.last or self.stopped
+        where = "done before" if over else f"continuing at step {self.step} of {self.last}"
+        self.tracker.say(f"  {self.label}: {where}")
+
+    # ----------------------------------------------------------------------------------------------------- errors
+
+    def _check_batches(self) -> None:
+        for size in [self.recipe.batch_size, *self.recipe.batch_sizes.values()]:
+            smallest = min(size, self.samples) // (self.recipe.accumulate * self.team.size)
+            if smallest < 2:
+                raise UserError(f"{self.label}: training needs batches of two or more images, got {smallest} "
+                                f"({self.samples} images in all, batch_size {size}, accumulate {self.recipe.accumulate}, "
+                                f"{self.team.size} processes)")
+            if min(size, self.samples) % self.team.size:
+                raise UserError(f"{self.label}: a batch of {min(size, self.samples)} images cannot be shared equally by "
+                                f"{self.team.size} processes; choose a batch_size that can")
+
+    def _check_finite(self, step: int | None = None) -> None:
+        if not math.isfinite(loss := float(self.loss_sum)):
+            raise self._diverged(f"the loss is {loss}", step)
+
+    def _diverged(self, what: str, step: int | None = None) -> UserError:
+        kept = f"the last good state is kept in {self.checkpoint}" if self.checkpoint.is_file() else "nothing was saved yet"
+        return UserError(f"{self.label}: {what} at step {step or self.step} (learning rate {self.lr:.3g}); lower lr, "
+                         f"lengthen the warmup or set clip; {kept}")

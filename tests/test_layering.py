@@ -8,7 +8,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
-             "packaging", "report"}
+             "packaging", "report", "assessment", "averaging", "batches",
+             "distributed"}
 
 
 def level(module: str) -> int:

@@ -9,10 +9,11 @@ from torch import fx
 
 from architectures import make
 from architectures.describe import carry_over, describe
+from compress.assessment import accuracy_of
 from compress.config import TrainConfig
 from compress.distillation import Targets, cached_targets, cross_entropy, distill, live_targets
 from compress.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
-from compress.training import Loss, accuracy_of, seeded, train
+from compress.training import Loss, seeded, train
 from metadata.schemas import DatasetCard
 from model_loader import Architecture, build
 
@@ -42,16 +43,16 @@ class Distill(Stage):
         data = context.data(self.train)
         recipe = training_recipe(self.train, context.device, self.cache_views)
         teacher = model.module.to(context.device)
-        targets: Targets = live_targets(teacher, recipe.bfloat16)
+        targets: Targets = live_targets(teacher, recipe.autocast)
         if self.cache_views:
             cache = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
-                                   recipe.bfloat16, context.device, context.tracker)
+                                   recipe.autocast, context.device, context.tracker)
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             targets = cache
 
         def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
             architecture, student = self._student(context.splits.card, context.seed)
-            seconds = train(
+            outcome = train(
                 student, data, loss, recipe, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
             details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
@@ -59,7 +60,8 @@ class Distill(Stage):
                        "alpha": self.alpha, "dataset": context.splits.card.name, "seed": context.seed}
             described = carry_over(describe(student, architecture.input_shape), architecture,
                                    compression_steps=[self.history], training_details=details)
-            return TorchModel(student, described), accuracy_of(student, data.validation, data.preprocessing), seconds
+            accuracy = accuracy_of(student, data.validation, data.preprocessing)
+            return TorchModel(student, described), accuracy, outcome.seconds
 
         smoothing = self.train.label_smoothing
         student, accuracy, context.training_seconds = trained(

@@ -35,12 +35,12 @@ class Finetune(Stage):
             teacher = context.latest(TeacherModel)
             if teacher is None:
                 raise UserError("finetune.teacher: true, but no stage before it gives a teacher")
-            targets = live_targets(teacher.module.to(context.device), recipe.bfloat16)
+            targets = live_targets(teacher.module.to(context.device), recipe.autocast)
             loss = distill(targets, self.temperature, self.alpha, self.train.label_smoothing)
         module = copy.deepcopy(model.module)
         context.training_seconds += train(
             module, context.data(self.train), loss, recipe, label="finetune", seed=context.seed, device=context.device,
-            checkpoint=context.folder / "checkpoint.pth", tracker=context.tracker)
+            checkpoint=context.folder / "checkpoint.pth", tracker=context.tracker).seconds
         steps = [*model.architecture.compression_steps, self.history]
         return TorchModel(module, carry_over(describe(module, model.architecture.input_shape), model.architecture,
                                              compression_steps=steps))

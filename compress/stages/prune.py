@@ -61,7 +61,7 @@ class Prune(Stage):
                 context.training_seconds += train(
                     pruned, data, cross_entropy(self.train.label_smoothing), training_recipe(self.train, context.device),
                     label=f"prune step {step}", seed=context.seed, device=context.device,
-                    checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker)
+                    checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker).seconds
                 pruned = pruned.to("cpu")
         after = widths(pruned)
         context.note("channels", {name: [original[name], after[name]] for name in original})

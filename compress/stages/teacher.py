@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import nn
 
 from architectures import make
+from compress.assessment import accuracy_of
 from compress.config import TrainConfig
 from compress.distillation import cross_entropy
 from compress.stage import Context, Sketch, Stage, TeacherModel, training_recipe
-from compress.training import accuracy_of, seeded, train
+from compress.training import seeded, train
 from metadata.schemas import DatasetCard, ModelReference
 from model_loader import UserError, VerificationError, first_line, load_tensors
 
@@ -59,7 +60,7 @@ class Teacher(Stage):
             context.training_seconds += train(
                 module, data, cross_entropy(self.train.label_smoothing), training_recipe(self.train, context.device),
                 label="teacher", seed=context.seed, device=context.device, checkpoint=context.folder / "checkpoint.pth",
-                tracker=context.tracker)
+                tracker=context.tracker).seconds
         accuracy = accuracy_of(module.to(context.device), data.validation, card.preprocessing)
         if accuracy < self.floor:
             context.warn(f"the teacher's validation accuracy is {accuracy:.1%}, below teacher.floor ({self.floor:.0%}): a "

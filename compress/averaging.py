@@ -1,0 +1,45 @@
+"""An exponential moving average of a model's weights and statistics, kept beside the model that trains."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Average:
+    """A copy of the model that follows it slowly: average += (1 - decay) (model - average), after every step.
+
+    The decay starts low, min(decay, (1 + step) / (10 + step)), so that the random beginning is forgotten at once.
+    Source: Polyak and Juditsky 1992; the warm-up is TensorFlow's ExponentialMovingAverage with num_updates.
+
+    Args:
+        model: what to follow; parameters and floating buffers are averaged, whole numbers copied.
+        decay: in (0, 1); 0.999 remembers some thousand steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        mine, theirs = self.model.state_dict(), model.state_dict()
+        floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
+        self._mine, self._theirs = [mine[name] for name in floating], [theirs[name] for name in floating]
+        self._whole = [(mine[name], theirs[name]) for name in mine if name not in set(floating)]
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """Takes one step towards the model, which has taken `step` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
+        for own, other in self._whole:
+            own.copy_(other)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged model's."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts an earlier average back."""
+        self.model.load_state_dict(state)

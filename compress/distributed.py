@@ -1,0 +1,83 @@
+"""Several processes that train one model: who takes which images, and whose word counts.
+
+Each process works on its share of every batch; DistributedDataParallel averages the gradients, so the weights stay equal.
+The first process alone measures, writes and speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model_loader import UserError
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a training; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that measures and writes."""
+        return self.rank == 0
+
+    def mine(self, ids: Tensor) -> Tensor:
+        """This process's share of a batch of indices (B,), B a multiple of the team's size."""
+        return ids[self.rank::self.size]
+
+    def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model with gradients that are averaged over the team; batch statistics too, on CUDA."""
+        if self.size == 1:
+            return model
+        if device.type == "cuda":
+            return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model),
+                                                       device_ids=[device.index])
+        return nn.parallel.DistributedDataParallel(model)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over the team."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def of_first(self, values: list[float], device: torch.device) -> list[float]:
+        """The first process's numbers, for everyone."""
+        if self.size == 1:
+            return values
+        shared = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.broadcast(shared, 0)
+        return [float(value) for value in shared]
+
+
+@contextmanager
+def joined(cuda: bool) -> Iterator[Team]:
+    """The team that `torchrun` started this process in, or a team of one.
+
+    Raises:
+        UserError: more processes on this machine than CUDA devices.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Team()
+        return
+    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    if cuda and team.local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun started process {team.local_rank} on this machine, which has "
+                        f"{torch.cuda.device_count()} CUDA devices; pass a smaller --nproc_per_node")
+    if cuda:
+        torch.cuda.set_device(team.local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield team
+    finally:
+        dist.destroy_process_group()
