@@ -1229,8 +1229,10 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """(N, C, H, W) uint8 -> float32, scaled to [0, 1], mean taken off, divided by std."""
     import torch
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(-1, 1, 1)
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1).expand(1, *images.shape[1:])
+                 .contiguous(memory_format=layout) for values in (preprocessing.mean, preprocessing.std))
+    # As large as an image, because subtracting three numbers from every three is ten times slower than from a row.
     return images.float().div_(255).sub_(mean).div_(std)
 
 

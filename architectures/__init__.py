@@ -12,10 +12,11 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from metadata.closest import closest
-from model_loader import UserError
+from model_loader import UserError, first_line
 
 NOT_FAMILIES = {"describe", "source", "timm_bridge"}
 
@@ -32,6 +33,32 @@ def families() -> dict[str, Callable[..., nn.Module]]:
 def names() -> list[str]:
     """Names of the project's own models."""
     return sorted(families())
+
+
+def own_name(name: str) -> str:
+    """The project's own spelling of a name, `SimpleMLP` for `simple_mlp`; a name of no own model as it is."""
+    def plain(text: str) -> str:
+        return text.replace("_", "").lower()
+    return next((own for own in families() if plain(own) == plain(name)), name)
+
+
+def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int], num_classes: int,
+                  advice: str = "") -> None:
+    """Lets a module on the meta device look at two images, in train and in eval mode.
+
+    Raises:
+        UserError: it does not take their shape, or its output is not (N, num_classes); `name` and `advice` are in it.
+    """
+    for training in (True, False):
+        try:
+            output = module.train(training)(torch.empty(2, *input_shape, device="meta"))
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, NotImplementedError) as error:
+            raise UserError(f"{name}: it does not take images of shape {list(input_shape)}: {first_line(error)}"
+                            ) from error
+        if not isinstance(output, torch.Tensor) or tuple(output.shape) != (2, num_classes):
+            raise UserError(f"{name}: expected logits (N, {num_classes}), got "
+                            f"{list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__} in "
+                            f"{'train' if training else 'eval'} mode{advice}")
 
 
 def make(name: str, *, num_classes: int, pretrained: bool = False, **options: Any) -> nn.Module:

@@ -27,6 +27,11 @@ class Assessment:
         return self.correct / self.images
 
 
+def learned_parameters(model: nn.Module) -> int:
+    """The numbers that training changes: parameters, without batch norms' statistics and other buffers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
     """Autocast to a type, or nothing."""
     return torch.autocast(device.type, autocast) if autocast else nullcontext()

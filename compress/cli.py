@@ -61,6 +61,56 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
         console.print(f"warning: {text}", style="bold red", highlight=False)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context) -> None:
+    """Train a model: --config NAME or FILE.yaml, and any key as a flag (see `train --help`)."""
+    if "--help" in context.args or not context.args:
+        from compress.training_config import help_lines, training_recipe_names
+
+        typer.echo("python -m compress train --config NAME [--KEY VALUE]...\n\n"
+                   "Trains a model and measures it on the test split once, at the end; the same command continues an "
+                   "interrupted training.\n"
+                   f"NAME is a .yaml file or one of: {', '.join(training_recipe_names())}\n\nKeys and their defaults:")
+        for line in help_lines():
+            typer.echo(line)
+        return
+    from compress import report, training_run
+    from compress.training_config import resolve_training
+
+    console = _console()
+    config = resolve_training(context.args)
+    summary = training_run.run(config, console)
+    if summary:
+        report.print_training(console, config.log_dir, summary)
+
+
+@app.command(name="mnist_challenge")
+def mnist_challenge(
+        model: Annotated[str, typer.Option("--model", help="a model of the challenge, or all")] = "all",
+        seeds: Annotated[str | None, typer.Option("--seeds", help="such as 0,1,2; as recorded unless given")] = None,
+        data_root: Annotated[Path | None, typer.Option("--data_root", help="where MNIST is")] = None,
+        download: Annotated[bool, typer.Option("--download", help="let torchvision fetch MNIST")] = False,
+        log_dir: Annotated[Path, typer.Option("--log_dir", help="the folder that is written")
+                           ] = Path("runs/mnist_challenge"),
+        threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all")] = 0,
+        epochs: Annotated[int, typer.Option("--epochs", min=1, help="fewer for a trial")] = 15,
+        verify: Annotated[bool, typer.Option("--verify", help="check the committed weights; trains nothing")] = False,
+        ) -> None:
+    """The MNIST challenge: 99.4 % over the last five of 15 epochs, below 8,000 parameters."""
+    from compress.studies import mnist_challenge as challenge
+    from model_loader import UserError
+
+    if verify:
+        challenge.verify(data_root, download, _console())
+        return
+    try:
+        numbers = [int(part) for part in seeds.split(",")] if seeds is not None else None
+    except ValueError as error:
+        raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from error
+    challenge.run(list(challenge.ENTRIES) if model == "all" else [model], numbers, data_root, download, log_dir, threads,
+                  epochs, _console())
+
+
 @app.command()
 def recipes() -> None:
     """List the packaged recipes."""

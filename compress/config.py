@@ -15,6 +15,9 @@ from model_loader import UserError, describe_validation_error, first_line
 RECIPES = Path(__file__).parent / "recipes"
 
 
+Augmentation = Literal["crop", "flip", "alternating_flip", "cutout", "affine"]
+
+
 class Config(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
@@ -51,7 +54,7 @@ class TrainConfig(Config):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no limit")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is kept; 0: the weights themselves")
-    augment: list[Literal["crop", "flip", "cutout"]] = Field(["crop", "flip"], description="applied in this order")
+    augment: list[Augmentation] = Field(["crop", "flip"], description="applied in this order")
     padding: int = Field(4, ge=0, description="pixels, of the random crop")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, else float32")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps, for trials")

@@ -23,6 +23,8 @@ class Settings:
         momentum: of SGD (Nesterov's) and Muon.
         weight_decay: on matrices and kernels.
         adamw_lr: Muon only: peak learning rate of what is left to AdamW.
+        muon_scale: Muon only: how a matrix's shape scales its step: "match_rms_adamw" (0.2 sqrt(max(out, in)), so that
+            rates are like AdamW's) or "original" (sqrt(max(1, out / in))).
         sam_base: SAM only: the optimizer that makes the step.
         sam_rho: SAM only: length of the ascent.
     """
@@ -32,6 +34,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 0.0
     adamw_lr: float = 0.002
+    muon_scale: str = "match_rms_adamw"
     sam_base: str = "sgd"
     sam_rho: float = 0.05
 
@@ -60,7 +63,8 @@ def _muon(groups: Groups, settings: Settings) -> Optimizer:
              {"params": decayed["params"][-1:], "weight_decay": decayed["weight_decay"], **adamw},
              *({**group, **adamw} for group in vectors)]
     optimizer: Optimizer = Muon([part for part in parts if part["params"]], lr=settings.lr, momentum=settings.momentum,
-                                nesterov=True, fallback_lr_scale=settings.adamw_lr / settings.lr)
+                                nesterov=True, adjust_lr_fn=settings.muon_scale,
+                                fallback_lr_scale=settings.adamw_lr / settings.lr)
     return optimizer
 
 

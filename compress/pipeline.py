@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ from compress.stage import (WEIGHTS, Artifact, Context, Evaluation, Sketch, Stag
 from compress.trackers import Tracker
 from loaders import load
 from loaders.arrays import Request, Splits
-from metadata.files import write_csv, write_json
+from metadata.files import locked, write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
 from model_loader import (UserError, count_macs, count_parameters, machine, measure_accuracy, measure_latency,
                           open_submission, read_json, read_submission, torch_threads, versions)
@@ -179,11 +178,7 @@ def _claimed(folder: Path, config: RunConfig, update: bool, tracker: Tracker) ->
     elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"{folder}: already there and not a run's folder; choose name=OTHER or run_dir=DIR")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is running it; wait for it, or choose name=OTHER") from error
+    with locked(folder, "choose name=OTHER"):
         write_json(settings, {"schema": 1, "config": config.model_dump(mode="json"), "machine": machine(),
                               "versions": versions()})
         yield

@@ -33,6 +33,25 @@ def print_table(console: Console, rows: list[LedgerRow]) -> None:
     console.print(table)
 
 
+def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> None:
+    """What a training came to, and where it is."""
+    table = Table(title=f"{summary['model']['name']}: {summary['parameters']:,} parameters, {summary['macs'] / 1e6:,.2f} M "
+                        "MACs", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("split", "images", "right", "accuracy", "loss"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name in ("validation", "test"):
+        if name in summary:
+            found = summary[name]
+            table.add_row(name, f"{found['images']:,}", f"{found['correct']:,}", f"{found['accuracy']:.2%}",
+                          f"{found['loss']:.4f}")
+    console.print(table)
+    console.print(f"weights of epoch {summary['kept_epoch']} of {summary['epochs']}, {summary['seconds']:,.1f} s of "
+                  f"training, {summary['images_per_second']:,.0f} images/s", highlight=False)
+    for what, name in (("weights", "weights.pth"), ("metrics", "metrics.csv"), ("curves", "curves.png"),
+                       ("summary", "summary.json")):
+        console.print(f"{what + ':':12}{folder / name}", highlight=False, soft_wrap=True)
+
+
 def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: list[str],
                  results: dict[str, Any] | None) -> None:
     """Writes report.md and plot.png into a run's folder."""

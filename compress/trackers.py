@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from compress.loggers import Logger
 from metadata.files import read_csv, write_csv
 
 class Advance(Protocol):
@@ -33,10 +34,12 @@ class Tracker:
     Args:
         console: where to.
         folder: where `metrics.csv` goes; None keeps nothing.
+        loggers: where else the metrics go.
     """
 
     console: Console
     folder: Path | None = None
+    loggers: list[Logger] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
 
     @contextmanager
@@ -60,12 +63,16 @@ class Tracker:
         if self.folder:
             old = read_csv(self.folder / "metrics.csv")
             self._rows = [row for row in old if row["training"] != label or int(row["epoch"]) <= done_epochs]
+        for logger in self.loggers:
+            logger.start(done_epochs)
 
     def epoch(self, label: str, **metrics: Any) -> None:
         """Adds an epoch's row to metrics.csv."""
         self._rows.append({"training": label, **metrics})
         if self.folder:
             write_csv(self.folder / "metrics.csv", self._rows)
+        for logger in self.loggers:
+            logger.log(metrics["epoch"], {key: value for key, value in metrics.items() if key != "epoch"})
 
     def say(self, text: str) -> None:
         """A line for the user."""

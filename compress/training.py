@@ -127,8 +127,9 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
 
 
 def _shrunk(images: Tensor, size: int | None) -> Tensor:
-    """(N, C, H, W) -> (N, C, size, size), each pixel the mean of the area that it covers."""
-    return images if size is None or images.shape[2] == size else F.interpolate(images, (size, size), mode="area")
+    """(N, C, H, W) -> (N, C, size, size), antialiased."""
+    return images if size is None or images.shape[2] == size else F.interpolate(
+        images, (size, size), mode="bilinear", antialias=True)
 
 
 def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: str, seed: int, device: torch.device,

@@ -25,6 +25,13 @@ def sets() -> dict[str, Callable[[Request], Splits]]:
     return found
 
 
+def set_name(name: str) -> str:
+    """The project's own spelling of a data set's name, `CIFAR-10` for `cifar10`; any other name as it is."""
+    def plain(text: str) -> str:
+        return text.replace("_", "").replace("-", "").lower()
+    return next((known for known in sets() if plain(known) == plain(name)), name)
+
+
 def load(request: Request) -> Splits:
     """Opens a data set.
 

@@ -7,14 +7,18 @@ the order of arrival. That is what lets teacher outputs be cached and interrupte
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-DRAWS = 5  # uniform numbers a sample and view: crop 0-1, flip 2, cutout 3-4
+# Uniform numbers a sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
+DRAWS = 12
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
@@ -22,27 +26,79 @@ def derive_seed(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
 
 
-def crop(images: Tensor, draws: Tensor, size: tuple[int, int], padding: int) -> Tensor:
-    """A random window of `size`, after `padding` black pixels on each side where the image is no larger than that."""
-    height, width = size
-    if images.shape[2] <= height and images.shape[3] <= width and padding:
-        images = F.pad(images, (padding,) * 4)
-    top = (draws[:, 0] * (images.shape[2] - height + 1)).long()
-    left = (draws[:, 1] * (images.shape[3] - width + 1)).long()
-    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, height)
-    columns = left[:, None] + torch.arange(width, device=images.device)  # (N, width)
-    samples = torch.arange(len(images), device=images.device)
-    # Channels last in memory, so that a gathered pixel is one contiguous read; indexing gives (N, height, width, C).
-    picked = images.permute(0, 2, 3, 1)[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+@dataclass(frozen=True)
+class Affine:
+    """How far an affine augmentation may go, to either side.
+
+    Args:
+        degrees: of rotation.
+        scale: share of the size, of height and width apart.
+        shear: share of the height by which the top is moved aside.
+        shift: pixels.
+    """
+
+    degrees: float = 10.0
+    scale: float = 0.1
+    shear: float = 0.1
+    shift: float = 2.0
+
+
+@dataclass(frozen=True)
+class Strength:
+    """Settings of the augmentations: (H, W) of the result, padding of the crop in pixels, and how far affine goes."""
+
+    size: tuple[int, int]
+    padding: int
+    affine: Affine
+
+
+def crop(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
+    """A random window, after `padding` black pixels on each side where the image is no larger than that."""
+    height, width = strength.size
+    images = images.permute(0, 2, 3, 1)  # (N, H, W, C), so that a window's row is one piece of memory
+    if images.shape[1] <= height and images.shape[2] <= width and strength.padding:
+        images = F.pad(images, (0, 0, *(strength.padding,) * 4))
+    top = (draws[:, 0] * (images.shape[1] - height + 1)).long()
+    left = (draws[:, 1] * (images.shape[2] - width + 1)).long()
+    picked = (_windows_on_cpu if images.device.type == "cpu" else _windows)(images, top, left, height, width)
     return picked.permute(0, 3, 1, 2)
 
 
-def flip(images: Tensor, draws: Tensor, size: tuple[int, int], padding: int) -> Tensor:
+def _windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """(N, H, W, C) -> (N, height, width, C), a window of each image, pixel by pixel."""
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (N, height)
+    columns = left[:, None] + torch.arange(width, device=images.device)  # (N, width)
+    samples = torch.arange(len(images), device=images.device)
+    return images[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _windows_on_cpu(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+    """The same, row by row: numpy copies whole rows of a window, torch's indexing single bytes."""
+    channels = images.shape[3]
+    rows = images.contiguous().flatten(2).numpy()  # (N, H, W * C)
+    windows = sliding_window_view(rows, (height, width * channels), (1, 2))[:, :, ::channels]
+    picked = windows[np.arange(len(rows)), top.numpy(), left.numpy()]  # (N, height, width * C)
+    return torch.from_numpy(picked).view(len(rows), height, width, channels)
+
+
+def flip(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
     """Mirrors half of the images."""
-    return torch.where((draws[:, 2] < 0.5).view(-1, 1, 1, 1), images.flip(3), images)
+    return _mirrored(images, draws[:, 2] < 0.5)
 
 
-def cutout(images: Tensor, draws: Tensor, size: tuple[int, int], padding: int) -> Tensor:
+def alternating_flip(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
+    """Mirrors a random half of the images in even views, and the other half in odd ones, so that all is seen sooner.
+
+    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.6.
+    """
+    return _mirrored(images, draws[:, 5] < 0.5)
+
+
+def _mirrored(images: Tensor, which: Tensor) -> Tensor:
+    return torch.where(which.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def cutout(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
     """Blackens a square of half the image's side around a random point. Source: DeVries and Taylor 2017."""
     height, width = images.shape[2:]
     radius = min(height, width) // 4
@@ -52,8 +108,23 @@ def cutout(images: Tensor, draws: Tensor, size: tuple[int, int], padding: int) -
     return images.masked_fill(hidden, 0)
 
 
-AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor, tuple[int, int], int], Tensor]] = {
-    "crop": crop, "flip": flip, "cutout": cutout}
+def affine(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
+    """Rotates, scales, shears and shifts, with bilinear interpolation and black outside."""
+    limits = strength.affine
+    height, width = images.shape[2:]
+    angle, wide, high, shear, across, down = (2 * draws[:, 6:12] - 1).unbind(1)  # each in [-1, 1)
+    angle, shear = angle * math.radians(limits.degrees), shear * limits.shear
+    cos, sin, wide, high = torch.cos(angle), torch.sin(angle), 1 + wide * limits.scale, 1 + high * limits.scale
+    # Where each pixel of the result comes from, in coordinates from -1 to 1: (N, 2, 3).
+    theta = torch.stack([torch.stack([cos * wide, (cos * shear - sin) * high, across * 2 * limits.shift / width], 1),
+                         torch.stack([sin * wide, (sin * shear + cos) * high, down * 2 * limits.shift / height], 1)], 1)
+    grid = F.affine_grid(theta, [len(images), 1, height, width], align_corners=False)
+    moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.round_().to(torch.uint8)
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor, Strength], Tensor]] = {
+    "crop": crop, "flip": flip, "alternating_flip": alternating_flip, "cutout": cutout, "affine": affine}
 
 
 @dataclass
@@ -66,6 +137,7 @@ class Augmenter:
         padding: of the crop, in pixels.
         seed: of every draw.
         samples: length of the split.
+        affine: how far the affine augmentation goes.
     """
 
     names: list[str]
@@ -73,20 +145,25 @@ class Augmenter:
     padding: int
     seed: int
     samples: int
+    affine: Affine = Affine()
     _draws: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, ids: Tensor, view: int) -> Tensor:
         """Augments (B, C, H, W) uint8 images of the samples `ids` (B,), as view number `view` of them."""
         if self.names:
             draws = self._draws_of(view, images.device)[ids.to(images.device)]
+            strength = Strength(self.size, self.padding, self.affine)
             for name in self.names:
-                images = AUGMENTATIONS[name](images, draws, self.size, self.padding)
+                images = AUGMENTATIONS[name](images, draws, strength)
         return center_crop(images, self.size)
 
     def _draws_of(self, view: int, device: torch.device) -> Tensor:
         if (view, device) not in self._draws:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augment", view))
-            self._draws = {(view, device): torch.rand(self.samples, DRAWS, generator=generator).to(device)}
+            draws = torch.rand(self.samples, DRAWS, generator=generator)
+            always = torch.Generator().manual_seed(derive_seed(self.seed, "augment"))  # the same in each view
+            draws[:, 5] = (torch.rand(self.samples, generator=always) + view / 2) % 1
+            self._draws = {(view, device): draws.to(device)}
         return self._draws[view, device]
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model_loader import write_atomically, write_json
+from model_loader import UserError, write_atomically, write_json
 
-__all__ = ["packaged_json", "read_csv", "write_atomically", "write_csv", "write_json", "write_tensors"]
+__all__ = ["locked", "packaged_json", "read_csv", "write_atomically", "write_csv", "write_json", "write_tensors"]
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -42,6 +44,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@contextmanager
+def locked(folder: Path, advice: str) -> Iterator[None]:
+    """A folder for this process alone.
+
+    Raises:
+        UserError: another process holds it; `advice` says what else to do.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is running it; wait for it, or {advice}") from error
+        yield
 
 
 def packaged_json(name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
              "packaging", "report", "assessment", "averaging", "batches",
-             "distributed"}
+             "distributed", "loggers", "memory"}
 
 
 def level(module: str) -> int:
@@ -26,8 +26,8 @@ def level(module: str) -> int:
         return 3
     if parts[1] in MECHANICS:
         return 3
-    return {"config": 4, "stage": 5, "stages": 6, "pipeline": 7, "studies": 8, "evaluation": 8, "cli": 9,
-            "__main__": 10}[parts[1]]
+    return {"config": 4, "training_config": 5, "stage": 5, "stages": 6, "training_run": 7, "pipeline": 7, "studies": 8,
+            "evaluation": 8, "cli": 9, "__main__": 10}[parts[1]]
 
 
 def project_files() -> list[Path]:

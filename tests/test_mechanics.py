@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from compress.schedules import SCHEDULES
 from compress.trackers import Tracker
 from compress.training import Data
 from loaders.arrays import ArrayImages, Split
-from loaders.augment import AUGMENTATIONS, Augmenter, center_crop, derive_seed
+from loaders.augment import (AUGMENTATIONS, Affine, Augmenter, _windows, _windows_on_cpu, center_crop,
+                             derive_seed)
 from model_loader import Preprocessing, normalize
 
 
@@ -35,7 +37,7 @@ def numbered_images(count: int, size: int = 8) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------- augmentation
 
 
-@pytest.mark.parametrize("names", [["crop"], ["flip"], ["cutout"], ["crop", "flip", "cutout"]], ids=str)
+@pytest.mark.parametrize("names", [*([name] for name in AUGMENTATIONS), ["crop", "flip", "cutout"]], ids=str)
 def test_augmentation_depends_on_sample_and_view_not_on_the_batch(names: list[str]) -> None:
     images = numbered_images(40)
     ids = torch.arange(40)
@@ -57,6 +59,50 @@ def test_crop_shifts_each_image_by_whole_pixels_within_the_padding() -> None:
         assert found
         shifts.add(found[0])
     assert len(shifts) == 25  # every offset occurs in 200 draws of 25
+
+
+def test_windows_are_the_same_row_by_row_and_pixel_by_pixel() -> None:
+    images = numbered_images(50, size=12).permute(0, 2, 3, 1)
+    top, left = (torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    expected = torch.stack([image[y:y + 9, x:x + 8] for image, y, x in zip(images, top, left, strict=True)])
+    assert torch.equal(_windows(images, top, left, 9, 8), expected)
+    assert torch.equal(_windows_on_cpu(images, top, left, 9, 8), expected)
+
+
+def test_alternating_flip_shows_both_sides_in_two_views() -> None:
+    images = numbered_images(100)
+    augmenter = Augmenter(["alternating_flip"], (8, 8), 0, seed=0, samples=100)
+    views = [augmenter(images, torch.arange(100), view) for view in range(4)]
+    assert torch.equal(views[0].flip(3), views[1]) and torch.equal(views[0], views[2])
+    mirrored = sum(torch.equal(a.flip(2), b) for a, b in zip(images, views[0], strict=True))
+    assert 30 < mirrored < 70
+
+
+@pytest.mark.parametrize(("limits", "expected"), [
+    (Affine(0, 0, 0, 0), lambda image: image),
+    (Affine(0, 0, 0, 1.0), None)], ids=["nothing", "shift"])
+def test_affine_leaves_the_image_or_moves_it_within_the_limits(limits: Affine, expected: Any) -> None:
+    images = numbered_images(60, size=16)
+    moved = Augmenter(["affine"], (16, 16), 0, 0, 60, limits)(images, torch.arange(60), 0)
+    if expected:
+        assert torch.equal(moved, images)
+        return
+    point = torch.zeros(60, 1, 17, 17, dtype=torch.uint8)
+    point[:, :, 8, 8] = 255
+    spread = Augmenter(["affine"], (17, 17), 0, 0, 60, limits)(point, torch.arange(60), 0).float()
+    assert float(spread[:, 0, 7:10, 7:10].sum()) == pytest.approx(float(spread.sum()))  # no further than a pixel
+    assert len({int(image.argmax()) for image in spread.flatten(1)}) > 5  # and not all alike
+
+
+def test_affine_turns_by_the_angle_and_keeps_corners_black() -> None:
+    bar = torch.zeros(200, 1, 31, 31, dtype=torch.uint8)
+    bar[:, :, 15, 3:28] = 255
+    turned = Augmenter(["affine"], (31, 31), 0, 0, 200, Affine(30.0, 0, 0, 0))(bar, torch.arange(200), 0)[:, 0].float()
+    rows, columns = torch.meshgrid(torch.arange(31.) - 15, torch.arange(31.) - 15, indexing="ij")
+    angles = torch.rad2deg(torch.atan2((turned * rows * columns.sign()).sum((1, 2)),
+                                       (turned * columns.abs()).sum((1, 2))))
+    assert 25 < float(angles.max()) < 31 and -31 < float(angles.min()) < -25
+    assert int(turned[:, ::30, ::30].max()) == 0
 
 
 def test_flip_mirrors_about_half_and_cutout_blackens_a_square() -> None:

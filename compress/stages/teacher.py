@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from architectures import make
+from architectures import check_forward, make
 from compress.assessment import accuracy_of
 from compress.config import TrainConfig
 from compress.distillation import cross_entropy
 from compress.stage import Context, Sketch, Stage, TeacherModel, training_recipe
 from compress.training import seeded, train
-from metadata.schemas import DatasetCard, ModelReference
+from metadata.schemas import ModelReference
 from model_loader import UserError, VerificationError, first_line, load_tensors
 
 
@@ -35,7 +35,8 @@ class Teacher(Stage):
             raise UserError("teacher: neither a checkpoint, nor pretrained, nor epochs to train: it would know nothing")
         with torch.device("meta"):
             module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
-            _check_forward(module, self.model, sketch.card)
+        check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
+                      "; for auxiliary heads try teacher.options.aux_logits=false")
         if self.checkpoint:
             _check_checkpoint(self._read_checkpoint(), module, self.checkpoint, sketch.card.num_classes)
         if self._pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
@@ -79,21 +80,6 @@ class Teacher(Stage):
             return _state_dict(load_tensors(self.checkpoint), self.checkpoint)
         except VerificationError as error:
             raise UserError(f"teacher.checkpoint {error}") from error
-
-
-def _check_forward(module: nn.Module, name: str, card: DatasetCard) -> None:
-    """Lets the teacher look at two images of the data's shape, in train and in eval mode, on the meta device."""
-    for training in (True, False):
-        try:
-            output = module.train(training)(torch.empty(2, *card.input_shape))
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, NotImplementedError) as error:
-            raise UserError(f"teacher {name}: it does not take images of shape {list(card.input_shape)}: "
-                            f"{first_line(error)}") from error
-        if not isinstance(output, torch.Tensor) or tuple(output.shape) != (2, card.num_classes):
-            raise UserError(f"teacher {name}: expected logits (N, {card.num_classes}), got "
-                            f"{list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__} in "
-                            f"{'train' if training else 'eval'} mode; for auxiliary heads try "
-                            "teacher.options.aux_logits=false")
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:

@@ -53,7 +53,8 @@ def test_stage_folders_report_and_notes(small_run: Path) -> None:
     assert "| quantize_dynamic |" in report and (small_run / "plot.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(small_run.glob("*/checkpoint*.pth"))
     metrics = (small_run / "02-distill" / "metrics.csv").read_text().splitlines()
-    assert metrics[0].startswith("training,epoch,train_loss,accuracy,lr") and len(metrics) == 5
+    assert metrics[0].startswith("training,epoch,train_loss,train_accuracy,validation_loss,validation_accuracy,lr")
+    assert len(metrics) == 5
 
 
 def test_finished_stages_are_skipped_and_changes_need_a_word(small_run: Path, compress: Compress) -> None:

@@ -1,0 +1,305 @@
+"""Images/s of the loader against torchvision's per-image transforms, and of the training loop against a plain eager one.
+
+    python -m benchmarks.training_speed --cifar10 DIR --mnist DIR --output benchmarks/results/training_speed.json
+
+Each side of a comparison has a process of its own and the two are run in turns, so that a slow moment of the machine hits
+both, and what one side does to its process is not the other's gain. Ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from architectures import make
+from compress import optimizers
+from compress.distillation import cross_entropy
+from compress.memory import keep_freed_memory
+from compress.trackers import Tracker
+from compress.training import Data, Recipe, train
+from loaders import load
+from loaders.arrays import ArrayImages, Request, Split, Splits
+from loaders.augment import Affine, Augmenter
+from model_loader import Preprocessing, UserError, machine, normalize, versions, write_json
+
+BATCH = 128
+
+
+class PerImage(Dataset[tuple[Tensor, int]]):
+    """What torchvision's CIFAR10 and MNIST classes do: a PIL image is made and transformed whenever one is asked for."""
+
+    def __init__(self, split: Split, preprocessing: Preprocessing, augment: list[Any]) -> None:
+        from torchvision import transforms
+        pixels = split.images.batch(torch.arange(len(split)))
+        self.arrays = (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).contiguous().numpy()
+        self.labels = split.labels.tolist()
+        self.transform = transforms.Compose([*augment, transforms.ToTensor(),
+                                             transforms.Normalize(preprocessing.mean, preprocessing.std)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
+
+
+def crop_and_flip() -> list[Any]:
+    """torchvision's, per image: crop with padding 4, flip."""
+    from torchvision import transforms
+    return [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+
+
+Sides = dict[str, Callable[[], float]]  # a name -> a measurement in images/s; ours first
+
+
+def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    """Runs the two sides of a case in turns, each in its process; the first round warms up and is not counted."""
+    command = [sys.executable, "-m", "benchmarks.training_speed", "--cifar10", str(arguments.cifar10), "--mnist",
+               str(arguments.mnist), "--case", case, "--side"]
+    sides = [subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+             for side in ("0", "1")]
+
+    def ask(side: subprocess.Popen[str], what: str) -> Any:
+        assert side.stdin and side.stdout
+        side.stdin.write(what + "\n")
+        side.stdin.flush()
+        return json.loads(side.stdout.readline())
+
+    about = [ask(side, "about") for side in sides]
+    seen: list[list[float]] = [[], []]
+    for turn in range(rounds + 1):
+        for index, side in enumerate(sides):
+            speed = ask(side, "measure")
+            if turn:
+                seen[index].append(speed)
+    for side in sides:
+        side.communicate()
+    result: dict[str, Any] = {
+        name: {"median": round(statistics.median(values), 1), "lowest": round(min(values), 1),
+               "highest": round(max(values), 1), "n": rounds} for name, values in zip(about, seen, strict=True)}
+    result["ratio"] = round(statistics.median(seen[0]) / statistics.median(seen[1]), 2)
+    return result
+
+
+def serve(sides: Sides, index: int) -> None:
+    """One side's process: answers with its name, or a measurement, a line each."""
+    name, measure = list(sides.items())[index]
+    for line in sys.stdin:
+        print(json.dumps(name if line.strip() == "about" else measure()), flush=True)
+
+
+def data_sides(splits: Splits) -> Sides:
+    """Augmented, normalised batches on one core: ours in one thread, theirs in two worker processes on that core."""
+    split, card = splits.train, splits.card
+    augmenter = Augmenter(["crop", "flip"], card.input_shape[1:], 4, 0, len(split))
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    views = iter(range(10**9))
+
+    def ours() -> float:
+        view, start, order = next(views), time.perf_counter(), torch.randperm(len(split))
+        for ids in order.split(BATCH):
+            normalize(augmenter(split.images.batch(ids), ids, view), card.preprocessing).contiguous(
+                memory_format=torch.channels_last)
+        return len(split) / (time.perf_counter() - start)
+
+    def theirs() -> float:
+        loader = DataLoader(PerImage(split, card.preprocessing, crop_and_flip()), BATCH, shuffle=True, num_workers=2)
+        batches = iter(loader)
+        next(batches)  # the workers' start is not counted
+        start, images = time.perf_counter(), 0
+        for _, (batch, _) in zip(range(60), batches, strict=False):
+            images += len(batch)
+        del batches
+        return images / (time.perf_counter() - start)
+
+    return {"ours": ours, "DataLoader with 2 workers": theirs}
+
+
+def block(channels: int, out: int, stride: int) -> nn.Module:
+    """A basic block of He et al. 2016."""
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU(),
+                                      nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out))
+            self.skip = nn.Identity() if stride == 1 and channels == out else nn.Sequential(
+                nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.body(x) + self.skip(x))
+    return Block()
+
+
+def resnet20() -> nn.Module:
+    """ResNet-20 for 32x32 images, 0.27 M parameters. Source: He et al. 2016, section 4.2."""
+    stages = [block(a, b, s) for a, b, s in [(16, 16, 1)] * 3 + [(16, 32, 2), (32, 32, 1), (32, 32, 1), (32, 64, 2),
+                                                                (64, 64, 1), (64, 64, 1)]]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), *stages,
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, names: list[str],
+               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None) -> Sides:
+    """Whole training steps, loading included, on all cores: the engine's loop, and the loop that everybody writes."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    card, split = splits.card, splits.train
+    device = torch.device("cpu")
+    empty = Split(ArrayImages(torch.zeros(0, *card.input_shape, dtype=torch.uint8)), torch.zeros(0, dtype=torch.int64))
+    data = Data(split, empty, Augmenter(names, card.input_shape[1:], 4, 0, len(split), affine or Affine()),
+                card.preprocessing)
+    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True)
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            trained = train(make_model(), data, cross_entropy(0.0), recipe, label="speed", seed=0, device=device,
+                            checkpoint=Path(folder) / "c.pth", tracker=Tracker(Console(file=io.StringIO())))
+        return steps * batch / trained.seconds
+
+    loader = DataLoader(PerImage(split, card.preprocessing, per_image), batch, shuffle=True)
+
+    def plain() -> float:
+        model = make_model().train()
+        kind = torch.optim.Adam if settings.name == "adam" else torch.optim.SGD
+        optimizer = kind(model.parameters(), lr=0.01)
+        criterion = nn.CrossEntropyLoss()
+        running, start = 0.0, time.perf_counter()
+        for _, (images, labels) in zip(range(steps), loader, strict=False):
+            optimizer.zero_grad()
+            loss = criterion(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            running += loss.item()
+        return steps * batch / (time.perf_counter() - start)
+
+    return {"engine": ours, "plain loop": plain}
+
+
+def stream_sides(root: Path) -> Sides:
+    """An image folder that does not fit into memory, streamed: ours and a DataLoader over an ImageFolder."""
+    from torchvision import datasets, transforms
+    torch.set_num_threads(1)
+    workers = len(os.sched_getaffinity(0))
+    splits = load(Request("image_folder", root, preprocessing={"resize": 32, "crop": 32}, memory_limit_gb=1e-6,
+                          workers=workers))
+    split, card = splits.train, splits.card
+    augmenter = Augmenter(["crop", "flip"], (32, 32), 4, 0, len(split))
+    count = 40 * BATCH
+
+    def ours() -> float:
+        from loaders.arrays import prefetched
+        start, order = time.perf_counter(), torch.randperm(len(split))[:count]
+        for ids, images in prefetched(split.images, order.split(BATCH)):
+            normalize(augmenter(images, ids, 0), card.preprocessing)
+        return count / (time.perf_counter() - start)
+
+    folder = datasets.ImageFolder(root / "train", transforms.Compose([
+        transforms.Resize(32), *crop_and_flip(), transforms.ToTensor(),
+        transforms.Normalize(card.preprocessing.mean, card.preprocessing.std)]))
+
+    def theirs() -> float:
+        batches = iter(DataLoader(folder, BATCH, shuffle=True, num_workers=workers))
+        next(batches)
+        start, images = time.perf_counter(), 0
+        for _, (batch, _) in zip(range(count // BATCH), batches, strict=False):
+            images += len(batch)
+        del batches
+        return images / (time.perf_counter() - start)
+
+    return {"ours, streamed": ours, f"DataLoader with {workers} workers": theirs}
+
+
+def memory_by_epoch(splits: Splits) -> Iterator[float]:
+    """Peak memory of this process in MB after each epoch of a training."""
+    import resource
+    data = Data(splits.train, splits.validation, Augmenter(["crop", "flip"], (32, 32), 4, 0, len(splits.train)),
+                splits.card.preprocessing)
+
+    class Watching(Tracker):
+        def epoch(self, label: str, **metrics: Any) -> None:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+    peaks: list[float] = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 10))
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, data, cross_entropy(0.0), Recipe(10, 500), label="memory", seed=0, device=torch.device("cpu"),
+              checkpoint=Path(folder) / "c.pth", tracker=Watching(Console(file=io.StringIO())))
+    yield from peaks
+
+
+def slim() -> nn.Module:
+    """The student of the CIFAR-10 recipe."""
+    return make("slim_resnet18", num_classes=10, width=16, stem="small")
+
+
+def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
+    """The two measurements of a case."""
+    from torchvision import transforms
+
+    if case == "stream_from_disk":
+        return stream_sides(arguments.cifar10)
+    splits = load(Request("mnist", arguments.mnist) if case == "step_tiny_mnist" else Request("cifar10", arguments.cifar10))
+    sgd = optimizers.Settings()
+    if case == "data_one_core":
+        return data_sides(splits)
+    if case == "step_resnet20":
+        return step_sides(resnet20, splits, BATCH, 40, ["crop", "flip"], crop_and_flip(), sgd)
+    if case == "step_slim_resnet18":
+        return step_sides(slim, splits, BATCH, 25, ["crop", "flip"], crop_and_flip(), sgd)
+    assert case == "step_tiny_mnist", case
+    return step_sides(lambda: make("mnist_model_final", num_classes=10), splits, 32, 300, ["affine"],
+                      [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), Affine(7.0, 0, 0, 0))
+
+
+CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist")
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as an image folder")
+    parser.add_argument("--mnist", type=Path, required=True, help="torchvision's MNIST files")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        if arguments.side == 0:
+            keep_freed_memory()  # as `compress train` does
+        serve(sides_of(arguments.case, arguments), arguments.side)
+        return
+    result: dict[str, Any] = {"schema": 1, "unit": "images/s", "machine": machine(), "versions": versions()}
+    for case in CASES:
+        result[case] = in_turns(case, arguments, arguments.rounds)
+        print(case, json.dumps(result[case]), flush=True)
+    cifar = load(Request("cifar10", arguments.cifar10))
+    result["peak_memory_mb_by_epoch"] = [round(peak, 1) for peak in memory_by_epoch(cifar)]
+    print("peak memory", result["peak_memory_mb_by_epoch"])
+    if arguments.output:
+        write_json(arguments.output, result)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
