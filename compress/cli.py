@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -98,7 +99,7 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
     """Print a model's architecture JSON."""
     import yaml
 
-    from architectures import make
+    from architectures import families, make
     from architectures.describe import describe as describe_module
     from model_loader import ARCHITECTURE_FILE, Architecture, UserError, read_json
 
@@ -126,6 +127,8 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
         num_classes = settings.pop("num_classes", 1000)
         if not isinstance(num_classes, int) or min(num_classes, channels, height, width) < 1:
             raise UserError("num_classes and input_shape: expected positive whole numbers")
+        if model in families() and "input_shape" in inspect.signature(families()[model]).parameters:
+            settings["input_shape"] = (channels, height, width)  # a network of linear layers is built for one shape
         architecture = describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
     typer.echo(json.dumps(architecture.to_json(), indent=2))
 
