@@ -153,7 +153,7 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
                 out: Annotated[Path, typer.Option("--out", help="the folder to write; it must not exist")],
                 root: Annotated[Path | None, typer.Option(help="where the set's files are")] = None,
                 download: Annotated[bool, typer.Option("--download", help="fetch a missing set")] = False) -> None:
-    """Write a data set's test split as an image folder, one PNG an image, for the evaluator."""
+    """Write a data set's test split as an image folder for the evaluator: its own image files, or one PNG an image."""
     from compress.trackers import Tracker
     from loaders import load
     from loaders.arrays import Request, write_image_folder
