@@ -21,7 +21,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
         num_classes: width of the head; pretrained weights of another head are left out.
         pretrained: fetch the zoo's weights (a download unless they are cached).
         known: other names for the "did you mean" of an unknown one.
-        stem: "small" replaces a ResNet's stem by a 3x3 convolution of stride 1 without max-pool.
+        stem: "small" keeps the image's size up to a ResNet's first stage: 3x3 convolutions of stride 1, no max-pool.
         options: keyword arguments of the zoo's own builder.
 
     Raises:
@@ -91,9 +91,15 @@ def _cannot_fetch(name: str, error: Exception) -> UserError:
 
 
 def _use_small_stem(model: nn.Module, name: str) -> None:
+    """Exchanges a 7x7 convolution for a fresh 3x3 one; a deep stem is 3x3 already and keeps its weights."""
     stem = getattr(model, "conv1", None)
-    if not isinstance(stem, nn.Conv2d) or not hasattr(model, "maxpool"):
-        raise UserError(f"model {name}: the small stem is for ResNets with conv1 and maxpool, which it is not")
-    model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=stem.bias is not None)
-    nn.init.kaiming_normal_(torch.as_tensor(model.conv1.weight), mode="fan_out", nonlinearity="relu")
+    if not isinstance(stem, nn.Conv2d | nn.Sequential) or not hasattr(model, "maxpool") or not hasattr(model, "layer1"):
+        raise UserError(f"model {name}: the small stem is for ResNets with conv1, maxpool and layer1, which it is not")
+    if isinstance(stem, nn.Conv2d):
+        model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=stem.bias is not None)
+        nn.init.kaiming_normal_(torch.as_tensor(model.conv1.weight), mode="fan_out", nonlinearity="relu")
+    else:
+        for layer in stem.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.stride = (1, 1)
     model.maxpool = nn.Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
     """Print a model's architecture JSON."""
     import yaml
 
-    from architectures import make
+    from architectures import families, make
     from architectures.describe import describe as describe_module
     from model_loader import ARCHITECTURE_FILE, Architecture, UserError, read_json
 
@@ -176,6 +177,8 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
         num_classes = settings.pop("num_classes", 1000)
         if not isinstance(num_classes, int) or min(num_classes, channels, height, width) < 1:
             raise UserError("num_classes and input_shape: expected positive whole numbers")
+        if model in families() and "input_shape" in inspect.signature(families()[model]).parameters:
+            settings["input_shape"] = (channels, height, width)  # a network of linear layers is built for one shape
         architecture = describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
     typer.echo(json.dumps(architecture.to_json(), indent=2))
 
@@ -200,7 +203,7 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
                 out: Annotated[Path, typer.Option("--out", help="the folder to write; it must not exist")],
                 root: Annotated[Path | None, typer.Option(help="where the set's files are")] = None,
                 download: Annotated[bool, typer.Option("--download", help="fetch a missing set")] = False) -> None:
-    """Write a data set's test split as an image folder, one PNG an image, for the evaluator."""
+    """Write a data set's test split as an image folder for the evaluator: its own image files, or one PNG an image."""
     from compress.trackers import Tracker
     from loaders import load
     from loaders.arrays import Request, write_image_folder

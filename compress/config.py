@@ -32,6 +32,8 @@ class DataConfig(Config):
     download: bool = Field(False, description="let torchvision fetch a missing set")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train held out, class by class")
     num_classes: int | None = Field(None, description="refuse a folder with another number of classes")
+    channels: Literal[1, 3] | None = Field(None, description="3 takes grey images as RGB; the set's own unless given")
+    image_size: int | None = Field(None, gt=0, description="pixels of the model's square input; the set's own unless given")
     resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
     crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
     mean: list[float] | None = Field(None, description="a channel; the set's own unless given")

@@ -120,7 +120,7 @@ def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) 
     """The data settings as the loaders take them."""
     preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
     return Request(data.name, data.root, data.download, data.validation_fraction, seed, data.num_classes, preprocessing,
-                   data.skip_unreadable, data.memory_limit_gb, workers, on_progress)
+                   data.skip_unreadable, data.memory_limit_gb, workers, on_progress, data.channels, data.image_size)
 
 
 def threads(config: RunConfig) -> int:

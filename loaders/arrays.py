@@ -27,7 +27,8 @@ class Request:
         name: the data set.
         root: where its files are, for the sets that have files.
         download: fetch a missing set (torchvision's); never done unasked.
-        validation_fraction: share of the training split that is held out, class by class.
+        validation_fraction: share of the training split that is held out, class by class; 0 leaves validation empty,
+            except where a folder gives it apart.
         seed: decides which images are held out.
         num_classes: refuse a folder with another number of classes.
         preprocessing: replaces keys of the set's own preprocessing.
@@ -35,6 +36,8 @@ class Request:
         memory_limit_gb: decoded sets above this stream from disk.
         workers: threads that decode.
         on_progress: called with (done, total) while images are decoded.
+        channels: 3 repeats the pixels of a grey set; an RGB set is not turned into a grey one.
+        image_size: side of the model's square input; the set's own resize keeps its proportion to the crop.
     """
 
     name: str
@@ -48,6 +51,11 @@ class Request:
     memory_limit_gb: float = 4.0
     workers: int = 2
     on_progress: Callable[[int, int], None] | None = None
+    channels: int | None = None
+    image_size: int | None = None
+
+
+Arrays = tuple[Tensor, Tensor]  # (N, C, H, W) uint8 pixels and (N,) int64 labels
 
 
 class Images(Protocol):
@@ -74,6 +82,33 @@ class ArrayImages:
 
 
 @dataclass(frozen=True)
+class ResizedImages:
+    """Square images in memory that get their size and channels when they are asked for.
+
+    The pixels are those that `model_loader.decode_image` makes of the same images' files, to the bit: the resize is PIL's.
+    """
+
+    pixels: Tensor  # (N, 1 or 3, S, S) uint8
+    channels: int
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, ids: Tensor) -> Tensor:
+        from PIL import Image
+
+        images = self.pixels[ids.cpu()]  # (B, C, S, S)
+        if self.size != images.shape[3]:
+            whole = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # as PIL has them: (B, S, S[, 3])
+            resized = np.empty((len(whole), self.size, self.size, *whole.shape[3:]), np.uint8)
+            for image, target in zip(whole, resized, strict=True):
+                target[:] = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BILINEAR))
+            images = torch.from_numpy(resized).view(len(whole), self.size, self.size, images.shape[1]).permute(0, 3, 1, 2)
+        return images.expand(-1, self.channels, -1, -1).contiguous()  # (B, channels, size, size)
+
+
+@dataclass(frozen=True)
 class FileImages:
     """Images on disk, decoded by a pool of threads when they are asked for."""
 
@@ -85,6 +120,9 @@ class FileImages:
         return len(self.paths)
 
     def batch(self, ids: Tensor) -> Tensor:
+        if not len(ids):
+            side = self.preprocessing.crop or 0  # without a crop the size is the files', and there is none to ask
+            return torch.empty((0, len(self.preprocessing.mean), side, side), dtype=torch.uint8)
         with ThreadPoolExecutor(self.workers) as pool:
             arrays = list(pool.map(lambda index: decode_image(self.paths[index], self.preprocessing), ids.tolist()))
         shape = arrays[0].shape
@@ -101,6 +139,7 @@ class Split:
 
     images: Images
     labels: Tensor  # (N,) int64
+    paths: list[Path] | None = None  # of the images' files, for sets that have them
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,11 +147,11 @@ class Split:
     def to(self, device: torch.device) -> Split:
         """Arrays and labels on the device; images on disk stay there."""
         images = ArrayImages(self.images.pixels.to(device)) if isinstance(self.images, ArrayImages) else self.images
-        return Split(images, self.labels.to(device))
+        return Split(images, self.labels.to(device), self.paths)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order: (B, C, H, W) uint8 and (B,) int64."""
-        for ids, images in prefetched(self.images, torch.arange(len(self)).split(batch_size)):
+        """All images in order: (B, C, H, W) uint8 and (B,) int64; of an empty split nothing, not an empty batch."""
+        for ids, images in prefetched(self.images, torch.arange(len(self)).split(batch_size) if len(self) else ()):
             yield images, self.labels[ids.to(self.labels.device)]
 
 
@@ -145,12 +184,32 @@ class Splits:
     test_folder: Path | None = None  # the test split as an image folder, where it lies on disk as one, all readable
 
 
+def in_memory(images: Images, request: Request) -> Images:
+    """The images as one array, in chunks; above the request's memory limit they stay as they are, a stream."""
+    shape = images.batch(torch.zeros(min(1, len(images)), dtype=torch.int64)).shape[1:]
+    if len(images) * shape.numel() > request.memory_limit_gb * 2**30:
+        return images
+    pixels: Tensor = torch.empty((len(images), *shape), dtype=torch.uint8)
+    for ids in torch.arange(len(images)).split(1024):
+        pixels[ids] = images.batch(ids)
+        if request.on_progress and len(ids):
+            request.on_progress(int(ids[-1]) + 1, len(images))
+    return ArrayImages(pixels)
+
+
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Splits indices into (train, validation), the same share of every class, at least one image each.
 
+    A fraction of 0 holds nothing out.
+
     Raises:
-        UserError: a class has fewer than two images.
+        UserError: the fraction is out of range, or a class has fewer than two images.
     """
+    if not 0 <= fraction < 1:
+        raise UserError(f"data.validation_fraction {fraction}: expected a share of the training split, at least 0 and "
+                        "below 1")
+    if fraction == 0:
+        return torch.arange(len(labels)), torch.arange(0)
     generator = torch.Generator().manual_seed(seed)
     kept, held = [], []
     for label in range(int(labels.max()) + 1):
@@ -165,15 +224,30 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def array_splits(card: DatasetCard, train_pixels: Tensor, train_labels: Tensor,
-                 open_test: Callable[[], Split], request: Request) -> Splits:
-    """Splits of a set that is wholly in memory: (N, C, H, W) uint8 and (N,) int64."""
-    train, validation = hold_out(train_labels, request.validation_fraction, request.seed)
-    card = card.model_copy(update={
-        "counts": {"train": len(train), "validation": len(validation)},
-        "fingerprint": fingerprint(train_pixels, train_labels)})
-    return Splits(Split(ArrayImages(train_pixels[train]), train_labels[train]),
-                  Split(ArrayImages(train_pixels[validation]), train_labels[validation]), open_test, card)
+def array_splits(request: Request, class_names: list[str], preprocessing: dict[str, Any], train: Arrays,
+                 open_test: Callable[[], Arrays]) -> Splits:
+    """Splits of a set whose files hold arrays of square images, with the request's size and channels.
+
+    Args:
+        request: what the caller asks.
+        class_names: sorted; labels are their ranks.
+        preprocessing: the set's own.
+        train: (N, C, S, S) uint8 and (N,) int64.
+        open_test: the same of the test split.
+    """
+    pixels, labels = train
+    settings = preprocessing_for(request, preprocessing, size=pixels.shape[3])
+    assert settings.crop is not None, "images in arrays have a size"
+    shape = (len(settings.mean), settings.crop, settings.crop)
+
+    def split(pixels: Tensor, labels: Tensor) -> Split:
+        as_they_are = tuple(pixels.shape[1:]) == shape
+        return Split(ArrayImages(pixels) if as_they_are else in_memory(ResizedImages(pixels, *shape[:2]), request), labels)
+
+    kept, held = hold_out(labels, request.validation_fraction, request.seed)
+    card = DatasetCard(name=request.name, class_names=class_names, input_shape=shape, preprocessing=settings,
+                       counts={"train": len(kept), "validation": len(held)}, fingerprint=fingerprint(pixels, labels))
+    return Splits(split(pixels[kept], labels[kept]), split(pixels[held], labels[held]), lambda: split(*open_test()), card)
 
 
 def fingerprint(*content: Tensor | bytes) -> str:
@@ -188,31 +262,45 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
     """A set's preprocessing with what the request changes.
 
     Args:
-        request: its `preprocessing` replaces keys of the defaults.
+        request: its `channels` and `image_size` change the defaults, and then its `preprocessing` replaces keys.
         defaults: the set's own.
-        size: of images that come as arrays, which are neither resized nor cropped.
+        size: of images that come as arrays, which only `image_size` resizes.
 
     Raises:
-        UserError: a value out of range, as many means as there are not channels, or another size for arrays.
+        UserError: a value out of range, as many means as there are not channels, another size for arrays, or an RGB set
+            that is asked for one channel.
     """
+    mode = {**defaults, **request.preprocessing}["mode"]
+    if request.channels not in (None, 1, 3) or (request.channels == 1 and mode == "RGB"):
+        raise UserError(f"data.channels {request.channels}: the images of {request.name} are "
+                        f"{'RGB, expected 3 or none given' if mode == 'RGB' else 'grey, expected 1 or 3'}")
+    own = dict(defaults)
+    if request.channels == 3 and defaults["mode"] == "L":
+        own |= {"mode": "RGB", "mean": defaults["mean"] * 3, "std": defaults["std"] * 3}
+    if request.image_size is not None:  # with as much room for the random crop, in proportion, as the set's own
+        own |= {"resize": round(request.image_size * defaults["resize"] / defaults["crop"]), "crop": request.image_size}
     try:
-        settings = Preprocessing.model_validate({**defaults, **request.preprocessing})
+        settings = Preprocessing.model_validate({**own, **request.preprocessing})
     except ValidationError as error:
         raise UserError(f"data: {describe_validation_error(error)}") from error
-    if size is not None and (settings.resize, settings.crop) != (size, size):
-        raise UserError(f"data.resize, data.crop: the images of {request.name} are {size}x{size} arrays, which are taken "
-                        "as they are; use an image folder to resize")
+    if request.image_size is not None and settings.crop != request.image_size:
+        raise UserError(f"data.image_size {request.image_size}, data.crop {settings.crop}: both say the side of the "
+                        "model's input; pass one of them")
+    if size is not None and (settings.resize, settings.crop, settings.mode) != (own["crop"], own["crop"], own["mode"]):
+        raise UserError(f"data.resize, data.crop: the images of {request.name} are {size}x{size} arrays; pass "
+                        "data.image_size to resize them, or use an image folder")
     return settings
 
 
 def write_image_folder(split: Split, class_names: list[str], folder: Path) -> None:
-    """Writes a split as lossless PNG files, `folder/<class>/<index>.png`; the folder appears when it is complete.
+    """Writes a split as an image folder that the set's preprocessing decodes to the same pixels.
+
+    Images that come from files are copied as they are, `folder/<class>/<index><suffix>`: once cropped, they would be
+    resized and cropped again by who reads them. Arrays become lossless PNG files. The folder appears when it is complete.
 
     Raises:
         UserError: the folder is there already.
     """
-    from PIL import Image
-
     if folder.exists():
         raise UserError(f"{folder}: already there; nothing was written")
     partial = folder.with_name(f".{folder.name}.part")
@@ -220,13 +308,23 @@ def write_image_folder(split: Split, class_names: list[str], folder: Path) -> No
     try:
         for name in class_names:
             (partial / name).mkdir(parents=True)
-        index = 0
-        for images, labels in split.batches(256):
-            for pixels, label in zip(images.cpu().numpy(), labels.tolist(), strict=True):
-                Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
-                    partial / class_names[label] / f"{index:06d}.png")
-                index += 1
+        if split.paths is None:
+            _write_arrays(split, class_names, partial)
+        else:
+            for index, (path, label) in enumerate(zip(split.paths, split.labels.tolist(), strict=True)):
+                shutil.copyfile(path, partial / class_names[label] / f"{index:06d}{path.suffix}")
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _write_arrays(split: Split, class_names: list[str], folder: Path) -> None:
+    from PIL import Image
+
+    index = 0
+    for images, labels in split.batches(256):
+        for pixels, label in zip(images.cpu().numpy(), labels.tolist(), strict=True):
+            Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
+                folder / class_names[label] / f"{index:06d}.png")
+            index += 1

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits, hold_out, preprocessing_for
-from metadata.schemas import DatasetCard, dataset_cards
+from loaders.arrays import Request, Splits, array_splits, hold_out
+from metadata.schemas import dataset_cards
 
 
 def digits(request: Request) -> Splits:
-    """Loads the digits as RGB; a fixed fifth of them (359 images) is the test split, whatever the seed."""
+    """Loads the digits, as RGB unless asked for one channel; a fixed fifth (359 images) is the test split.
+
+    The test split is the same whatever the seed.
+    """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    grey = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)  # (1797, 8, 8), 17 levels
-    pixels = grey[:, None].expand(-1, 3, -1, -1).contiguous()
+    pixels = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]  # (1797, 1, 8, 8), 17 levels
     labels = torch.from_numpy(bunch.target).long()
     train, test = hold_out(labels, 0.2, seed=0)
     known = dataset_cards()["digits"]
-    card = DatasetCard(name="digits", class_names=known["class_names"], input_shape=(3, 8, 8),
-                       preprocessing=preprocessing_for(request, known["preprocessing"], size=8))
-    return array_splits(card, pixels[train], labels[train], lambda: Split(ArrayImages(pixels[test]), labels[test]),
-                        request)
+    request = replace(request, channels=3 if request.channels is None else request.channels)
+    return array_splits(request, known["class_names"], known["preprocessing"], (pixels[train], labels[train]),
+                        lambda: (pixels[test], labels[test]))
 
 
 SETS = {"digits": digits}

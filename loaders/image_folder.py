@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from loaders.arrays import (ArrayImages, FileImages, Request, Split, Splits, fingerprint, hold_out,
-                            preprocessing_for)
+from loaders.arrays import FileImages, Request, Split, Splits, fingerprint, hold_out, in_memory, preprocessing_for
 from metadata.schemas import DatasetCard, Preprocessing, dataset_cards
 from model_loader import UserError, decode_image, list_images
+
+
+Files = list[tuple[Path, int]]  # with the class's index
 
 
 def image_folder(request: Request) -> Splits:
@@ -33,34 +34,54 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
     if not (root / "train").is_dir():
         raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>, there is no such folder")
     test_folder, validation_folder = _test_and_validation(root)
-    classes, train_files = list_images(root / "train")
+    classes, train = list_images(root / "train")
     for folder in filter(None, (test_folder, validation_folder)):
         _same_classes(root / "train", classes, folder)
+    test = list_images(test_folder)[1]
+    validation = list_images(validation_folder)[1] if validation_folder else None
+    return file_splits(request, name, preprocessing, classes, train, test, validation, test_folder)
+
+
+def file_splits(request: Request, name: str, preprocessing: dict[str, Any], classes: list[str], train: Files, test: Files,
+                validation: Files | None = None, test_folder: Path | None = None) -> Splits:
+    """Splits of image files below `request.root`.
+
+    Args:
+        request: what the caller asks.
+        name: of the set.
+        preprocessing: the set's own.
+        classes: sorted names.
+        train: files and the indices of their classes.
+        test: the same.
+        validation: the same; held out of train unless it is given.
+        test_folder: an image folder that holds the files of `test` and no others, where there is one.
+
+    Raises:
+        UserError: an image is damaged, or skipping those that are leaves a class without any.
+    """
+    assert request.root is not None, "files lie somewhere"
     settings = preprocessing_for(request, preprocessing)
     warnings: list[str] = []
     train_settings = settings  # room for the random crop, where the resized image is larger than the crop
     if settings.resize and settings.crop and settings.resize > settings.crop:
         train_settings = settings.model_copy(update={"crop": settings.resize})
-
-    if validation_folder is None:
-        labels = torch.tensor([label for _, label in train_files])
-        kept, held = hold_out(labels, request.validation_fraction, request.seed)
-        files = {"train": [train_files[i] for i in kept.tolist()], "validation": [train_files[i] for i in held.tolist()]}
-    else:
-        files = {"train": train_files, "validation": list_images(validation_folder)[1]}
+    if validation is None:
+        kept, held = hold_out(torch.tensor([label for _, label in train]), request.validation_fraction, request.seed)
+        train, validation = [train[i] for i in kept.tolist()], [train[i] for i in held.tolist()]
     # Test images are looked at now, though not used: a damaged one must not stop the run after hours of training.
-    all_test_files = list_images(test_folder)[1]
-    test_files = _usable(all_test_files, settings, request, warnings)
-    train = _split(files["train"], train_settings, request, warnings)
-    validation = _split(files["validation"], settings, request, warnings)
-    listing = "\n".join(f"{path.relative_to(root)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}"
-                        for path, _ in [*files["train"], *files["validation"], *test_files])
-    _, channels, height, width = validation.images.batch(torch.zeros(1, dtype=torch.int64)).shape
+    listed, test = len(test), _usable(test, settings, request, warnings)
+    if request.skip_unreadable:
+        train = _usable(train, train_settings, request, warnings)
+        validation = _usable(validation, settings, request, warnings)
+    splits = _split(train, train_settings, request), _split(validation, settings, request)
+    listing = "\n".join(f"{path.relative_to(request.root)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}"
+                        for path, _ in [*train, *validation, *test])
+    channels, height, width = decode_image(test[0][0], settings).shape
     card = DatasetCard(name=name, class_names=classes, input_shape=(channels, height, width), preprocessing=settings,
                        counts={"train": len(train), "validation": len(validation)},
                        fingerprint=fingerprint(listing.encode()))
-    return Splits(train, validation, lambda: _split(test_files, settings, request, warnings, checked=True), card, warnings,
-                  test_folder if len(test_files) == len(all_test_files) else None)
+    return Splits(*splits, lambda: _split(test, settings, request), card, warnings,
+                  test_folder if len(test) == listed else None)
 
 
 def _test_and_validation(root: Path) -> tuple[Path, Path | None]:
@@ -80,25 +101,13 @@ def _same_classes(train: Path, classes: list[str], folder: Path) -> None:
                         f"both: {', '.join(odd[:5])}")
 
 
-def _split(files: list[tuple[Path, int]], settings: Preprocessing, request: Request, warnings: list[str],
-           checked: bool = False) -> Split:
-    if request.skip_unreadable and not checked:
-        files = _usable(files, settings, request, warnings)
-    labels = torch.tensor([label for _, label in files])
-    streamed = FileImages([path for path, _ in files], settings, request.workers)
-    shape = streamed.batch(torch.zeros(1, dtype=torch.int64)).shape[1:]
-    if len(files) * shape.numel() > request.memory_limit_gb * 2**30:
-        return Split(streamed, labels)
-    pixels: Tensor = torch.empty((len(files), *shape), dtype=torch.uint8)
-    for ids in torch.arange(len(files)).split(1024):
-        pixels[ids] = streamed.batch(ids)
-        if request.on_progress:
-            request.on_progress(int(ids[-1]) + 1, len(files))
-    return Split(ArrayImages(pixels), labels)
+def _split(files: Files, settings: Preprocessing, request: Request) -> Split:
+    paths = [path for path, _ in files]
+    labels = torch.tensor([label for _, label in files], dtype=torch.int64)
+    return Split(in_memory(FileImages(paths, settings, request.workers), request), labels, paths)
 
 
-def _usable(files: list[tuple[Path, int]], settings: Preprocessing, request: Request,
-            warnings: list[str]) -> list[tuple[Path, int]]:
+def _usable(files: Files, settings: Preprocessing, request: Request, warnings: list[str]) -> Files:
     """The files that decode; a damaged one is an error unless the request says to skip it."""
     def problem(file: tuple[Path, int]) -> str | None:
         try:
@@ -123,7 +132,7 @@ def _usable(files: list[tuple[Path, int]], settings: Preprocessing, request: Req
     emptied = {label for _, label in files} - {label for _, label in kept}
     if emptied:
         example = next(path for path, label in files if label in emptied)
-        raise UserError(f"{example.parent}: skipping unreadable images leaves the class without any")
+        raise UserError(f"{example}: skipping unreadable images like this one leaves its class without any")
     return kept
 
 

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from loaders.arrays import ArrayImages, Request, Split, Splits, array_splits, preprocessing_for
+from loaders.arrays import Arrays, Request, Splits, array_splits
 from loaders.image_folder import folder_splits
-from metadata.schemas import DatasetCard, dataset_cards
+from metadata.schemas import dataset_cards
 from model_loader import UserError, first_line
 
 CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+
+# torchvision's ways to say that files are missing (RuntimeError) or to stumble over damaged ones
+DAMAGED = (RuntimeError, OSError, EOFError, AssertionError, LookupError, TypeError, ValueError)
 
 
 def _open(name: str, request: Request, train: bool) -> Any:
@@ -25,16 +27,25 @@ def _open(name: str, request: Request, train: bool) -> Any:
                         "(train/<class>/, test/<class>/); pass data.root=DIR, and data.download=true to fetch it")
     try:
         return getattr(datasets, CLASSES[name])(request.root, train=train, download=request.download)
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"data.root {request.root}: {name} is not there and no image folder either "
-                        f"({first_line(error)}); pass data.download=true to fetch it") from error
+    except DAMAGED as error:
+        packed = next(request.root.glob(f"{CLASSES[name]}/raw/*-ubyte.gz"), None)
+        if request.download:
+            advice = "remove files that are damaged, see that there is a network, or give an image folder"
+        else:
+            advice = f"gunzip {packed} and its like, or pass" if packed else "pass"
+            advice += " data.download=true to fetch it, after removing files that are damaged, or give an image folder"
+        raise UserError(f"data.root {request.root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
+                        ) from error
 
 
-def _arrays(dataset: Any, order: list[int]) -> tuple[Tensor, Tensor]:
+def _arrays(dataset: Any, order: list[int], where: str) -> Arrays:
     """(N, C, H, W) uint8 and labels as ranks of the sorted class names, which is what an image folder gives."""
-    pixels = torch.from_numpy(np.asarray(dataset.data))
+    pixels, labels = torch.from_numpy(np.asarray(dataset.data)), torch.as_tensor(dataset.targets)
+    if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) >= len(order):
+        raise UserError(f"{where}: expected as many labels below {len(order)} as images, got {len(labels)} for "
+                        f"{len(pixels)} images; remove the set and pass data.download=true to fetch it again")
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-    return pixels.contiguous(), torch.tensor(order)[torch.as_tensor(dataset.targets)]
+    return pixels.contiguous(), torch.tensor(order)[labels]
 
 
 def _loader(name: str) -> Callable[[Request], Splits]:
@@ -45,16 +56,12 @@ def _loader(name: str) -> Callable[[Request], Splits]:
         train = _open(name, request, train=True)
         names = known.get("class_names") or [str(label) for label in train.classes]
         order = [sorted(names).index(label) for label in names]
-        pixels, labels = _arrays(train, order)
-        _, channels, height, width = pixels.shape
-        card = DatasetCard(name=name, class_names=sorted(names), input_shape=(channels, height, width),
-                           preprocessing=preprocessing_for(request, known["preprocessing"], size=height))
 
-        def open_test() -> Split:
-            images, targets = _arrays(_open(name, request, train=False), order)
-            return Split(ArrayImages(images), targets)
+        def open_test() -> Arrays:
+            return _arrays(_open(name, request, train=False), order, f"{request.root}, test split of {name}")
 
-        return array_splits(card, pixels, labels, open_test, request)
+        return array_splits(request, sorted(names), known["preprocessing"],
+                            _arrays(train, order, f"{request.root}, training split of {name}"), open_test)
     return load
 
 

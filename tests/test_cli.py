@@ -45,6 +45,8 @@ def test_describe_prints_architecture_json(compress: Compress, submission: Path)
     assert architecture.num_classes == 100 and check_shapes(architecture)["conv1"] == (16, 32, 32)
     packaged = json.loads(compress("describe", submission).stdout)
     assert packaged["compression_steps"][-1] == "dynamic_quantization"
+    mlp = json.loads(compress("describe", "simple_mlp", "num_classes=7", "hidden=[16]", "input_shape=3,32,32").stdout)
+    assert mlp["input_shape"] == [3, 32, 32] and mlp["layers"][1]["in_features"] == 3072
     assert_one_line_error(compress("describe", "slim_resnet17"), "did you mean 'slim_resnet18'")
     assert_one_line_error(compress("describe", "slim_resnet18", "input_shape=3x32"), "input_shape")
     assert_one_line_error(compress("describe", "slim_resnet18", "num_classes=many"), "num_classes")

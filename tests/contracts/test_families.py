@@ -19,8 +19,11 @@ JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
             ("mnist_model_ll", {"in_channels": 1}), ("mnist_model_gap", {"in_channels": 3, "dropout": 0.1}),
             ("mnist_model_final", {"in_channels": 1}),
+            ("simple_mlp", {"hidden": [24, 16], "dropout": 0.2, "input_shape": (1, 9, 7)}),
+            ("simple_mlp", {"hidden": [], "input_shape": (3, 8, 8)}),
             ("torchvision:resnet18", {}), ("torchvision:mobilenet_v2", {}), ("torchvision:mobilenet_v3_small", {}),
-            ("torchvision:regnet_y_400mf", {}), ("torchvision:squeezenet1_1", {}), ("timm:resnet10t", {})]
+            ("torchvision:regnet_y_400mf", {}), ("torchvision:squeezenet1_1", {}), ("timm:resnet10t", {}),
+            ("timm:resnet18d", {"stem": "small"})]
 
 
 def made(name: str, options: dict[str, object]) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -28,7 +31,8 @@ def made(name: str, options: dict[str, object]) -> tuple[nn.Module, tuple[int, i
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the zoos' own
         model = make(name, num_classes=7, **options).eval()
-    return model, (int(options.get("in_channels", 3)), 64, 64)  # type: ignore[call-overload]
+    shape = options.get("input_shape", (options.get("in_channels", 3), 64, 64))
+    return model, shape  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("name", "options"), STUDENTS, ids=lambda value: str(value))
@@ -76,6 +80,7 @@ COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] =
     "mnist_model_ll": ("mnist_model_ll", 10, (1, 28, 28), {}),
     "mnist_model_gap": ("mnist_model_gap", 10, (1, 28, 28), {}),
     "mnist_model_final": ("mnist_model_final", 10, (1, 28, 28), {}),
+    "simple_mlp": ("simple_mlp", 10, (1, 28, 28), {}),
 }
 
 
@@ -233,8 +238,47 @@ def test_view_as_flatten() -> None:
     ("slim_resnet18", {"widht": 3}, "did you mean 'width'"), ("slim_resnet18", {"width": 0}, "positive whole number"),
     ("slim_resnet18", {"stem": "large"}, "'imagenet' or 'small'"), ("keras:resnet50", {}, "zoos are"),
     ("slim_resnet18", {"pretrained": True}, "no pretrained weights"),
-    ("torchvision:vgg11", {"stem": "small"}, "small stem is for ResNets")])
+    ("torchvision:vgg11", {"stem": "small"}, "small stem is for ResNets"),
+    ("torchvision:shufflenet_v2_x0_5", {"stem": "small"}, "small stem is for ResNets"),
+    ("simple_mlp", {"hidden": [64, 0]}, "hidden must be positive whole numbers, got [64, 0]"),
+    ("simple_mlp", {"hidden": 64}, "hidden must be positive whole numbers, got 64"),
+    ("simple_mlp", {"input_shape": [28, 28]}, "input_shape must be (C, H, W), positive whole numbers, got [28, 28]"),
+    ("simple_mlp", {"dropout": 1}, "dropout must be at least 0 and below 1, got 1")])
 def test_wrong_names_and_options(name: str, options: dict[str, object], said: str) -> None:
     with pytest.raises(UserError) as caught:
         make(name, num_classes=3, **options)  # type: ignore[arg-type]
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:resnet50", "timm:resnet18", "timm:resnet50",
+                                  "timm:resnet18d", "timm:resnest14d", "timm:resnest26d"])
+def test_small_stem_keeps_the_image_up_to_the_first_stage(name: str) -> None:
+    options = {"in_chans": 1} if name.startswith("timm:") else {}
+    channels = options.get("in_chans", 3)
+    model = make(name, num_classes=7, stem="small", **options).eval()
+    seen: list[torch.Size] = []
+    model.get_submodule("layer1").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    with torch.inference_mode():
+        assert model(torch.zeros(2, channels, 32, 32)).shape == (2, 7)
+    assert [tuple(shape[2:]) for shape in seen] == [(32, 32)]
+    kernels = [layer.kernel_size for part, layer in model.named_modules()
+               if isinstance(layer, nn.Conv2d) and part.startswith("conv1")]
+    assert set(kernels) == {(3, 3)}
+
+
+def test_small_stem_keeps_a_deep_stems_weights() -> None:
+    torch.manual_seed(0)
+    plain = make("timm:resnet18d", num_classes=7)
+    torch.manual_seed(0)
+    small = make("timm:resnet18d", num_classes=7, stem="small")
+    small.load_state_dict(plain.state_dict(), strict=True)
+    torch.manual_seed(0)
+    again = make("timm:resnet18d", num_classes=7, stem="small").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in plain.state_dict().items())
+
+
+def test_mlp_that_gets_another_image_says_so() -> None:
+    model = make("simple_mlp", num_classes=10, hidden=[16], input_shape=(1, 28, 28))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 784 * 16 + 16 + 16 * 10 + 10
+    with pytest.raises(UserError, match=r"does not take images of shape \[3, 32, 32\]"):
+        describe(model, (3, 32, 32))

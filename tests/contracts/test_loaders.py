@@ -52,7 +52,7 @@ def test_loader_contract(name: str, tmp_path: Path) -> None:
 
 
 def test_every_set_is_known() -> None:
-    assert set(sets()) == {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"}
+    assert set(sets()) == {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "oxford_iiit_pet"}
 
 
 def test_fashion_labels_follow_the_sorted_names(tmp_path: Path) -> None:
