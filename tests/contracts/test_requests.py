@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from compress.training import accuracy_of
 from loaders import load
 from loaders.arrays import (ArrayImages, FileImages, Request, ResizedImages, Split, in_memory, prefetched,
                             write_image_folder)
-from model_loader import Preprocessing, UserError, decode_image, list_images
+from model_loader import Preprocessing, UserError, decode_image, list_images, measure_accuracy
 from tests.conftest import draw_folder
 from tests.contracts.test_loaders import write_mnist
 
@@ -134,7 +133,7 @@ def test_no_validation_split(name: str, memory_limit_gb: float, tmp_path: Path) 
     assert validation.labels.dtype == torch.int64
     assert every(validation).shape == (0, 3, 12, 12) and every(validation).dtype == torch.uint8
     assert list(validation.batches(4)) == [] and list(prefetched(validation.images, [])) == []
-    assert accuracy_of(torch.nn.Linear(1, 1), validation, splits.card.preprocessing) == 0.0
+    assert measure_accuracy(torch.nn.Linear(1, 1), validation.batches(4), splits.card.preprocessing, 0).fraction == 0.0
     write_image_folder(validation, splits.card.class_names, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
