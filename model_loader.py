@@ -321,7 +321,7 @@ LAYERS = (
     _layer("Dropout", p=(Fraction, 0.5)),
     _layer("MaxPool2d", **_POOL, dilation=(Pair, (1, 1))),
     _layer("AvgPool2d", **_POOL, count_include_pad=(bool, True)),
-    _layer("AdaptiveAvgPool2d", output_size=Pair),
+    _layer("AdaptiveAvgPool2d", "AdaptiveMaxPool2d", output_size=Pair),
     _layer("Flatten", start_dim=(int, 1), end_dim=(int, -1)),
     _layer("Mean", base=FunctionLayer, dim=list[int], keepdim=(bool, False)),
     _layer("Add", "Multiply", base=FunctionLayer, input_count=(2, 2)),

@@ -23,6 +23,7 @@ class Settings:
         momentum: of SGD (Nesterov's) and Muon.
         weight_decay: on matrices and kernels.
         adamw_lr: Muon only: peak learning rate of what is left to AdamW.
+        head_lr: Muon only: peak learning rate of the last matrix, which is left to AdamW as well; 0 for adamw_lr.
         muon_scale: Muon only: how a matrix's shape scales its step: "match_rms_adamw" (0.2 sqrt(max(out, in)), so that
             rates are like AdamW's) or "original" (sqrt(max(1, out / in))).
         sam_base: SAM only: the optimizer that makes the step.
@@ -34,6 +35,7 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 0.0
     adamw_lr: float = 0.002
+    head_lr: float = 0.0
     muon_scale: str = "match_rms_adamw"
     sam_base: str = "sgd"
     sam_rho: float = 0.05
@@ -60,7 +62,8 @@ def _muon(groups: Groups, settings: Settings) -> Optimizer:
     decayed, *vectors = groups if groups[0]["params"][0].dim() > 1 else [{"params": [], "weight_decay": 0.0}, *groups]
     adamw = {"use_fallback": True, "nesterov": False}  # with Nesterov's momentum timm would take NAdamW
     parts = [{"params": decayed["params"][:-1], "weight_decay": decayed["weight_decay"]},
-             {"params": decayed["params"][-1:], "weight_decay": decayed["weight_decay"], **adamw},
+             {"params": decayed["params"][-1:], "weight_decay": decayed["weight_decay"], **adamw,
+              "fallback_lr_scale": (settings.head_lr or settings.adamw_lr) / settings.lr},
              *({**group, **adamw} for group in vectors)]
     optimizer: Optimizer = Muon([part for part in parts if part["params"]], lr=settings.lr, momentum=settings.momentum,
                                 nesterov=True, adjust_lr_fn=settings.muon_scale,

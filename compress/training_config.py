@@ -71,6 +71,7 @@ class TrainingConfig(Config):
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD and Muon only")
     weight_decay: float = Field(5e-4, ge=0, description="not on norms and biases")
     adamw_lr: float = Field(0.002, gt=0, description="Muon only: peak rate of what is left to AdamW")
+    head_lr: float = Field(0.0, ge=0, description="Muon only: peak rate of the last matrix; 0: adamw_lr")
     muon_scale: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw", description="Muon only: how a matrix's shape scales its step")
     sam_base: Literal["sgd", "adam", "adamw", "muon"] = Field("sgd", description="SAM only: the optimizer that steps")

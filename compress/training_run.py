@@ -28,13 +28,14 @@ from compress.training import Data, Recipe, Trained, seeded, train
 from compress.training_config import TrainingConfig, difference, validated
 from loaders import load, set_name
 from loaders.arrays import Request, Splits
-from loaders.augment import Affine, Augmenter
+from loaders.augment import Affine, Augmenter, center_crop
 from metadata.files import locked, write_json, write_tensors
 from metadata.schemas import DatasetCard
-from model_loader import UserError, count_macs, machine, versions
+from model_loader import UserError, count_macs, machine, normalize, versions
 
 SETTINGS, SUMMARY = "config.json", "summary.json"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
+LOOKED_AT = 5000  # training images that a model may see before it trains, such as for whitening
 NO_FLIP = {"mnist", "digits"}  # a mirrored digit is another sign
 
 
@@ -112,6 +113,11 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
             splits = load(replace(request, channels=3))
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
+    look = getattr(model, "initialize_from", None)  # of networks that begin by looking at their images
+    if look and not config.pretrained:
+        some = torch.arange(0, len(splits.train), max(1, len(splits.train) // LOOKED_AT))
+        images = center_crop(splits.train.images.batch(some), splits.card.input_shape[1:])
+        look(normalize(images, splits.card.preprocessing))
     return splits, model, options
 
 
@@ -159,7 +165,7 @@ def training_data(config: TrainingConfig, splits: Splits, device: torch.device) 
 def training_recipe(config: TrainingConfig, device: torch.device, tracker: Tracker) -> Recipe:
     """The configuration as the training loop takes it."""
     moves = optimizers.Settings(config.optimizer, config.lr, config.momentum, config.weight_decay, config.adamw_lr,
-                                config.muon_scale, config.sam_base, config.sam_rho)
+                                config.head_lr, config.muon_scale, config.sam_base, config.sam_rho)
     schedule = Schedule(config.scheduler, config.warmup, config.anneal, config.lr_floor, config.step_size, config.gamma)
     return Recipe(
         config.num_epochs, config.batch_size, moves, schedule, config.clip, autocast=autocast(config, device, tracker),

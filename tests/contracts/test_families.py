@@ -18,7 +18,7 @@ from model_loader import Architecture, UserError, build, check_shapes, load_veri
 JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
             ("mnist_model_ll", {"in_channels": 1}), ("mnist_model_gap", {"in_channels": 3, "dropout": 0.1}),
-            ("mnist_model_final", {"in_channels": 1}),
+            ("mnist_model_final", {"in_channels": 1}), ("airbench", {"widths": [8, 16, 24]}),
             ("simple_mlp", {"hidden": [24, 16], "dropout": 0.2, "input_shape": (1, 9, 7)}),
             ("simple_mlp", {"hidden": [], "input_shape": (3, 8, 8)}),
             ("torchvision:resnet18", {}), ("torchvision:mobilenet_v2", {}), ("torchvision:mobilenet_v3_small", {}),
@@ -80,7 +80,10 @@ COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] =
     "mnist_model_ll": ("mnist_model_ll", 10, (1, 28, 28), {}),
     "mnist_model_gap": ("mnist_model_gap", 10, (1, 28, 28), {}),
     "mnist_model_final": ("mnist_model_final", 10, (1, 28, 28), {}),
+    "mnist_under_8k": ("mnist_under_8k", 10, (1, 28, 28), {}),
+    "mnist_under_4k": ("mnist_under_4k", 10, (1, 28, 28), {}),
     "simple_mlp": ("simple_mlp", 10, (1, 28, 28), {}),
+    "airbench": ("airbench", 10, (3, 32, 32), {}),
 }
 
 
