@@ -133,12 +133,13 @@ def draw_curves(path: Path, title: str, rows: list[dict[str, str]],
             accuracy.plot(epochs, [100 * float(row[f"{name}_accuracy"]) for row in rows], marker=marker,
                           color=f"C{index}", label=name)
     lr.plot(epochs, [float(row["lr"]) for row in rows], marker=marker, color="C2")
-    loss.set(title="loss", yscale="log")
+    loss.set(title="loss")
     accuracy.set(title="accuracy (%)")
     lr.set(title="learning rate at the epoch's end")
     for axis in (loss, accuracy, lr):
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     loss.legend()
     accuracy.legend()

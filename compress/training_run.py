@@ -96,10 +96,16 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
         UserError: data that is not there, an unknown model, or shapes that do not go together.
     """
     with tracker.progress("reading images") as advance:
+        reading = [advance]  # for as long as there is a bar; the test split is read when there is none
+
+        def progress(done: int, total: int) -> None:
+            for show in reading:
+                show(done, total)
+
         request = Request(
             set_name(config.dataset), config.data_root, config.download, config.val_fraction, config.seed,
             config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-            on_progress=advance, image_size=config.image_size)
+            on_progress=progress, image_size=config.image_size)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
@@ -111,6 +117,7 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
             options = _options(config, card.model_copy(update={"input_shape": (3, *card.input_shape[1:])}))
             _check(config, options, card.model_copy(update={"input_shape": (3, *card.input_shape[1:])}))
             splits = load(replace(request, channels=3))
+        reading.clear()
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
     look = getattr(model, "initialize_from", None)  # of networks that begin by looking at their images

@@ -78,7 +78,7 @@ class ArrayImages:
         return len(self.pixels)
 
     def batch(self, ids: Tensor) -> Tensor:
-        return self.pixels[ids.to(self.pixels.device)]
+        return self.pixels.index_select(0, ids.to(self.pixels.device))  # copies whole images; indexing copies bytes
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,19 @@ def draw_folder(root: Path, classes: int, images: int, size: int = 12, splits: t
                 noise = generator.integers(-30, 30, (size, size, 3))
                 pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MNIST's files, unpacked from the development machine's copy where that lies beside the project."""
+    packed = PROJECT.parent / "shared" / "data" / "MNIST" / "raw"
+    if not packed.is_dir():
+        pytest.skip("needs the real MNIST in ../shared/data")
+    root = tmp_path_factory.mktemp("real")
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for path in packed.glob("*.gz"):
+        (root / "MNIST" / "raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     return root
 
 

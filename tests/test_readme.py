@@ -29,7 +29,7 @@ def test_readme_starts_with_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
-def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path) -> None:
+def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Each command with its placeholders filled in; runs are shortened, real data sets are planned instead of trained."""
     words = command.split("#")[0].split()
     images = tmp_path / "images"
@@ -40,6 +40,13 @@ def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path) -> N
     assert words[0] == "python", command
     if "slim_resnet18_digits" in words and "run" in words:
         words += [f"run_dir={tmp_path}", *SMALL]
+    elif "train" in words or "mnist_challenge" in words:
+        if "MNIST" in words:
+            words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
+        if "--config" in words and "--data_root" in words:
+            draw_folder(images, 100 if "cifar100" in command else 10, 3, size=32)
+        if "--config" in words:
+            words += ["--num_epochs", "1", "--log_dir", str(tmp_path / "log"), "--threads", "1"]
     elif any(word.startswith("data.root=") for word in words):
         classes = 10 if "cifar10" in command else 100
         draw_folder(images, classes, 3, size=32)

@@ -70,7 +70,7 @@ def test_a_training_is_a_teacher(trained: Path, compress: Compress, tmp_path: Pa
     assert planned.returncode == 0 and "from checkpoint" in planned.stdout, planned.stderr
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.35, 0.8])
+@pytest.mark.parametrize("delay", [0.0, 0.4])
 def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "compress", *DIGITS, "--log_dir", str(tmp_path / "killed"),
                "--checkpoint_seconds", "0"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
 from pathlib import Path
 
@@ -170,16 +169,9 @@ def test_unknown_set_missing_root_and_wrong_class_count(tmp_path: Path) -> None:
         load(Request("image_folder", root, num_classes=100, preprocessing={"resize": 12, "crop": 12}))
 
 
-def test_shared_real_mnist(tmp_path: Path) -> None:
-    """The development machine's MNIST, where it lies beside the project, through torchvision's own class."""
-    raw = Path(__file__).parents[3] / "shared" / "data" / "MNIST" / "raw"
-    if not raw.is_dir():
-        pytest.skip("no ../shared/data beside the project")
-    unpacked = tmp_path / "MNIST" / "raw"
-    unpacked.mkdir(parents=True)
-    for path in raw.glob("*.gz"):
-        (unpacked / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    splits = load(Request("mnist", tmp_path))
+def test_real_mnist(real_mnist: Path) -> None:
+    """Through torchvision's own class."""
+    splits = load(Request("mnist", real_mnist))
     counts = len(splits.train), len(splits.validation), len(splits.open_test())
     assert counts == (54001, 5999, 10000)  # a tenth of each class is held out
     mean = splits.train.images.batch(torch.arange(len(splits.train))).float().mean() / 255

@@ -108,8 +108,9 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/weights.pth")}
 
 
-@pytest.mark.parametrize(("stage", "file"), [("01-teacher", "checkpoint.pth"), ("02-distill", "checkpoint-student.pth"),
-                                             ("04-finetune", "checkpoint.pth")])
+@pytest.mark.parametrize(("stage", "file"), [
+    pytest.param("01-teacher", "checkpoint.pth", marks=pytest.mark.slow), ("02-distill", "checkpoint-student.pth"),
+    pytest.param("04-finetune", "checkpoint.pth", marks=pytest.mark.slow)])
 def test_killed_run_continues_to_the_same_weights_bit_for_bit(stage: str, file: str, small_run: Path,
                                                              tmp_path: Path) -> None:
     """SIGKILL in the middle of a training stage; the settings are those of `small_run`, which nobody interrupted."""
