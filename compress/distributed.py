@@ -44,6 +44,15 @@ class Team:
                                                        device_ids=[device.index])
         return nn.parallel.DistributedDataParallel(model)
 
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The others enter when the first process has left."""
+        if self.size > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.first:
+            dist.barrier()
+
     def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the team."""
         if self.size > 1:

@@ -197,7 +197,7 @@ class _Training:
                 self._end_epoch()
         if self.average:
             self.model.load_state_dict(self.average.state_dict())
-        if self.recipe.keep_best and self.best_epoch:
+        if self.recipe.keep_best and self.best_epoch and self.team.first:  # the one that wrote it
             best = self.checkpoint.with_name(BEST)
             self.model.load_state_dict(torch.load(best, map_location=self.device, weights_only=True))
         self.model.eval()

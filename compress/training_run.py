@@ -58,16 +58,18 @@ def run(config: TrainingConfig, console: Console) -> dict[str, Any]:
         tracker = Tracker(console if team.first else Console(quiet=True))
         loggers = _loggers(config) if team.first else []
         with _claimed(config, team):
-            if team.first and (summary := _finished(config)):
+            summary = _finished(config) if team.first else None
+            finished, = team.of_first([float(summary is not None)], device)
+            if finished:
                 tracker.say(f"{config.log_dir}: finished before")
-            else:
-                summary = _train(config, team, device, tracker, loggers)
-        return summary
+                return summary or {}
+            return _train(config, team, device, tracker, loggers)
 
 
 def _train(config: TrainingConfig, team: Team, device: torch.device, tracker: Tracker,
            loggers: list[Logger]) -> dict[str, Any]:
-    splits, model, options = prepare(config, tracker)
+    with team.first_goes_first():  # if there is anything to fetch, one fetches it
+        splits, model, options = prepare(config, tracker)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder = splits.card, config.log_dir

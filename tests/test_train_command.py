@@ -198,9 +198,9 @@ def test_no_validation_split_means_the_training_loss_is_watched_and_the_last_wei
 
 
 BAD = {
-    "unknown recipe": (["--config", "cifar11"], "unknown (did you mean 'cifar10'?)"),
+    "unknown recipe": (["--config", "cifar11"], "unknown; did you mean 'cifar10'?"),
     "missing file": (["--config", "none.yaml"], "there is no such file"),
-    "unknown flag": (["--batchsize", "3"], "--batchsize: unknown (did you mean 'batch_size'?)"),
+    "unknown flag": (["--batchsize", "3"], "--batchsize: unknown; did you mean 'batch_size'?"),
     "no flag": (["lr", "3"], "expected a flag"),
     "unknown optimizer": (["--optimizer", "adan"], "optimizer"),
     "wrong type": (["--num_epochs", "many"], "num_epochs"),
