@@ -158,6 +158,14 @@ def resnet20() -> nn.Module:
 def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, names: list[str],
                per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None) -> Sides:
     """Whole training steps, loading included, on all cores: the engine's loop, and the loop that everybody writes."""
+    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True)
+    return {"engine": engine(make_model, splits, recipe, names, affine),
+            "plain loop": plain_loop(make_model, splits, batch, steps, per_image, settings)}
+
+
+def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, names: list[str],
+           affine: Affine | None = None) -> Callable[[], float]:
+    """The engine, from `recipe.max_steps` steps of a fresh model."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     card, split = splits.card, splits.train
@@ -165,17 +173,25 @@ def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, 
     empty = Split(ArrayImages(torch.zeros(0, *card.input_shape, dtype=torch.uint8)), torch.zeros(0, dtype=torch.int64))
     data = Data(split, empty, Augmenter(names, card.input_shape[1:], 4, 0, len(split), affine or Affine()),
                 card.preprocessing)
-    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True)
+    assert recipe.max_steps
+    images = recipe.max_steps * recipe.batch_size
 
-    def ours() -> float:
+    def measure() -> float:
         with tempfile.TemporaryDirectory() as folder:
             trained = train(make_model(), data, cross_entropy(0.0), recipe, label="speed", seed=0, device=device,
                             checkpoint=Path(folder) / "c.pth", tracker=Tracker(Console(file=io.StringIO())))
-        return steps * batch / trained.seconds
+        return images / trained.seconds
 
-    loader = DataLoader(PerImage(split, card.preprocessing, per_image), batch, shuffle=True)
+    return measure
 
-    def plain() -> float:
+
+def plain_loop(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, per_image: list[Any],
+               settings: optimizers.Settings) -> Callable[[], float]:
+    """An eager model, a DataLoader at its defaults, an optimizer at its defaults, and `loss.item()` in every step."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    loader = DataLoader(PerImage(splits.train, splits.card.preprocessing, per_image), batch, shuffle=True)
+
+    def measure() -> float:
         model = make_model().train()
         kind = torch.optim.Adam if settings.name == "adam" else torch.optim.SGD
         optimizer = kind(model.parameters(), lr=0.01)
@@ -189,7 +205,7 @@ def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, 
             running += loss.item()
         return steps * batch / (time.perf_counter() - start)
 
-    return {"engine": ours, "plain loop": plain}
+    return measure
 
 
 def stream_sides(root: Path) -> Sides:
@@ -256,7 +272,7 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
 
     if case == "stream_from_disk":
         return stream_sides(arguments.cifar10)
-    splits = load(Request("mnist", arguments.mnist) if case == "step_tiny_mnist" else Request("cifar10", arguments.cifar10))
+    splits = load(Request("mnist", arguments.mnist) if "mnist" in case else Request("cifar10", arguments.cifar10))
     sgd = optimizers.Settings()
     if case == "data_one_core":
         return data_sides(splits)
@@ -264,12 +280,18 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
         return step_sides(resnet20, splits, BATCH, 40, ["crop", "flip"], crop_and_flip(), sgd)
     if case == "step_slim_resnet18":
         return step_sides(slim, splits, BATCH, 25, ["crop", "flip"], crop_and_flip(), sgd)
-    assert case == "step_tiny_mnist", case
-    return step_sides(lambda: make("mnist_model_final", num_classes=10), splits, 32, 300, ["affine"],
-                      [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), Affine(7.0, 0, 0, 0))
+    rotation, adam, published = [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), "mnist_model_final"
+    if case == "step_tiny_mnist":
+        return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
+                          Affine(7.0, 0, 0, 0))
+    assert case == "mnist_challenge", case  # our model our way, and the published one the published way
+    muon = optimizers.Settings("muon", 0.02, adamw_lr=0.01)
+    recipe = Recipe(1, 64, muon, max_steps=200, checkpoint_seconds=1e9, watch_training=True, ema=0.998)
+    return {"mnist_under_8k": engine(lambda: make("mnist_under_8k", num_classes=10), splits, recipe, ["affine"]),
+            "published": plain_loop(lambda: make(published, num_classes=10), splits, 32, 300, rotation, adam)}
 
 
-CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist")
+CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist", "mnist_challenge")
 
 
 def main() -> None:

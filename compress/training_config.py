@@ -96,7 +96,7 @@ class TrainingConfig(Config):
     use_amp: bool = Field(False, description="mixed precision, where the device has it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="auto: bfloat16 where there is it")
     compile: bool = Field(False, description="let torch compile the network (needs a C++ compiler)")
-    channels_last: bool = Field(True, description="memory format of images and kernels")
+    channels_last: bool | None = Field(None, description="memory format of images and kernels; by the network")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     threads: int = Field(0, ge=0, description="CPU threads; 0: all that the process may use")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the weights, the order and the augmentation")
