@@ -66,12 +66,14 @@ def plan(recipe: Recipe, overrides: Overrides = None) -> None:
 def train(context: typer.Context) -> None:
     """Train a model: --config NAME or FILE.yaml, and any key as a flag (see `train --help`)."""
     if "--help" in context.args or not context.args:
-        from compress.training_config import help_lines, training_recipe_names
+        from compress.config import recipe_names
+        from compress.training_config import TRAINING_RECIPES, help_lines
 
         typer.echo("python -m compress train --config NAME [--KEY VALUE]...\n\n"
                    "Trains a model and measures it on the test split once, at the end; the same command continues an "
                    "interrupted training.\n"
-                   f"NAME is a .yaml file or one of: {', '.join(training_recipe_names())}\n\nKeys and their defaults:")
+                   f"NAME is a .yaml file or one of: {', '.join(recipe_names(TRAINING_RECIPES))}\n\n"
+                   "Keys and their defaults:")
         for line in help_lines():
             typer.echo(line)
         return

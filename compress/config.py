@@ -92,34 +92,46 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def recipe_names() -> list[str]:
-    """Names of the packaged recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(folder: Path = RECIPES) -> list[str]:
+    """Names of the packaged recipes in a folder."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """The content of a packaged recipe by bare name, or of a YAML file by path.
+def read_mapping(name: str, folder: Path, where: str) -> tuple[str, dict[str, Any]]:
+    """The name and content of a packaged recipe by bare name, or of a YAML file by path; `where` begins an error.
 
     Raises:
         UserError: no such recipe (with the closest match) or file, or not a YAML mapping.
     """
-    path = Path(name)
+    path, known = Path(name), recipe_names(folder)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise UserError(f"recipe {name}: there is no such file")
-    elif name in recipe_names():
-        path = RECIPES / f"{name}.yaml"
+            raise UserError(f"{where} {name}: there is no such file")
+    elif name in known:
+        path = folder / f"{name}.yaml"
     else:
-        raise UserError(f"recipe {name!r}: unknown{closest(name, recipe_names())} (known: {', '.join(recipe_names())}; "
-                        "or a path that ends in .yaml)")
+        raise UserError(f"{where} {name!r}: unknown{closest(name, known)} (known: {', '.join(known)}; or a path that "
+                        "ends in .yaml)")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
-        raise UserError(f"recipe {path}: expected a mapping with a list of stages, got {type(content).__name__}")
-    content["stages"] = [_stage_entry(entry, path) for entry in content["stages"]]
-    return {"recipe": path.stem, "name": path.stem, **content}
+        raise UserError(f"{where} {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} {path}: expected a mapping of keys to values, got {type(content).__name__}")
+    return path.stem, content
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The content of a pipeline's recipe, packaged or a file.
+
+    Raises:
+        UserError: see `read_mapping`; or there is no list of stages.
+    """
+    stem, content = read_mapping(name, RECIPES, "recipe")
+    if not isinstance(content.get("stages"), list):
+        raise UserError(f"recipe {name}: expected a list of stages under the key stages")
+    content["stages"] = [_stage_entry(entry, Path(name)) for entry in content["stages"]]
+    return {"recipe": stem, "name": stem, **content}
 
 
 def _stage_entry(entry: Any, path: Path) -> dict[str, dict[str, Any]]:

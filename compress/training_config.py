@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from compress.config import RECIPES, Augmentation, Config, settings_error
+from compress.config import RECIPES, Augmentation, Config, read_mapping, settings_error
 from metadata.closest import closest
 from model_loader import UserError, first_line
 
@@ -120,36 +120,6 @@ class TrainingConfig(Config):
                                  "use_wandb", "wandb_project", "download", "data_root", "memory_limit_gb"})
 
 
-def training_recipe_names() -> list[str]:
-    """Names of the packaged training recipes."""
-    return sorted(path.stem for path in TRAINING_RECIPES.glob("*.yaml"))
-
-
-def read_training_recipe(name: str) -> dict[str, Any]:
-    """The content of a packaged training recipe by bare name, or of a YAML file by path.
-
-    Raises:
-        UserError: no such recipe (with the closest match) or file, or not a YAML mapping.
-    """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise UserError(f"--config {name}: there is no such file")
-    elif name in training_recipe_names():
-        path = TRAINING_RECIPES / f"{name}.yaml"
-    else:
-        known = training_recipe_names()
-        raise UserError(f"--config {name!r}: unknown{closest(name, known)} (known: {', '.join(known)}; or a path that "
-                        "ends in .yaml)")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected a mapping of keys to values, got {type(content).__name__}")
-    return content
-
-
 def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
     """`--key value`, `--key=value` and a bare `--key` (true) as a mapping; values are YAML.
 
@@ -183,8 +153,7 @@ def resolve_training(arguments: Sequence[str]) -> TrainingConfig:
     """
     flags = parse_flags(arguments)
     name = flags.pop("config", None)
-    content = read_training_recipe(name) if name else {}
-    label = Path(name).stem if name else "train"
+    label, content = read_mapping(name, TRAINING_RECIPES, "--config") if name else ("train", {})
     return validated({"log_dir": f"runs/{label}", **content, **flags}, f"--config {name}" if name else "train")
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.training_config import (TrainingConfig, difference, parse_flags, read_training_recipe, resolve_training,
-                                      training_recipe_names, validated)
+from compress.config import read_mapping, recipe_names
+from compress.training_config import (TRAINING_RECIPES, TrainingConfig, difference, parse_flags, resolve_training,
+                                      validated)
 from loaders import load
 from loaders.arrays import Request
 from metadata.files import read_csv
@@ -172,9 +173,9 @@ def test_grey_images_get_three_channels_where_the_model_needs_them(compress: Com
 
 def test_every_packaged_recipe_is_valid_and_says_what_it_is() -> None:
     assert {"cifar10", "cifar10_fast", "cifar100", "mnist", "fashion_mnist", "digits", "oxford_iiit_pet"} <= set(
-        training_recipe_names())
-    for name in training_recipe_names():
-        assert validated(read_training_recipe(name), name).num_epochs > 0
+        recipe_names(TRAINING_RECIPES))
+    for name in recipe_names(TRAINING_RECIPES):
+        assert validated(read_mapping(name, TRAINING_RECIPES, "")[1], name).num_epochs > 0
         assert (PROJECT / "compress" / "recipes" / "training" / f"{name}.yaml").read_text().startswith("# ")
 
 
