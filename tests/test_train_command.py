@@ -262,6 +262,27 @@ def test_pretrained_weights_that_cannot_be_fetched(compress: Compress, tmp_path:
     assert_one_line_error(done, "pretrained weights cannot be fetched")
 
 
+def test_choices_are_what_there_is() -> None:
+    from typing import get_args
+
+    from compress.optimizers import OPTIMIZERS
+    from compress.schedules import SCHEDULES
+
+    def choices(key: str) -> set[str]:
+        return set(get_args(TrainingConfig.model_fields[key].annotation))
+
+    assert choices("optimizer") == {*OPTIMIZERS, "sam"} and choices("sam_base") == set(OPTIMIZERS)
+    assert choices("scheduler") == {*SCHEDULES, "one_cycle", "plateau"}
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_an_eager_one_does(trained: Path, compress: Compress, tmp_path: Path) -> None:
+    done = compress(*DIGITS, "--log_dir", tmp_path / "log", "--compile")
+    assert done.returncode == 0, done.stderr
+    one, other = (read_csv(folder / "metrics.csv") for folder in (trained, tmp_path / "log"))
+    assert float(other[0]["train_loss"]) == pytest.approx(float(one[0]["train_loss"]), rel=0.02)
+
+
 def test_help_lists_every_key(compress: Compress) -> None:
     done = compress("train", "--help")
     assert done.returncode == 0
