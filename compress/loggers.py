@@ -133,7 +133,8 @@ def draw_curves(path: Path, title: str, rows: list[dict[str, str]],
             accuracy.plot(epochs, [100 * float(row[f"{name}_accuracy"]) for row in rows], marker=marker,
                           color=f"C{index}", label=name)
     lr.plot(epochs, [float(row["lr"]) for row in rows], marker=marker, color="C2")
-    loss.set(title="loss")
+    losses = [float(line) for axis_line in loss.lines for line in axis_line.get_ydata()]
+    loss.set(title="loss", yscale="log" if max(losses) > 10 * min(losses) > 0 else "linear")
     accuracy.set(title="accuracy (%)")
     lr.set(title="learning rate at the epoch's end")
     for axis in (loss, accuracy, lr):

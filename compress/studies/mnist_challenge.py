@@ -214,6 +214,8 @@ def _compare(folder: Path, console: Console) -> None:
     lines = ["| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1),
              *("| " + " | ".join(row) + " |" for row in rows)]
     write_atomically(folder / "comparison.md", ("\n".join(lines) + "\n").encode())
+    _draw(folder / "comparison.png", {name: [folder / name / f"seed{seed}" / "epochs.csv" for seed in (
+        result.seed for result in results)] for name, results in by_model.items()})
     table = Table(title="test accuracy (%); deviation: of the means, over seeds; rules: seeds that keep all three",
                   box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, name in enumerate(HEADER):
@@ -223,6 +225,35 @@ def _compare(folder: Path, console: Console) -> None:
     console.print(table)
     console.print(f"comparison: {folder / 'comparison.md'}; each run's epochs, curves and weights below {folder}",
                   highlight=False, soft_wrap=True)
+
+
+def _draw(path: Path, logs: dict[str, list[Path]]) -> None:
+    """comparison.png: test accuracy over the epochs, the mean over seeds and the range."""
+    import io
+
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, paths) in enumerate(sorted(logs.items())):
+        curves = [[100 * float(row["test_accuracy"]) for row in read_csv(log)] for log in paths]
+        points = list(zip(*(curve[:min(map(len, curves))] for curve in curves), strict=True))  # (epochs, seeds)
+        epochs = range(1, len(points) + 1)
+        axis.plot(epochs, [statistics.mean(point) for point in points], color=f"C{index}", marker=".",
+                  label=f"{name} ({len(curves)} seeds)")
+        axis.fill_between(epochs, [min(point) for point in points], [max(point) for point in points], color=f"C{index}",
+                          alpha=0.2, linewidth=0)
+    axis.axhline(100 * ACCURACY, color="black", linestyle=":", label=f"the rule: {100 * ACCURACY:.1f} %")
+    axis.set(title="MNIST challenge: mean over seeds, and range", xlabel="epoch", ylabel="test accuracy (%)")
+    low, high = axis.get_ylim()
+    axis.set_ylim(max(low, 98.5) if high > 99 else low, high)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower right")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
 
 
 # -------------------------------------------------------------------------------------------------------- verify

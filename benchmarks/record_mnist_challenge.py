@@ -1,0 +1,58 @@
+"""Write a finished MNIST challenge down, and commit the weights of our two models with seed 0, whatever they came to.
+
+    python -m benchmarks.record_mnist_challenge RUNS --data_root DIR
+
+Copies the comparison and each run's epochs from RUNS (a --log_dir of `compress mnist_challenge`) to
+benchmarks/results/mnist_challenge/, and weights and architectures to compress/studies/mnist_weights/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from architectures import make
+from architectures.describe import describe
+from compress.studies.mnist_challenge import WEIGHTS
+from loaders import load
+from loaders.arrays import Request
+from metadata.files import write_tensors
+from model_loader import measure_accuracy, write_json
+
+RESULTS = Path(__file__).parent / "results" / "mnist_challenge"
+OURS = ("mnist_under_8k", "mnist_under_4k")
+
+
+def main() -> None:
+    """See the top of the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--data_root", type=Path, required=True)
+    arguments = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in ("comparison.json", "comparison.md", "comparison.png"):
+        shutil.copy(arguments.runs / name, RESULTS)
+    for path in sorted(arguments.runs.glob("*/seed*/epochs.csv")):
+        shutil.copy(path, RESULTS / f"{path.parts[-3]}-{path.parts[-2]}.csv")
+    splits = load(Request("mnist", arguments.data_root))
+    test = splits.open_test()
+    WEIGHTS.mkdir(exist_ok=True)
+    records = {}
+    for name in OURS:
+        model = make(name, num_classes=10).eval()
+        model.load_state_dict(torch.load(arguments.runs / name / "seed0" / "weights.pth", weights_only=True))
+        write_tensors(WEIGHTS / f"{name}.pth", model.state_dict())
+        write_json(WEIGHTS / f"{name}.json", describe(model, (1, 28, 28)).to_json())
+        found = measure_accuracy(model, test.batches(250), splits.card.preprocessing, len(test))
+        records[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "seed": 0,
+                         "correct": found.correct, "images": found.total}
+    write_json(WEIGHTS / "weights.json", {"schema": 1, "models": records})
+    print(json.dumps(records, indent=2))
+
+
+if __name__ == "__main__":
+    main()
