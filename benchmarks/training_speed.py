@@ -156,16 +156,18 @@ def resnet20() -> nn.Module:
 
 
 def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, names: list[str],
-               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None) -> Sides:
+               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None,
+               compiled: bool = False) -> Sides:
     """Whole training steps, loading included, on all cores: the engine's loop, and the loop that everybody writes."""
-    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True)
+    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True,
+                    compile=compiled)
     return {"engine": engine(make_model, splits, recipe, names, affine),
             "plain loop": plain_loop(make_model, splits, batch, steps, per_image, settings)}
 
 
 def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, names: list[str],
            affine: Affine | None = None) -> Callable[[], float]:
-    """The engine, from `recipe.max_steps` steps of a fresh model."""
+    """The engine, from `recipe.max_steps` steps; a compiled network is compiled in the round that is not counted."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     card, split = splits.card, splits.train
@@ -174,11 +176,12 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, 
     data = Data(split, empty, Augmenter(names, card.input_shape[1:], 4, 0, len(split), affine or Affine()),
                 card.preprocessing)
     assert recipe.max_steps
+    model = make_model()
     images = recipe.max_steps * recipe.batch_size
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(make_model(), data, cross_entropy(0.0), recipe, label="speed", seed=0, device=device,
+            trained = train(model, data, cross_entropy(0.0), recipe, label="speed", seed=0, device=device,
                             checkpoint=Path(folder) / "c.pth", tracker=Tracker(Console(file=io.StringIO())))
         return images / trained.seconds
 
@@ -281,9 +284,9 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
     if case == "step_slim_resnet18":
         return step_sides(slim, splits, BATCH, 25, ["crop", "flip"], crop_and_flip(), sgd)
     rotation, adam, published = [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), "mnist_model_final"
-    if case == "step_tiny_mnist":
+    if case.startswith("step_tiny_mnist"):
         return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
-                          Affine(7.0, 0, 0, 0))
+                          Affine(7.0, 0, 0, 0), compiled=case.endswith("_compiled"))
     assert case == "mnist_challenge", case  # our model our way, and the published one the published way
     muon = optimizers.Settings("muon", 0.02, adamw_lr=0.01)
     recipe = Recipe(1, 64, muon, max_steps=200, checkpoint_seconds=1e9, watch_training=True, ema=0.998)
@@ -291,7 +294,8 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
             "published": plain_loop(lambda: make(published, num_classes=10), splits, 32, 300, rotation, adam)}
 
 
-CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist", "mnist_challenge")
+CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist",
+         "step_tiny_mnist_compiled", "mnist_challenge")
 
 
 def main() -> None:

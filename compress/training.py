@@ -230,7 +230,11 @@ class _Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             # Dropout and mixup; by step, so that a resumed training draws the same.
-            torch.manual_seed(derive_seed(self.seed, "step", self.step, *([self.team.rank] if self.team.rank else [])))
+            seed = derive_seed(self.seed, "step", self.step, *([self.team.rank] if self.team.rank else []))
+            # Not torch.manual_seed: where CUDA is built in and not in use, it remembers every call with its traceback.
+            torch.default_generator.manual_seed(seed)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
             ids = ids.to(self.device)
             images = normalize(self.data.augmenter(pixels.to(self.device), ids, view), self.data.preprocessing)
             images = _shrunk(images, size).contiguous(memory_format=self.format)
