@@ -19,6 +19,14 @@ class Batch:
     other_labels: Tensor | None = None  # (N,) int64, of what is mixed in
     share: float = 1.0
 
+    def right(self, logits: Tensor) -> Tensor:
+        """How many of (N, classes) logits name the label; of mixed images, the share of them that each label has."""
+        named = logits.argmax(1)
+        count = (named == self.labels).sum()
+        if self.other_labels is None:
+            return count
+        return self.share * count + (1 - self.share) * (named == self.other_labels).sum()
+
 
 def mixed(batch: Batch, alpha: float) -> Batch:
     """Each image with another of the batch, in one proportion for all. Source: Zhang et al. 2018, mixup, eq. 1.

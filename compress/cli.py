@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import errno
 import json
 import sys
 from pathlib import Path
@@ -238,8 +239,10 @@ def main() -> NoReturn:
     except UserError as error:
         _fail(str(error), error.exit_code, debug)
     except OSError as error:
-        _fail(f"{error.filename or 'disk'}: {error.strerror or error}; nothing half-written was left, make room or "
-              "choose another run_dir, and the same command continues", 2, debug)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = ("; nothing half-written was left, make room or choose another folder, and the same command continues"
+                  if full else "")
+        _fail(f"{error.filename or 'disk'}: {error.strerror or error}{advice}", 2, debug)
     sys.exit(0)
 
 

@@ -18,10 +18,33 @@ RECIPES = Path(__file__).parent / "recipes"
 Augmentation = Literal["crop", "flip", "alternating_flip", "cutout", "affine"]
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML in which no key may stand twice; the plain loader silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands there twice",
+                                                        problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, or a key stands twice in a mapping.
+    """
+    return yaml.load(text, _NoDuplicates)  # a SafeLoader: data only
+
+
 class Config(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class DataConfig(Config):
@@ -113,7 +136,7 @@ def read_mapping(name: str, folder: Path, where: str) -> tuple[str, dict[str, An
         raise UserError(f"{where} {name!r}: unknown{closest(name, known)} (known: {', '.join(known)}; or a path that "
                         "ends in .yaml)")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = load_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where} {path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -159,7 +182,7 @@ def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
         if not equals or not key:
             raise UserError(f"override {override!r}: expected key=value, such as prune.ratio=0.4")
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: not a YAML value: {first_line(error)}") from error
         _apply(content, key, value)

@@ -47,11 +47,11 @@ class Team:
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
         """The others enter when the first process has left."""
-        if self.size > 1 and not self.first:
-            dist.barrier()
+        if not self.first:
+            self.of_first([])
         yield
-        if self.size > 1 and self.first:
-            dist.barrier()
+        if self.first:
+            self.of_first([])
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the team."""
@@ -60,13 +60,20 @@ class Team:
             dist.all_reduce(value)
         return value
 
-    def of_first(self, values: list[float], device: torch.device) -> list[float]:
-        """The first process's numbers, for everyone."""
+    def of_first(self, values: list[float], device: torch.device | None = None) -> list[float]:
+        """The first process's numbers, for everyone.
+
+        Raises:
+            UserError: the first process is gone.
+        """
         if self.size == 1:
             return values
-        shared = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.broadcast(shared, 0)
-        return [float(value) for value in shared]
+        shared = torch.tensor([0.0, *values], dtype=torch.float64, device=device)
+        try:
+            dist.broadcast(shared, 0)
+        except RuntimeError as error:  # it has left, and said why
+            raise UserError(f"process {self.rank}: the first process has stopped; its message says why") from error
+        return [float(value) for value in shared[1:]]
 
 
 @contextmanager
@@ -79,7 +86,11 @@ def joined(cuda: bool) -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team()
         return
-    team = Team(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+    try:
+        team = Team(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"WORLD_SIZE is set, as torchrun does, but {error.args[0]} is not; start with torchrun, or unset "
+                        "WORLD_SIZE") from error
     if cuda and team.local_rank >= torch.cuda.device_count():
         raise UserError(f"torchrun started process {team.local_rank} on this machine, which has "
                         f"{torch.cuda.device_count()} CUDA devices; pass a smaller --nproc_per_node")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from metadata.files import read_csv, write_atomically
-from model_loader import UserError
+from model_loader import UserError, first_line
 
 CURVE_SECONDS = 60.0  # between drawings of the curves while a training runs
 
@@ -87,8 +87,11 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-        self.run = wandb.init(project=self.project, dir=str(self.folder), mode=mode, config=self.config,
-                              settings=wandb.Settings(console="off", x_disable_stats=True))
+        try:
+            self.run = wandb.init(project=self.project, dir=str(self.folder), mode=mode, config=self.config,
+                                  settings=wandb.Settings(console="off", x_disable_stats=True))
+        except wandb.errors.Error as error:
+            raise UserError(f"use_wandb: Weights & Biases did not start: {first_line(error)}") from error
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         self.run.log({"epoch": epoch, **metrics})

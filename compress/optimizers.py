@@ -105,7 +105,8 @@ class Ascent:
     def up(self, gradient_scale: float = 1.0) -> None:
         """Moves the weights along their gradients; `gradient_scale` is what a loss scaler multiplied the loss by.
 
-        A gradient that is not finite (a loss scaled too far) moves nothing; the scaler skips such a step.
+        A gradient that is not finite (a loss scaled too far) moves nothing: the step is then a plain one, which the scaler
+        skips if it overflows too.
         """
         moving = [parameter for parameter in self.parameters if parameter.grad is not None]
         self._home = [parameter.clone() for parameter in self.parameters]

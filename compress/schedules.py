@@ -51,7 +51,7 @@ class Schedule:
         name: of SCHEDULES, or "one_cycle", or "plateau" (constant here; see `Plateau`).
         warmup: share of the steps with a linear rise from nought; of one_cycle, the share that rises (0: 0.3).
         anneal: share of the training after which the end of the schedule is reached; the rest stays there.
-        floor: the factor that the schedule ends at, instead of its own end.
+        floor: what is added to the schedule's factors, which are scaled by 1 - floor, so that the peak stays the peak.
         step_size: "step" only: epochs between drops; 0 for drops at a half and at three quarters.
         gamma: "step" only: factor of a drop, with `step_size`.
     """

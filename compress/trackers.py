@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compress.loggers import Logger
 from metadata.files import read_csv, write_csv
+from model_loader import UserError
+
 
 class Advance(Protocol):
     """Tells how far the work is; `note` is what else is worth seeing at that point."""
@@ -62,7 +64,10 @@ class Tracker:
         """Begins or continues the training `label`; rows of epochs that will be run again are dropped."""
         if self.folder:
             old = read_csv(self.folder / "metrics.csv")
-            self._rows = [row for row in old if row["training"] != label or int(row["epoch"]) <= done_epochs]
+            try:
+                self._rows = [row for row in old if row["training"] != label or int(row["epoch"]) <= done_epochs]
+            except (LookupError, ValueError, TypeError) as error:
+                raise UserError(f"{self.folder / 'metrics.csv'}: not the metrics of a training; move it away") from error
         for logger in self.loggers:
             logger.start(done_epochs)
 

@@ -23,16 +23,16 @@ from compress.assessment import assess, precision
 from compress.averaging import Average
 from compress.batches import Batch, mixed, parts
 from compress.distributed import Team
+from compress.memory import suits_channels_last
 from compress.optimizers import Ascent, frozen_statistics, make_optimizer
 from compress.schedules import Plateau, Schedule
 from compress.trackers import Tracker
 from loaders.arrays import Split, prefetched
 from loaders.augment import Augmenter, derive_seed
 from metadata.files import write_tensors
-from model_loader import Preprocessing, UserError, normalize
+from model_loader import Preprocessing, UserError, VerificationError, first_line, load_tensors, normalize
 
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
-BEST = "best.pth"  # beside the checkpoint, where the best weights are kept
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ class Recipe:
         batch_size = min(scheduled(self.batch_sizes, epoch, self.batch_size), samples)
         return batch_size, samples // batch_size
 
+    def check_batches(self, label: str, samples: int, processes: int) -> None:
+        """Raises UserError if so many processes cannot share every batch equally, or get less than two images of one."""
+        for size in {min(size, samples) for size in (self.batch_size, *self.batch_sizes.values())}:
+            if (smallest := size // (self.accumulate * processes)) < 2:
+                raise UserError(f"{label}: training needs batches of two or more images, got {smallest} ({samples} images "
+                                f"in all, batch_size {size}, accumulate {self.accumulate}, {processes} processes)")
+            if size % processes:
+                raise UserError(f"{label}: a batch of {size} images cannot be shared equally by {processes} processes; "
+                                "choose a batch_size that can")
+
 
 def scheduled(changes: dict[int, int], epoch: int, default: int) -> int:
     """The value that holds in an epoch: the latest change up to it, or the default."""
@@ -126,16 +136,6 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
         yield
 
 
-def suits_channels_last(model: nn.Module, device: torch.device) -> bool:
-    """Whether a network's convolutions are faster with channels last in memory.
-
-    All but the narrowest are: on several CPU threads, oneDNN's kernels for that layout do not share the work of fewer
-    than 32 channels, and two threads were slower than one (by a tenth) where the plain layout gained a third.
-    """
-    widths = [module.out_channels for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return bool(widths) and (max(widths) >= 32 or device.type != "cpu" or torch.get_num_threads() == 1)
-
-
 def _shrunk(images: Tensor, size: int | None) -> Tensor:
     """(N, C, H, W) -> (N, C, size, size), antialiased."""
     return images if size is None or images.shape[2] == size else F.interpolate(
@@ -164,6 +164,18 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
     return _Training(model, data, loss, recipe, label, seed, device, checkpoint, tracker, team).run()
 
 
+def best_file(checkpoint: Path, epoch: int | str) -> Path:
+    """Where the weights of the best epoch are kept, beside the checkpoint that speaks of it."""
+    return checkpoint.with_name(f"best-{epoch}.pth")
+
+
+def _read_state(path: Path) -> Any:
+    try:
+        return load_tensors(path)
+    except VerificationError as error:
+        raise UserError(f"{error}; it is damaged, remove the training's files to start from the beginning") from error
+
+
 class _Training:
     """The state of one training: where it is, and what it has come to."""
 
@@ -172,7 +184,7 @@ class _Training:
         self.data, self.loss, self.recipe, self.label, self.seed = data, loss, recipe, label, seed
         self.device, self.checkpoint, self.tracker, self.team = device, checkpoint, tracker, team
         self.samples = len(data.train)
-        self._check_batches()
+        recipe.check_batches(label, self.samples, team.size)
         last = suits_channels_last(model, device) if recipe.channels_last is None else recipe.channels_last
         self.format = torch.channels_last if last else torch.contiguous_format
         self.model = model.to(device)
@@ -208,8 +220,7 @@ class _Training:
         if self.average:
             self.model.load_state_dict(self.average.state_dict())
         if self.recipe.keep_best and self.best_epoch and self.team.first:  # the one that wrote it
-            best = self.checkpoint.with_name(BEST)
-            self.model.load_state_dict(torch.load(best, map_location=self.device, weights_only=True))
+            self.model.load_state_dict(_read_state(best_file(self.checkpoint, self.best_epoch)))
         self.model.eval()
         return Trained(self._seconds(), self.epoch,
                        self.best_epoch if self.recipe.keep_best and self.best_epoch else self.epoch)
@@ -225,7 +236,9 @@ class _Training:
         batches = order[self.done * batch_size:steps * batch_size].split(batch_size)[:self.last - self.step]
         started, images_done = time.monotonic(), 0
         for ids, pixels in prefetched(self.data.train.images, [self.team.mine(ids) for ids in batches]):
-            factor = self.recipe.schedule.factor((self.epoch + self.done / steps) / self.recipe.epochs, self.epoch)
+            # At the middle of the step, so that neither the first of a warm-up nor the last of a decay is at rate nought.
+            progress = (self.epoch + (self.done + 0.5) / steps) / self.recipe.epochs
+            factor = self.recipe.schedule.factor(progress, self.epoch)
             self.lr = self.recipe.optimizer.lr * factor * self.plateau.value
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
@@ -285,7 +298,7 @@ class _Training:
                 value = value * (len(part.labels) / len(batch.labels))
                 self.scaler.scale(value).backward()
             loss += value.detach()
-            correct += (logits.detach().argmax(1) == part.labels).sum()
+            correct += part.right(logits.detach())
         return loss, correct
 
     def _end_epoch(self) -> None:
@@ -309,12 +322,15 @@ class _Training:
             self.epoch, self.done, self.seen = self.epoch + 1, 0, 0
             self.loss_sum.zero_()
             self.correct.zero_()
-            self.plateau.see(watched) if self.recipe.schedule.name == "plateau" else None
+            if self.recipe.schedule.name == "plateau":
+                self.plateau.see(watched)
+            if not math.isfinite(watched):
+                self.tracker.warn(f"{self.label}: the watched loss of epoch {self.epoch} is {watched}")
             if watched < self.best_loss:
                 self.best_loss, self.best_epoch = watched, self.epoch
                 if self.recipe.keep_best and self.team.first:
                     kept = self.average.model if self.average else self.model
-                    write_tensors(self.checkpoint.with_name(BEST), kept.state_dict())
+                    write_tensors(best_file(self.checkpoint, self.epoch), kept.state_dict())
             waited = self.epoch - self.best_epoch
             self.stopped = bool(self.recipe.early_patience) and waited >= self.recipe.early_patience
             if self.stopped:
@@ -341,38 +357,34 @@ class _Training:
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average else None, "plateau": vars(self.plateau),
             "loss_sum": float(self.loss_sum), "correct": float(self.correct), "seconds": self._seconds()})
+        for path in self.checkpoint.parent.glob(best_file(self.checkpoint, "*").name):
+            if path != best_file(self.checkpoint, self.best_epoch):  # no checkpoint speaks of it any more
+                path.unlink()
 
     def _restore(self) -> None:
         if not self.checkpoint.is_file():
             return
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        self.plateau = Plateau(**state["plateau"])
-        for key in self._POSITION:
-            setattr(self, key, state[key])
-        self.loss_sum += state["loss_sum"]
-        self.correct += state["correct"]
-        self.earlier_seconds = state["seconds"]
+        state = _read_state(self.checkpoint)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.average:
+                self.average.load_state_dict(state["average"])
+            self.plateau = Plateau(**state["plateau"])
+            for key in self._POSITION:
+                setattr(self, key, state[key])
+            self.loss_sum += state["loss_sum"]
+            self.correct += state["correct"]
+            self.earlier_seconds = state["seconds"]
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{self.checkpoint}: not a checkpoint of this training ({first_line(error)}); remove it to "
+                            "start from the beginning") from error
         over = self.step >= self.last or self.stopped
         where = "done before" if over else f"continuing at step {self.step} of {self.last}"
         self.tracker.say(f"  {self.label}: {where}")
 
     # ----------------------------------------------------------------------------------------------------- errors
-
-    def _check_batches(self) -> None:
-        for size in [self.recipe.batch_size, *self.recipe.batch_sizes.values()]:
-            smallest = min(size, self.samples) // (self.recipe.accumulate * self.team.size)
-            if smallest < 2:
-                raise UserError(f"{self.label}: training needs batches of two or more images, got {smallest} "
-                                f"({self.samples} images in all, batch_size {size}, accumulate {self.recipe.accumulate}, "
-                                f"{self.team.size} processes)")
-            if min(size, self.samples) % self.team.size:
-                raise UserError(f"{self.label}: a batch of {min(size, self.samples)} images cannot be shared equally by "
-                                f"{self.team.size} processes; choose a batch_size that can")
 
     def _check_finite(self, step: int | None = None) -> None:
         if not math.isfinite(loss := float(self.loss_sum)):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from compress.config import RECIPES, Augmentation, Config, read_mapping, settings_error
+from compress.config import RECIPES, Augmentation, Config, load_yaml, read_mapping, settings_error
 from metadata.closest import closest
 from model_loader import UserError, first_line
 
@@ -29,12 +29,21 @@ def _known_name(value: Any) -> Any:
 def _by_epoch(value: Any) -> Any:
     """`0:128,10:256` as a mapping from epoch to number."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", value):
-        return dict(part.split(":") for part in value.replace(" ", "").split(","))
+        value = [tuple(part.split(":")) for part in value.replace(" ", "").split(",")]
+        if len({int(epoch) for epoch, _ in value}) < len(value):
+            raise ValueError("an epoch stands there twice")
+        return dict(value)
     return value
+
+
+def _by_comma(value: Any) -> Any:
+    """`crop,flip` as a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 Positive = Annotated[int, Field(ge=1)]
 Epoch = Annotated[int, Field(ge=0)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 ByEpoch = Annotated[dict[Epoch, Positive], BeforeValidator(_by_epoch)]
 
 
@@ -42,15 +51,17 @@ class TrainingConfig(Config):
     """One training, resolved: enough to repeat it."""
 
     dataset: str = Field("cifar10", description="see loaders/; `image_folder` for any folder of images")
-    data_root: Path | None = Field(None, description="where its files are: an image folder or torchvision's files")
+    data_root: Folder | None = Field(None, description="where its files are: an image folder or torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
-    image_size: int | None = Field(None, ge=1, description="side in pixels to which images are brought; the set's own")
-    num_workers: int = Field(2, ge=1, description="threads that decode images")
+    image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels that images are brought to")
+    num_workers: int = Field(2, ge=1, le=256, description="threads that decode images")
     val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out, class by class; 0: none")
     memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more stream from disk")
-    augment: list[Augmentation] | None = Field(None, description="in this order; crop and flip (no flip for digits)")
-    padding: int = Field(4, ge=0, description="pixels, of the random crop")
+    skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")
+    augment: Annotated[list[Augmentation] | None, BeforeValidator(_by_comma)] = Field(
+        None, description="in this order, crop,flip; the default is that (no flip for digits)")
+    padding: int = Field(4, ge=0, le=256, description="pixels, of the random crop")
     affine_degrees: float = Field(10.0, ge=0, le=180, description="affine augmentation: rotation to either side")
     affine_scale: float = Field(0.1, ge=0, lt=1, description="affine augmentation: share of the size")
     affine_shear: float = Field(0.1, ge=0, description="affine augmentation: share of the height")
@@ -61,7 +72,7 @@ class TrainingConfig(Config):
     stem: Literal["auto", "imagenet", "small"] = Field(
         "auto", description="of ResNets; small: 3x3 of stride 1, no max-pool; auto: small up to 64 pixels from scratch")
     pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached)")
-    num_epochs: int = Field(10, ge=1, description="passes over the training split")
+    num_epochs: int = Field(10, ge=1, le=100_000, description="passes over the training split")
     batch_size: int = Field(128, ge=2, description="images a step, of all processes together")
     bs_schedule: ByEpoch = Field({}, description="epoch (from 0) to images a step from then on, 0:128,10:256")
     accumulate: int = Field(1, ge=1, description="parts in which a step's batch is worked")
@@ -98,13 +109,13 @@ class TrainingConfig(Config):
     compile: bool = Field(False, description="let torch compile the network (needs a C++ compiler)")
     channels_last: bool | None = Field(None, description="memory format of images and kernels; by the network")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: all that the process may use")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0: all that the process may use")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the weights, the order and the augmentation")
-    log_dir: Path = Field(Path("runs/train"), description="the folder that is written")
+    log_dir: Folder = Field(Path("runs/train"), description="the folder that is written")
     checkpoint_seconds: float = Field(20.0, ge=0, description="time between checkpoints")
     use_tensorboard: bool = Field(False, description="log to TensorBoard too")
     use_wandb: bool = Field(False, description="log to Weights & Biases too; offline unless you are logged in")
-    wandb_project: str = Field("compress", description="Weights & Biases: the project")
+    wandb_project: str = Field("compress", pattern=r"^[^/\\#?%:]{1,128}$", description="Weights & Biases: the project")
 
     @model_validator(mode="after")
     def _chains(self) -> TrainingConfig:
@@ -136,13 +147,28 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{flag!r}: expected a flag such as --batch_size 64")
         if key not in known:
             raise UserError(f"--{key}: unknown{closest(key, known)} (`python -m compress train --help` lists the keys)")
+        switch = key != "config" and TrainingConfig.model_fields[key].annotation in (bool, bool | None)
         if not equals:
-            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif not switch:
+                raise UserError(f"--{key}: expected a value after it")
+            else:
+                text = "true"
         try:
-            found[key] = yaml.safe_load(text) if key != "config" else text
+            found[key] = load_yaml(text) if _is_yaml(key) else text
         except yaml.YAMLError as error:
             raise UserError(f"--{key} {text!r}: not a YAML value: {first_line(error)}") from error
     return found
+
+
+def _is_yaml(key: str) -> bool:
+    """Whether a flag's value is read as YAML; names and paths are taken as they are, whatever characters are in them."""
+    if key == "config":
+        return False
+    kind = TrainingConfig.model_fields[key].annotation
+    return kind not in (str, Path) and get_origin(kind) is not Literal and not any(
+        get_origin(part) is Annotated and get_args(part)[0] is Path for part in (kind, *get_args(kind)))
 
 
 def resolve_training(arguments: Sequence[str]) -> TrainingConfig:

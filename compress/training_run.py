@@ -6,8 +6,9 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from compress.loggers import Curves, Logger, TensorBoard, WeightsAndBiases
 from compress.memory import keep_freed_memory
 from compress.schedules import Schedule
 from compress.trackers import Tracker
-from compress.training import Data, Recipe, Trained, seeded, train
+from compress.training import Data, Recipe, Trained, best_file, seeded, train
 from compress.training_config import TrainingConfig, difference, validated
 from loaders import load, set_name
 from loaders.arrays import Request, Splits
@@ -33,8 +34,9 @@ from metadata.files import locked, write_json, write_tensors
 from metadata.schemas import DatasetCard
 from model_loader import UserError, count_macs, machine, normalize, versions
 
-SETTINGS, SUMMARY = "config.json", "summary.json"
+SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
+RESERVED = {"name", "num_classes", "pretrained", "known"}  # arguments of `make` that are not the model's own
 LOOKED_AT = 5000  # training images that a model may see before it trains, such as for whitening
 NO_FLIP = {"mnist", "digits"}  # a mirrored digit is another sign
 
@@ -51,42 +53,76 @@ def run(config: TrainingConfig, console: Console) -> dict[str, Any]:
         raise UserError("device cuda: torch sees no CUDA device; use device cpu or auto")
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     keep_freed_memory()
-    with joined(cuda) as team:
+    with joined(cuda) as team, ExitStack() as stack:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
         device = torch.device("cuda", team.local_rank) if cuda else torch.device("cpu")
         tracker = Tracker(console if team.first else Console(quiet=True))
-        loggers = _loggers(config) if team.first else []
-        with _claimed(config, team):
-            summary = _finished(config) if team.first else None
-            finished, = team.of_first([float(summary is not None)], device)
-            if finished:
-                tracker.say(f"{config.log_dir}: finished before")
-                return summary or {}
-            return _train(config, team, device, tracker, loggers)
+        loggers, summary = [], None
+        if team.first:
+            loggers = _loggers(config)
+            stack.enter_context(claimed(config))
+            summary = read_summary(config.log_dir)
+        finished, = team.of_first([float(summary is not None)], device)
+        if finished:
+            tracker.say(f"{config.log_dir}: finished before")
+            return summary or {}
+        return _train(config, team, device, tracker, loggers)
 
 
 def _train(config: TrainingConfig, team: Team, device: torch.device, tracker: Tracker,
            loggers: list[Logger]) -> dict[str, Any]:
-    with team.first_goes_first():  # if there is anything to fetch, one fetches it
+    with team.first_goes_first(), flags_named():  # if there is anything to fetch, one fetches it
         splits, model, options = prepare(config, tracker)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder = splits.card, config.log_dir
     recipe = training_recipe(config, device, tracker)
+    recipe.check_batches("train", len(splits.train), team.size)
     if team.first:
         tracker = replace(tracker, folder=folder, loggers=loggers)
+        write_settings(config)
     tracker.say(f"{config.model_name} ({learned_parameters(model):,} parameters) on {card.name} "
                 f"({len(splits.train):,} images, {len(splits.validation):,} held out, {list(card.input_shape)}), "
                 f"{config.num_epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
-    trained = train(model, training_data(config, splits, device), cross_entropy(config.label_smoothing), recipe,
-                    label="train", seed=config.seed, device=device, checkpoint=folder / "checkpoint.pth", tracker=tracker,
-                    team=team)
+    if team.size > 1 and device.type == "cpu" and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        tracker.warn("on CPUs each process normalises by its own share of a batch: with batch norms, the result is not "
+                     "that of one process")
+    try:
+        trained = train(model, training_data(config, splits, device), cross_entropy(config.label_smoothing), recipe,
+                        label="train", seed=config.seed, device=device, checkpoint=folder / CHECKPOINT, tracker=tracker,
+                        team=team)
+    finally:
+        for logger in loggers:
+            logger.close()
     if not team.first:
         return {}
-    for logger in loggers:
-        logger.close()
-    return _conclude(config, splits, model, options, trained, recipe)
+    if team.size > 1:  # for CUDA its batch norms were exchanged for ones that speak with the other processes
+        weights = model.state_dict()
+        model = make(own_name(config.model_name), num_classes=card.num_classes, **options).to(device)
+        model.load_state_dict(weights)
+    with flags_named():
+        return _conclude(config, splits, model.eval(), options, trained, recipe)
+
+
+# What the loaders call a setting, and what it is called here.
+_FLAGS = {
+    "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
+    "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
+    "data.image_size": "--image_size", "data.resize and data.crop": "--image_size", "data.channels": "channels",
+    "data.resize": "--image_size", "data.crop": "--image_size"}
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """Errors of the loaders name this command's flags, not a recipe's keys."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, flag in _FLAGS.items():
+            text = text.replace(key, flag)
+        raise type(error)(text) from error
 
 
 def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
@@ -107,7 +143,7 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
         request = Request(
             set_name(config.dataset), config.data_root, config.download, config.val_fraction, config.seed,
             config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-            on_progress=progress, image_size=config.image_size)
+            skip_unreadable=config.skip_unreadable, on_progress=progress, image_size=config.image_size)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
@@ -133,6 +169,8 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
 def _options(config: TrainingConfig, card: DatasetCard) -> dict[str, Any]:
     """The model's options: those given, and what can be known from the data."""
     options = dict(config.model_options)
+    if taken := RESERVED & options.keys():
+        raise UserError(f"model_options: {min(taken)} is a setting of its own, or comes from the data")
     channels, height, width = card.input_shape
     name = own_name(config.model_name)
     if name in families():
@@ -157,7 +195,13 @@ def _options(config: TrainingConfig, card: DatasetCard) -> dict[str, Any]:
 def _check(config: TrainingConfig, options: dict[str, Any], card: DatasetCard) -> None:
     with torch.device("meta"):
         module = make(own_name(config.model_name), num_classes=card.num_classes, **options)
+    channels, *sides = card.input_shape
     check_forward(module, f"model_name {config.model_name}", card.input_shape, card.num_classes)
+    for side in sorted(set(config.size_schedule.values())):
+        if side > min(sides):
+            raise UserError(f"size_schedule: {side} pixels are more than the images have ({sides[0]}x{sides[1]})")
+        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (channels, side, side),
+                      card.num_classes)
 
 
 def training_data(config: TrainingConfig, splits: Splits, device: torch.device) -> Data:
@@ -215,43 +259,65 @@ def _loggers(config: TrainingConfig) -> list[Logger]:
 
 
 @contextmanager
-def _claimed(config: TrainingConfig, team: Team) -> Iterator[None]:
-    """The log folder, for this training alone.
+def claimed(config: TrainingConfig) -> Iterator[None]:
+    """The log folder, for this process alone; it disappears again if nothing was written into it.
 
     Raises:
         UserError: it holds another training (with the keys that differ), or something else, or is in use.
     """
-    if not team.first:
-        yield
-        return
     folder = config.log_dir
-    settings = folder / SETTINGS
-    if settings.is_file():
-        try:
-            before = validated(json.loads(settings.read_text())["config"], str(settings))
-        except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"{settings}: not a training's settings; move the folder away, or choose --log_dir OTHER"
-                            ) from error
-        if changed := difference(config, before):
+    files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # something has begun
+        if changed := difference(config, _settings_in(folder)):
             raise UserError(f"{folder} already holds another training ({', '.join(changed[:4])}"
                             f"{', ...' if len(changed) > 4 else ''}); choose --log_dir OTHER, or give the same settings "
                             "to continue it")
-    elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+    elif {name for name in files if not name.endswith(".part")} - {".lock", SETTINGS, "wandb", "tensorboard"}:
         raise UserError(f"{folder}: already there and not a training's folder; choose --log_dir OTHER")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "choose --log_dir OTHER"):
         for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
             leftover.unlink()
-        write_json(settings, {"schema": 1, "config": config.model_dump(mode="json"), "machine": machine(),
-                              "versions": versions()})
-        yield
+        try:
+            yield
+        finally:
+            if not files and {entry.name for entry in folder.iterdir()} == {".lock"}:
+                (folder / ".lock").unlink()
+                folder.rmdir()
 
 
-def _finished(config: TrainingConfig) -> dict[str, Any] | None:
-    path = config.log_dir / SUMMARY
+def _settings_in(folder: Path) -> TrainingConfig:
+    path = folder / SETTINGS
+    try:
+        return validated(json.loads(path.read_text())["config"], str(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a training's settings, but the folder holds one's files; move it away, or choose "
+                        "--log_dir OTHER") from error
+
+
+def write_settings(config: TrainingConfig) -> None:
+    """Says what is trained in the log folder, when it begins."""
+    if not (config.log_dir / CHECKPOINT).is_file():
+        write_json(config.log_dir / SETTINGS, {"schema": 1, "config": config.model_dump(mode="json"),
+                                               "machine": machine(), "versions": versions()})
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The content of summary.json, of a training that is over; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / SUMMARY
     if not path.is_file():
         return None
-    summary: dict[str, Any] = json.loads(path.read_text())
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        if summary["schema"] != 1:
+            raise ValueError
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version; remove it to measure the training again, or the folder "
+                        "to start from the beginning") from error
     return summary
 
 
@@ -278,6 +344,6 @@ def _conclude(config: TrainingConfig, splits: Splits, model: nn.Module, options:
         "images_per_second": round(len(splits.train) * trained.epochs / max(trained.seconds, 1e-9), 1), **measured,
         "machine": machine(), "versions": versions()}
     write_json(folder / SUMMARY, summary)
-    (folder / "checkpoint.pth").unlink(missing_ok=True)
-    (folder / "best.pth").unlink(missing_ok=True)
+    for path in (folder / CHECKPOINT, *folder.glob(best_file(folder / CHECKPOINT, "*").name)):
+        path.unlink(missing_ok=True)
     return summary

@@ -8,5 +8,6 @@ from collections.abc import Iterable
 
 def closest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' where some known name is near, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    by_plain = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), list(by_plain), n=1)
+    return f"; did you mean {by_plain[near[0]]!r}?" if near else ""

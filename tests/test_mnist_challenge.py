@@ -47,13 +47,15 @@ def test_each_run_leaves_its_log_plots_and_weights_and_all_of_them_a_table(mnist
     done = compress(*arguments, "--model", "mnist_under_4k", "--seeds", "0,1")
     assert done.returncode == 0, done.stderr
     run = out / "mnist_under_4k" / "seed1"
-    assert {path.name for path in run.iterdir()} == {".lock", "curves.png", "epochs.csv", "summary.json", "weights.pth"}
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "curves.png", "epochs.csv", "summary.json",
+                                                     "weights.pth"}
     rows = read_csv(run / "epochs.csv")
     assert len(rows) == 2
     assert set(rows[0]) >= {"epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["last_epochs_test_accuracy"] == [float(row["test_accuracy"]) for row in rows]
-    assert summary["passed"] is False and summary["config"]["monitor"] == "train"
+    assert summary["passed"] is False
+    assert json.loads((run / "config.json").read_text())["config"]["monitor"] == "train"
     before = (run / "summary.json").read_bytes()
     more = compress(*arguments, "--model", "mnist_model_gap", "--seeds", "0")
     assert more.returncode == 0 and (run / "summary.json").read_bytes() == before
@@ -62,7 +64,9 @@ def test_each_run_leaves_its_log_plots_and_weights_and_all_of_them_a_table(mnist
     again = compress(*arguments, "--model", "mnist_under_4k", "--seeds", "1")
     assert again.returncode == 0 and "finished before" in again.stdout and (run / "summary.json").read_bytes() == before
     assert_one_line_error(compress(*arguments[:-4], "--epochs", "3", "--model", "mnist_under_4k", "--seeds", "1"),
-                          "other settings", "--log_dir OTHER")
+                          "another training (num_epochs: 2 -> 3)", "--log_dir OTHER")
+    (run / "summary.json").write_text("{")
+    assert_one_line_error(compress(*arguments, "--model", "mnist_model_gap", "--seeds", "0"), "seed1/summary.json: damaged")
 
 
 def test_bad_input_gets_one_line(mnist: Path, compress: Compress, tmp_path: Path) -> None:

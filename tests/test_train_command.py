@@ -220,6 +220,18 @@ BAD = {
                           "LOG"], "amp_dtype float16 is for CUDA"),
     "no such weights": (["--config", "digits", "--model_name", "slim_resnet18", "--pretrained", "--log_dir", "LOG"],
                         "no pretrained weights"),
+    "no data root": (["--dataset", "cifar10", "--log_dir", "LOG"], "--data_root"),
+    "infinite rate": (["--config", "digits", "--lr", ".inf", "--log_dir", "LOG"], "lr"),
+    "flag without its value": (["--config", "digits", "--log_dir", "LOG", "--lr"], "--lr: expected a value"),
+    "reserved option": (["--config", "digits", "--model_options", "{num_classes: 5}", "--log_dir", "LOG"],
+                        "num_classes is a setting of its own"),
+    "epoch twice": (["--config", "digits", "--bs_schedule", "0:64,0:32", "--log_dir", "LOG"], "twice"),
+    "key twice": (["--config", "digits", "--model_options", "{width: 8, width: 9}", "--log_dir", "LOG"], "twice"),
+    "sizes that do not suit": (["--dataset", "digits", "--model_name", "SimpleMLP", "--size_schedule", "0:6,1:8",
+                                "--log_dir", "LOG"], "size_schedule 6: it does not take images of shape"),
+    "sizes above the image": (["--config", "digits", "--size_schedule", "0:16", "--log_dir", "LOG"],
+                              "more than the images"),
+    "project of a strange name": (["--config", "digits", "--wandb_project", "a/b", "--log_dir", "LOG"], "wandb_project"),
     "batch too small for the parts": (["--config", "digits", "--accumulate", "64", "--log_dir", "LOG"],
                                       "two or more images"),
 }
@@ -237,9 +249,35 @@ def test_bad_input_gets_one_line_and_leaves_nothing_half_written(case: str, comp
     if "--log_dir" not in arguments:
         arguments += ["--log_dir", str(tmp_path / "LOG")]
     assert_one_line_error(compress("train", *arguments), expected)
-    left = {path.name for path in (tmp_path / "LOG").iterdir()} if (tmp_path / "LOG").is_dir() else set()
-    assert left <= {".lock", "config.json", "metrics.csv"}
+    assert not (tmp_path / "LOG").exists()
     assert (tmp_path / "FULL" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_mended_command_works_after_one_that_failed(compress: Compress, tmp_path: Path) -> None:
+    arguments = ["--num_epochs", "1", "--threads", "1", "--log_dir", tmp_path / "exp #2"]  # a path as it is, not YAML
+    (tmp_path / "exp #2").mkdir()
+    (tmp_path / "exp #2" / "config.json").write_text("{}")  # of a command that did not get as far as training
+    assert_one_line_error(compress("train", "--dataset", "digits", "--model_name", "SimpleMPL", *arguments),
+                          "did you mean 'simple_mlp'?")
+    mended = compress("train", "--dataset", "digits", "--model_name", "SimpleMLP", *arguments)
+    assert mended.returncode == 0, mended.stderr
+    assert (tmp_path / "exp #2" / "weights.pth").is_file()
+    settings = (tmp_path / "exp #2" / "config.json").read_bytes()
+    again = compress("train", "--dataset", "digits", "--model_name", "SimpleMLP", *arguments, "--num_workers", "1")
+    assert again.returncode == 0 and (tmp_path / "exp #2" / "config.json").read_bytes() == settings
+    (tmp_path / "exp #2" / "summary.json").write_text("[]")
+    assert_one_line_error(compress("train", "--dataset", "digits", "--model_name", "SimpleMLP", *arguments),
+                          "summary.json: damaged")
+
+
+def test_a_team_whose_first_process_fails_says_why_and_shows_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "compress", "train",
+         "--config", "digits", "--threads", "1", "--log_dir", str(tmp_path)], cwd=PROJECT, capture_output=True, text=True,
+        timeout=300, check=False)
+    assert done.returncode != 0 and done.stderr.count("not a training's folder") == 1
+    assert 'compress/training_run.py", line' not in done.stderr
 
 
 @pytest.mark.parametrize(("flag", "package"), [("--use_wandb", "wandb"), ("--use_tensorboard", "tensorboard")])

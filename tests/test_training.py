@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from compress.batches import Batch, mixed
 from compress.distillation import cross_entropy
 from compress.optimizers import OPTIMIZERS, Ascent, frozen_statistics, make_optimizer, parameter_groups
 from compress.schedules import Plateau, Schedule
-from compress.training import BEST, Data, Loss, Recipe, seeded, train
+from compress.training import Data, Loss, Recipe, best_file, seeded, train
 from loaders import load
 from loaders.arrays import ArrayImages, Request, Split
 from loaders.augment import Augmenter
 from metadata.files import read_csv
 from model_loader import UserError
+from tests.conftest import PROJECT
 from tests.test_mechanics import numbered_images, quiet, small_data
 
 CPU = torch.device("cpu")
@@ -205,8 +208,8 @@ def recipe(**changes: Any) -> Recipe:
 class WithDropout(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(),
-                                 nn.Linear(216, 4))
+        self.net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.3),
+                                 nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(96, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)  # type: ignore[no-any-return]
@@ -235,7 +238,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "average, mixup, parts": {"ema": 0.9, "mixup": 0.5, "accumulate": 2},
     "plateau": {"schedule": "plateau", "patience": 0, "factor": 0.5},
     "stopping, the best kept": {"epochs": 9, "early_patience": 1, "keep_best": True, "lr": 0.3},
-    "changing batches and sizes": {"batch_sizes": {1: 8, 2: 20}, "sizes": {0: 8}, "schedule": "one_cycle"},
+    "changing batches and sizes": {"batch_sizes": {1: 8, 2: 20}, "sizes": {0: 6, 1: 8}, "schedule": "one_cycle"},
 }
 
 
@@ -259,6 +262,43 @@ def test_training_is_deterministic_and_leaves_global_randomness_alone(tmp_path: 
     one, two = fit(tmp_path / "1.pth", recipe()), fit(tmp_path / "2.pth", recipe())
     assert torch.equal(torch.get_rng_state(), before)
     assert_same(one, two)
+
+
+def test_batches_and_sizes_change_with_the_epoch_and_no_step_is_at_rate_nought(tmp_path: Path) -> None:
+    seen = []
+
+    def looking(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((tuple(batch.images.shape), batch.view))
+        return cross_entropy(0.0)(model, batch)
+
+    fit(tmp_path / "c.pth", recipe(batch_sizes={1: 8, 2: 200}, sizes={0: 6, 2: 7}, schedule="linear"), loss=looking)
+    assert seen == [((16, 3, 6, 6), 0)] * 3 + [((8, 3, 6, 6), 1)] * 7 + [((60, 3, 7, 7), 2)]
+    rows = read_csv(tmp_path / "metrics.csv")
+    assert all(float(row["lr"]) > 0 for row in rows)
+    alone = fit(tmp_path / "one" / "c.pth", recipe(epochs=1, batch_size=60, warmup=0.5))  # a single step, in the warm-up
+    with seeded(0, "model"):
+        start = WithDropout()
+    assert not torch.equal(alone.net[0].weight, start.net[0].weight)  # type: ignore[union-attr, arg-type, index]
+
+
+def test_mixup_counts_each_label_by_its_share(tmp_path: Path) -> None:
+    labels, others = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 3, 0])
+    batch = Batch(torch.zeros(4, 1, 1, 1), labels, labels, 0, others, 0.7)
+    logits = nn.functional.one_hot(torch.tensor([0, 1, 3, 2]), 4).float()
+    assert float(batch.right(logits)) == pytest.approx(0.7 + 1.0 + 0.3)
+    assert int(Batch(torch.zeros(4, 1, 1, 1), labels, labels, 0).right(logits)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut short", "something else", "another model's"])
+def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    fit(path, recipe(max_steps=4))
+    if damage == "another model's":
+        torch.save({"model": nn.Linear(2, 2).state_dict()}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-200] if damage == "cut short" else b"hello")
+    with pytest.raises(UserError, match=r"c\.pth: not a .*(remove it|remove the training's files) to start from the begin"):
+        fit(path, recipe())
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sam"}, {"clip": 0.5}], ids=str)
@@ -302,7 +342,7 @@ def test_early_stopping_ends_with_the_best_epochs_weights(tmp_path: Path) -> Non
     assert len(rows) == best + 4 < 40
     data = small_data()
     assert assess(model, data.validation, data.preprocessing).loss == pytest.approx(losses[best], rel=1e-6)
-    assert (tmp_path / BEST).is_file()
+    assert [path.name for path in tmp_path.glob("best*")] == [best_file(tmp_path / "c.pth", best + 1).name]
 
 
 def test_plateau_lowers_the_rate(tmp_path: Path) -> None:
@@ -337,18 +377,21 @@ def test_mixed_precision_ends_near_full_precision(optimizer: str, autocast: torc
     assert half.net[0].weight.dtype == torch.float32  # type: ignore[union-attr, index]
 
 
-def test_an_overflow_under_a_loss_scaler_skips_the_step_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", [{3}, {4}, {3, 4}], ids=str)  # the first pass, the second, both
+def test_an_overflow_under_a_loss_scaler_lowers_its_scale_and_goes_on(passes: set[int], tmp_path: Path) -> None:
     seen: list[int] = []
 
     def sometimes_huge(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         value, logits = cross_entropy(0.0)(model, batch)
         seen.append(len(seen))
-        gradient_overflow = 1e38 if len(seen) == 3 else 1.0
-        return value * gradient_overflow / gradient_overflow + (value - value.detach()) * (gradient_overflow - 1), logits
+        gain = 1e38 if len(seen) in passes else 1.0
+        return value + (value - value.detach()) * (gain - 1), logits  # the same loss, a gradient that overflows
 
     model = fit(tmp_path / "c.pth", recipe(autocast=torch.float16, optimizer="sam"), loss=sometimes_huge)
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
     assert len(seen) == 2 * 3 * (60 // 16)
+    lowered = torch.load(tmp_path / "c.pth", weights_only=True)["scaler"]["scale"] < 2.0**16
+    assert lowered == (4 in passes)  # the step is by the second pass
 
 
 def test_nan_loss_stops_with_step_rate_and_advice_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -373,8 +416,17 @@ def test_batches_that_are_too_small_are_refused(tmp_path: Path) -> None:
 
 
 def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
-    import resource
-    fit(tmp_path / "1.pth", recipe(epochs=3))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    fit(tmp_path / "2.pth", recipe(epochs=60, checkpoint_seconds=100.0))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # kB
+    script = f"""
+import resource
+from pathlib import Path
+from compress.memory import keep_freed_memory
+from tests.test_training import fit, recipe
+keep_freed_memory()
+fit(Path({str(tmp_path)!r}) / "1.pth", recipe(epochs=20, checkpoint_seconds=100.0))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fit(Path({str(tmp_path)!r}) / "2.pth", recipe(epochs=200, checkpoint_seconds=100.0))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""  # a process of its own, whose peak nothing before has raised
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 1024  # kB

@@ -27,9 +27,10 @@ from compress.memory import keep_freed_memory
 from compress.trackers import Tracker
 from compress.training import Data, train
 from compress.training_config import TrainingConfig, validated
-from compress.training_run import prepare, training_data, training_recipe
+from compress.training_run import (CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, training_data,
+                                   training_recipe, write_settings)
 from metadata.closest import closest
-from metadata.files import locked, read_csv, write_atomically, write_csv, write_json, write_tensors
+from metadata.files import read_csv, write_atomically, write_csv, write_json, write_tensors
 from model_loader import (Architecture, UserError, VerificationError, count_macs, machine, measure_accuracy, open_model,
                           read_json, versions)
 
@@ -126,6 +127,7 @@ def run(models: Sequence[str], seeds: Sequence[int] | None, data_root: Path | No
             raise UserError(f"--model {name!r}: unknown{closest(name, [*ENTRIES, 'all'])} (known: all, "
                             f"{', '.join(ENTRIES)})")
     keep_freed_memory()
+    _finished(folder)  # a damaged one is found before anything trains
     results = []
     for name in models:
         for seed in seeds if seeds is not None else range(ENTRIES[name].seeds):
@@ -140,25 +142,23 @@ def run(models: Sequence[str], seeds: Sequence[int] | None, data_root: Path | No
 
 def _train(config: TrainingConfig, console: Console) -> Result:
     folder = config.log_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "choose --log_dir OTHER"):
-        if (folder / "summary.json").is_file():
-            done = json.loads((folder / "summary.json").read_text())
-            if done["config"] == _identity(config):
-                console.print(f"{folder}: finished before", highlight=False)
-                return _result(done)
-            raise UserError(f"{folder} holds a training with other settings; choose --log_dir OTHER")
+    with claimed(config):
+        if done := _read_result(folder):
+            console.print(f"{folder}: finished before", highlight=False)
+            return done
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         device = torch.device("cpu")
         tracker = Tracker(console, folder)
-        splits, model, options = prepare(config, tracker)
+        with flags_named():
+            splits, model, options = prepare(config, tracker)
+        write_settings(config)
         data = training_data(config, splits, device)
         data = Data(data.train, splits.open_test(), data.augmenter, data.preprocessing)  # measured, and never asked
         label = f"{config.model_name} seed {config.seed}"
         parameters = learned_parameters(model)
         console.print(f"{label}: {parameters:,} parameters", highlight=False)
         trained = train(model, data, cross_entropy(config.label_smoothing), training_recipe(config, device, tracker),
-                        label=label, seed=config.seed, device=device, checkpoint=folder / "checkpoint.pth", tracker=tracker)
+                        label=label, seed=config.seed, device=device, checkpoint=folder / CHECKPOINT, tracker=tracker)
         rows = [{key.replace("validation", "test"): value for key, value in row.items() if key != "training"}
                 for row in read_csv(folder / "metrics.csv")]
         write_csv(folder / "epochs.csv", rows)
@@ -166,21 +166,28 @@ def _train(config: TrainingConfig, console: Console) -> Result:
         write_tensors(folder / "weights.pth", model.state_dict())
         result = Result(config.model_name, config.seed, parameters, count_macs(model, splits.card.input_shape),
                         trained.epochs, trained.seconds, [float(row["test_accuracy"]) for row in rows[-LAST:]])
-        write_json(folder / "summary.json", {**result.to_json(), "config": _identity(config), "options": options,
-                                             "machine": machine(), "versions": versions()})
-        (folder / "checkpoint.pth").unlink(missing_ok=True)
+        write_json(folder / SUMMARY, {"schema": 1, **result.to_json(), "options": options, "machine": machine(),
+                                      "versions": versions()})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
         (folder / "metrics.csv").unlink(missing_ok=True)
         return result
 
 
-def _identity(config: TrainingConfig) -> dict[str, Any]:
-    """What decides which weights come out."""
-    return config.model_dump(mode="json", exclude=set(TrainingConfig.WHERE))
-
-
-def _result(summary: dict[str, Any]) -> Result:
+def _read_result(folder: Path) -> Result | None:
+    """What a run came to, from its summary.json; None if it is not over."""
+    summary = read_summary(folder)
+    if summary is None:
+        return None
     keys = ("model", "seed", "parameters", "macs", "epochs", "seconds", "last_epochs_test_accuracy")
+    if missing := [key for key in keys if key not in summary]:
+        raise UserError(f"{folder / SUMMARY}: no run of the challenge, {missing[0]} is missing; choose --log_dir OTHER")
     return Result(*(summary[key] for key in keys))
+
+
+def _finished(folder: Path) -> list[Result]:
+    """All runs in the folder that are over."""
+    found = [_read_result(path.parent) for path in sorted(folder.glob(f"*/seed*/{SUMMARY}"))]
+    return [result for result in found if result]
 
 
 # ----------------------------------------------------------------------------------------------------- comparison
@@ -191,8 +198,7 @@ HEADER = ("model", "parameters", "published", "seeds", "mean of last 5", "deviat
 def _compare(folder: Path, console: Console) -> None:
     """One table over all models that have been trained in the folder: on screen, comparison.md and comparison.json."""
     by_model: dict[str, list[Result]] = {}
-    for path in sorted(folder.glob("*/seed*/summary.json")):
-        result = _result(json.loads(path.read_text()))
+    for result in _finished(folder):
         by_model.setdefault(result.model, []).append(result)
     rows, records = [], []
     for name, results in sorted(by_model.items(), key=lambda entry: entry[1][0].parameters, reverse=True):
@@ -269,8 +275,9 @@ def verify(data_root: Path | None, download: bool, console: Console) -> None:
     from loaders import load
     from loaders.arrays import Request
 
-    splits = load(Request("mnist", data_root, download))
-    test = splits.open_test()
+    with flags_named():
+        splits = load(Request("mnist", data_root, download))
+        test = splits.open_test()
     records = json.loads((WEIGHTS / "weights.json").read_text())["models"]
     for name, record in records.items():
         architecture: Architecture = read_json(WEIGHTS / f"{name}.json", Architecture)
