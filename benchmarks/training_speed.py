@@ -106,7 +106,7 @@ def serve(sides: Sides, index: int) -> None:
 
 def data_sides(splits: Splits) -> Sides:
     """Augmented, normalised batches on one core: ours in one thread, theirs in two worker processes on that core."""
-    split, card = splits.train, splits.card
+    split, card = splits.train.to(torch.device("cpu")), splits.card
     augmenter = Augmenter(["crop", "flip"], card.input_shape[1:], 4, 0, len(split))
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -124,7 +124,7 @@ def data_sides(splits: Splits) -> Sides:
         batches = iter(loader)
         next(batches)  # the workers' start is not counted
         start, images = time.perf_counter(), 0
-        for _, (batch, _) in zip(range(60), batches, strict=False):
+        for _, (batch, _) in zip(range(150), batches, strict=False):
             images += len(batch)
         del batches
         return images / (time.perf_counter() - start)
@@ -170,7 +170,7 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, 
     """The engine, from `recipe.max_steps` steps; a compiled network is compiled in the round that is not counted."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
-    card, split = splits.card, splits.train
+    card, split = splits.card, splits.train.to(torch.device("cpu"))
     device = torch.device("cpu")
     empty = Split(ArrayImages(torch.zeros(0, *card.input_shape, dtype=torch.uint8)), torch.zeros(0, dtype=torch.int64))
     data = Data(split, empty, Augmenter(names, card.input_shape[1:], 4, 0, len(split), affine or Affine()),

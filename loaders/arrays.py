@@ -78,7 +78,11 @@ class ArrayImages:
         return len(self.pixels)
 
     def batch(self, ids: Tensor) -> Tensor:
-        return self.pixels.index_select(0, ids.to(self.pixels.device))  # copies whole images; indexing copies bytes
+        # `index_select` copies whole images where they lie in one piece; indexing copies single bytes.
+        ids = ids.to(self.pixels.device)
+        if self.pixels.is_contiguous(memory_format=torch.channels_last):
+            return self.pixels.permute(0, 2, 3, 1).index_select(0, ids).permute(0, 3, 1, 2)
+        return self.pixels.index_select(0, ids)
 
 
 @dataclass(frozen=True)
@@ -145,8 +149,10 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Split:
-        """Arrays and labels on the device; images on disk stay there."""
-        images = ArrayImages(self.images.pixels.to(device)) if isinstance(self.images, ArrayImages) else self.images
+        """Arrays and labels on the device, channels last in memory, as augmentation takes them; files stay on disk."""
+        images = self.images
+        if isinstance(images, ArrayImages):
+            images = ArrayImages(images.pixels.to(device).contiguous(memory_format=torch.channels_last))
         return Split(images, self.labels.to(device), self.paths)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
