@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metadata.closest import closest
+from metadata.closest import closest, spelled
 from model_loader import UserError, first_line
 
 NOT_FAMILIES = {"describe", "source", "timm_bridge"}
@@ -37,9 +37,7 @@ def names() -> list[str]:
 
 def own_name(name: str) -> str:
     """The project's own spelling of a name, `SimpleMLP` for `simple_mlp`; a name of no own model as it is."""
-    def plain(text: str) -> str:
-        return text.replace("_", "").lower()
-    return next((own for own in families() if plain(own) == plain(name)), name)
+    return spelled(name, families())
 
 
 def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int], num_classes: int,

@@ -16,7 +16,7 @@ HEAD_GAIN = 1 / 9  # the paper scales the logits by it; here it is in the head's
 
 
 class Airbench(nn.Module):
-    """(N, C, H, W) -> (N, num_classes), H and W at least 18.
+    """(N, C, H, W) -> (N, num_classes), H and W at least 9.
 
     A frozen 2x2 convolution that whitens patches, three groups of two 3x3 convolutions, a global max-pool and a linear
     head. Batch norms have no scale of their own (it stays 1): the convolutions after them have one.

@@ -10,7 +10,6 @@ once a seed, at the end.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import subprocess
@@ -20,8 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from metadata.files import read_csv
-from model_loader import machine, versions, write_atomically, write_json
+from metadata.files import read_csv, write_figure
+from model_loader import machine, versions, write_json
 
 
 def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str]) -> dict[str, Any]:
@@ -55,10 +54,7 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
     axis.set(xlabel="minutes", ylabel="accuracy (%)", title=title, xlim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 def main() -> None:

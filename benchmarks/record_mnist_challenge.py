@@ -13,15 +13,14 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-
 from architectures import make
 from architectures.describe import describe
+from compress.assessment import learned_parameters
 from compress.studies.mnist_challenge import WEIGHTS
 from loaders import load
 from loaders.arrays import Request
 from metadata.files import write_tensors
-from model_loader import measure_accuracy, write_json
+from model_loader import measure_accuracy, read_weights, write_json
 
 RESULTS = Path(__file__).parent / "results" / "mnist_challenge"
 OURS = ("mnist_under_8k", "mnist_under_4k")
@@ -44,11 +43,11 @@ def main() -> None:
     records = {}
     for name in OURS:
         model = make(name, num_classes=10).eval()
-        model.load_state_dict(torch.load(arguments.runs / name / "seed0" / "weights.pth", weights_only=True))
+        model.load_state_dict(read_weights(arguments.runs / name / "seed0" / "weights.pth"))
         write_tensors(WEIGHTS / f"{name}.pth", model.state_dict())
         write_json(WEIGHTS / f"{name}.json", describe(model, (1, 28, 28)).to_json())
         found = measure_accuracy(model, test.batches(250), splits.card.preprocessing, len(test))
-        records[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "seed": 0,
+        records[name] = {"parameters": learned_parameters(model), "seed": 0,
                          "correct": found.correct, "images": found.total}
     write_json(WEIGHTS / "weights.json", {"schema": 1, "models": records})
     print(json.dumps(records, indent=2))

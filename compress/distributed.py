@@ -25,6 +25,12 @@ class Team:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    cuda: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """This process's, where its messages lie as well: NCCL carries no others."""
+        return torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
 
     @property
     def first(self) -> bool:
@@ -60,7 +66,7 @@ class Team:
             dist.all_reduce(value)
         return value
 
-    def of_first(self, values: list[float], device: torch.device | None = None) -> list[float]:
+    def of_first(self, values: list[float]) -> list[float]:
         """The first process's numbers, for everyone.
 
         Raises:
@@ -68,7 +74,7 @@ class Team:
         """
         if self.size == 1:
             return values
-        shared = torch.tensor([0.0, *values], dtype=torch.float64, device=device)
+        shared = torch.tensor([0.0, *values], dtype=torch.float64, device=self.device)
         try:
             dist.broadcast(shared, 0)
         except RuntimeError as error:  # it has left, and said why
@@ -84,20 +90,20 @@ def joined(cuda: bool) -> Iterator[Team]:
         UserError: more processes on this machine than CUDA devices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Team()
+        yield Team(cuda=cuda)
         return
     try:
-        team = Team(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except (KeyError, ValueError) as error:
         raise UserError(f"WORLD_SIZE is set, as torchrun does, but {error.args[0]} is not; start with torchrun, or unset "
                         "WORLD_SIZE") from error
-    if cuda and team.local_rank >= torch.cuda.device_count():
-        raise UserError(f"torchrun started process {team.local_rank} on this machine, which has "
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun started process {local_rank} on this machine, which has "
                         f"{torch.cuda.device_count()} CUDA devices; pass a smaller --nproc_per_node")
     if cuda:
-        torch.cuda.set_device(team.local_rank)
+        torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield team
+        yield Team(rank, size, local_rank, cuda)
     finally:
         dist.destroy_process_group()

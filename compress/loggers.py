@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from metadata.files import read_csv, write_atomically
+from metadata.files import read_csv, write_figure
 from model_loader import UserError, first_line
 
 CURVE_SECONDS = 60.0  # between drawings of the curves while a training runs
@@ -120,8 +120,6 @@ def draw_curves(path: Path, title: str, rows: list[dict[str, str]],
         rows: of metrics.csv.
         names: the splits to draw, as in `<name>_loss` and `<name>_accuracy`.
     """
-    import io
-
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -148,7 +146,4 @@ def draw_curves(path: Path, title: str, rows: list[dict[str, str]],
     loss.legend()
     accuracy.legend()
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from metadata.files import read_csv, write_atomically
+from metadata.files import read_csv, write_atomically, write_figure
 from metadata.schemas import LedgerRow
 
 HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds")
@@ -73,8 +73,6 @@ def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: l
 
 def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
     """plot.png: accuracy against size along the stages, and validation accuracy over the epochs of each training."""
-    import io
-
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -105,7 +103,4 @@ def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
         right.legend(fontsize=8)
     right.grid(alpha=0.3)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
-    plt.close(figure)
-    write_atomically(folder / "plot.png", buffer.getvalue())
+    write_figure(folder / "plot.png", figure, dpi=120)

@@ -48,7 +48,9 @@ class Tracker:
     def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
         """Yields `advance(done, total)`; a bar with the time left on a terminal, a line now and then elsewhere."""
         if not self.console.is_terminal:
-            yield _Lines(self.console, what, unit)
+            lines = _Lines(self.console, what, unit)
+            yield lines
+            lines.over = True
             return
         columns = (TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
                    TimeRemainingColumn(), TextColumn("left  {task.fields[note]}"))  # fits 80 columns but for the note
@@ -101,12 +103,13 @@ class _Lines:
         self.console, self.what, self.unit = console, what, unit
         self.start = self.last = time.monotonic()
         self.first: int | None = None
+        self.over = False  # a test split is read through the same function long after the others
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if self.first is None:
             self.first = done  # a resumed training does not start at nought
-        if now - self.last >= QUIET_SECONDS and done > self.first:
+        if now - self.last >= QUIET_SECONDS and done > self.first and not self.over:
             self.last = now
             left = (now - self.start) / (done - self.first) * (total - done)
             self.console.print(f"  {self.what}: {done}/{total} {self.unit}, {left:.0f} s left"

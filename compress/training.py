@@ -315,7 +315,7 @@ class _Training:
             row |= dict(validation_loss=found.loss, validation_accuracy=found.accuracy)
             if not self.recipe.watch_training:
                 watched = found.loss
-        watched, = self.team.of_first([watched], self.device)
+        watched, = self.team.of_first([watched])
         self.tracker.epoch(self.label, **row, lr=self.lr, images_per_second=round(self.speed, 1),
                            seconds=round(self._seconds(), 2))
         if self.done == self.recipe.steps(self.epoch, self.samples)[1]:  # not cut short by max_steps

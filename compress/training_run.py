@@ -56,27 +56,25 @@ def run(config: TrainingConfig, console: Console) -> dict[str, Any]:
     with joined(cuda) as team, ExitStack() as stack:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
-        device = torch.device("cuda", team.local_rank) if cuda else torch.device("cpu")
         tracker = Tracker(console if team.first else Console(quiet=True))
         loggers, summary = [], None
         if team.first:
             loggers = _loggers(config)
             stack.enter_context(claimed(config))
             summary = read_summary(config.log_dir)
-        finished, = team.of_first([float(summary is not None)], device)
+        finished, = team.of_first([float(summary is not None)])
         if finished:
             tracker.say(f"{config.log_dir}: finished before")
             return summary or {}
-        return _train(config, team, device, tracker, loggers)
+        return _train(config, team, tracker, loggers)
 
 
-def _train(config: TrainingConfig, team: Team, device: torch.device, tracker: Tracker,
-           loggers: list[Logger]) -> dict[str, Any]:
+def _train(config: TrainingConfig, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
     with team.first_goes_first(), flags_named():  # if there is anything to fetch, one fetches it
         splits, model, options = prepare(config, tracker)
     for text in splits.warnings:
         tracker.warn(text)
-    card, folder = splits.card, config.log_dir
+    card, folder, device = splits.card, config.log_dir, team.device
     recipe = training_recipe(config, device, tracker)
     recipe.check_batches("train", len(splits.train), team.size)
     if team.first:
@@ -134,16 +132,10 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
         UserError: data that is not there, an unknown model, or shapes that do not go together.
     """
     with tracker.progress("reading images") as advance:
-        reading = [advance]  # for as long as there is a bar; the test split is read when there is none
-
-        def progress(done: int, total: int) -> None:
-            for show in reading:
-                show(done, total)
-
         request = Request(
             set_name(config.dataset), config.data_root, config.download, config.val_fraction, config.seed,
             config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-            skip_unreadable=config.skip_unreadable, on_progress=progress, image_size=config.image_size)
+            skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
@@ -152,10 +144,10 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
         except UserError:
             if card.input_shape[0] != 1:
                 raise
-            options = _options(config, card.model_copy(update={"input_shape": (3, *card.input_shape[1:])}))
-            _check(config, options, card.model_copy(update={"input_shape": (3, *card.input_shape[1:])}))
+            coloured = card.model_copy(update={"input_shape": (3, *card.input_shape[1:])})
+            options = _options(config, coloured)
+            _check(config, options, coloured)
             splits = load(replace(request, channels=3))
-        reading.clear()
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
     look = getattr(model, "initialize_from", None)  # of networks that begin by looking at their images

@@ -10,7 +10,7 @@ import pkgutil
 from collections.abc import Callable
 
 from loaders.arrays import Request, Splits
-from metadata.closest import closest
+from metadata.closest import closest, spelled
 from model_loader import UserError
 
 NOT_SETS = {"arrays", "augment", "synthetic"}
@@ -27,9 +27,7 @@ def sets() -> dict[str, Callable[[Request], Splits]]:
 
 def set_name(name: str) -> str:
     """The project's own spelling of a data set's name, `CIFAR-10` for `cifar10`; any other name as it is."""
-    def plain(text: str) -> str:
-        return text.replace("_", "").replace("-", "").lower()
-    return next((known for known in sets() if plain(known) == plain(name)), name)
+    return spelled(name, sets())
 
 
 def load(request: Request) -> Splits:

@@ -13,7 +13,8 @@ from typing import Any
 
 from model_loader import UserError, write_atomically, write_json
 
-__all__ = ["locked", "packaged_json", "read_csv", "write_atomically", "write_csv", "write_json", "write_tensors"]
+__all__ = ["locked", "packaged_json", "read_csv", "write_atomically", "write_csv", "write_figure", "write_json",
+           "write_tensors"]
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -36,6 +37,16 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, buffer.getvalue().encode())
+
+
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """A matplotlib figure as PNG, atomically; the figure is closed."""
+    from matplotlib import pyplot as plt
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi)
+    plt.close(figure)
+    write_atomically(path, buffer.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

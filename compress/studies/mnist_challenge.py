@@ -30,7 +30,7 @@ from compress.training_config import TrainingConfig, validated
 from compress.training_run import (CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, training_data,
                                    training_recipe, write_settings)
 from metadata.closest import closest
-from metadata.files import read_csv, write_atomically, write_csv, write_json, write_tensors
+from metadata.files import read_csv, write_atomically, write_csv, write_figure, write_json, write_tensors
 from model_loader import (Architecture, UserError, VerificationError, count_macs, machine, measure_accuracy, open_model,
                           read_json, versions)
 
@@ -235,8 +235,6 @@ def _compare(folder: Path, console: Console) -> None:
 
 def _draw(path: Path, logs: dict[str, list[Path]]) -> None:
     """comparison.png: test accuracy over the epochs, the mean over seeds and the range."""
-    import io
-
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -256,10 +254,7 @@ def _draw(path: Path, logs: dict[str, list[Path]]) -> None:
     axis.set_ylim(max(low, 98.5) if high > 99 else low, high)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    write_figure(path, figure)
 
 
 # -------------------------------------------------------------------------------------------------------- verify
