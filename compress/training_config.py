@@ -55,7 +55,7 @@ class TrainingConfig(Config):
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
     image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels that images are brought to")
-    num_workers: int = Field(2, ge=1, le=256, description="threads that decode images")
+    num_workers: int = Field(2, ge=1, le=256, description="threads or processes that decode images")
     val_fraction: float = Field(0.1, ge=0, lt=1, description="share of train held out, class by class; 0: none")
     memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more stream from disk")
     skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from metadata.schemas import DatasetCard
-from model_loader import Preprocessing, UserError, decode_image, describe_validation_error
+from model_loader import Preprocessing, UserError, decode_image, describe_validation_error, first_line
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Request:
         preprocessing: replaces keys of the set's own preprocessing.
         skip_unreadable: leave damaged images out and count them, instead of stopping at the first.
         memory_limit_gb: decoded sets above this stream from disk.
-        workers: threads that decode.
+        workers: threads or processes that decode.
         on_progress: called with (done, total) while images are decoded.
         channels: 3 repeats the pixels of a grey set; an RGB set is not turned into a grey one.
         image_size: side of the model's square input; the set's own resize keeps its proportion to the crop.
@@ -95,6 +96,7 @@ class ResizedImages:
     pixels: Tensor  # (N, 1 or 3, S, S) uint8
     channels: int
     size: int
+    workers: int = 2
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -114,7 +116,7 @@ class ResizedImages:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images on disk, decoded by a pool of threads when they are asked for."""
+    """Images on disk, decoded when they are asked for: by threads here, by processes where `prefetched` has them."""
 
     paths: list[Path]
     preprocessing: Preprocessing
@@ -127,14 +129,37 @@ class FileImages:
         if not len(ids):
             side = self.preprocessing.crop or 0  # without a crop the size is the files', and there is none to ask
             return torch.empty((0, len(self.preprocessing.mean), side, side), dtype=torch.uint8)
-        with ThreadPoolExecutor(self.workers) as pool:
-            arrays = list(pool.map(lambda index: decode_image(self.paths[index], self.preprocessing), ids.tolist()))
+        if self.workers == 1:
+            arrays = [self._decoded(index) for index in ids.tolist()]
+        else:
+            with ThreadPoolExecutor(self.workers) as pool:
+                arrays = list(pool.map(self._decoded, ids.tolist()))
         shape = arrays[0].shape
         for index, array in zip(ids.tolist(), arrays, strict=True):
             if array.shape != shape:
                 raise UserError(f"{self.paths[index]}: the image is {array.shape}, others are {shape}; set data.resize "
                                 "and data.crop")
         return torch.from_numpy(np.stack(arrays))
+
+    def _decoded(self, index: int) -> np.ndarray:
+        return decode_image(self.paths[index], self.preprocessing)
+
+
+@dataclass(frozen=True)
+class _Batches(Dataset[np.ndarray | str]):
+    """Batches by number, for the processes of a DataLoader; an error comes as its text, without a traceback."""
+
+    images: Images
+    ids: list[Tensor]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> np.ndarray | str:
+        try:
+            return self.images.batch(self.ids[number]).numpy()
+        except UserError as error:
+            return str(error)
 
 
 @dataclass(frozen=True)
@@ -162,20 +187,34 @@ class Split:
 
 
 def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (ids, images); images on disk are decoded one batch ahead of their use."""
-    if isinstance(images, ArrayImages):
-        for ids in batches_of_ids:
+    """Yields (ids, images); those that are not in memory as they are come ahead of their use, two batches a worker.
+
+    Raises:
+        UserError: an image is unreadable, the images differ in size, or a worker process was killed.
+    """
+    batches = list(batches_of_ids)
+    if not isinstance(images, FileImages | ResizedImages) or len(batches) < 2:
+        for ids in batches:
             yield ids, images.batch(ids)
         return
-    with ThreadPoolExecutor(1) as ahead:
-        waiting = None
-        for ids in batches_of_ids:
-            upcoming = (ids, ahead.submit(images.batch, ids))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = upcoming
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+    # Arrays, unlike tensors, go through a pipe: containers often have hardly any shared memory. The generator is for the
+    # workers' seeds, which would else be drawn from the one that the training's numbers come from.
+    decoding = DataLoader(_Batches(replace(images, workers=1), batches), batch_size=None, collate_fn=_as_it_is,
+                          num_workers=images.workers, generator=torch.Generator())
+    try:
+        for ids, decoded in zip(batches, decoding, strict=True):
+            if isinstance(decoded, str):
+                raise UserError(decoded)
+            yield ids, torch.from_numpy(decoded)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"a process that decodes images was killed, perhaps for want of memory ({first_line(error)}); "
+                        "use fewer workers or smaller batches") from error
+
+
+def _as_it_is(decoded: Any) -> Any:
+    return decoded
 
 
 @dataclass
@@ -196,8 +235,8 @@ def in_memory(images: Images, request: Request) -> Images:
     if len(images) * shape.numel() > request.memory_limit_gb * 2**30:
         return images
     pixels: Tensor = torch.empty((len(images), *shape), dtype=torch.uint8)
-    for ids in torch.arange(len(images)).split(1024):
-        pixels[ids] = images.batch(ids)
+    for ids, chunk in prefetched(images, torch.arange(len(images)).split(1024)):
+        pixels[ids] = chunk
         if request.on_progress and len(ids):
             request.on_progress(int(ids[-1]) + 1, len(images))
     return ArrayImages(pixels)
@@ -248,7 +287,9 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
         as_they_are = tuple(pixels.shape[1:]) == shape
-        return Split(ArrayImages(pixels) if as_they_are else in_memory(ResizedImages(pixels, *shape[:2]), request), labels)
+        if as_they_are:
+            return Split(ArrayImages(pixels), labels)
+        return Split(in_memory(ResizedImages(pixels, *shape[:2], request.workers), request), labels)
 
     kept, held = hold_out(labels, request.validation_fraction, request.seed)
     card = DatasetCard(name=request.name, class_names=class_names, input_shape=shape, preprocessing=settings,
