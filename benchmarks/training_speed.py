@@ -31,8 +31,9 @@ from architectures import make
 from compress import optimizers
 from compress.distillation import cross_entropy
 from compress.memory import keep_freed_memory
+from compress.recipe import Recipe
 from compress.trackers import Tracker
-from compress.training import Data, Recipe, train
+from compress.training import Data, train
 from loaders import load
 from loaders.arrays import ArrayImages, Request, Split, Splits
 from loaders.augment import Affine, Augmenter

@@ -16,9 +16,10 @@ import compress.stages
 from architectures import make
 from compress import optimizers
 from compress.config import Config, TrainConfig
+from compress.recipe import Recipe
 from compress.schedules import Schedule
 from compress.trackers import Tracker
-from compress.training import Data, Recipe
+from compress.training import Data
 from loaders.arrays import Splits
 from loaders.augment import Augmenter
 from metadata.closest import closest

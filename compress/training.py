@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import optimizers
 from compress.assessment import assess, precision
 from compress.averaging import Average
 from compress.batches import Batch, mixed, parts
+from compress.compiling import compiled, faster
 from compress.distributed import Team
 from compress.memory import suits_channels_last
 from compress.optimizers import Ascent, frozen_statistics, make_optimizer
-from compress.schedules import Plateau, Schedule
+from compress.recipe import Recipe, scheduled
+from compress.schedules import Plateau
 from compress.trackers import Tracker
 from loaders.arrays import Split, prefetched
 from loaders.augment import Augmenter, derive_seed
@@ -33,76 +34,6 @@ from metadata.files import write_tensors
 from model_loader import Preprocessing, UserError, VerificationError, first_line, load_tensors, normalize
 
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: numbers and names, resolved.
-
-    Args:
-        epochs: passes over the training split.
-        batch_size: images a step, of all processes together; a last partial batch is left out.
-        optimizer: see `optimizers`.
-        schedule: see `schedules`.
-        clip: largest norm of the gradient, 0 for no limit.
-        views: how many different augmentations a sample goes through before they repeat; 0: a new one each epoch.
-        autocast: compute in float16 (with a loss scaler) or bfloat16; weights stay float32.
-        max_steps: stop after so many steps of the schedule, for trials.
-        checkpoint_seconds: time between checkpoints.
-        batch_sizes: epoch (counted from nought) -> images a step from then on.
-        sizes: epoch (counted from nought) -> side in pixels to which images are shrunk from then on.
-        accumulate: parts in which a step's batch is worked, where it does not fit into memory whole.
-        mixup: alpha of the Beta distribution; 0 mixes nothing.
-        ema: decay of the weight average that is measured and kept; 0 keeps the weights themselves.
-        patience, factor: of the schedule "plateau".
-        early_patience: epochs without a lower loss after which to stop; 0 never stops.
-        keep_best: end with the weights of the epoch with the lowest loss.
-        watch_training: plateau, stopping and the best go by the training loss, not the validation loss.
-        compile: let torch compile the network.
-        channels_last: keep images and kernels so in memory; None decides by the network (see `suits_channels_last`).
-    """
-
-    epochs: int
-    batch_size: int
-    optimizer: optimizers.Settings = field(default_factory=optimizers.Settings)
-    schedule: Schedule = field(default_factory=Schedule)
-    clip: float = 0.0
-    views: int = 0
-    autocast: torch.dtype | None = None
-    max_steps: int | None = None
-    checkpoint_seconds: float = 20.0
-    batch_sizes: dict[int, int] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=dict)
-    accumulate: int = 1
-    mixup: float = 0.0
-    ema: float = 0.0
-    patience: int = 5
-    factor: float = 0.1
-    early_patience: int = 0
-    keep_best: bool = False
-    watch_training: bool = False
-    compile: bool = False
-    channels_last: bool | None = None
-
-    def steps(self, epoch: int, samples: int) -> tuple[int, int]:
-        """(images a step, steps) of an epoch over so many samples."""
-        batch_size = min(scheduled(self.batch_sizes, epoch, self.batch_size), samples)
-        return batch_size, samples // batch_size
-
-    def check_batches(self, label: str, samples: int, processes: int) -> None:
-        """Raises UserError if so many processes cannot share every batch equally, or get less than two images of one."""
-        for size in {min(size, samples) for size in (self.batch_size, *self.batch_sizes.values())}:
-            if (smallest := size // (self.accumulate * processes)) < 2:
-                raise UserError(f"{label}: training needs batches of two or more images, got {smallest} ({samples} images "
-                                f"in all, batch_size {size}, accumulate {self.accumulate}, {processes} processes)")
-            if size % processes:
-                raise UserError(f"{label}: a batch of {size} images cannot be shared equally by {processes} processes; "
-                                "choose a batch_size that can")
-
-
-def scheduled(changes: dict[int, int], epoch: int, default: int) -> int:
-    """The value that holds in an epoch: the latest change up to it, or the default."""
-    return changes[max(past)] if (past := [start for start in changes if start <= epoch]) else default
 
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> mean loss, (N, classes) logits
@@ -136,9 +67,9 @@ def seeded(seed: int, *purpose: object) -> Iterator[None]:
         yield
 
 
-def _shrunk(images: Tensor, size: int | None) -> Tensor:
-    """(N, C, H, W) -> (N, C, size, size), antialiased."""
-    return images if size is None or images.shape[2] == size else F.interpolate(
+def _shrunk(images: Tensor, size: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, size, size), antialiased; size 0 leaves them as they are."""
+    return images if size in (0, images.shape[2]) else F.interpolate(
         images, (size, size), mode="bilinear", antialias=True)
 
 
@@ -191,8 +122,7 @@ class _Training:
         if self.format == torch.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.network = team.wrapped(self.model, device)
-        if recipe.compile:
-            self.network = torch.compile(self.network)  # type: ignore[assignment]
+        self.compiled = recipe.compile  # None until it is known
         self.optimizer = make_optimizer(recipe.optimizer, self.model)
         self.ascent = (Ascent(self.model.parameters(), recipe.optimizer.sam_rho) if recipe.optimizer.name == "sam"
                        else None)
@@ -213,6 +143,7 @@ class _Training:
         self.tracker.start(self.label, self.epoch)
         self.looked = self.saved = time.monotonic()
         self.model.train()
+        self._compile()
         with self.tracker.progress(self.label, "steps") as self.advance, seeded(self.seed, "train"):
             while self.step < self.last and not self.stopped:
                 self._train_epoch()
@@ -225,12 +156,29 @@ class _Training:
         return Trained(self._seconds(), self.epoch,
                        self.best_epoch if self.recipe.keep_best and self.best_epoch else self.epoch)
 
+    def _compile(self) -> None:
+        """Compiles the network if it is to be, or if that is faster; what was found holds for later sittings too."""
+        if self.compiled is None and self.device.type == "cpu" and self.team.size == 1 and self.step < self.last:
+            ids = torch.arange(self.recipe.steps(self.epoch, self.samples)[0])
+            batch = self._batch(ids, self.data.train.images.batch(ids), 0, scheduled(self.recipe.sizes, self.epoch, 0))
+
+            def work(network: nn.Module) -> None:
+                with precision(self.recipe.autocast, self.device):
+                    value, _ = self.loss(network, batch)
+                value.backward()
+
+            fastest = faster(self.network, work, self.last - self.step, lambda text: self.tracker.say(
+                f"  {self.label}: {text}"))
+            self.compiled, self.network = fastest is not self.network, fastest
+        elif self.compiled:
+            self.network = compiled(self.network)
+
     # --------------------------------------------------------------------------------------------------- an epoch
 
     def _train_epoch(self) -> None:
         batch_size, steps = self.recipe.steps(self.epoch, self.samples)
         view = self.epoch % self.recipe.views if self.recipe.views else self.epoch
-        size = scheduled(self.recipe.sizes, self.epoch, 0) or None
+        size = scheduled(self.recipe.sizes, self.epoch, 0)
         order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(
             derive_seed(self.seed, "order", self.epoch)))
         batches = order[self.done * batch_size:steps * batch_size].split(batch_size)[:self.last - self.step]
@@ -248,10 +196,7 @@ class _Training:
             torch.default_generator.manual_seed(seed)
             if self.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
-            ids = ids.to(self.device)
-            images = normalize(self.data.augmenter(pixels.to(self.device), ids, view), self.data.preprocessing)
-            images = _shrunk(images, size).contiguous(memory_format=self.format)
-            batch = Batch(images, self.data.train.labels[ids], ids, view)
+            batch = self._batch(ids, pixels, view, size)
             self._step(mixed(batch, self.recipe.mixup) if self.recipe.mixup else batch)
             self.step, self.done, images_done = self.step + 1, self.done + 1, images_done + batch_size
             if self.average:
@@ -265,6 +210,11 @@ class _Training:
             if now - self.saved > self.recipe.checkpoint_seconds and self.step < self.last and self.done < steps:
                 self._save()
         self.speed = images_done / (time.monotonic() - started)
+
+    def _batch(self, ids: Tensor, pixels: Tensor, view: int, size: int) -> Batch:
+        ids = ids.to(self.device)
+        images = normalize(self.data.augmenter(pixels.to(self.device), ids, view), self.data.preprocessing)
+        return Batch(_shrunk(images, size).contiguous(memory_format=self.format), self.data.train.labels[ids], ids, view)
 
     def _step(self, batch: Batch) -> None:
         """One step of the optimizer on a batch."""
@@ -343,7 +293,7 @@ class _Training:
     def _seconds(self) -> float:
         return self.earlier_seconds + time.monotonic() - self.start
 
-    _POSITION = ("epoch", "done", "step", "seen", "best_loss", "best_epoch", "stopped")
+    _POSITION = ("epoch", "done", "step", "seen", "best_loss", "best_epoch", "stopped", "compiled")
 
     def _save(self) -> None:
         self.saved = time.monotonic()
@@ -374,6 +324,8 @@ class _Training:
             self.plateau = Plateau(**state["plateau"])
             for key in self._POSITION:
                 setattr(self, key, state[key])
+            if self.recipe.compile is not None:
+                self.compiled = self.recipe.compile
             self.loss_sum += state["loss_sum"]
             self.correct += state["correct"]
             self.earlier_seconds = state["seconds"]

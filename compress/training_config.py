@@ -106,7 +106,7 @@ class TrainingConfig(Config):
     size_schedule: ByEpoch = Field({}, description="epoch (from 0) to side in pixels from then on, 0:24,4:32")
     use_amp: bool = Field(False, description="mixed precision, where the device has it")
     amp_dtype: Literal["auto", "float16", "bfloat16"] = Field("auto", description="auto: bfloat16 where there is it")
-    compile: bool = Field(False, description="let torch compile the network (needs a C++ compiler)")
+    compile: bool | None = Field(None, description="let torch compile the network; where it is long and faster, tried")
     channels_last: bool | None = Field(None, description="memory format of images and kernels; by the network")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0: all that the process may use")

@@ -23,9 +23,10 @@ from compress.distillation import cross_entropy
 from compress.distributed import Team, joined
 from compress.loggers import Curves, Logger, TensorBoard, WeightsAndBiases
 from compress.memory import keep_freed_memory
+from compress.recipe import Recipe
 from compress.schedules import Schedule
 from compress.trackers import Tracker
-from compress.training import Data, Recipe, Trained, best_file, seeded, train
+from compress.training import Data, Trained, best_file, seeded, train
 from compress.training_config import TrainingConfig, difference, validated
 from loaders import load, set_name
 from loaders.arrays import Request, Splits

@@ -9,7 +9,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
              "packaging", "report", "assessment", "averaging", "batches",
-             "distributed", "loggers", "memory"}
+             "compiling", "distributed", "loggers", "memory", "recipe"}
 
 
 def level(module: str) -> int:

@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from architectures import make
-from compress import optimizers
+from compress import compiling, optimizers
 from compress.assessment import accuracy_of, assess
 from compress.averaging import Average
 from compress.batches import Batch, mixed
 from compress.distillation import cross_entropy
 from compress.optimizers import OPTIMIZERS, Ascent, frozen_statistics, make_optimizer, parameter_groups
+from compress.recipe import Recipe
 from compress.schedules import Plateau, Schedule
-from compress.training import Data, Loss, Recipe, best_file, seeded, train
+from compress.training import Data, Loss, best_file, seeded, train
 from loaders import load
 from loaders.arrays import ArrayImages, Request, Split
 from loaders.augment import Augmenter
@@ -408,6 +409,32 @@ def test_nan_loss_stops_with_step_rate_and_advice_and_keeps_the_last_good_checkp
     assert state["step"] == 5 and all(bool(torch.isfinite(tensor).all()) for tensor in state["model"].values())
     with pytest.raises(UserError, match=r"the (loss is (nan|inf)|weights are not finite)"):
         fit(tmp_path / "d.pth", recipe(lr=1e12, warmup=0.0))
+
+
+def test_a_network_that_cannot_be_compiled_trains_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCompiler(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no C++ compiler\nand where it was looked for")
+
+    plain = fit(tmp_path / "c.pth", recipe(compile=False))
+    monkeypatch.setattr(compiling, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(compiling, "LONG_STEPS", 0)
+    tries: list[nn.Module] = []
+    monkeypatch.setattr(compiling, "compiled", lambda network: tries.append(network) or NoCompiler())
+    assert_same(plain, fit(tmp_path / "d.pth", recipe()))  # and the trial left no trace in weights and statistics
+    assert len(tries) == 1 and torch.load(tmp_path / "d.pth", weights_only=True)["compiled"] is False
+
+
+@pytest.mark.slow
+def test_what_a_trial_of_compiling_found_holds_for_later_sittings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LONG_SECONDS", 0.0)
+    monkeypatch.setattr(compiling, "LONG_STEPS", 0)
+    monkeypatch.setattr(compiling, "_seconds", lambda network, work: 1.0 + isinstance(network, WithDropout))
+    whole = fit(tmp_path / "whole.pth", recipe())
+    fit(tmp_path / "parts.pth", recipe(max_steps=4))
+    monkeypatch.setattr(compiling, "_tried", None)  # another trial would fail
+    assert_same(whole, fit(tmp_path / "parts.pth", recipe()))
+    assert torch.load(tmp_path / "parts.pth", weights_only=True)["compiled"] is True
 
 
 def test_batches_that_are_too_small_are_refused(tmp_path: Path) -> None:

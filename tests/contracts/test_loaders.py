@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from loaders import load, sets
-from loaders.arrays import FileImages, Request, Split, hold_out, write_image_folder
+from loaders.arrays import FileImages, Request, Split, hold_out, prefetched, write_image_folder
 from model_loader import Preprocessing, UserError, decode_image, list_images, normalize, read_images
 from tests.conftest import draw_folder
 
@@ -100,6 +101,33 @@ def test_streaming_gives_what_memory_gives(tmp_path: Path) -> None:
     assert isinstance(streamed.train.images, FileImages)
     for one, other in zip(in_memory.train.batches(5), streamed.train.batches(5), strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_streams_from_disk_leave_randomness_alone_and_name_what_is_wrong(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path, 2, 8)
+    images = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12},
+                          memory_limit_gb=1e-9)).train.images
+    assert isinstance(images, FileImages)
+    batches = torch.arange(len(images)).split(4)
+    before = torch.random.get_rng_state()
+    assert [len(pixels) for _, pixels in prefetched(images, batches)] == [len(ids) for ids in batches]
+    assert torch.equal(before, torch.random.get_rng_state())
+    images.paths[5].write_text("no image")
+    with pytest.raises(UserError, match=r"not a readable image") as caught:
+        list(prefetched(images, batches))
+    assert str(images.paths[5]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_killed_decoder_is_an_error_of_one_line(tmp_path: Path) -> None:
+    images = load(Request("image_folder", draw_folder(tmp_path, 2, 40), preprocessing={"resize": 12, "crop": 12},
+                          memory_limit_gb=1e-9)).train.images
+    stream = prefetched(images, torch.arange(len(images)).split(2))
+    next(stream)
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(UserError, match="a process that decodes images was killed") as caught:
+        list(stream)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30), (33, 33), (64, 31)])
