@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,6 +45,15 @@ class Config(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    # Keys that do not change what comes out, or only its last bits.
+    WHERE: ClassVar[frozenset[str]] = frozenset()
+
+    def difference(self, before: Self) -> list[str]:
+        """Keys that say what is done and whose values differ, `a.b: 1 -> 2`; not those that only say where."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(before.model_dump(mode="json"))
+        return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in [*mine, *(theirs.keys() - mine.keys())]
+                if mine.get(key) != theirs.get(key) and key.split(".")[0] not in self.WHERE]
 
 
 class DataConfig(Config):
@@ -98,12 +107,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     stages: list[dict[str, dict[str, Any]]] = Field(min_length=1, description="stage names with their settings, in order")
 
-    def difference(self, other: RunConfig) -> list[str]:
-        """Keys that say what is run and whose values differ, `a.b: 1 -> 2`; not where or on how many threads."""
-        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
-        ignored = {"run_dir", "threads", "device", "recipe"}
-        return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in sorted(mine.keys() | theirs.keys())
-                if mine.get(key) != theirs.get(key) and key.split(".")[0] not in ignored]
+    WHERE: ClassVar = frozenset({"run_dir", "threads", "device", "recipe"})
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

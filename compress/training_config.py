@@ -126,7 +126,6 @@ class TrainingConfig(Config):
                                            else self.keep})
         return self
 
-    # What does not change which weights come out, or only their last bits.
     WHERE: ClassVar = frozenset({"log_dir", "threads", "device", "num_workers", "checkpoint_seconds", "use_tensorboard",
                                  "use_wandb", "wandb_project", "download", "data_root", "memory_limit_gb"})
 
@@ -189,13 +188,6 @@ def validated(content: dict[str, Any], where: str) -> TrainingConfig:
         return TrainingConfig.model_validate(content)
     except ValidationError as error:
         raise settings_error(where, error, TrainingConfig.model_fields) from error
-
-
-def difference(mine: TrainingConfig, theirs: TrainingConfig) -> list[str]:
-    """Keys whose values differ, `lr: 0.1 -> 0.2`; not those that only say where."""
-    one, other = (config.model_dump(mode="json") for config in (theirs, mine))
-    return [f"{key}: {one[key]} -> {other[key]}" for key in one
-            if one[key] != other[key] and key not in TrainingConfig.WHERE]
 
 
 def help_lines() -> Iterable[str]:

@@ -27,7 +27,7 @@ from compress.recipe import Recipe
 from compress.schedules import Schedule
 from compress.trackers import Tracker
 from compress.training import Data, Trained, best_file, seeded, train
-from compress.training_config import TrainingConfig, difference, validated
+from compress.training_config import TrainingConfig, validated
 from loaders import load, set_name
 from loaders.arrays import Request, Splits
 from loaders.augment import Affine, Augmenter, center_crop
@@ -261,7 +261,7 @@ def claimed(config: TrainingConfig) -> Iterator[None]:
     folder = config.log_dir
     files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # something has begun
-        if changed := difference(config, _settings_in(folder)):
+        if changed := config.difference(_settings_in(folder)):
             raise UserError(f"{folder} already holds another training ({', '.join(changed[:4])}"
                             f"{', ...' if len(changed) > 4 else ''}); choose --log_dir OTHER, or give the same settings "
                             "to continue it")

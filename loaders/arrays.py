@@ -339,6 +339,14 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
     return settings
 
 
+def torchvision_root(request: Request, name: str) -> Path:
+    """Where torchvision's files of a set, or an image folder of it, are; a UserError if the request does not say."""
+    if request.root is None:
+        raise UserError(f"data.root is not set: {name} is read from torchvision's files or from an image folder "
+                        "(train/<class>/, test/<class>/); pass data.root=DIR, and data.download=true to fetch it")
+    return request.root
+
+
 def write_image_folder(split: Split, class_names: list[str], folder: Path) -> None:
     """Writes a split as an image folder that the set's preprocessing decodes to the same pixels.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loaders.arrays import Request, Splits
+from loaders.arrays import Request, Splits, torchvision_root
 from loaders.image_folder import file_splits, folder_splits
 from metadata.schemas import dataset_cards
 from model_loader import UserError, first_line
@@ -24,10 +24,7 @@ def oxford_iiit_pet(request: Request) -> Splits:
         UserError: files are missing or damaged, or the set cannot be fetched.
     """
     preprocessing = dataset_cards()[NAME]["preprocessing"]
-    root = request.root
-    if root is None:
-        raise UserError(f"data.root is not set: {NAME} is read from torchvision's files or from an image folder "
-                        "(train/<class>/, test/<class>/); pass data.root=DIR, and data.download=true to fetch it")
+    root = torchvision_root(request, NAME)
     if (root / "train").is_dir():
         return folder_splits(request, NAME, preprocessing)
     folder = root / "oxford-iiit-pet"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.arrays import Arrays, Request, Splits, array_splits
+from loaders.arrays import Arrays, Request, Splits, array_splits, torchvision_root
 from loaders.image_folder import folder_splits
 from metadata.schemas import dataset_cards
 from model_loader import UserError, first_line
@@ -22,19 +22,17 @@ DAMAGED = (RuntimeError, OSError, EOFError, AssertionError, LookupError, TypeErr
 def _open(name: str, request: Request, train: bool) -> Any:
     from torchvision import datasets
 
-    if request.root is None:
-        raise UserError(f"data.root is not set: {name} is read from torchvision's files or from an image folder "
-                        "(train/<class>/, test/<class>/); pass data.root=DIR, and data.download=true to fetch it")
+    root = torchvision_root(request, name)
     try:
-        return getattr(datasets, CLASSES[name])(request.root, train=train, download=request.download)
+        return getattr(datasets, CLASSES[name])(root, train=train, download=request.download)
     except DAMAGED as error:
-        packed = next(request.root.glob(f"{CLASSES[name]}/raw/*-ubyte.gz"), None)
+        packed = next(root.glob(f"{CLASSES[name]}/raw/*-ubyte.gz"), None)
         if request.download:
             advice = "remove files that are damaged, see that there is a network, or give an image folder"
         else:
             advice = f"gunzip {packed} and its like, or pass" if packed else "pass"
             advice += " data.download=true to fetch it, after removing files that are damaged, or give an image folder"
-        raise UserError(f"data.root {request.root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
+        raise UserError(f"data.root {root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
                         ) from error
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compress.config import read_mapping, recipe_names
-from compress.training_config import (TRAINING_RECIPES, TrainingConfig, difference, parse_flags, resolve_training,
+from compress.training_config import (TRAINING_RECIPES, TrainingConfig, parse_flags, resolve_training,
                                       validated)
 from loaders import load
 from loaders.arrays import Request
@@ -187,8 +187,8 @@ def test_flags_override_the_file_in_every_spelling(tmp_path: Path) -> None:
     assert (config.lr, config.use_amp, config.bs_schedule, config.optimizer) == (0.2, True, {0: 64, 5: 128}, "adamw")
     assert config.scheduler == "step" and config.model_options == {"width": 8} and config.log_dir == Path("runs/mine")
     assert parse_flags(["--lr", "1e-3"]) == {"lr": "1e-3"} and resolve_training(["--lr", "1e-3"]).lr == 0.001
-    assert difference(config, validated({"lr": 0.2, "log_dir": "elsewhere", "threads": 7}, "x"))[0].startswith("dataset")
-    assert difference(TrainingConfig(), TrainingConfig(threads=3, log_dir=Path("x"))) == []
+    assert config.difference(validated({"lr": 0.2, "log_dir": "elsewhere", "threads": 7}, "x"))[0].startswith("dataset")
+    assert TrainingConfig().difference(TrainingConfig(threads=3, log_dir=Path("x"))) == []
 
 
 def test_no_validation_split_means_the_training_loss_is_watched_and_the_last_weights_kept() -> None:
