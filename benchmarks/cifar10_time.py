@@ -2,9 +2,10 @@
 
     python -m benchmarks.cifar10_time --data_root DIR --config cifar10_fast --seeds 0,1,2 --output benchmarks/results/NAME
 
-Writes NAME.json and NAME.png. Each seed is a run of `python -m compress train`, one after the other; its wall time includes
-the start of Python and the decoding of the images. The curve is of the images held out of train; the test split is opened
-once a seed, at the end.
+Writes NAME.json and NAME.png; seeds that NAME.json has already, of the same settings, are kept. Each seed is a run of
+`python -m compress train`, one after the other; its wall time includes the start of Python and the decoding of the images.
+The curve is of the images held out of train; the test split is opened once a seed, at the end. Beside its accuracy stands
+what the mean over each image and its mirror image gives.
 """
 
 from __future__ import annotations
@@ -19,8 +20,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
+from compress.assessment import accuracy_of
+from loaders import load
+from loaders.arrays import Request
 from metadata.files import read_csv, write_figure
-from model_loader import machine, versions, write_json
+from model_loader import Architecture, machine, open_model, read_json, versions, write_json
+
+
+class Mirrored(nn.Module):
+    """(N, C, H, W) -> (N, classes): the mean of the logits of each image and its mirror image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images) + self.model(images.flip(3))
+        return logits / 2
 
 
 def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str]) -> dict[str, Any]:
@@ -32,10 +50,14 @@ def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str])
     summary = json.loads((folder / "summary.json").read_text())
     curve = [{"epoch": int(row["epoch"]), "seconds": float(row["seconds"]),
               "accuracy": round(float(row["validation_accuracy"]), 4)} for row in read_csv(folder / "metrics.csv")]
+    model = open_model(read_json(folder / "architecture.json", Architecture), folder / "weights.pth").eval()
+    splits = load(Request("cifar10", data_root))
+    mirrored = accuracy_of(Mirrored(model), splits.open_test(), splits.card.preprocessing)
+    test = summary["test"]
     return {"seed": seed, "wall_seconds": round(wall, 1), "training_seconds": summary["seconds"],
-            "images_per_second": summary["images_per_second"], "test_accuracy": summary["test"]["accuracy"],
-            "test_loss": summary["test"]["loss"], "parameters": summary["parameters"], "macs": summary["macs"],
-            "curve": curve}
+            "images_per_second": summary["images_per_second"], "test_accuracy": test["accuracy"],
+            "test_accuracy_mirrored": round(mirrored, 4), "test_loss": test["loss"], "parameters": summary["parameters"],
+            "macs": summary["macs"], "curve": curve}
 
 
 def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
@@ -65,8 +87,13 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path, required=True)
     arguments, extra = parser.parse_known_args()
-    runs = []
+    path = arguments.output.with_suffix(".json")
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = (before.get("config"), before.get("changed")) == (arguments.config, extra)
+    runs = before["runs"] if same else []
     for seed in map(int, arguments.seeds.split(",")):
+        if seed in [found["seed"] for found in runs]:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             runs.append(run(arguments.config, seed, arguments.data_root, Path(folder) / "log", extra))
         accuracies = [found["test_accuracy"] for found in runs]
@@ -76,7 +103,7 @@ def main() -> None:
                                     "deviation": round(statistics.stdev(accuracies), 5) if len(runs) > 1 else None},
                   "wall_minutes": {"median": round(statistics.median(walls) / 60, 2), "longest": round(max(walls) / 60, 2)},
                   "runs": runs, "machine": machine(), "versions": versions()}
-        write_json(arguments.output.with_suffix(".json"), result)
+        write_json(path, result)
         cores = result["machine"]["cores"]
         draw(arguments.output.with_suffix(".png"), f"CIFAR-10, {arguments.config}, {cores} CPU cores", runs)
         print(json.dumps({key: result[key] for key in ("n", "test_accuracy", "wall_minutes")}), flush=True)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,16 @@ def crop_and_flip() -> list[Any]:
     return [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
 
 
-Sides = dict[str, Callable[[], float]]  # a name -> a measurement in images/s; ours first
+Sides = dict[str, Callable[[], float]]  # a name -> a measurement in images/s; what the others are compared with is last
 
 
 def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Runs the two sides of a case in turns, each in its process; the first round warms up and is not counted."""
+    """Runs the sides of a case in turns, each in its process; the first round warms up and is not counted."""
     command = [sys.executable, "-m", "benchmarks.training_speed", "--cifar10", str(arguments.cifar10), "--mnist",
                str(arguments.mnist), "--case", case, "--side"]
-    sides = [subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-             for side in ("0", "1")]
+
+    def begun(index: int) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def ask(side: subprocess.Popen[str], what: str) -> Any:
         assert side.stdin and side.stdout
@@ -82,27 +84,29 @@ def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str,
         side.stdin.flush()
         return json.loads(side.stdout.readline())
 
-    about = [ask(side, "about") for side in sides]
-    seen: list[list[float]] = [[], []]
+    sides = [begun(0)]
+    names = ask(sides[0], "names")
+    sides += [begun(index) for index in range(1, len(names))]
+    seen: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for index, side in enumerate(sides):
+        for name, side in zip(names, sides, strict=True):
             speed = ask(side, "measure")
             if turn:
-                seen[index].append(speed)
+                seen[name].append(speed)
     for side in sides:
         side.communicate()
-    result: dict[str, Any] = {
-        name: {"median": round(statistics.median(values), 1), "lowest": round(min(values), 1),
-               "highest": round(max(values), 1), "n": rounds} for name, values in zip(about, seen, strict=True)}
-    result["ratio"] = round(statistics.median(seen[0]) / statistics.median(seen[1]), 2)
+    medians = {name: statistics.median(values) for name, values in seen.items()}
+    result: dict[str, Any] = {name: {"median": round(medians[name], 1), "lowest": round(min(values), 1),
+                                     "highest": round(max(values), 1), "n": rounds} for name, values in seen.items()}
+    result["ratios"] = {name: round(medians[name] / medians[names[-1]], 2) for name in names[:-1]}
     return result
 
 
 def serve(sides: Sides, index: int) -> None:
-    """One side's process: answers with its name, or a measurement, a line each."""
-    name, measure = list(sides.items())[index]
+    """One side's process: answers with all sides' names, or a measurement of its own, a line each."""
+    measure = list(sides.values())[index]
     for line in sys.stdin:
-        print(json.dumps(name if line.strip() == "about" else measure()), flush=True)
+        print(json.dumps(list(sides) if line.strip() == "names" else measure()), flush=True)
 
 
 def data_sides(splits: Splits) -> Sides:
@@ -157,12 +161,11 @@ def resnet20() -> nn.Module:
 
 
 def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, names: list[str],
-               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None,
-               compiled: bool = False) -> Sides:
+               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None) -> Sides:
     """Whole training steps, loading included, on all cores: the engine's loop, and the loop that everybody writes."""
-    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True,
-                    compile=compiled)
+    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True, compile=False)
     return {"engine": engine(make_model, splits, recipe, names, affine),
+            "engine, compiled": engine(make_model, splits, replace(recipe, compile=True), names, affine),
             "plain loop": plain_loop(make_model, splits, batch, steps, per_image, settings)}
 
 
@@ -271,7 +274,7 @@ def slim() -> nn.Module:
 
 
 def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
-    """The two measurements of a case."""
+    """The measurements of a case."""
     from torchvision import transforms
 
     if case == "stream_from_disk":
@@ -285,9 +288,9 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
     if case == "step_slim_resnet18":
         return step_sides(slim, splits, BATCH, 25, ["crop", "flip"], crop_and_flip(), sgd)
     rotation, adam, published = [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), "mnist_model_final"
-    if case.startswith("step_tiny_mnist"):
+    if case == "step_tiny_mnist":
         return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
-                          Affine(7.0, 0, 0, 0), compiled=case.endswith("_compiled"))
+                          Affine(7.0, 0, 0, 0))
     assert case == "mnist_challenge", case  # our model our way, and the published one the published way
     muon = optimizers.Settings("muon", 0.02, adamw_lr=0.01)
     recipe = Recipe(1, 64, muon, max_steps=200, checkpoint_seconds=1e9, watch_training=True, ema=0.998)
@@ -295,8 +298,7 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
             "published": plain_loop(lambda: make(published, num_classes=10), splits, 32, 300, rotation, adam)}
 
 
-CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist",
-         "step_tiny_mnist_compiled", "mnist_challenge")
+CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet18", "step_tiny_mnist", "mnist_challenge")
 
 
 def main() -> None:
