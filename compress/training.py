@@ -160,14 +160,15 @@ class _Training:
         """Compiles the network if it is to be, or if that is faster; what was found holds for later sittings too."""
         if self.compiled is None and self.device.type == "cpu" and self.team.size == 1 and self.step < self.last:
             ids = torch.arange(self.recipe.steps(self.epoch, self.samples)[0])
-            batch = self._batch(ids, self.data.train.images.batch(ids), 0, scheduled(self.recipe.sizes, self.epoch, 0))
+            size, pieces = scheduled(self.recipe.sizes, self.epoch, 0), self.recipe.accumulate
+            batch = parts(self._batch(ids, self.data.train.images.batch(ids), 0, size), pieces)[0]
 
             def work(network: nn.Module) -> None:
                 with precision(self.recipe.autocast, self.device):
                     value, _ = self.loss(network, batch)
                 value.backward()
 
-            fastest = faster(self.network, work, self.last - self.step, lambda text: self.tracker.say(
+            fastest = faster(self.network, work, pieces * (self.last - self.step), lambda text: self.tracker.say(
                 f"  {self.label}: {text}"))
             self.compiled, self.network = fastest is not self.network, fastest
         elif self.compiled:
