@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,8 +200,9 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
         return
     # Arrays, unlike tensors, go through a pipe: containers often have hardly any shared memory. The generator is for the
     # workers' seeds, which would else be drawn from the one that the training's numbers come from.
+    workers = min(images.workers, len(os.sched_getaffinity(0)))  # a DataLoader warns of more
     decoding = DataLoader(_Batches(replace(images, workers=1), batches), batch_size=None, collate_fn=_as_it_is,
-                          num_workers=images.workers, generator=torch.Generator())
+                          num_workers=workers, generator=torch.Generator())
     try:
         for ids, decoded in zip(batches, decoding, strict=True):
             if isinstance(decoded, str):
