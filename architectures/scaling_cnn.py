@@ -49,7 +49,7 @@ def scaling_cnn(*, num_classes: int, width: int = 32, depth: int = 2, in_channel
     channels = in_channels
     for stage in (1, 2, 3):
         out = width * 2 ** (stage - 1)
-        layers[f"stage{stage}"] = nn.Sequential(*(ConvBlock(channels if block == 0 else out, out) for block in range(depth)))
+        layers[f"stage{stage}"] = nn.Sequential(*(ConvBlock(out if block else channels, out) for block in range(depth)))
         if stage < 3:
             layers[f"pool{stage}"] = nn.MaxPool2d(2)
         channels = out

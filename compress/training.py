@@ -36,7 +36,7 @@ from model_loader import Preprocessing, UserError, VerificationError, first_line
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """The loss or the weights are not finite any more; which step and what helps is in the text."""
 
 
@@ -94,7 +94,7 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
         team: the processes that train it together; their files are on one disk, and only the first one's tracker speaks.
 
     Raises:
-        Diverged: the loss is not finite.
+        DivergedError: the loss is not finite.
         UserError: batches would be smaller than two images, or the checkpoint is of another training.
     """
     return _Training(model, data, loss, recipe, label, seed, device, checkpoint, tracker, team).run()
@@ -347,7 +347,7 @@ class _Training:
         if not math.isfinite(loss := float(self.loss_sum)):
             raise self._diverged(f"the loss is {loss}", step)
 
-    def _diverged(self, what: str, step: int | None = None) -> Diverged:
+    def _diverged(self, what: str, step: int | None = None) -> DivergedError:
         kept = f"the last good state is kept in {self.checkpoint}" if self.checkpoint.is_file() else "nothing was saved yet"
-        return Diverged(f"{self.label}: {what} at step {step or self.step} (learning rate {self.lr:.3g}); lower lr, "
-                        f"lengthen the warmup or set clip; {kept}")
+        return DivergedError(f"{self.label}: {what} at step {step or self.step} (learning rate {self.lr:.3g}); lower lr, "
+                             f"lengthen the warmup or set clip; {kept}")
