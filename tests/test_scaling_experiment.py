@@ -46,8 +46,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Images:
 
 
 def run(base_dir: Path, **changes: object) -> dict[str, object]:
-    settings: dict[str, object] = dict(seed=0, batch_size=64, num_epochs=13, test_freq=2, width=4, depth=1, dataset_size=200,
-                                       dataset="digits", base_dir=base_dir, threads=1)
+    settings: dict[str, object] = dict(seed=0, batch_size=64, num_epochs=13, test_freq=2, width=4, depth=1,
+                                       dataset_size=200, dataset="digits", base_dir=base_dir, threads=1)
     return run_experiment(**(settings | changes))  # type: ignore[arg-type]
 
 
@@ -75,7 +75,7 @@ def test_network_has_three_stages_that_double_in_width(width: int, depth: int) -
     assert sizes == [32] * depth + [16] * depth + [8] * depth
 
 
-@pytest.mark.parametrize("size", [130, 129, 40, 1438], ids=["a partial batch", "one image over", "less than a batch", "all"])
+@pytest.mark.parametrize("size", [130, 129, 40, 1438], ids=["a partial batch", "one over", "less than a batch", "all"])
 def test_flops_are_those_of_the_whole_training_as_torch_counts_them(digits: Images, tmp_path: Path, size: int) -> None:
     point = Point(width=3, depth=2, batch_size=64, num_epochs=2, dataset_size=size, dataset="digits")
     data = experiment.training_data(point, digits, CPU)
@@ -250,7 +250,7 @@ def test_a_killed_experiment_continues_and_ends_as_if_it_had_not_been(tmp_path: 
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--width", "0"], "width: Input should be greater than or equal to 1, got 0"),
-    (["--depth", "-1"], "depth: Input should be greater"), (["--dataset_size", "0"], "dataset_size: Input should be greater"),
+    (["--depth", "-1"], "depth: Input should be"), (["--dataset_size", "0"], "dataset_size: Input should be"),
     (["--num_epochs", "0"], "num_epochs: Input should be"), (["--test_freq", "0"], "test_freq: Input should be"),
     (["--batch_size", "1"], "batch_size: Input should be"), (["--seed", "-1"], "seed: Input should be"),
     (["--dataset_size", "1439"], "dataset_size 1,439: digits has 1,438 training images"),

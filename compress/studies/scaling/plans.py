@@ -264,9 +264,8 @@ def read_plan(name: str) -> Plan:
             kind = first["ctx"]["tag"]
             raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, KINDS)} (known: "
                             f"{', '.join(KINDS)})") from error
-        place = [part for part in first["loc"] if isinstance(part, str)]
-        model: type[Config] = KINDS[place[1]] if len(place) > 1 and place[1] in KINDS else Plan
-        raise settings_error(f"plan {name}", error, model.model_fields) from error
+        kind = next((found["loc"][2] for found in error.errors() if len(found["loc"]) > 3), None)  # sweeps.0.KIND.key
+        raise settings_error(f"plan {name}", error, KINDS.get(str(kind), Plan).model_fields) from error
 
 
 def _place(location: tuple[int | str, ...]) -> str:
