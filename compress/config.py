@@ -198,10 +198,10 @@ def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 def settings_error(where: str, error: ValidationError, known: Iterable[str]) -> UserError:
     """One line for a setting that pydantic refused; an unknown key comes with the closest match."""
-    first = error.errors()[0]
-    if first["type"] == "extra_forbidden":
-        key = ".".join(str(part) for part in first["loc"])
-        return UserError(f"{where}: unknown key {key!r}{closest(str(first['loc'][-1]), known)}")
+    # A key that is misspelt is often one that is missing too.
+    if unknown := next((found for found in error.errors() if found["type"] == "extra_forbidden"), None):
+        key = ".".join(str(part) for part in unknown["loc"])
+        return UserError(f"{where}: unknown key {key!r}{closest(str(unknown['loc'][-1]), known)}")
     return UserError(f"{where}: {describe_validation_error(error)}")
 
 

@@ -17,7 +17,7 @@ class Recipe:
 
     Args:
         epochs: passes over the training split.
-        batch_size: images a step, of all processes together; a last partial batch is left out.
+        batch_size: images a step, of all processes together; a last partial batch is left out, unless `partial`.
         optimizer: see `optimizers`.
         schedule: see `schedules`.
         clip: largest norm of the gradient, 0 for no limit.
@@ -34,6 +34,9 @@ class Recipe:
         early_patience: epochs without a lower loss after which to stop; 0 never stops.
         keep_best: end with the weights of the epoch with the lowest loss.
         watch_training: plateau, stopping and the best go by the training loss, not the validation loss.
+        measure_every: epochs between looks at the validation split, which must not be watched then; the last epoch is
+            always measured.
+        partial: an epoch ends with the batch of what is left over (if it is two images a part or more).
         compile: let torch compile the network; None tries it where the training is long, and keeps what is faster.
         channels_last: keep images and kernels so in memory; None decides by the network (see `suits_channels_last`).
     """
@@ -57,16 +60,29 @@ class Recipe:
     early_patience: int = 0
     keep_best: bool = False
     watch_training: bool = False
+    measure_every: int = 1
+    partial: bool = False
     compile: bool | None = None
     channels_last: bool | None = None
+
+    def __post_init__(self) -> None:
+        assert self.measure_every == 1 or self.watch_training, "what is watched is measured each epoch"
 
     def steps(self, epoch: int, samples: int) -> tuple[int, int]:
         """(images a step, steps) of an epoch over so many samples."""
         batch_size = min(scheduled(self.batch_sizes, epoch, self.batch_size), samples)
-        return batch_size, samples // batch_size
+        left_over = self.partial and samples % batch_size >= 2 * self.accumulate
+        return batch_size, samples // batch_size + left_over
+
+    def measures(self, epoch: int) -> bool:
+        """Whether the validation split is looked at after an epoch, counted from 1."""
+        return epoch % self.measure_every == 0 or epoch == self.epochs
 
     def check_batches(self, label: str, samples: int, processes: int) -> None:
         """Raises UserError if so many processes cannot share every batch equally, or get less than two images of one."""
+        if self.partial and processes > 1:
+            raise UserError(f"{label}: the last partial batch of an epoch cannot be shared by {processes} processes; train "
+                            "with one")
         for size in {min(size, samples) for size in (self.batch_size, *self.batch_sizes.values())}:
             if (smallest := size // (self.accumulate * processes)) < 2:
                 raise UserError(f"{label}: training needs batches of two or more images, got {smallest} ({samples} images "

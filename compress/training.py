@@ -36,6 +36,10 @@ from model_loader import Preprocessing, UserError, VerificationError, first_line
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
 
 
+class DivergedError(UserError):
+    """The loss or the weights are not finite any more; which step and what helps is in the text."""
+
+
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]  # -> mean loss, (N, classes) logits
 
 
@@ -90,7 +94,8 @@ def train(model: nn.Module, data: Data, loss: Loss, recipe: Recipe, *, label: st
         team: the processes that train it together; their files are on one disk, and only the first one's tracker speaks.
 
     Raises:
-        UserError: the loss is not finite, or batches would be smaller than two images.
+        DivergedError: the loss is not finite.
+        UserError: batches would be smaller than two images, or the checkpoint is of another training.
     """
     return _Training(model, data, loss, recipe, label, seed, device, checkpoint, tracker, team).run()
 
@@ -199,7 +204,7 @@ class _Training:
                 torch.cuda.manual_seed(seed)
             batch = self._batch(ids, pixels, view, size)
             self._step(mixed(batch, self.recipe.mixup) if self.recipe.mixup else batch)
-            self.step, self.done, images_done = self.step + 1, self.done + 1, images_done + batch_size
+            self.step, self.done, images_done = self.step + 1, self.done + 1, images_done + len(ids) * self.team.size
             if self.average:
                 self.average.follow(self.step)
             now = time.monotonic()
@@ -220,7 +225,7 @@ class _Training:
     def _step(self, batch: Batch) -> None:
         """One step of the optimizer on a batch."""
         loss, correct = self._gradients(batch)
-        self.loss_sum += loss
+        self.loss_sum += loss * len(batch.labels)
         self.correct += correct
         self.seen += len(batch.labels)
         if self.device.type == "cpu":  # elsewhere a look at the loss would wait for the device
@@ -255,12 +260,12 @@ class _Training:
     def _end_epoch(self) -> None:
         """Measures, notes, decides whether to go on, and saves."""
         self._check_finite()
-        sums = self.team.total(torch.stack([self.loss_sum / self.done, self.correct, torch.tensor(
+        sums = self.team.total(torch.stack([self.loss_sum / self.seen, self.correct, torch.tensor(
             float(self.seen), device=self.device)]))
         train_loss, train_accuracy = float(sums[0]) / self.team.size, float(sums[1] / sums[2])
         row: dict[str, Any] = dict(epoch=self.epoch + 1, train_loss=train_loss, train_accuracy=train_accuracy)
         watched = train_loss
-        if len(self.data.validation) and self.team.first:
+        if len(self.data.validation) and self.team.first and self.recipe.measures(self.epoch + 1):
             model = self.average.model if self.average else self.model
             found = assess(model, self.data.validation, self.data.preprocessing, self.recipe.autocast)
             row |= dict(validation_loss=found.loss, validation_accuracy=found.accuracy)
@@ -343,7 +348,7 @@ class _Training:
         if not math.isfinite(loss := float(self.loss_sum)):
             raise self._diverged(f"the loss is {loss}", step)
 
-    def _diverged(self, what: str, step: int | None = None) -> UserError:
+    def _diverged(self, what: str, step: int | None = None) -> DivergedError:
         kept = f"the last good state is kept in {self.checkpoint}" if self.checkpoint.is_file() else "nothing was saved yet"
-        return UserError(f"{self.label}: {what} at step {step or self.step} (learning rate {self.lr:.3g}); lower lr, "
-                         f"lengthen the warmup or set clip; {kept}")
+        return DivergedError(f"{self.label}: {what} at step {step or self.step} (learning rate {self.lr:.3g}); lower lr, "
+                             f"lengthen the warmup or set clip; {kept}")

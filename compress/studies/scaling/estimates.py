@@ -1,0 +1,149 @@
+"""What a plan comes to before it runs: its points, which of them are done, and how long the others will take."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compress.assessment import assess
+from compress.distillation import cross_entropy
+from compress.memory import keep_freed_memory
+from compress.studies import sweep
+from compress.studies.scaling import experiment
+from compress.studies.scaling import images as study_images
+from compress.studies.scaling.images import Images
+from compress.studies.scaling.plans import Plan, Point
+from compress.studies.scaling.rows import OVER
+from compress.studies.scaling.sweeps import Study, Task, check_workers, duration, open_study
+from compress.trackers import Tracker
+from compress.training import train
+from model_loader import UserError
+
+TRIAL_IMAGES, TRIAL_SECONDS = 2048, 0.5  # of a calibration; one that is over sooner is done again, longer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Images a second of one worker, in training and in measuring."""
+
+    training: float
+    measuring: float
+
+
+Kind = tuple[int, int, int]  # width, depth, batch_size
+
+
+def estimate(plan: Plan, console: Console, workers: int | None = None) -> tuple[Study, dict[str, float]]:
+    """Prints a plan's points with their state and the time that they will take, which is returned too.
+
+    The time comes from training each network for a few steps, by as many processes at once as the sweep will have. The
+    decoded images stay in results/cache for the sweep; nothing else is written.
+
+    Returns:
+        The study, and seconds of one worker by the ids of the points that are left.
+
+    Raises:
+        UserError: see `open_study`; no workers.
+    """
+    study = open_study(plan, console)
+    workers = check_workers(workers, plan.device)
+    states = study.states()
+    left = [point for point in study.points if states[point.id] not in OVER]
+    kinds = {_kind(point): point for point in left}
+    speeds: dict[Kind, Speed] = {}
+    failures = []
+
+    def take(outcome: sweep.Outcome[Task, Speed]) -> None:
+        if outcome.result is None:
+            failures.append(f"{outcome.task.point.shape}: {outcome.failure}")
+        else:
+            speeds[_kind(outcome.task.point)] = outcome.result
+
+    if kinds:
+        sweep.run_local(calibrate, [study.task(point) for point in kinds.values()], workers, take)
+    if failures:
+        raise UserError(f"calibration of {failures[0]}")
+    seconds = {point.id: _seconds(point, study.images, speeds[_kind(point)]) for point in left}
+    _print_plan(console, study, states, seconds)
+    if seconds:
+        whole = max(sum(seconds.values()) / workers, max(seconds.values()))
+        console.print(f"about {duration(whole)} with --workers {workers} (from {len(speeds)} trials of a few steps)",
+                      highlight=False)
+    return study, seconds
+
+
+def calibrate(task: Task, report: sweep.Report) -> Speed:
+    """Trains a point's network for a few steps by the engine's own loop, and measures it on a few test images."""
+    keep_freed_memory()
+    images, device = study_images.read(task.images_folder), experiment.chosen_device(task.device)
+    size = min(len(images.train), max(TRIAL_IMAGES, 4 * task.point.batch_size))
+    trial = task.point.model_copy(update={
+        "dataset_size": size, "num_epochs": 2, "batch_size": _kind(task.point)[2]})
+    model, data = experiment.network(trial, images), experiment.training_data(trial, images, device)
+    seen = _Speeds(Console(quiet=True))
+    recipe = replace(experiment.training_recipe(trial), checkpoint_seconds=1e9)
+    unmeasured = replace(data, validation=study_images.taken(data.validation, torch.arange(0)))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for epochs in (2, 8):
+            seen.speeds.clear()
+            train(model, unmeasured, cross_entropy(0.0), replace(recipe, epochs=epochs), label="trial", seed=0,
+                  device=device, checkpoint=Path(folder) / f"{epochs}.pth", tracker=seen)
+            if time.monotonic() - started > TRIAL_SECONDS:
+                break
+    test = study_images.taken(data.validation, torch.arange(min(len(data.validation), 1000)))
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        assess(model, test, data.preprocessing)
+        times.append(time.perf_counter() - started)
+    return Speed(statistics.median(seen.speeds[1:]), len(test) / times[-1])
+
+
+@dataclass
+class _Speeds(Tracker):
+    """Keeps each epoch's images a second; the first is slower, while kernels are chosen."""
+
+    speeds: list[float] = field(default_factory=list)
+
+    def epoch(self, label: str, **metrics: Any) -> None:
+        """Takes an epoch's speed."""
+        self.speeds.append(metrics["images_per_second"])
+
+
+def _kind(point: Point) -> Kind:
+    return point.width, point.depth, min(point.batch_size, point.dataset_size)
+
+
+def _seconds(point: Point, images: Images, speed: Speed) -> float:
+    recipe = experiment.training_recipe(point)
+    looks = sum(recipe.measures(epoch) for epoch in range(1, point.num_epochs + 1))
+    return point.dataset_size * point.num_epochs / speed.training + looks * len(images.test) / speed.measuring
+
+
+def _print_plan(console: Console, study: Study, states: dict[str, str], seconds: dict[str, float]) -> None:
+    """A line a configuration: its sizes, its seeds' states and their time together."""
+    groups: dict[str, list[Point]] = {}
+    for point in study.points:
+        groups.setdefault(f"{point.shape} {point.batch_size} {point.test_freq}", []).append(point)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("width", "depth", "N", "D", "epochs", "C = N D epochs", "batch", "seeds", "state", "time of one worker"):
+        table.add_column(name, justify="left" if name in ("seeds", "state") else "right")
+    for points in groups.values():
+        first = points[0]
+        row = experiment.facts(first, study.images)
+        found = [states[point.id] for point in points]
+        table.add_row(str(first.width), str(first.depth), f"{row['N']:,}", f"{row['D']:,}", str(row["epochs"]),
+                      f"{row['C_proxy']:.2e}", str(first.batch_size), ",".join(str(point.seed) for point in points),
+                      ", ".join(f"{found.count(state)} {state}" for state in dict.fromkeys(found)),
+                      duration(sum(seconds.get(point.id, 0.0) for point in points)))
+    console.print(table)

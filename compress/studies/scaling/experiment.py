@@ -1,0 +1,239 @@
+"""One experiment: a CNN of some width and depth on a subset of some size, trained to the end of its schedule.
+
+The test split is measured along the way and nothing is chosen by it: no stopping, no best epoch, no rate.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from architectures import make
+from architectures.scaling_cnn import ScalingCNN
+from compress import optimizers
+from compress.assessment import learned_parameters
+from compress.distillation import cross_entropy
+from compress.memory import keep_freed_memory
+from compress.recipe import Recipe
+from compress.schedules import Schedule
+from compress.studies.scaling import images as study_images
+from compress.studies.scaling.images import Images
+from compress.studies.scaling.plans import TRAINING, Point, make_point
+from compress.studies.scaling.rows import CURVE, OVER, Results, Row
+from compress.trackers import Tracker
+from compress.training import Data, DivergedError, seeded, train
+from compress.training_run import NO_FLIP
+from loaders import set_name
+from loaders.augment import Augmenter
+from metadata.files import read_csv, write_atomically, write_csv
+from model_loader import UserError, count_macs
+
+CHECKPOINT, METRICS = "checkpoint.pth", "metrics.csv"
+LAST = 5  # measured epochs of which the final figures are the mean
+
+
+def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, width: int, depth: int, dataset_size: int,
+                   *, dataset: str = "cifar10", data_root: Path | None = None, base_dir: Path = Path("."),
+                   device: str = "auto", threads: int = 0, download: bool = False, checkpoint_seconds: float = 20.0,
+                   console: Console | None = None) -> Row:
+    """Runs one experiment, or what is left of it, and returns its row of base_dir/results/final_data.csv.
+
+    Args:
+        seed: of the subset, the weights, the order and the augmentation.
+        batch_size: images a step; an epoch ends with what is left over.
+        num_epochs: passes over the subset.
+        test_freq: epochs between looks at the test split; the last is always measured.
+        width: channels of the first stage.
+        depth: convolution blocks a stage.
+        dataset_size: training images, a subset drawn class by class.
+        dataset: see loaders/.
+        data_root: where its files are.
+        base_dir: results go to results/ below it.
+        device: "auto", "cpu" or "cuda".
+        threads: CPU threads; 0 for all that the process may use.
+        download: let torchvision fetch a missing set.
+        checkpoint_seconds: time between checkpoints.
+        console: where progress goes; nowhere unless given.
+
+    Raises:
+        UserError: a size out of range, data that is not there or too few, or another process runs the same.
+    """
+    point = make_point("scaling run", seed=seed, batch_size=batch_size, num_epochs=num_epochs, test_freq=test_freq,
+                       width=width, depth=depth, dataset_size=dataset_size, dataset=set_name(dataset))
+    results = Results(base_dir)
+    place = chosen_device(device)
+    results.create()
+    tracker = Tracker(console or Console(quiet=True))
+    folder = study_images.prepare(results, point.dataset, data_root, download, tracker)
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    return run_point(point, results, folder, place, tracker, checkpoint_seconds)
+
+
+def run_point(point: Point, results: Results, images_folder: Path, device: torch.device, tracker: Tracker,
+              checkpoint_seconds: float = 20.0, patience_seconds: float = 0.0) -> Row:
+    """The same, with the images prepared.
+
+    Args:
+        point: what to run.
+        results: where its files go.
+        images_folder: what `images.prepare` returned.
+        device: where.
+        tracker: what is told of progress; its folder is not used.
+        checkpoint_seconds: time between checkpoints.
+        patience_seconds: how long to wait for another process that runs the same.
+
+    Raises:
+        BusyError: another process still runs the same.
+        UserError: too few images, or a checkpoint that is damaged.
+    """
+    with results.claimed(point.id, patience_seconds):
+        before = results.rows().get(point.id)
+        if before and before["status"] in OVER:
+            results.forget_progress(point.id)  # if the process was killed when the row had just been written
+            tracker.say(f"{point.id}: finished before")
+            return dict(before)
+        keep_freed_memory()
+        images = study_images.read(images_folder)
+        images.check_size(point.dataset_size)
+        row = _train(point, results, images, device, tracker, checkpoint_seconds)
+        results.record(row)
+        results.forget_progress(point.id)
+        return row
+
+
+def chosen_device(device: str) -> torch.device:
+    """Raises UserError if it is not to be had."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {device!r}: expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device; use device cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class _Measured(Tracker):
+    """Keeps the epochs that were measured, and spares the others a write of the file."""
+
+    outer: Tracker | None = None
+
+    def epoch(self, label: str, **metrics: Any) -> None:
+        """Adds a measured epoch to metrics.csv."""
+        if "validation_loss" in metrics:
+            super().epoch(label, **metrics)
+
+    def progress(self, what: str, unit: str = "images") -> Any:
+        """As the outer tracker shows it."""
+        assert self.outer
+        return self.outer.progress(what, unit)
+
+
+def _train(point: Point, results: Results, images: Images, device: torch.device, tracker: Tracker,
+           checkpoint_seconds: float) -> Row:
+    folder = results.unfinished(point.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
+        leftover.unlink()
+    model = network(point, images)
+    row = facts(point, images)
+    tracker.say(f"{point.id}: {row['N']:,} parameters, {point.dataset_size:,} images, {row['steps']:,} steps on {device}")
+    status, message, seconds = "done", "", None
+    recipe = replace(training_recipe(point), checkpoint_seconds=checkpoint_seconds)
+    try:
+        seconds = train(model, training_data(point, images, device), cross_entropy(0.0), recipe,
+                        label=point.shape, seed=point.seed, device=device, checkpoint=folder / CHECKPOINT,
+                        tracker=_Measured(tracker.console, folder, outer=tracker)).seconds
+    except DivergedError as error:
+        status, message = "diverged", str(error).partition(";")[0]
+        tracker.warn(message)
+    renamed = dict(zip(("epoch", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy"), CURVE,
+                       strict=True))
+    curve = [{renamed[key]: value for key, value in entry.items() if key in renamed}
+             for entry in read_csv(folder / METRICS)]
+    if curve:
+        write_csv(results.curve(point.id), curve)
+    else:  # it diverged before it was measured
+        write_atomically(results.curve(point.id), (",".join(CURVE) + "\n").encode())
+    losses, accuracies = ([float(entry[key]) for entry in curve] for key in ("test_loss", "test_acc"))
+    if status == "done":
+        row |= {"final_test_loss_avg_last5": statistics.mean(losses[-LAST:]),
+                "final_test_acc_avg_last5": statistics.mean(accuracies[-LAST:])}
+    if curve:
+        row |= {"best_test_loss": min(losses), "best_test_acc": max(accuracies)}
+    return row | {"status": status, "message": message, "seconds": round(seconds, 2) if seconds is not None else ""}
+
+
+def network(point: Point, images: Images) -> ScalingCNN:
+    """The point's network with its first weights."""
+    with seeded(point.seed, "weights"):
+        model = make("scaling_cnn", num_classes=images.card.num_classes, width=point.width, depth=point.depth,
+                     in_channels=images.card.input_shape[0])
+    assert isinstance(model, ScalingCNN)
+    return model
+
+
+def training_recipe(point: Point) -> Recipe:
+    """How a point is trained, as the engine takes it."""
+    moves = optimizers.Settings(TRAINING.optimizer, TRAINING.lr, TRAINING.momentum, TRAINING.weight_decay)
+    return Recipe(point.num_epochs, point.batch_size, moves, Schedule(TRAINING.schedule), watch_training=True,
+                  measure_every=point.test_freq, partial=True, compile=False)
+
+
+def training_data(point: Point, images: Images, device: torch.device) -> Data:
+    """The point's subset, augmented, and the test split, which is measured and never asked."""
+    split = study_images.taken(images.train, study_images.subset(images.train.labels, point.dataset_size, point.seed))
+    names = [name for name in TRAINING.augment if name != "flip" or images.card.name not in NO_FLIP]
+    augmenter = Augmenter(names, images.card.input_shape[1:], TRAINING.padding, point.seed, len(split))
+    return Data(split.to(device), images.test.to(device), augmenter, images.card.preprocessing)
+
+
+def facts(point: Point, images: Images) -> Row:
+    """What a row says of a point that need not be trained for it."""
+    shape, classes = images.card.input_shape, images.card.num_classes
+    parameters = _network_facts(point.width, point.depth, shape, classes)[0]
+    steps = training_recipe(point).steps(0, point.dataset_size)[1] * point.num_epochs
+    return {"width": point.width, "depth": point.depth, "seed": point.seed, "batch_size": point.batch_size,
+            "N": parameters, "D": point.dataset_size, "epochs": point.num_epochs, "steps": steps,
+            "C_proxy": parameters * point.dataset_size * point.num_epochs, "total_flops": total_flops(point, images),
+            "id": point.id, "dataset": point.dataset, "test_freq": point.test_freq}
+
+
+def parameters_of(width: int, depth: int, images: Images) -> int:
+    """N: weights, norms' scales and shifts, and biases; not the norms' statistics."""
+    return _network_facts(width, depth, images.card.input_shape, images.card.num_classes)[0]
+
+
+def total_flops(point: Point, images: Images) -> int:
+    """Floating-point operations of the convolutions and the matrix product in training, 2 a multiply-add.
+
+    For each image that is trained on (also in an epoch's last partial batch), a layer's forward pass, the gradient of its
+    weights and that of its input cost the same each; the first layer's input, the image, needs none. Measuring on the test
+    split is not in it. Source: what torch.utils.flop_counter counts.
+    """
+    _, macs, first = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
+    recipe = training_recipe(point)
+    batch_size, steps = recipe.steps(0, point.dataset_size)
+    trained = min(point.dataset_size, batch_size * steps)  # one image alone that is left over is left out
+    return trained * point.num_epochs * 2 * (3 * macs - first)
+
+
+def measuring_flops(point: Point, images: Images) -> int:
+    """Floating-point operations of looking at the test split, 2 a multiply-add."""
+    _, macs, _ = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
+    recipe = training_recipe(point)
+    looks = sum(recipe.measures(epoch) for epoch in range(1, point.num_epochs + 1))
+    return 2 * macs * len(images.test) * looks
+
+
+@cache
+def _network_facts(width: int, depth: int, shape: tuple[int, int, int], classes: int) -> tuple[int, int, int]:
+    """Parameters, multiply-adds of one image's forward pass, and those of the first convolution."""
+    with torch.device("meta"):  # nothing is computed
+        model = make("scaling_cnn", num_classes=classes, width=width, depth=depth, in_channels=shape[0]).eval()
+    return learned_parameters(model), count_macs(model, shape), count_macs(model.get_submodule("stage1.0.conv"), shape)

@@ -1,0 +1,167 @@
+"""A study's images: decoded once, kept as arrays that all its processes map into memory, and the subsets of them.
+
+Decoding the 60,000 files of an image folder takes longer than many a point's training.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.studies.scaling.rows import Results
+from compress.trackers import Tracker
+from compress.training_run import flags_named
+from loaders import load, set_name
+from loaders.arrays import ArrayImages, Request, Split, fingerprint, prefetched
+from loaders.augment import derive_seed
+from metadata.files import write_json
+from metadata.schemas import DatasetCard
+from model_loader import UserError
+
+CARD, KNOWN = "card.json", "data.json"
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Both splits, (N, C, H, W) uint8 with channels last in memory, and what the set is."""
+
+    train: Split
+    test: Split
+    card: DatasetCard
+
+    def check_size(self, dataset_size: int) -> None:
+        """Raises UserError if the training split has fewer images."""
+        if dataset_size > len(self.train):
+            raise UserError(f"dataset_size {dataset_size:,}: {self.card.name} has {len(self.train):,} training images; "
+                            "choose no more")
+
+
+def prepare(results: Results, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> Path:
+    """The folder with a set's decoded arrays below results/cache, written if it is not there.
+
+    Raises:
+        UserError: the set cannot be opened, or the study's earlier results come from other images of the same name.
+    """
+    dataset = set_name(dataset)
+    data_root = data_root.expanduser() if data_root else None
+    cache = results.folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one decodes, the others wait for it
+        folder = cache / f"{dataset}-{_key(dataset, data_root)}"
+        if not folder.is_dir():
+            for leftover in cache.glob("*.part"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            _decode(folder, dataset, data_root, download, tracker)
+        _check_same(results, dataset, folder)
+    return folder
+
+
+def read(folder: Path) -> Images:
+    """The arrays that `prepare` wrote; they stay on disk until they are looked at."""
+    card = DatasetCard.model_validate(json.loads((folder / CARD).read_text()))
+    train, test = (_mapped(folder, name) for name in SPLITS)
+    return Images(train, test, card)
+
+
+def subset(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Indices of `size` images, sorted: each class has its share of them, to one image.
+
+    With the same seed a larger subset holds a smaller one, so that curves over D differ by what was added.
+
+    Args:
+        labels: (N,) int64 of the whole split.
+        size: at most N.
+        seed: decides which images.
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
+    place = torch.empty(len(labels), dtype=torch.float64)  # where in the order of all an image is, in [0, 1)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().view(-1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    # The n-th images of all classes share a place where classes are equally large; chance says which class goes first.
+    shuffled = torch.randperm(len(labels), generator=generator)
+    order = shuffled[place[shuffled].argsort(stable=True)]
+    return order[:size].sort().values
+
+
+def taken(split: Split, ids: Tensor) -> Split:
+    """The images with these indices; all of them are not copied."""
+    if len(ids) == len(split):
+        return split
+    return Split(ArrayImages(split.images.batch(ids)), split.labels[ids])
+
+
+def _mapped(folder: Path, name: str) -> Split:
+    # Copy on write, because torch warns of arrays that cannot be written; nothing here writes.
+    pixels = np.load(folder / f"{name}_images.npy", mmap_mode="c")  # (N, H, W, C)
+    return Split(ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
+                 torch.from_numpy(np.load(folder / f"{name}_labels.npy")))
+
+
+def _decode(folder: Path, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> None:
+    """Writes the arrays beside the folder, which then appears whole."""
+    with tracker.progress("reading images") as advance, flags_named():
+        splits = load(Request(dataset, data_root, download, validation_fraction=0, on_progress=advance))
+        for text in splits.warnings:
+            tracker.warn(text)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+        digests = []
+        for name, split in (("train", splits.train), ("test", splits.open_test())):
+            path = temporary / f"{name}_images.npy"
+            _, channels, height, width = split.images.batch(torch.zeros(1, dtype=torch.int64)).shape
+            pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), height, width, channels))
+            for ids, batch in prefetched(split.images, torch.arange(len(split)).split(1024)):
+                pixels[ids[0]:ids[-1] + 1] = batch.permute(0, 2, 3, 1).numpy()
+            pixels.flush()
+            np.save(temporary / f"{name}_labels.npy", split.labels.numpy())
+            digests.append(fingerprint(torch.from_numpy(pixels), split.labels))
+        card = splits.card.model_copy(update={
+            "counts": {"train": len(splits.train), "test": len(split)}, "fingerprint": "-".join(digests)})
+        write_json(temporary / CARD, card.model_dump(mode="json"))
+        temporary.chmod(0o755)  # mkdtemp's is for one account alone
+        temporary.rename(folder)
+
+
+def _check_same(results: Results, dataset: str, folder: Path) -> None:
+    """A point's id says the set's name, so one study has one set of a name."""
+    path = results.folder / KNOWN
+    try:
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads((folder / CARD).read_text())["fingerprint"]
+        before = known.setdefault(dataset, found)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} or {folder / CARD}: damaged; remove {folder} and, if it is that, {path}") from error
+    if before != found:
+        raise UserError(f"{results.folder} holds results of other images by the name {dataset} ({path}); choose another "
+                        "--base_dir")
+    if not path.is_file() or dataset not in json.loads(path.read_text()):
+        write_json(path, known)
+
+
+def _key(dataset: str, root: Path | None) -> str:
+    """A hash that changes when the set's files do: their paths, sizes and times."""
+    digest = hashlib.sha256(f"{dataset} {root.resolve() if root else ''}".encode())
+    for path in sorted(_files(root)) if root else ():
+        status = path.stat()
+        digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:12]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """An image folder's files; of torchvision's sets, which may lie beside others, those up to three folders deep."""
+    patterns = ("train/*/*", "test/*/*", "val/*/*", "validation/*/*", "valid/*/*") if (root / "train").is_dir() else (
+        "*", "*/*", "*/*/*")
+    return (path for pattern in patterns for path in root.glob(pattern) if path.is_file())

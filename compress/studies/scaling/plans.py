@@ -1,0 +1,272 @@
+"""What is to be run: a point is one experiment's configuration, a plan is a YAML file that stands for many.
+
+A plan has common keys and a list of sweeps, each of a kind: width, depth, data, joint or constant_compute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from compress.config import RECIPES, Config, read_mapping, settings_error
+from metadata.closest import closest
+from model_loader import UserError
+
+PLANS = RECIPES / "scaling"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How every point is trained; a part of its id.
+
+    The engine's SGD has Nesterov's momentum and decays kernels and matrices, not norms and biases; its cosine goes by
+    steps, not epochs. Digits are not flipped.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    augment: tuple[str, ...] = ("crop", "flip")
+    padding: int = 4
+
+
+TRAINING = Training()
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Point(Config):
+    """One experiment: everything that decides what comes out."""
+
+    seed: Seed = Field(0, description="of the subset, the weights, the order and the augmentation")
+    batch_size: int = Field(256, ge=2, description="images a step; an epoch ends with what is left over")
+    num_epochs: Positive = Field(100, description="passes over the subset")
+    test_freq: Positive = Field(5, description="epochs between looks at the test split; the last is always measured")
+    width: Positive = Field(32, description="channels of the first stage")
+    depth: Positive = Field(2, description="convolution blocks a stage")
+    dataset_size: int = Field(50_000, ge=2, description="training images, a subset drawn class by class")
+    dataset: str = Field("cifar10", description="see loaders/")
+
+    @property
+    def id(self) -> str:
+        """A readable name that no other configuration has."""
+        content = json.dumps([self.model_dump(mode="json"), asdict(TRAINING)], sort_keys=True)
+        return f"{self.shape}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    @property
+    def shape(self) -> str:
+        """Its sizes without the seed, for people."""
+        return f"w{self.width}-d{self.depth}-D{self.dataset_size}-e{self.num_epochs}"
+
+
+def make_point(where: str, **settings: Any) -> Point:
+    """A point of checked settings; `where` they came from begins an error.
+
+    Raises:
+        UserError: a size that is not positive, or of the wrong type.
+    """
+    try:
+        return Point.model_validate(settings)
+    except ValidationError as error:
+        raise settings_error(where, error, Point.model_fields) from error
+
+
+def _by_size(value: Any) -> Any:
+    """A number, or a mapping from dataset_size to one, as a mapping."""
+    numbers = {1: value} if not isinstance(value, dict) else value
+    if not numbers or not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1
+                              for pair in numbers.items() for number in pair):
+        raise ValueError("expected a positive whole number, or one for each dataset_size from which on it holds, such as "
+                         "{1000: 100, 50000: 20}")
+    return numbers
+
+
+Rule = Annotated[dict[int, int], BeforeValidator(_by_size)]
+Sizes = Annotated[list[Positive], Field(min_length=1)]
+Parameters = Callable[[int, int], int]  # (width, depth) -> N
+
+
+class _Sweep(Config):
+    """What all kinds may have of their own; None takes the plan's."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(None, description="each point is run with each")
+    batch_size: Positive | None = Field(None, description="images a step")
+    test_freq: Rule | None = Field(None, description="epochs between looks at the test split")
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        """(width, depth, dataset_size) of its points."""
+        raise NotImplementedError
+
+    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+        """Passes over the subset."""
+        raise NotImplementedError
+
+
+class _WithEpochs(_Sweep):
+    num_epochs: Rule | None = Field(None, description="passes over the subset")
+
+    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+        return _ruled(self.num_epochs or plan.num_epochs, size, "num_epochs")
+
+
+class WidthSweep(_WithEpochs):
+    """Networks of several widths."""
+
+    kind: Literal["width"]
+    widths: Sizes
+    depth: Positive = 2
+    dataset_size: Positive
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        return ((width, self.depth, self.dataset_size) for width in self.widths)
+
+
+class DepthSweep(_WithEpochs):
+    """Networks of several depths."""
+
+    kind: Literal["depth"]
+    depths: Sizes
+    width: Positive
+    dataset_size: Positive
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        return ((self.width, depth, self.dataset_size) for depth in self.depths)
+
+
+class DataSweep(_WithEpochs):
+    """One network on subsets of several sizes."""
+
+    kind: Literal["data"]
+    dataset_sizes: Sizes
+    width: Positive
+    depth: Positive = 2
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        return ((self.width, self.depth, size) for size in self.dataset_sizes)
+
+
+class _Grid(_Sweep):
+    widths: Sizes
+    depths: Sizes = [2]
+    dataset_sizes: Sizes
+
+    def shapes(self) -> Iterator[tuple[int, int, int]]:
+        return ((width, depth, size) for width in self.widths for depth in self.depths for size in self.dataset_sizes)
+
+
+class JointSweep(_Grid, _WithEpochs):
+    """Every network on every subset: a grid over N and D."""
+
+    kind: Literal["joint"]
+
+
+class ComputeSweep(_Grid):
+    """Every network on every subset, for as many epochs as make N * D * epochs the same."""
+
+    kind: Literal["constant_compute"]
+    compute: float = Field(gt=0, description="N * D * epochs")
+    tolerance: float = Field(0.05, gt=0, lt=1, description="by what share of `compute` a point may miss it")
+
+    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+        one = parameters(width, depth) * size
+        epochs = max(1, round(self.compute / one))
+        if abs(epochs * one / self.compute - 1) > self.tolerance:
+            raise UserError(f"constant_compute: no whole number of epochs brings width {width}, depth {depth} (N "
+                            f"{parameters(width, depth):,}) on {size:,} images within {self.tolerance:.0%} of "
+                            f"{self.compute:.3g}: {epochs} epochs are {epochs * one:.3g}, "
+                            f"{self.compute / one:.3g} would do; change compute, the sizes or tolerance")
+        return epochs
+
+
+AnySweep = Annotated[WidthSweep | DepthSweep | DataSweep | JointSweep | ComputeSweep, Field(discriminator="kind")]
+KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep, "data": DataSweep, "joint": JointSweep,
+                                  "constant_compute": ComputeSweep}
+
+
+class Plan(Config):
+    """A study: common keys, and sweeps that may have their own seeds, batch_size, num_epochs and test_freq."""
+
+    dataset: str = Field("cifar10", description="see loaders/")
+    data_root: Path | None = Field(None, description="where its files are: an image folder or torchvision's files")
+    download: bool = Field(False, description="let torchvision fetch a missing set")
+    base_dir: Path = Field(Path("."), description="results go to results/ below it")
+    device: Device = Field("auto", description="auto: CUDA where there is one")
+    checkpoint_seconds: float = Field(20.0, ge=0, description="time between a point's checkpoints")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="each point is run with each")
+    batch_size: int = Field(256, ge=2, description="images a step")
+    num_epochs: Rule = Field({1: 100}, description="a number, or one for each dataset_size from which on it holds")
+    test_freq: Rule = Field({1: 5}, description="likewise")
+    sweeps: list[AnySweep] = Field(min_length=1, description="one or more")
+
+    WHERE: ClassVar = frozenset({"data_root", "download", "base_dir", "device", "checkpoint_seconds"})
+
+    def points(self, parameters: Parameters) -> list[Point]:
+        """All points, each once.
+
+        Args:
+            parameters: (width, depth) -> N.
+
+        Raises:
+            UserError: a rule has no number for a size, or no whole number of epochs meets a constant compute.
+        """
+        found: dict[str, Point] = {}
+        for sweep in self.sweeps:
+            for width, depth, size in sweep.shapes():
+                epochs = sweep.epochs(self, width, depth, size, parameters)
+                test_freq = _ruled(sweep.test_freq or self.test_freq, size, "test_freq")
+                for seed in sweep.seeds or self.seeds:
+                    point = make_point("plan", seed=seed, batch_size=sweep.batch_size or self.batch_size, num_epochs=epochs,
+                                       test_freq=test_freq, width=width, depth=depth, dataset_size=size,
+                                       dataset=self.dataset)
+                    found[point.id] = point
+        return list(found.values())
+
+    def changed(self, **settings: Any) -> Self:
+        """The same plan with those settings that are not None."""
+        return self.model_copy(update={key: value for key, value in settings.items() if value is not None})
+
+
+def _ruled(rule: dict[int, int], size: int, key: str) -> int:
+    """The number that holds for a size: that of the largest dataset_size in the rule up to it."""
+    number = rule.get(max((start for start in rule if start <= size), default=0))
+    if number is None:
+        raise UserError(f"plan: {key} says nothing for dataset_size {size}, only from {min(rule)} on")
+    return number
+
+
+def read_plan(name: str) -> Plan:
+    """A packaged plan by its name, or a YAML file.
+
+    Raises:
+        UserError: no such plan, bad YAML, an unknown key (with the closest match), or a value out of range.
+    """
+    _, content = read_mapping(name, PLANS, "plan")
+    if "kind" in content:  # one sweep alone: its keys may stand among the common ones
+        own = {key: content.pop(key) for key in list(content) if key not in Plan.model_fields}
+        content["sweeps"] = [own, *(content.get("sweeps") or [])]
+    try:
+        return Plan.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "union_tag_not_found":
+            raise UserError(f"plan {name}: {_place(first['loc'])}: kind is missing (known: {', '.join(KINDS)})") from error
+        if first["type"] == "union_tag_invalid":
+            kind = first["ctx"]["tag"]
+            raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, KINDS)} (known: "
+                            f"{', '.join(KINDS)})") from error
+        kind = next((found["loc"][2] for found in error.errors() if len(found["loc"]) > 3), None)  # sweeps.0.KIND.key
+        raise settings_error(f"plan {name}", error, KINDS.get(str(kind), Plan).model_fields) from error
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)

@@ -1,0 +1,254 @@
+"""Running a plan: what is done is skipped, the longest points go first, and one that fails is a row like any other."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from compress.studies import sweep
+from compress.studies.scaling import experiment
+from compress.studies.scaling import images as study_images
+from compress.studies.scaling.images import Images
+from compress.studies.scaling.plans import Plan, Point
+from compress.studies.scaling.rows import OVER, BusyError, Results, Row
+from compress.trackers import Advance, Tracker
+from loaders import set_name
+from model_loader import UserError
+
+PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice that it is lost
+
+
+@dataclass(frozen=True)
+class Task:
+    """A point, and where everything is; what a worker process is sent."""
+
+    point: Point
+    base_dir: Path
+    images_folder: Path
+    device: str
+    checkpoint_seconds: float = 20.0
+    patience_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """An opened plan: its points in the plan's order, and its images."""
+
+    plan: Plan
+    results: Results
+    images_folder: Path
+    images: Images
+    points: list[Point]
+
+    def task(self, point: Point) -> Task:
+        """What a worker needs for a point."""
+        return Task(point, self.plan.base_dir.resolve(), self.images_folder.resolve(), self.plan.device,
+                    self.plan.checkpoint_seconds)
+
+    def states(self) -> dict[str, str]:
+        """Id to done, diverged, failed, begun or to do."""
+        rows = self.results.rows()
+
+        def state(point: Point) -> str:
+            if point.id in rows:
+                return rows[point.id]["status"]
+            return "begun" if (self.results.unfinished(point.id) / experiment.CHECKPOINT).is_file() else "to do"
+        return {point.id: state(point) for point in self.points}
+
+    def cost(self, point: Point) -> float:
+        """About how long a point takes, in arbitrary units; narrow networks cost more than they compute."""
+        work = experiment.total_flops(point, self.images) + experiment.measuring_flops(point, self.images)
+        return work * (1 + 16 / point.width)
+
+
+def open_study(plan: Plan, console: Console) -> Study:
+    """Decodes the images if need be, and expands the plan; everything that is wrong with it is found here.
+
+    Raises:
+        UserError: an unknown data set or one that is not there, a base_dir that cannot be written, more images than there
+            are, a device that is not there, or a constant compute that no epochs meet.
+    """
+    experiment.chosen_device(plan.device)
+    plan = plan.changed(dataset=set_name(plan.dataset))
+    results = Results(plan.base_dir)
+    results.create()
+    results.rows()  # a damaged table is found now
+    folder = study_images.prepare(results, plan.dataset, plan.data_root, plan.download, Tracker(console))
+    images = study_images.read(folder)
+    points = plan.points(lambda width, depth: experiment.parameters_of(width, depth, images))
+    for point in points:
+        images.check_size(point.dataset_size)
+    return Study(plan, results, folder, images, points)
+
+
+def check_workers(workers: int | None, device: str) -> int:
+    """How many processes there will be: as many as asked for, or one a core, or one on a GPU.
+
+    Raises:
+        UserError: none, or a device that is not there.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: expected 1 or more")
+    on_gpu = experiment.chosen_device(device).type == "cuda"
+    return workers or (1 if on_gpu else sweep.usable_cores())
+
+
+# ------------------------------------------------------------------------------------------------------------ sweep
+
+
+def run(plan: Plan, console: Console, workers: int | None = None, ray: str | None = None) -> list[Row]:
+    """Runs what is left of a plan, and returns the rows of all its points that have one.
+
+    Args:
+        plan: what to run.
+        console: where progress goes.
+        workers: processes on this machine; one a core unless given, and one on a GPU.
+        ray: a Ray cluster's address, or "local", instead.
+
+    Raises:
+        UserError: see `open_study`; no workers, or both kinds; Ray is not installed or not there.
+    """
+    if workers is not None and ray is not None:
+        raise UserError("--workers and --ray: one of them; a Ray cluster has its own processes")
+    workers = check_workers(workers, plan.device)
+    study = open_study(plan, console)
+    states = study.states()
+    left = sorted((point for point in study.points if states[point.id] not in OVER), key=study.cost, reverse=True)
+    console.print(f"{len(study.points)} points, {len(study.points) - len(left)} of them finished before; results in "
+                  f"{study.results.folder}", highlight=False, soft_wrap=True)
+    if left:
+        tasks = [study.task(point) for point in left]
+        with _Board(study, left, console).shown() as board:
+            if ray is not None:
+                waiting = [replace(task, patience_seconds=PATIENCE_SECONDS) for task in tasks]
+                sweep.run_ray(work, waiting, ray, board.outcome, on_gpu=plan.device == "cuda")
+            else:
+                sweep.run_local(work, tasks, workers, board.outcome, board.progress)
+    rows = study.results.rows()
+    mine: list[Row] = [dict(rows[point.id]) for point in study.points if point.id in rows]
+    print_rows(console, mine)
+    return mine
+
+
+def work(task: Task, report: sweep.Report) -> Row:
+    """Runs a point in a worker process; one that another process runs comes back with the status busy."""
+    try:
+        return experiment.run_point(task.point, Results(task.base_dir), task.images_folder,
+                                    experiment.chosen_device(task.device), _Reporting(Console(quiet=True), report=report),
+                                    task.checkpoint_seconds, task.patience_seconds)
+    except BusyError as error:
+        return {"id": task.point.id, "status": "busy", "message": str(error)}
+
+
+@dataclass
+class _Reporting(Tracker):
+    """Passes on what share of the training is done."""
+
+    report: sweep.Report = field(default=lambda share: None)
+
+    @contextmanager
+    def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
+        """Yields a function that tells the parent process."""
+        def advance(done: int, total: int, note: str = "") -> None:
+            self.report(done / max(total, 1))
+        yield advance
+
+
+class _Board:
+    """What a person sees of a sweep: a bar with the time left where there is a terminal, and a line a finished point."""
+
+    def __init__(self, study: Study, points: Sequence[Point], console: Console) -> None:
+        self.study, self.console, self.count = study, console, len(points)
+        self.costs = {point.id: study.cost(point) for point in points}
+        self.total = sum(self.costs.values())
+        self.shares: dict[str, float] = dict.fromkeys(self.costs, 0.0)
+        self.over = 0
+        self.start = time.monotonic()
+        self.bars = Progress(TextColumn("{task.fields[points]}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"),
+                             TimeRemainingColumn(), TextColumn("left"), console=console, transient=True,
+                             speed_estimate_period=600)
+
+    @contextmanager
+    def shown(self) -> Iterator[_Board]:
+        """Shows the bar inside."""
+        self.bar = self.bars.add_task("sweep", total=1.0, points=f"0/{self.count} points")
+        if not self.console.is_terminal:
+            yield self
+            return
+        with self.bars:
+            yield self
+
+    def progress(self, task: Task, share: float) -> None:
+        """A point has come so far."""
+        self.shares[task.point.id] = share
+        self._update()
+
+    def outcome(self, outcome: sweep.Outcome[Task, Row]) -> None:
+        """A point is over: a row of its own if it failed, and a line."""
+        point = outcome.task.point
+        row = outcome.result
+        if row is None:
+            row = {**experiment.facts(point, self.study.images), "status": "failed", "message": outcome.failure}
+            self.study.results.record(row)
+        self.over += 1
+        self.shares[point.id] = 1.0
+        self._update()
+        name = f"{point.shape} seed {point.seed}"
+        if row["status"] == "done":
+            text = (f"test loss {float(row['final_test_loss_avg_last5']):.4f}, accuracy "
+                    f"{float(row['final_test_acc_avg_last5']):.2%}, {float(row['seconds']):.0f} s")
+        else:
+            text = f"{row['status']}: {row['message']}"
+        self.console.print(f"{self.over}/{self.count} {name}: {text}{self._left()}", highlight=False, soft_wrap=True,
+                           style="" if row["status"] == "done" else "bold red")
+
+    def _share(self) -> float:
+        return sum(self.costs[name] * share for name, share in self.shares.items()) / self.total
+
+    def _update(self) -> None:
+        self.bars.update(self.bar, completed=self._share(), points=f"{self.over}/{self.count} points")
+
+    def _left(self) -> str:
+        if self.console.is_terminal or self.over == self.count:
+            return ""
+        seconds = (time.monotonic() - self.start) * (1 / self._share() - 1)
+        return f"; about {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Such as 45 s, 12 min or 1 h 05 min."""
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 60 else (
+        f"{minutes // 60} h {minutes % 60:02d} min")
+
+
+def print_rows(console: Console, rows: Sequence[Row]) -> None:
+    """The sweep's table: a line a configuration, the mean over its seeds; failed and diverged runs below it."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "done":
+            groups.setdefault(tuple(row[key] for key in ("width", "depth", "N", "D", "epochs")), []).append(row)
+    table = Table(title="means over seeds; final: the last five measured epochs", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("width", "depth", "N", "D", "epochs", "seeds", "final test loss", "deviation", "final test accuracy"):
+        table.add_column(name, justify="right")
+    for key, group in groups.items():
+        losses = [float(row["final_test_loss_avg_last5"]) for row in group]
+        accuracy = statistics.mean(float(row["final_test_acc_avg_last5"]) for row in group)
+        table.add_row(*(f"{int(part):,}" for part in key), str(len(group)), f"{statistics.mean(losses):.4f}",
+                      f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "", f"{accuracy:.2%}")
+    if groups:
+        console.print(table)
+    for row in rows:
+        if row["status"] != "done":
+            console.print(f"{row['status']}: {row['id']}: {row['message']}", style="bold red", highlight=False,
+                          soft_wrap=True)

@@ -1,0 +1,402 @@
+"""Sweeps of scaling experiments: plans, what is skipped and resumed, what dies, and a table that survives its writers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from compress.studies import sweep
+from compress.studies.scaling import sweeps
+from compress.studies.scaling.plans import PLANS, Plan, Point, read_plan
+from compress.studies.scaling.rows import COLUMNS, BusyError, Results
+from metadata.files import read_csv
+from model_loader import UserError
+from tests.conftest import PROJECT, Compress, assert_one_line_error
+from tests.test_scaling_experiment import without_seconds
+
+COMMON = {"dataset": "digits", "batch_size": 64, "num_epochs": 3, "test_freq": 1, "checkpoint_seconds": 0}
+SMALL = {"kind": "data", "dataset_sizes": [100, 200], "width": 2, "depth": 1}
+
+
+def write_plan(path: Path, *parts: dict[str, Any], **common: Any) -> Path:
+    path.write_text(json.dumps({**COMMON, **common, "sweeps": list(parts)}))  # JSON is YAML
+    return path
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-m", "compress", "scaling", *map(str, arguments)], cwd=PROJECT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def children(process: int) -> dict[int, str]:
+    """Its worker processes; multiprocessing has one more, which looks after its resources."""
+    try:
+        found = [int(word) for task in Path(f"/proc/{process}/task").iterdir()
+                 for word in (task / "children").read_text().split()]
+        return {child: words for child in found if "spawn_main" in (words := Path(f"/proc/{child}/cmdline").read_text())}
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+
+
+def wait_for(process: subprocess.Popen[str], happened: Any) -> None:
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------- plans
+
+
+def points(plan: dict[str, Any]) -> list[Point]:
+    return Plan.model_validate(plan).points(lambda width, depth: 1000 * width * depth)
+
+
+def test_each_kind_of_sweep_has_its_points() -> None:
+    def shapes(**part: Any) -> list[tuple[int, int, int]]:
+        return [(point.width, point.depth, point.dataset_size) for point in points({"sweeps": [part]})]
+
+    assert shapes(kind="width", widths=[4, 8], dataset_size=500) == [(4, 2, 500), (8, 2, 500)]
+    assert shapes(kind="depth", depths=[1, 3], width=5, dataset_size=500) == [(5, 1, 500), (5, 3, 500)]
+    assert shapes(kind="data", dataset_sizes=[10, 20], width=5, depth=1) == [(5, 1, 10), (5, 1, 20)]
+    joint = shapes(kind="joint", widths=[4, 8], depths=[1, 2], dataset_sizes=[10, 20])
+    assert len(joint) == 8 == len(set(joint))
+
+
+def test_common_keys_and_a_sweeps_own_and_each_point_once() -> None:
+    found = points({"seeds": [0, 1, 2], "num_epochs": {1: 50, 1000: 7}, "test_freq": 9, "sweeps": [
+        {"kind": "data", "dataset_sizes": [999, 1000, 5000], "width": 4},
+        {"kind": "width", "widths": [4, 6], "dataset_size": 5000, "seeds": [2, 3], "batch_size": 32, "num_epochs": 2},
+        {"kind": "width", "widths": [4, 6], "dataset_size": 5000, "seeds": [0, 1]}]})
+    by_size = {point.dataset_size: point.num_epochs for point in found[:9]}
+    assert by_size == {999: 50, 1000: 7, 5000: 7} and {point.test_freq for point in found} == {9}
+    assert len(found) == 9 + 4 + 2 == len({point.id for point in found})  # width 4 on 5,000 images with seeds 0 and 1: once
+    assert [(point.seed, point.batch_size, point.num_epochs) for point in found[9:11]] == [(2, 32, 2), (3, 32, 2)]
+
+
+def test_constant_compute_takes_the_epochs_that_hold_it() -> None:
+    found = points({"sweeps": [{"kind": "constant_compute", "compute": 1e9, "tolerance": 0.03, "widths": [1, 2, 4],
+                                "depths": [1], "dataset_sizes": [1000, 7000]}]})
+    assert {(point.width, point.dataset_size): point.num_epochs for point in found} == {
+        (1, 1000): 1000, (1, 7000): 143, (2, 1000): 500, (2, 7000): 71, (4, 1000): 250, (4, 7000): 36}
+    for point in found:
+        assert abs(1000 * point.width * point.dataset_size * point.num_epochs / 1e9 - 1) <= 0.03
+
+
+@pytest.mark.parametrize(("plan", "said"), [
+    ("sweeps: [{kind: width, widht: [4], dataset_size: 10}]", "unknown key 'sweeps.0.width.widht'; did you mean 'widths'"),
+    ("dataste: digits\nsweeps: [{kind: width, widths: [4], dataset_size: 10}]", "'dataste'; did you mean 'dataset'"),
+    ("sweeps: [{kind: witdh, widths: [4], dataset_size: 10}]", "unknown kind 'witdh'; did you mean 'width'"),
+    ("sweeps: [{widths: [4], dataset_size: 10}]", "sweeps.0: kind is missing"),
+    ("sweeps: []", "sweeps: List should have at least 1 item"), ("seeds: [0]", "sweeps: Field required"),
+    ("sweeps: [{kind: width, widths: [4, 0], dataset_size: 10}]", "greater than or equal to 1, got 0"),
+    ("sweeps: [{kind: width, widths: [], dataset_size: 10}]", "at least 1 item"),
+    ("sweeps: [{kind: width, widths: [4], dataset_size: -5}]", "greater than or equal to 1, got -5"),
+    ("num_epochs: 0\nsweeps: [{kind: width, widths: [4], dataset_size: 10}]", "num_epochs: Value error, expected a"),
+    ("num_epochs: {500: 3}\nsweeps: [{kind: width, widths: [4], dataset_size: 10}]",
+     "num_epochs says nothing for dataset_size 10, only from 500 on"),
+    ("sweeps: [{kind: width, widths: [4], dataset_size: 1439}]", "digits has 1,438 training images"),
+    ("sweeps: [{kind: constant_compute, compute: 3.0e+6, widths: [4], depths: [1], dataset_sizes: [1000]}]",
+     "epochs brings width 4, depth 1 (N 1,774) on 1,000 images within 5% of 3e+06: 2 epochs are 3.55e+06"),
+    ("sweeps: [{kind: constant_compute, compute: 3, widths: [4], dataset_sizes: [1000]}]", "no whole number of epochs"),
+    ("sweeps: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seeds: [0]\nseeds: [1]", "stands there twice"),
+], ids=str)
+def test_bad_plans_get_one_line(compress: Compress, tmp_path: Path, plan: str, said: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(plan if "dataste" in plan or plan.startswith("-") else f"dataset: digits\n{plan}")
+    for verb in ("sweep", "plan"):
+        assert_one_line_error(compress("scaling", verb, path, "--base_dir", tmp_path / "out"), said)
+    assert not list(tmp_path.glob("out/results/*.csv"))
+
+
+def test_bad_flags_get_one_line(compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_plan(tmp_path / "plan.yaml", SMALL, base_dir=str(tmp_path / "out"))
+    assert_one_line_error(compress("scaling", "sweep", path, "--workers", "0"), "--workers 0: expected 1 or more")
+    assert_one_line_error(compress("scaling", "plan", path, "--workers", "-1"), "--workers -1: expected 1 or more")
+    assert_one_line_error(compress("scaling", "sweep", path, "--workers", "2", "--ray", "local"), "one of them")
+    assert_one_line_error(compress("scaling", "sweep", tmp_path / "nothing.yaml"), "there is no such file")
+    assert_one_line_error(compress("scaling", "sweep", "cifar"), "did you mean 'cifar10'")
+    assert_one_line_error(compress("scaling", "sweep", path, "--base_dir", path), "cannot be made (Not a directory)")
+    assert_one_line_error(compress("scaling", "sweep", path, "--device", "gpu"), "expected auto, cpu or cuda")
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    assert_one_line_error(compress("scaling", "sweep", path, "--ray", "local"), "the package ray is not installed")
+    (tmp_path / "out" / "results" / "final_data.csv").write_text("N,D,loss\n1,2,3\n")
+    assert_one_line_error(compress("scaling", "sweep", path), "columns id and status, id is missing")
+
+
+def test_help_imports_no_torch() -> None:
+    for verb in ("", "run", "sweep", "plan"):
+        done = subprocess.run([sys.executable, "-X", "importtime", "-m", "compress", "scaling", *verb.split(), "--help"],
+                              cwd=PROJECT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "Usage:" in done.stdout
+        assert not {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()} & {"torch", "yaml", "rich.table"}
+
+
+def test_packaged_plans_are_plans() -> None:
+    names = [path.stem for path in PLANS.glob("*.yaml")]
+    assert "cifar10" in names
+    for name in names:
+        assert read_plan(name).points(lambda width, depth: 1000 * width * depth)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+WRITERS = """
+import os, random, signal, sys, time
+from pathlib import Path
+from compress.studies.scaling.rows import Results
+
+results, kills, chance = Results(Path(sys.argv[1])), int(sys.argv[2]), random.Random(0)
+results.create()
+
+def writer(number):
+    pid = os.fork()
+    if pid:
+        return pid
+    told = os.open(f"{sys.argv[1]}/told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for place in range(10 ** 6):
+        name = f"{number}-{place % 40}"  # a few new rows, then the same ones again
+        results.record({"id": name, "status": "done", "width": number, "message": "x" * 300})
+        os.write(told, f"{name}\\n".encode())
+
+started, alive = 3, {writer(number): number for number in range(3)}
+for _ in range(kills):
+    time.sleep(chance.uniform(0, 0.03))
+    rows = results.rows()  # whole at any moment
+    assert all(len(row["message"]) == 300 and row["id"].startswith(row["width"] + "-") for row in rows.values())
+    victim = chance.choice(sorted(alive))
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
+    del alive[victim]
+    alive[writer(started)] = started
+    started += 1
+for pid in alive:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+"""
+
+
+def test_no_row_is_lost_or_torn_when_writers_are_killed_a_hundred_times(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path), "100"], cwd=PROJECT, check=True, timeout=300)
+    results = Results(tmp_path)
+    told = set((tmp_path / "told").read_text().split())
+    rows = results.rows()
+    assert len(told) >= 50 and told <= set(rows)
+    # A writer may have been killed between its row and its word; no more than one row each.
+    assert len(set(rows) - told) <= 103
+    content = read_csv(results.table)
+    assert len(content) == len(rows) and all(tuple(row) == COLUMNS for row in content)
+    results.record({"id": "last", "status": "done"})  # and what the killed ones left goes
+    assert not list(results.folder.glob(".*.part"))
+
+
+def test_a_failure_replaces_nothing_that_is_over(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.create()
+    for status, kept in (("failed", "failed"), ("done", "done"), ("failed", "done"), ("diverged", "diverged")):
+        results.record({"id": "a", "status": status})
+        assert results.rows()["a"]["status"] == kept
+    results.table.write_text("id,status\na,done,more\n")
+    with pytest.raises(UserError, match="line 2: more cells than the header"):
+        results.rows()
+
+
+def test_a_point_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
+    results = Results(tmp_path)
+    results.create()
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        from compress.studies.scaling.rows import Results
+        with Results(Path({str(tmp_path)!r})).claimed("a"):
+            print("held", flush=True)
+            sys.stdin.read()""")], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdin and holder.stdout and holder.stdout.readline()
+    with results.claimed("b"):
+        pass
+    with pytest.raises(BusyError, match="another process is running it"), results.claimed("a"):
+        pass
+    holder.kill()
+    holder.communicate()
+    with results.claimed("a"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------- whole sweeps
+
+
+def test_plan_and_sweep_tell_what_is_done(compress: Compress, tmp_path: Path) -> None:
+    base = tmp_path / "out"
+    path = write_plan(tmp_path / "plan.yaml", SMALL, seeds=[0, 1], base_dir=str(base))
+    done = compress("scaling", "plan", path, "--workers", "1")
+    assert done.returncode == 0 and done.stdout.count("2 to do") == 2 and "about" in done.stdout, done.stderr
+    assert not (base / "results" / "final_data.csv").exists()
+    compress("scaling", "run", "--dataset", "digits", "--base_dir", base, "--threads", "1", "--batch_size", "64",
+             "--num_epochs", "3", "--test_freq", "1", "--width", "2", "--depth", "1", "--dataset_size", "100")
+    done = compress("scaling", "sweep", path, "--workers", "1")
+    assert done.returncode == 0 and "4 points, 1 of them finished before" in done.stdout, done.stdout + done.stderr
+    assert "3/3 " in done.stdout and "seeds" in done.stdout
+    rows = read_csv(base / "results" / "final_data.csv")
+    assert sorted((row["D"], row["seed"]) for row in rows) == [("100", "0"), ("100", "1"), ("200", "0"), ("200", "1")]
+    assert len(list((base / "results" / "runs").glob("*.csv"))) == 4
+    assert {row["id"] for row in rows[1:3]} != {row["id"] for row in rows if row["D"] == "100"}  # the longest come first
+    before = (base / "results" / "final_data.csv").read_bytes()
+    assert "4 of them finished before" in compress("scaling", "sweep", path).stdout
+    assert (base / "results" / "final_data.csv").read_bytes() == before
+    assert "2 done" in compress("scaling", "plan", path).stdout
+    write_plan(path, SMALL, seeds=[0, 1], base_dir=str(base), num_epochs=2)  # all of the configuration counts
+    study = sweeps.open_study(read_plan(str(path)), Console(file=io.StringIO()))
+    assert list(study.states().values()) == ["to do"] * 4
+
+
+def test_a_killed_worker_is_a_failed_row_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    base = tmp_path / "out"
+    long = {"kind": "width", "widths": [8], "dataset_size": 1400, "num_epochs": 2000, "test_freq": 2000}
+    path = write_plan(tmp_path / "plan.yaml", SMALL, long, base_dir=str(base))
+    with start("sweep", path, "--workers", "1") as process:
+        wait_for(process, lambda: list(base.glob("results/checkpoints/w8-*/*.pth")))
+        worker, = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        out, err = process.communicate()
+    assert process.returncode == 1, out + err
+    rows = {row["D"]: row for row in read_csv(base / "results" / "final_data.csv")}
+    assert {size: row["status"] for size, row in rows.items()} == {"1400": "failed", "100": "done", "200": "done"}
+    assert "killed by SIGKILL, perhaps for want of memory" in rows["1400"]["message"] and "killed by SIGKILL" in out
+    assert int(rows["1400"]["N"]) > 0 and rows["1400"]["seconds"] == ""
+    with start("sweep", path, "--workers", "1") as process:  # it is tried again, from its checkpoint
+        wait_for(process, lambda: children(process.pid))
+        worker, = children(process.pid)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 130 and err == "interrupted; the same command continues\n", err
+    assert "3 points, 2 of them finished before" in out and not Path(f"/proc/{worker}").exists()
+    assert list(base.glob("results/checkpoints/w8-*/*.pth"))
+    assert len(read_csv(base / "results" / "final_data.csv")) == 3
+
+
+@pytest.mark.slow
+def test_workers_do_not_outlive_a_sweep_that_was_killed(tmp_path: Path) -> None:
+    base = tmp_path / "out"
+    path = write_plan(tmp_path / "plan.yaml", {"kind": "width", "widths": [8], "dataset_size": 1400, "num_epochs": 2000},
+                      base_dir=str(base))
+    with start("sweep", path, "--workers", "1") as process:
+        wait_for(process, lambda: list(base.glob("results/checkpoints/*/*.pth")))
+        worker, = children(process.pid)
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+# Work for the pool alone; a spawned process imports it by name.
+def some_work(task: str, report: sweep.Report) -> str:
+    report(0.5)
+    if task == "mistake":
+        raise UserError("expected this, got that")
+    if task == "torch":
+        raise RuntimeError("out of memory\nand more")
+    if task == "bug":
+        raise KeyError("unforeseen")
+    if task == "exit":
+        os._exit(3)
+    return task.upper()
+
+
+def test_every_way_to_fail_is_an_outcome() -> None:
+    tasks = ["a", "mistake", "bug", "b", "torch", "exit", "c"]
+    seen: dict[str, sweep.Outcome[str, str]] = {}
+    told: set[str] = set()
+    sweep.run_local(some_work, tasks, 2, lambda outcome: seen.update({outcome.task: outcome}),
+                    lambda task, share: told.add(task))
+    assert {name: seen[name].result for name in tasks} == {"a": "A", "b": "B", "c": "C", "mistake": None, "bug": None,
+                                                           "torch": None, "exit": None}
+    assert seen["mistake"].failure == "expected this, got that"
+    assert seen["torch"].failure == "RuntimeError: out of memory"
+    assert seen["bug"].failure == "the worker process ended with exit status 1: KeyError: 'unforeseen'"
+    assert seen["exit"].failure.startswith("the worker process ended with exit status 3")
+    assert {"a", "b", "c"} <= told
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    grid = {"kind": "joint", "widths": [2, 4], "depths": [1], "dataset_sizes": [300, 1000]}
+    whole = write_plan(tmp_path / "whole.yaml", grid, seeds=[0, 1], num_epochs=12, base_dir=str(tmp_path / "whole"))
+    rows = sweeps.run(read_plan(str(whole)), Console(file=io.StringIO()), workers=2)
+    assert len(rows) == 8 and all(row["status"] == "done" for row in rows)
+    path = write_plan(tmp_path / "plan.yaml", grid, seeds=[0, 1], num_epochs=12, base_dir=str(tmp_path / "killed"))
+    chance, kills = random.Random(0), 0
+    while True:
+        with start("sweep", path, "--workers", "2") as process:
+            try:
+                _, err = process.communicate(timeout=chance.uniform(4, 16))
+            except subprocess.TimeoutExpired:
+                victims = [process.pid, *children(process.pid)]
+                os.kill(chance.choice(victims), signal.SIGKILL)  # the sweep itself, or one of its workers
+                kills += 1
+                process.kill()
+                process.communicate()
+                continue
+        if process.returncode == 0:
+            break
+        assert process.returncode == 1, err
+    assert kills >= 2
+    for name in ("final_data.csv", *(f"runs/{row['id']}.csv" for row in rows)):
+        ours, theirs = (sorted(without_seconds(tmp_path / folder / "results" / name), key=str)
+                        for folder in ("whole", "killed"))
+        assert ours == theirs
+    assert not list((tmp_path / "killed" / "results" / "checkpoints").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------------- Ray
+
+
+@pytest.mark.slow
+def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    from ray.cluster_utils import Cluster
+
+    base = tmp_path / "out"
+    sizes = {"kind": "data", "dataset_sizes": [300, 400, 500, 600], "width": 4, "depth": 1}
+    path = write_plan(tmp_path / "plan.yaml", sizes, num_epochs=100, test_freq=20, base_dir=str(base))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        second = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        with start("sweep", path, "--ray", cluster.address) as process:
+            wait_for(process, lambda: len(list(base.glob("results/checkpoints/*/*.pth"))) >= 2)  # one on each machine
+            cluster.remove_node(second, allow_graceful=False)
+            out, err = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, out + err
+    rows = read_csv(base / "results" / "final_data.csv")
+    assert sorted(row["D"] for row in rows) == ["300", "400", "500", "600"]
+    assert {row["status"] for row in rows} == {"done"}
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine_fails_like_local_processes_and_finds_no_cluster_where_there_is_none(
+        compress: Compress, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    path = write_plan(tmp_path / "plan.yaml", SMALL, base_dir=str(tmp_path / "out"))
+    assert_one_line_error(compress("scaling", "sweep", path, "--ray", "127.0.0.1:9"), "no Ray cluster there")
+    seen: dict[str, sweep.Outcome[str, str]] = {}
+    tasks = ["a", "mistake", "bug", "torch"]
+    sweep.run_ray(some_work, tasks, "local", lambda outcome: seen.update({outcome.task: outcome}))
+    assert seen["a"].result == "A" and seen["mistake"].failure == "expected this, got that"
+    assert seen["torch"].failure == "RuntimeError: out of memory" and "KeyError: 'unforeseen'" in seen["bug"].failure
