@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from compress import cli_scaling_fit
+from compress import cli_scaling_fit  # noqa: F401, it adds verbs
+from compress.cli_scaling import scaling
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Teacher in; distilled, pruned, int8, packaged, verified and scored submission out.")
-app.add_typer(cli_scaling_fit.scaling, name="scaling")
+app.add_typer(scaling, name="scaling")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as prune.ratio=0.4 seed=1")]
 Recipe = Annotated[str, typer.Argument(help="a recipe's name (see `recipes`), or the path of a .yaml file")]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,14 +11,14 @@ import typer
 from compress.cli_scaling import scaling
 
 
-class Target(str, Enum):
+class Target(StrEnum):
     """What is fitted."""
 
     loss = "loss"
     error = "error"
 
 
-class FormName(str, Enum):
+class FormName(StrEnum):
     """The joint forms."""
 
     additive = "additive"
@@ -107,7 +107,7 @@ def _parameters_of(width: int, depth: int, classes: int | None) -> int:
     from model_loader import UserError
 
     if "scaling_cnn" not in families():
-        raise UserError("--width: there is no model family scaling_cnn here to count the parameters of; give --parameters N")
+        raise UserError("--width: there is no model family scaling_cnn here whose parameters to count; give --parameters N")
     if classes is None:
         raise UserError("--width: the number of classes decides the parameters of the last layer; give it with --classes")
     return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth))

@@ -85,7 +85,7 @@ def joint_section(runs: Runs, ceiling: float | None) -> tuple[Section, list[Form
     for name in ("N", "D"):
         if len(np.unique(data.values[name])) < 2:
             section.skipped.append(f"joint forms need at least two values of N and of D; {name} does not vary (it is "
-                                   f"{data.values[name][0]:,.6g} in every row)")
+                                   f"{data.values[name][0]:,.12g} in every row)")
             return section, []
     forms = joint_forms(data.values, data.log_loss, ceiling)
     if ceiling is None:
@@ -102,8 +102,8 @@ def _enough(section: Section, forms: list[Form]) -> list[Form]:
             section.skipped.append(f"{form.name}: needs at least {form.needed} configurations (it has {len(form.inner)} "
                                    f"parameters), there are {len(section.data)}")
         elif len(distinct) == 1 and distinct[0] < len(form.inner):
-            section.skipped.append(f"{form.name}: needs at least {len(form.inner)} values of {form.variables[0]}, there are "
-                                   f"{distinct[0]}")
+            section.skipped.append(f"{form.name}: needs at least {len(form.inner)} values of {form.variables[0]}, there "
+                                   f"are {distinct[0]}")
         else:
             kept.append(form)
     return kept
@@ -122,8 +122,8 @@ def _fill(section: Section, forms: list[Form], variables: tuple[str, ...], repli
 
 def _single_sections(data: Observations) -> list[Section]:
     largest_n, largest_d = float(data.values["N"].max()), float(data.values["D"].max())
-    return [Section(f"N at D = {largest_d:,.6g}", data.take(data.values["D"] == largest_d)),
-            Section(f"D at N = {largest_n:,.6g}", data.take(data.values["N"] == largest_n)),
+    return [Section(f"N at D = {largest_d:,.12g}", data.take(data.values["D"] == largest_d)),
+            Section(f"D at N = {largest_n:,.12g}", data.take(data.values["N"] == largest_n)),
             Section("C along the observed frontier", data.take(frontier.empirical_frontier(data)))]
 
 
@@ -163,8 +163,8 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
     _fill(joint, forms, tuple(SPLITS), replicates, seed)
     data = joint.data
     if ceiling is not None and (above := int((data.log_loss > math.log(ceiling)).sum())):
-        notes.append(f"{above} of {len(data)} configurations lie above the {runs.target} of guessing ({ceiling:.4g}), which "
-                     "the bounded form cannot reach")
+        notes.append(f"{above} of {len(data)} configurations lie above the {runs.target} of guessing ({ceiling:.4g}), "
+                     "which the bounded form cannot reach")
     single = _single_sections(data)
     for section, variable in zip(single, "NDC", strict=True):
         names = _enough(section, single_forms(variable, section.data.values, section.data.log_loss)
@@ -196,6 +196,7 @@ def fit_for_prediction(runs: Runs, classes: int | None, form: str | None) -> tup
     """
     section, forms = joint_section(runs, ceiling_of(runs.target, classes or runs.classes))
     if not forms:
-        raise UserError(f"{runs.path}: no joint form can be fitted, so nothing can be predicted: {'; '.join(section.skipped)}")
+        raise UserError(f"{runs.path}: no joint form can be fitted, so nothing can be predicted: "
+                        f"{'; '.join(section.skipped)}")
     ranking = rank([judge(entry, section.data, tuple(SPLITS)) for entry in forms])
     return choose(ranking, form).fit, {entry.name: entry.fit for entry in ranking.forms}, ranking

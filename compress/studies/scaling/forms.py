@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.intp]
 
 EXPONENTS = (0.01, 3.0)  # a slower power cannot be told from a constant, a faster one from a step
 NEGLIGIBLE, HUGE = 1e-7, 1e4  # a term's contribution amid the data, relative to the loss there
@@ -168,7 +170,8 @@ class PowerSum(Form):
         # h = (L - E) / (ceiling - L) is linear in A and B, given E as well.
         loss, count = np.exp(log_loss), len(self.variables)
         found = []
-        floors = [0.0] if self.ceiling is None else [share * min(loss.min(), self.ceiling) for share in (0, .3, .6, .85, .97)]
+        lowest = min(float(loss.min()), self.ceiling or math.inf)
+        floors = [0.0] if self.ceiling is None else [share * lowest for share in (0, 0.3, 0.6, 0.85, 0.97)]
         for floor, exponents in itertools.product(floors, itertools.product(START_EXPONENTS, repeat=count)):
             columns = np.exp(-inputs * np.array(exponents))
             if self.ceiling is None:

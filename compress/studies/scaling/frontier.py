@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, Observations
-from compress.studies.scaling.forms import Array
+from compress.studies.scaling.forms import Array, Numbers
 from compress.studies.scaling.intervals import LEVEL, Interval, profile
 
 
@@ -69,7 +69,7 @@ def band(draws: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def empirical_frontier(data: Observations) -> Array:
+def empirical_frontier(data: Observations) -> Numbers:
     """The points that no cheaper or equally dear point undercuts, by compute; an index."""
     order = np.lexsort((data.log_loss, data.values["C"]))
     kept, lowest = [], math.inf
@@ -77,7 +77,7 @@ def empirical_frontier(data: Observations) -> Array:
         if data.log_loss[index] < lowest:
             kept.append(int(index))
             lowest = float(data.log_loss[index])
-    return np.array(kept)
+    return np.array(kept, dtype=np.intp)
 
 
 @dataclass(frozen=True)
@@ -117,5 +117,5 @@ def predict(best: Fit, n: float, d: float) -> Prediction:
         smallest, largest = float(best.data.values[name].min()), float(best.data.values[name].max())
         if value > largest * (1 + 1e-9) or value < smallest * (1 - 1e-9):
             beyond[name] = max(value / largest, smallest / value)
-    return Prediction(math.exp(interval.value), (end(low, -1, 0), end(high, 1, 0)), (end(low, -1, noise), end(high, 1, noise)),
-                      beyond)
+    return Prediction(math.exp(interval.value), (end(low, -1, 0), end(high, 1, 0)),
+                      (end(low, -1, noise), end(high, 1, noise)), beyond)

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, minimise
-from compress.studies.scaling.forms import Array
+from compress.studies.scaling.forms import Array, Numbers
 
 LEVEL = 0.95
 STEPS = 60
@@ -111,7 +111,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
     ends: list[float | None] = [None] * lanes
     live, stalled = np.arange(lanes), np.zeros(lanes, dtype=int)
 
-    def pull(at: Array, numbers: Array) -> tuple[Array, Array, Array]:
+    def pull(at: Array, numbers: Numbers) -> tuple[Array, Array, Array]:
         lane = live[numbers]
         value, gradient = np.empty(len(at)), np.empty_like(at)
         for index, quantity in enumerate(quantities):
@@ -128,7 +128,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
         found, cost = minimise(best.form, theta[live], inputs, data.log_loss[None], best.root_weights, best.delta, pull, 40)
         theta[live] = found
         root = np.sqrt(np.maximum(cost - best.cost, 0))
-        value = np.array([float(quantities[lane // 2](found[row:row + 1])[0]) for row, lane in enumerate(live)])
+        value = np.array([float(quantities[int(lane) // 2](found[row:row + 1])[0]) for row, lane in enumerate(live)])
         crossed = root >= goal
         for row in np.flatnonzero(crossed):
             lane = live[row]

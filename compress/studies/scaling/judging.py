@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, Observations, fit
-from compress.studies.scaling.forms import Array, Form
+from compress.studies.scaling.forms import Array, Form, Mask
 
 SHARE = 0.2  # of the configurations to hold out
 SPLITS = {"N": "largest N", "D": "largest D", "C": "largest compute"}
@@ -32,7 +32,7 @@ class HeldOut:
 
     variable: str
     edge: float
-    chosen: Array
+    chosen: Mask
     predicted: Array | None
     observed: Array
 
@@ -104,7 +104,7 @@ class Ranking:
         return self.forms[0]
 
 
-def hold_out(values: Array) -> Array | None:
+def hold_out(values: Array) -> Mask | None:
     """The points with the largest values: whole levels, at least one, as close to a fifth of the points as can be.
 
     Args:
@@ -159,7 +159,8 @@ def rank(judged: list[Judged]) -> Ranking:
         if best.held_out_percent is None or other.held_out_percent is None:
             continue
         difference = other.held_out_percent - best.held_out_percent
-        pairs = np.concatenate([np.abs(other.splits[name].errors) - np.abs(best.splits[name].errors) for name in best.splits])
+        pairs = np.concatenate([np.abs(other.splits[name].errors) - np.abs(split.errors)
+                                for name, split in best.splits.items()])
         if floor is not None and difference < floor:
             ties[other.name] = f"{difference:.2g} points apart, less than the noise between seeds ({floor:.2g})"
         elif len(pairs) > 1 and float(stats.ttest_1samp(pairs, 0).pvalue if np.ptp(pairs) > 0 else 1) > 0.05:

@@ -1,4 +1,4 @@
-"""The plots of a study, each as PNG and SVG: loss against N, D and C, isoFLOP curves, residuals, frontier, held-out points."""
+"""A study's plots as PNG and SVG: loss against N, D and C, isoFLOP curves, residuals, frontier, held-out points."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from metadata.files import write_figure
 NAMES = {"N": "parameters N", "D": "training examples D", "C": "compute C = N · D · epochs"}
 CURVES = 6  # of levels of the other variable; more cannot be told apart
 MARKERS = "osD^v"
+DOTS: dict[str, Any] = {"s": 26, "edgecolor": "white", "linewidth": 0.6}
 
 
 def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
@@ -65,7 +66,8 @@ def _label_log(axis: Any, low: float, high: float) -> None:
 
     decades = math.log10(high / low) if high > low > 0 else 1.0
     if decades < 3:
-        fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 0.7 else (1, 2, 3, 5) if decades < 1.5 else (1, 3)
+        fine = ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9) if decades < 0.6 else
+                (1, 1.5, 2, 3, 4, 6, 8) if decades < 1 else (1, 2, 5) if decades < 2 else (1, 3))
         axis.set_major_locator(LogLocator(subs=fine, numticks=30))
         axis.set_major_formatter(FuncFormatter(lambda value, _: brief(value)))
         axis.set_minor_formatter(NullFormatter())
@@ -73,13 +75,18 @@ def _label_log(axis: Any, low: float, high: float) -> None:
 
 def brief(value: float) -> str:
     """A number for a label: 0.35, 1,200, 50k, 2.4M, 7.2e11."""
+    if value >= 1e8:
+        return scientific(value)
     if value < 1e4:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     if value < 1e6:
         return f"{value / 1e3:.3g}k"
-    if value < 1e9:
-        return f"{value / 1e6:.3g}M"
-    return f"{value:.2g}".replace("e+", "e")
+    return f"{value / 1e6:.3g}M"
+
+
+def scientific(value: float) -> str:
+    """7.2e11, as budgets are written."""
+    return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _levels(values: Array, most: int = CURVES) -> Array:
@@ -89,11 +96,13 @@ def _levels(values: Array, most: int = CURVES) -> Array:
 
 
 def _colours(values: Array) -> tuple[Any, Any]:
+    """Shades from light to dark, and the logarithmic scale that they stand for; the palest are left out, on white."""
     from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
+    from matplotlib.colors import ListedColormap, LogNorm
 
     low, high = float(values.min()), float(values.max())
-    return colormaps["viridis_r"], LogNorm(low, high if high > low else low * 1.01)
+    return (ListedColormap(colormaps["viridis"](np.linspace(0.88, 0, 256))),
+            LogNorm(low, high if high > low else low * 1.01))
 
 
 def _colour_bar(axis: Any, shades: Any, norm: Any, label: str) -> None:
@@ -121,11 +130,15 @@ def _legend(axis: Any, **options: Any) -> None:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=9, **{"ncols": 3, **options})
 
 
-def _left_out(analysis: Analysis, axis: Any, variable: str) -> None:
-    shown = [row for row in analysis.runs.left_out if row.n and row.d and row.loss and not row.reason.startswith("repeats")]
-    if shown and variable in "ND" and analysis.runs.target == "loss":
-        axis.plot([row.n if variable == "N" else row.d for row in shown], [row.loss for row in shown], linestyle="none",
-                  marker="x", color="0.5", label="left out of the fits")
+def _left_out(analysis: Analysis, axis: Any, variable: str) -> list[float]:
+    """Crosses for rows that have numbers and are not fitted; the losses of those that are drawn."""
+    highest = 1.5 * float(np.exp(analysis.joint.data.log_loss.max()))
+    shown = [(row.n if variable == "N" else row.d, row.loss) for row in analysis.runs.left_out
+             if row.n and row.d and row.loss and row.loss < highest and not row.reason.startswith("repeats")]
+    if not shown or analysis.runs.target != "loss":
+        return []
+    axis.plot(*zip(*shown, strict=True), linestyle="none", marker="x", color="C3", label="left out of the fits")
+    return [loss for _, loss in shown if loss]
 
 
 def _against(analysis: Analysis, variable: str, path: Path) -> Path:
@@ -137,17 +150,17 @@ def _against(analysis: Analysis, variable: str, path: Path) -> Path:
     with _canvas(path) as (axis,):
         if analysis.chosen:
             form, draws = analysis.chosen.fit.form, analysis.joint.draws[analysis.chosen.name]
-            for index, level in enumerate(_levels(data.values[other])):
+            for level in _levels(data.values[other]):
                 values = {variable: xs, other: np.full_like(xs, level)}
                 colour = shades(norm(level))
                 axis.fill_between(xs, *band(form.predict(draws, values)), color=colour, alpha=0.18, linewidth=0)
-                axis.plot(xs, analysis.chosen.fit.predict(values), color=colour, linewidth=1.5,
-                          label=f"{form.name} fit, 95 % band" if index == 0 else None)
+                axis.plot(xs, analysis.chosen.fit.predict(values), color=colour, linewidth=1.5)
+            axis.plot([], [], color="0.4", linewidth=1.5, label=f"{form.name} fit with 95 % band, at some {other}")
         else:
             _draw_single(axis, analysis.single["ND".index(variable)], variable, xs)
-        axis.scatter(x, loss, c=data.values[other], cmap=shades, norm=norm, s=26, edgecolor="white", linewidth=0.6, zorder=3)
-        _left_out(analysis, axis, variable)
-        _frame(axis, x, loss, (NAMES[variable], analysis.runs.target))
+        axis.scatter(x, loss, c=data.values[other], cmap=shades, norm=norm, zorder=3, **DOTS)
+        crosses = _left_out(analysis, axis, variable)
+        _frame(axis, x, [*loss, *crosses], (NAMES[variable], analysis.runs.target))
         _legend(axis)
         _colour_bar(axis, shades, norm, NAMES[other])
         axis.set_title(f"{analysis.runs.target} against {NAMES[variable]}")
@@ -178,7 +191,7 @@ def _against_compute(analysis: Analysis, path: Path) -> Path:
             axis.plot(frontier.best.compute, frontier.best.loss[0], color="black", linewidth=1.6,
                       label=f"best by the {analysis.chosen.name} fit, {frontier.epochs:g} epochs")
         _draw_single(axis, analysis.single[2], "C", np.geomspace(x.min() / 1.3, x.max() * 1.3, 80))
-        axis.scatter(x, loss, c=data.values["N"], cmap=shades, norm=norm, s=26, edgecolor="white", linewidth=0.6, zorder=3)
+        axis.scatter(x, loss, c=data.values["N"], cmap=shades, norm=norm, zorder=3, **DOTS)
         _frame(axis, x, loss, (NAMES["C"], analysis.runs.target))
         _legend(axis, ncols=2)
         _colour_bar(axis, shades, norm, NAMES["N"])
@@ -191,7 +204,7 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
     assert analysis.tradeoff
     data, epochs = analysis.joint.data, analysis.tradeoff.epochs
     loss, compute = np.exp(data.log_loss), data.values["C"]
-    budgets = np.geomspace(*np.quantile(compute, [0.1, 0.95]), 5)
+    budgets = np.geomspace(float(np.quantile(compute, 0.1)), float(np.quantile(compute, 0.95)), 5)
     shades, norm = _colours(budgets)
     ends = data.values["N"].min() / 3, data.values["N"].max() * 3
     best = optimum(chosen.fit, chosen.fit.theta[None], budgets, epochs)
@@ -207,9 +220,9 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
             curve = chosen.fit.predict(values)
             axis.fill_between(values["N"], *band(chosen.fit.form.predict(analysis.joint.draws[chosen.name], values)),
                               color=colour, alpha=0.15, linewidth=0)
-            axis.plot(values["N"], curve, color=colour, linewidth=1.5, label=f"C = {brief(budget)}")
+            axis.plot(values["N"], curve, color=colour, linewidth=1.5, label=f"C = {scientific(budget)}")
             near = np.abs(np.log(compute / budget)) < math.log(1.3)
-            axis.scatter(data.values["N"][near], loss[near], color=colour, s=26, edgecolor="white", linewidth=0.6, zorder=3)
+            axis.scatter(data.values["N"][near], loss[near], color=colour, zorder=3, **DOTS)
             if ends[0] < best.n[0, index] < ends[1]:
                 axis.plot(best.n[0, index], best.loss[0, index], marker="*", markersize=13, color=colour,
                           markeredgecolor="black", markeredgewidth=0.6, zorder=4, linestyle="none")
@@ -218,8 +231,8 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
         if drawn_y:
             _frame(axis, drawn_x, drawn_y, (NAMES["N"], analysis.runs.target))
         _legend(axis)
-        axis.set_title(f"isoFLOP curves of the {chosen.name} fit at {epochs:g} epochs\nstars: best N for the budget; points: "
-                       "runs within 30 % of it", fontsize=11)
+        axis.set_title(f"isoFLOP curves of the {chosen.name} fit at {epochs:g} epochs\nstars: best N for the budget; "
+                       "points: runs within 30 % of it", fontsize=11)
     return path
 
 
@@ -234,10 +247,9 @@ def _residuals(analysis: Analysis, chosen: Judged, path: Path) -> Path:
         for axis, (values, label) in zip(axes, ((data.values["N"], NAMES["N"]), (data.values["D"], NAMES["D"]),
                                                 (fitted, f"fitted {analysis.runs.target}")), strict=True):
             if noise:
-                axis.axhspan(-200 * noise, 200 * noise, color="0.9", label="± 2 deviations between seeds")
+                axis.axhspan(-200 * noise, 200 * noise, color="0.9", label="± 2 standard deviations between seeds")
             axis.axhline(0, color="black", linewidth=0.8)
-            scatter = axis.scatter(values, percent, c=data.values["D"], cmap=shades, norm=norm, s=26, edgecolor="white",
-                                   linewidth=0.6, zorder=3)
+            scatter = axis.scatter(values, percent, c=data.values["D"], cmap=shades, norm=norm, zorder=3, **DOTS)
             axis.set(xscale="log", xlabel=label)
             _label_log(axis.xaxis, *axis.get_xlim())
         axes[0].set_ylabel("observed against fitted (%)")
@@ -262,7 +274,7 @@ def _frontier(analysis: Analysis, chosen: Judged, path: Path) -> Path:
             seen = data.values[name]
             low, high = band(draws)
             axis.axhspan(seen.min(), seen.max(), color="C2", alpha=0.08, label=f"{name} that was run")
-            axis.axvspan(last, frontier.best.compute[-1], color="0.92", label="more compute than was run")
+            axis.axvspan(last, 10 * frontier.best.compute[-1], color="0.92", label="more compute than was run")
             axis.fill_between(frontier.best.compute, low, high, color="C0", alpha=0.2, linewidth=0, label="95 % band")
             axis.plot(frontier.best.compute, best[0], color="C0", linewidth=1.8,
                       label=f"{name}* ~ C^{exponent.value:.2f}")
@@ -276,7 +288,7 @@ def _frontier(analysis: Analysis, chosen: Judged, path: Path) -> Path:
 def _held_out(analysis: Analysis, path: Path) -> Path:
     """Predicted against observed on the points that a form did not see, one panel for each way of holding out."""
     assert analysis.joint.ranking
-    forms, loss = analysis.joint.ranking.forms, np.exp(analysis.joint.data.log_loss)
+    forms = analysis.joint.ranking.forms
     splits = [name for name in SPLITS if any(name in form.splits and form.splits[name].predicted is not None
                                              for form in forms)]
     with _canvas(path, len(splits), (4.6 * len(splits), 5.0)) as axes:
@@ -296,7 +308,8 @@ def _held_out(analysis: Analysis, path: Path) -> Path:
             axis.plot(line, line, color="black", linewidth=0.8, zorder=0)
             _frame(axis, seen, seen, (f"observed {analysis.runs.target}", f"predicted {analysis.runs.target}"))
             _legend(axis, ncols=2)
-            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {brief(edge)}, {len(loss[form.splits[name].chosen])} points)",
+            count = int(forms[0].splits[name].chosen.sum())
+            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {brief(edge)}, {count} points)",
                            fontsize=10)
         axes[0].figure.suptitle("predictions of points that were not fitted, with mean errors; grey: within 5 %")
     return path

@@ -58,7 +58,7 @@ def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], Ro
     for form in ranking.forms:
         errors = [form.splits[name].error_percent if name in form.splits else None for name in used]
         mark = " =" if form.name in ranking.ties else ""
-        rows.append([form.name + mark, percent(form.held_out_percent), *map(percent, errors), percent(form.in_sample_percent)])
+        rows.append([form.name + mark, *map(percent, (form.held_out_percent, *errors, form.in_sample_percent))])
     return ["form", "held out", *(SPLITS[name] for name in used), "in sample"], rows
 
 
@@ -79,13 +79,13 @@ def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tupl
     """Header and rows: N*, D* and the loss at budgets over the range that was run and ten times beyond."""
     data = analysis.joint.data
     chosen = np.unique(np.linspace(0, len(tradeoff.best.compute) - 1, most).round().astype(int))
-    n, d, loss = (band(values) for values in (tradeoff.draws.n, tradeoff.draws.d, tradeoff.draws.loss))
+    n, d = band(tradeoff.draws.n), band(tradeoff.draws.d)
     rows = []
     for index in chosen:
         values = {"N": float(tradeoff.best.n[0, index]), "D": float(tradeoff.best.d[0, index]),
                   "C": float(tradeoff.best.compute[index])}
         beyond = [f"{name} x{value / float(data.values[name].max()):.2g}" for name, value in values.items()
-                  if value > 1.001 * float(data.values[name].max())]
+                  if value > 1.05 * float(data.values[name].max())]
         rows.append([f"{values['C']:.2e}".replace("e+", "e"), number(values["N"]), span(n[0][index], n[1][index]),
                      number(values["D"]), span(d[0][index], d[1][index]), number(float(tradeoff.best.loss[0, index])),
                      ", ".join(beyond)])
@@ -96,14 +96,14 @@ def noise_lines(analysis: Analysis) -> list[str]:
     """The noise between seeds beside the scatter around the chosen fit."""
     data = analysis.joint.data
     repeated = int((data.runs > 1).sum())
-    lines = [f"noise between seeds: {100 * data.seed_noise:.2f} % of the {analysis.runs.target} (pooled standard deviation, "
-             f"{repeated} configurations repeated)" if data.seed_noise is not None else
+    lines = [f"noise between seeds: {100 * data.seed_noise:.2f} % of the {analysis.runs.target} (pooled standard "
+             f"deviation, {repeated} configurations repeated)" if data.seed_noise is not None else
              "noise between seeds: not known, no configuration was repeated with another seed"]
     if analysis.chosen:
         fit = analysis.chosen.fit
         scatter = 100 * math.sqrt(float((fit.residuals**2).sum()) / fit.dof)
-        lines.append(f"scatter around the {fit.form.name} fit: {scatter:.2f} % ({len(data)} configurations, {fit.dof} degrees "
-                     f"of freedom; Huber's delta {100 * fit.delta:.2f} %)")
+        lines.append(f"scatter around the {fit.form.name} fit: {scatter:.2f} % ({len(data)} configurations, {fit.dof} "
+                     f"degrees of freedom; Huber's delta {100 * fit.delta:.2f} %)")
         if data.seed_noise and scatter > 3 * 100 * data.seed_noise:
             lines.append("the scatter is more than three times the noise: the form misses something that is there")
     return lines
@@ -134,6 +134,12 @@ def exponent_line(tradeoff: Tradeoff) -> str:
             f"D* ~ C^{d.value:.3f} ({span(d.low, d.high)})")
 
 
+def sources(runs: Runs) -> str:
+    """Which column each variable was read from."""
+    return ", ".join(f"{role} from {'1 - ' if runs.from_accuracy and role == runs.target else ''}{name}"
+                     for role, name in runs.columns.items())
+
+
 # ------------------------------------------------------------------------------------------------------- screen
 
 
@@ -152,14 +158,15 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Rows)
 def print_summary(console: Console, analysis: Analysis) -> None:
     """The verdicts on the screen; the Markdown summary has every form's parameters."""
     runs = analysis.runs
-    console.print(", ".join(f"{role} from {name}" for role, name in runs.columns.items()), highlight=False)
+    console.print(sources(runs), highlight=False)
     console.print(f"{len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {len(runs.left_out)} rows left out",
                   highlight=False)
     for note in analysis.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     console.print()
     if analysis.joint.ranking:
-        print_table(console, f"mean absolute error of the {runs.target} (%)", *ranking_rows(analysis.joint.ranking, SPLITS))
+        print_table(console, "mean absolute relative error (%); held out: the mean of what is to its right",
+                    *ranking_rows(analysis.joint.ranking, SPLITS))
     for line in (*verdict_lines(analysis), *noise_lines(analysis)):
         console.print(line, highlight=False)
     console.print()
@@ -195,9 +202,9 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
     """
     found = predict(chosen, n, d)
     passes = epochs if epochs is not None else runs.epochs
-    console.print(f"N = {n:,.6g}, D = {d:,.6g}, {passes:g} epochs: C = {n * d * passes:.3g}", highlight=False)
-    console.print(f"predicted {runs.target}: {number(found.loss)} by the {chosen.form.name} form, fitted to {len(chosen.data)} "
-                  "configurations", style="bold", highlight=False)
+    console.print(f"N = {n:,.12g}, D = {d:,.12g}, {passes:g} epochs: C = {n * d * passes:.3g}", highlight=False)
+    console.print(f"predicted {runs.target}: {number(found.loss)} by the {chosen.form.name} form, fitted to "
+                  f"{len(chosen.data)} configurations", style="bold", highlight=False)
     console.print(f"95 % interval: {span(*found.mean)} for the mean over seeds, {span(*found.run)} for one run",
                   highlight=False)
     errors = next(entry for entry in ranking.forms if entry.name == chosen.form.name).held_out_percent
@@ -230,13 +237,12 @@ def markdown_table(header: Sequence[str], rows: Rows) -> list[str]:
 def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
     """The summary as Markdown."""
     runs = analysis.runs
-    columns = ", ".join(f"{role} from `{name}`" for role, name in runs.columns.items())
     lines = [f"# Scaling of the {runs.target}", "",
-             f"`{runs.path.name}`: {len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {columns}; "
+             f"`{runs.path.name}`: {len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {sources(runs)}; "
              "C = N * D * epochs where there are epochs.", "",
              "Intervals are 95 %: profiles of the robust cost, calibrated with F(1, n - p); the bootstrap of the residuals "
-             "stands beside them. Errors are mean absolute relative errors in percent. Forms are ranked by points that they "
-             "did not see.", ""]
+             "stands beside them. Errors are mean absolute relative errors in percent. Forms are ranked by points that "
+             "they did not see.", ""]
     if analysis.joint.ranking:
         lines += ["## Forms", "", *markdown_table(*ranking_rows(analysis.joint.ranking, SPLITS))]
     lines += [*(f"- {line}" for line in (*verdict_lines(analysis), *noise_lines(analysis))), ""]
@@ -246,7 +252,8 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
             if section is not analysis.joint:
                 lines += markdown_table(*ranking_rows(section.ranking, SPLITS))
             for form in section.ranking.forms:
-                lines += [f"**{form.name}**: `{form.fit.form.formula}`", "", *markdown_table(*parameter_rows(section, form))]
+                lines += [f"**{form.name}**: `{form.fit.form.formula}`", "",
+                          *markdown_table(*parameter_rows(section, form))]
     if analysis.tradeoff:
         lines += ["## Compute-optimal frontier", "", f"{exponent_line(analysis.tradeoff)}, by the "
                   f"{analysis.chosen.name if analysis.chosen else ''} form.", "",

@@ -81,6 +81,11 @@ class Runs:
         """The median of the epochs; 1 where the file has none."""
         return statistics.median(run.epochs or 1.0 for run in self.runs)
 
+    @property
+    def from_accuracy(self) -> bool:
+        """Whether the target is 1 less what its column holds."""
+        return self.target == "error" and "acc" in self.columns["error"].lower()
+
     def observations(self) -> Observations:
         """One point for each configuration, in order of appearance."""
         groups: dict[tuple[str, ...], list[Run]] = {}
@@ -135,7 +140,6 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             columns[optional] = found
     if "epochs" in columns:
         columns.pop("C", None)
-    accuracy = target == "error" and _is_accuracy(columns[target])
     result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()))
     by_lower = {name.lower(): name for name in header}
     status, seed = by_lower.get("status"), by_lower.get("seed")
@@ -150,10 +154,10 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
         if state not in ("", "done"):
             result.left_out.append(LeftOut(line, state, **shown))
             continue
-        if accuracy and loss is not None:
+        if result.from_accuracy and loss is not None:
             if loss > 1:
-                raise UserError(f"{path}, line {line}, column {columns[target]}: accuracy must be a fraction in [0, 1], got "
-                                f"{loss:g}; if these are percentages, divide them by 100")
+                raise UserError(f"{path}, line {line}, column {columns[target]}: accuracy must be a fraction in [0, 1], "
+                                f"got {loss:g}; if these are percentages, divide them by 100")
             loss = 1 - loss
         bad = next((f"{role} is {_spelled(value)}" for role, value in (("N", n), ("D", d), (target, loss),
                     *((role, numbers[role]) for role in ("epochs", "C") if role in numbers))
@@ -274,10 +278,6 @@ def _target_column(path: Path, header: list[str], target: str, named: str | None
         return _alias(header, "accuracy") or _alias(header, "error") or _column(path, header, "accuracy", None,
                                                                                 "--loss_column")
     return _column(path, header, target, named, "--loss_column")
-
-
-def _is_accuracy(column: str) -> bool:
-    return "acc" in column.lower()
 
 
 def _number(path: Path, line: int, column: str, cell: str) -> float | None:
