@@ -46,7 +46,8 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
         n_column: NColumn = None, d_column: DColumn = None, loss_column: LossColumn = None, dataset: DataSet = None,
         form: FormOption = None, num_epochs: Epochs = None,
         replicates: Annotated[int, typer.Option("--bootstrap", min=50, help="replicates")] = 1000,
-        seed: Annotated[int, typer.Option("--seed", min=0, help="of the bootstrap")] = 0) -> None:
+        seed: Annotated[int, typer.Option("--seed", min=0, help="of the bootstrap")] = 0,
+        no_plots: Annotated[bool, typer.Option("--no_plots", help="tables alone")] = False) -> None:
     """Fit scaling laws, rank them by what they did not see, and draw them."""
     from compress.cli import _console
     from compress.studies.scaling import summary
@@ -58,8 +59,9 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
     analysis = analyse(runs, classes, form.value if form else None, _positive("--num_epochs", num_epochs), replicates, seed)
     summary.print_summary(console, analysis)
     folder = output or data.parent / ("fit" if target is Target.loss else f"fit_{target.value}")
-    plots = summary.write_all(analysis, folder)
-    console.print(f"written: {folder / 'summary.md'}, fit.json and {len(plots)} plots (PNG and SVG)", highlight=False,
+    plots = summary.write_all(analysis, folder, not no_plots)
+    console.print(f"written: {folder / 'summary.md'}, fit.json"
+                  f"{f' and {len(plots)} plots (PNG and SVG)' if plots else ''}", highlight=False,
                   soft_wrap=True)
 
 

@@ -50,6 +50,7 @@ def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> 
     figure.savefig(buffer, dpi=dpi)
     drawing = io.BytesIO()
     if svg:
+        figure.set_layout_engine("none")  # it has been laid out
         with plt.rc_context({"svg.hashsalt": path.stem}):
             figure.savefig(drawing, format="svg", metadata={"Date": None})
     plt.close(figure)

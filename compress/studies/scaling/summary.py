@@ -330,12 +330,12 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
     return result
 
 
-def write_all(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes the plots, summary.md and fit.json; returns the plots."""
+def write_all(analysis: Analysis, folder: Path, draw: bool = True) -> list[Path]:
+    """Writes summary.md, fit.json and, if wanted, the plots; returns the plots."""
     from compress.studies.scaling.plots import draw_all
 
     folder.mkdir(parents=True, exist_ok=True)
-    plots = draw_all(analysis, folder)
+    plots = draw_all(analysis, folder) if draw else []
     write_atomically(folder / "summary.md", markdown(analysis, plots).encode())
     write_json(folder / "fit.json", to_json(analysis))
     return plots
