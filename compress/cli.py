@@ -7,18 +7,18 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from compress.cli_scaling import scaling
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from compress.cli_scaling_fit import fit, predict
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   rich_markup_mode=None,
                   help="Teacher in; distilled, pruned, int8, packaged, verified and scored submission out.")
+for verb in (fit, predict):
+    scaling.command()(verb)
 app.add_typer(scaling, name="scaling")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="such as prune.ratio=0.4 seed=1")]
 Recipe = Annotated[str, typer.Argument(help="a recipe's name (see `recipes`), or the path of a .yaml file")]
@@ -32,7 +32,7 @@ def run(recipe: Recipe, overrides: Overrides = None,
     from compress import pipeline, report
     from compress.config import resolve
 
-    console = _console()
+    console = report.terminal()
     outcome = pipeline.run(resolve(recipe, overrides or []), console, update)
     report.print_table(console, outcome.rows)
     for text in outcome.warnings:
@@ -50,11 +50,11 @@ def run(recipe: Recipe, overrides: Overrides = None,
 @app.command()
 def plan(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a recipe and its data, and print what would run; trains nothing, writes nothing."""
-    from compress import pipeline
+    from compress import pipeline, report
     from compress.config import resolve
     from compress.trackers import Tracker
 
-    console = _console()
+    console = report.terminal()
     planned = pipeline.make_plan(resolve(recipe, overrides or []), Tracker(console))
     card = planned.splits.card
     console.print(f"{planned.config.recipe}: {card.name}, {card.num_classes} classes, {list(card.input_shape)}, "
@@ -84,7 +84,7 @@ def train(context: typer.Context) -> None:
     from compress import report, training_run
     from compress.training_config import resolve_training
 
-    console = _console()
+    console = report.terminal()
     config = resolve_training(context.args)
     summary = training_run.run(config, console)
     if summary:
@@ -104,18 +104,19 @@ def mnist_challenge(
         verify: Annotated[bool, typer.Option("--verify", help="check the committed weights; trains nothing")] = False,
         ) -> None:
     """The MNIST challenge: 99.4 % over the last five of 15 epochs, below 8,000 parameters."""
+    from compress import report
     from compress.studies import mnist_challenge as challenge
     from model_loader import UserError
 
     if verify:
-        challenge.verify(data_root, download, _console())
+        challenge.verify(data_root, download, report.terminal())
         return
     try:
         numbers = [int(part) for part in seeds.split(",")] if seeds is not None else None
     except ValueError as error:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from error
     challenge.run(list(challenge.ENTRIES) if model == "all" else [model], numbers, data_root, download, log_dir, threads,
-                  epochs, _console())
+                  epochs, report.terminal())
 
 
 @app.command()
@@ -210,6 +211,7 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
                 root: Annotated[Path | None, typer.Option(help="where the set's files are")] = None,
                 download: Annotated[bool, typer.Option("--download", help="fetch a missing set")] = False) -> None:
     """Write a data set's test split as an image folder for the evaluator: its own image files, or one PNG an image."""
+    from compress import report
     from compress.trackers import Tracker
     from loaders import load
     from loaders.arrays import Request, write_image_folder
@@ -217,18 +219,12 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
 
     if out.exists():
         raise UserError(f"--out {out}: already there; nothing was written")
-    with Tracker(_console()).progress("reading images") as advance:
+    with Tracker(report.terminal()).progress("reading images") as advance:
         splits = load(Request(name, root, download, on_progress=advance))
         test = splits.open_test()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image_folder(test, splits.card.class_names, out)
     typer.echo(f"{len(test)} images in {splits.card.num_classes} classes: {out}")
-
-
-def _console() -> Console:
-    from rich.console import Console
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 def main() -> NoReturn:

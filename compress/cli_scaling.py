@@ -33,9 +33,10 @@ def run(seed: Annotated[int, typer.Option("--seed", help="of subset, weights, or
         checkpoint_seconds: Annotated[float, typer.Option("--checkpoint_seconds", help="time between checkpoints")] = 20.0,
         download: Annotated[bool, typer.Option("--download", help="let torchvision fetch the set")] = False) -> None:
     """Run one experiment; the same command continues an interrupted one."""
+    from compress import report
     from compress.studies.scaling.experiment import run_experiment
 
-    console = _console()
+    console = report.terminal()
     row = run_experiment(seed, batch_size, num_epochs, test_freq, width, depth, dataset_size, dataset=dataset,
                          data_root=data_root, base_dir=base_dir, device=device or "auto", threads=threads,
                          download=download, checkpoint_seconds=checkpoint_seconds, console=console)
@@ -51,10 +52,11 @@ def sweep(plan: PlanName, workers: Workers = None,
           ray: Annotated[str | None, typer.Option("--ray", help="a Ray cluster's address, or local, instead")] = None,
           base_dir: BaseDir = None, data_root: DataRoot = None, device: Device = None) -> None:
     """Run all points of a plan that are not done; interrupted ones continue, failed ones are tried again."""
+    from compress import report
     from compress.studies.scaling import sweeps
 
     try:
-        rows = sweeps.run(_plan(plan, base_dir, data_root, device), _console(), workers, ray)
+        rows = sweeps.run(_plan(plan, base_dir, data_root, device), report.terminal(), workers, ray)
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(130) from error
@@ -66,18 +68,13 @@ def sweep(plan: PlanName, workers: Workers = None,
 def show_plan(plan: PlanName, workers: Workers = None, base_dir: BaseDir = None, data_root: DataRoot = None,
               device: Device = None) -> None:
     """Print a plan's points, what is done, and the time that the rest will take, from a short calibration."""
+    from compress import report
     from compress.studies.scaling import estimates
 
-    estimates.estimate(_plan(plan, base_dir, data_root, device), _console(), workers)
+    estimates.estimate(_plan(plan, base_dir, data_root, device), report.terminal(), workers)
 
 
 def _plan(name: str, base_dir: Path | None, data_root: Path | None, device: str | None) -> Any:
     from compress.studies.scaling.plans import read_plan
 
     return read_plan(name).changed(base_dir=base_dir, data_root=data_root, device=device)
-
-
-def _console() -> Any:
-    from rich.console import Console
-    console = Console()
-    return console if console.is_terminal else Console(width=120)

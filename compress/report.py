@@ -15,6 +15,12 @@ from metadata.schemas import LedgerRow
 HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds")
 
 
+def terminal() -> Console:
+    """Where the verbs print; a file or a pipe gets lines of 120 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def cells(row: LedgerRow) -> tuple[str, ...]:
     """A ledger row as a person reads it."""
     stage = row.stage + (" (test)" if row.split == "test" else "")

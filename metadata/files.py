@@ -39,14 +39,24 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, buffer.getvalue().encode())
 
 
-def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
-    """A matplotlib figure as PNG, atomically; the figure is closed."""
+def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> None:
+    """A matplotlib figure as PNG, and as SVG beside it if wanted, atomically; the figure is closed.
+
+    The SVG carries no date and no random names: the same figure gives the same bytes.
+    """
     from matplotlib import pyplot as plt
 
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi)
+    drawing = io.BytesIO()
+    if svg:
+        figure.set_layout_engine("none")  # it has been laid out
+        with plt.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(drawing, format="svg", metadata={"Date": None})
     plt.close(figure)
     write_atomically(path, buffer.getvalue())
+    if svg:
+        write_atomically(path.with_suffix(".svg"), drawing.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -14,7 +14,8 @@ from compress.stage import stage_names
 from tests.conftest import PROJECT, Compress, assert_one_line_error, run_compress
 
 
-@pytest.mark.parametrize("verb", ["", "run", "plan", "recipes", "stages", "describe", "package", "export_data"])
+@pytest.mark.parametrize("verb", ["", "run", "plan", "recipes", "stages", "describe", "package", "export_data",
+                                  "scaling", "scaling fit", "scaling predict"])
 def test_help_does_not_import_torch(verb: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "compress", *verb.split(), "--help"], cwd=PROJECT,
                           capture_output=True, text=True, check=False)

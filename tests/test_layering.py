@@ -27,7 +27,7 @@ def level(module: str) -> int:
     if parts[1] in MECHANICS:
         return 3
     return {"config": 4, "training_config": 5, "stage": 5, "stages": 6, "training_run": 7, "pipeline": 7, "studies": 8,
-            "evaluation": 8, "cli_scaling": 9, "cli": 10, "__main__": 11}[parts[1]]
+            "evaluation": 8, "cli_scaling": 9, "cli_scaling_fit": 9, "cli": 10, "__main__": 11}[parts[1]]
 
 
 def project_files() -> list[Path]:

@@ -1,0 +1,202 @@
+"""One study from its runs to its verdicts: which forms can be fitted, which one wins, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from compress.studies.scaling import frontier
+from compress.studies.scaling.fitting import Fit, Observations
+from compress.studies.scaling.forms import Array, Form, joint_forms, single_forms
+from compress.studies.scaling.intervals import Interval, bootstrap, parameter_intervals
+from compress.studies.scaling.judging import SPLITS, Judged, Ranking, judge, rank
+from compress.studies.scaling.table import Runs
+from metadata.closest import closest
+from model_loader import UserError
+
+JOINT = ("additive", "bounded", "kaplan")
+
+
+@dataclass
+class Section:
+    """Forms of the same variables, fitted to the same points.
+
+    Attributes:
+        title: such as "N at D = 50,000".
+        data: the points.
+        ranking: the forms that could be fitted, best first; None if there was none.
+        skipped: why a form could not be fitted, one sentence each.
+        intervals: of each form's parameters.
+        draws: each form's bootstrap, (replicates, P).
+    """
+
+    title: str
+    data: Observations
+    ranking: Ranking | None = None
+    skipped: list[str] = field(default_factory=list)
+    intervals: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    draws: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass
+class Tradeoff:
+    """The compute-optimal frontier of the chosen form.
+
+    Attributes:
+        epochs: passes over the data that budgets are spent with.
+        best: at the fit, one set.
+        draws: over the bootstrap.
+        n_exponent, d_exponent: of N* ~ C^p and D* ~ C^(1 - p).
+    """
+
+    epochs: float
+    best: frontier.Optimum
+    draws: frontier.Optimum
+    n_exponent: Interval
+    d_exponent: Interval
+
+
+@dataclass
+class Analysis:
+    """Everything that a study's files and tables are made of."""
+
+    runs: Runs
+    ceiling: float | None
+    joint: Section
+    single: list[Section]
+    chosen: Judged | None
+    tradeoff: Tradeoff | None
+    notes: list[str]
+
+
+def ceiling_of(target: str, classes: int | None) -> float | None:
+    """The loss, or the error, of guessing among K classes: ln K, or 1 - 1/K."""
+    if classes is None:
+        return None
+    return math.log(classes) if target == "loss" else 1 - 1 / classes
+
+
+def joint_section(runs: Runs, ceiling: float | None) -> tuple[Section, list[Form]]:
+    """The section of the joint forms, empty, and those forms that the points are enough for."""
+    data = runs.observations()
+    section = Section("joint in N and D", data)
+    for name in ("N", "D"):
+        if len(np.unique(data.values[name])) < 2:
+            section.skipped.append(f"joint forms need at least two values of N and of D; {name} does not vary (it is "
+                                   f"{data.values[name][0]:,.12g} in every row)")
+            return section, []
+    forms = joint_forms(data.values, data.log_loss, ceiling)
+    if ceiling is None:
+        section.skipped.append("bounded: the loss of guessing is not known; give the number of classes with --classes")
+    return section, _enough(section, forms)
+
+
+def _enough(section: Section, forms: list[Form]) -> list[Form]:
+    """The forms with enough points and enough distinct values; why not, for the others."""
+    kept = []
+    for form in forms:
+        distinct = [len(np.unique(section.data.values[name])) for name in form.variables]
+        if len(section.data) < form.needed:
+            section.skipped.append(f"{form.name}: needs at least {form.needed} configurations (it has {len(form.inner)} "
+                                   f"parameters), there are {len(section.data)}")
+        elif len(distinct) == 1 and distinct[0] < len(form.inner):
+            section.skipped.append(f"{form.name}: needs at least {len(form.inner)} values of {form.variables[0]}, there "
+                                   f"are {distinct[0]}")
+        else:
+            kept.append(form)
+    return kept
+
+
+def _fill(section: Section, forms: list[Form], variables: tuple[str, ...], replicates: int, seed: int) -> None:
+    judged = [judge(form, section.data, variables) for form in forms]
+    if not judged:
+        return
+    section.ranking = rank(judged)
+    for entry in section.ranking.forms:
+        draws = bootstrap(entry.fit, replicates, seed)
+        section.draws[entry.name] = draws
+        section.intervals[entry.name] = parameter_intervals(entry.fit, draws)
+
+
+def _single_sections(data: Observations) -> list[Section]:
+    largest_n, largest_d = float(data.values["N"].max()), float(data.values["D"].max())
+    return [Section(f"N at D = {largest_d:,.12g}", data.take(data.values["D"] == largest_d)),
+            Section(f"D at N = {largest_n:,.12g}", data.take(data.values["N"] == largest_n)),
+            Section("C along the observed frontier", data.take(frontier.empirical_frontier(data)))]
+
+
+def choose(ranking: Ranking, wanted: str | None) -> Judged:
+    """The winner, or the form that was asked for.
+
+    Raises:
+        UserError: that form is not known, or could not be fitted.
+    """
+    if wanted is None:
+        return ranking.winner
+    fitted = {entry.name: entry for entry in ranking.forms}
+    if wanted not in fitted:
+        raise UserError(f"--form {wanted}: " + ("it could not be fitted to these data" if wanted in JOINT else
+                                                f"unknown{closest(wanted, JOINT)}") + f" (fitted: {', '.join(fitted)})")
+    return fitted[wanted]
+
+
+def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epochs: float | None = None,
+            replicates: int = 500, seed: int = 0) -> Analysis:
+    """Fits, ranks and bounds every form that the runs are enough for.
+
+    Args:
+        runs: of `table.read_runs`.
+        classes: of the data set, for the bounded form; what the runs say unless given.
+        form: the joint form to go on with; the winner unless given.
+        epochs: of the compute-optimal frontier; the runs' median unless given.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: the runs are too few for every form.
+    """
+    ceiling = ceiling_of(runs.target, classes or runs.classes)
+    notes = list(runs.notes)
+    joint, forms = joint_section(runs, ceiling)
+    _fill(joint, forms, tuple(SPLITS), replicates, seed)
+    data = joint.data
+    if ceiling is not None and (above := int((data.log_loss > math.log(ceiling)).sum())):
+        notes.append(f"{above} of {len(data)} configurations lie above the {runs.target} of guessing ({ceiling:.4g}), "
+                     "which the bounded form cannot reach")
+    single = _single_sections(data)
+    for section, variable in zip(single, "NDC", strict=True):
+        names = _enough(section, single_forms(variable, section.data.values, section.data.log_loss)
+                        ) if len(np.unique(section.data.values[variable])) > 1 else []
+        if not names and not section.skipped:
+            section.skipped.append(f"{section.title}: one value of {variable}, nothing to fit")
+        _fill(section, names, (variable,), replicates, seed)
+    if joint.ranking is None and all(section.ranking is None for section in single):
+        raise UserError(f"{runs.path}: {len(data)} configuration{'s' * (len(data) != 1)} and no form that can be fitted: "
+                        f"{'; '.join(joint.skipped)}; a power law in one variable needs 3 with the other one held")
+    if joint.ranking is None:
+        if form is not None:
+            raise UserError(f"{runs.path}: --form {form}: {'; '.join(joint.skipped)}")
+        return Analysis(runs, ceiling, joint, single, None, None, notes)
+    chosen = choose(joint.ranking, form)
+    passes = epochs if epochs is not None else runs.epochs
+    budgets = np.geomspace(float(data.values["C"].min()), 10 * float(data.values["C"].max()), 60)
+    best = frontier.optimum(chosen.fit, chosen.fit.theta[None], budgets, passes)
+    tradeoff = Tradeoff(passes, best, frontier.optimum(chosen.fit, joint.draws[chosen.name], budgets, passes),
+                        *frontier.exponents(chosen.fit))
+    return Analysis(runs, ceiling, joint, single, chosen, tradeoff, notes)
+
+
+def fit_for_prediction(runs: Runs, classes: int | None, form: str | None) -> tuple[Fit, dict[str, Fit], Ranking]:
+    """The chosen form's fit, all forms' fits by name, and the ranking; without bootstrap, profiles of parameters and plots.
+
+    Raises:
+        UserError: no joint form can be fitted.
+    """
+    section, forms = joint_section(runs, ceiling_of(runs.target, classes or runs.classes))
+    if not forms:
+        raise UserError(f"{runs.path}: no joint form can be fitted, so nothing can be predicted: "
+                        f"{'; '.join(section.skipped)}")
+    ranking = rank([judge(entry, section.data, tuple(SPLITS)) for entry in forms])
+    return choose(ranking, form).fit, {entry.name: entry.fit for entry in ranking.forms}, ranking

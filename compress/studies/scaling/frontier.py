@@ -1,0 +1,121 @@
+"""What compute buys: the best N and D for a budget, with bands, and predictions for configurations that were not run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from compress.studies.scaling.fitting import Fit, Observations
+from compress.studies.scaling.forms import Array, Numbers
+from compress.studies.scaling.intervals import LEVEL, Interval, profile
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The compute-optimal split for each budget, for one or many parameter sets.
+
+    Attributes:
+        compute: budgets, (budgets,), in the unit of N * D * epochs.
+        n, d: the best parameters and examples, (sets, budgets); NaN where one of the two powers has no slope.
+        loss: there, (sets, budgets).
+    """
+
+    compute: Array
+    n: Array
+    d: Array
+    loss: Array
+
+
+def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
+    """N* and D* that minimise the form at N * D * epochs = C.
+
+    Every joint form falls with X N^-x + Y D^-y, so that N* = G (C / epochs)^(y / (x + y)), G = (x X / (y Y))^(1 / (x + y)).
+
+    Source: Hoffmann et al. 2022, equation 4.
+
+    Args:
+        best: whose form is used.
+        theta: parameter sets, (sets, P).
+        compute: budgets, (budgets,).
+        epochs: passes over the data.
+    """
+    terms = best.form.frontier(theta)
+    total = (terms.x + terms.y)[:, None]
+    budget = np.log(compute / epochs)[None]
+    log_gain = (np.log(terms.x) + terms.log_x - np.log(terms.y) - terms.log_y)[:, None] / total
+    log_n = log_gain + terms.y[:, None] / total * budget
+    log_d = budget - log_n
+    inputs = np.stack([log_n, log_d], axis=2) - best.form.centre  # (sets, budgets, 2)
+    loss = np.exp(best.form.evaluate(theta, inputs)[0])
+    return Optimum(compute, np.exp(np.minimum(log_n, 600)), np.exp(np.minimum(log_d, 600)), loss)
+
+
+def exponents(best: Fit) -> tuple[Interval, Interval]:
+    """The exponents p and 1 - p of N* ~ C^p and D* ~ C^(1 - p), with profile intervals."""
+    def share(theta: Array) -> Array:
+        terms = best.form.frontier(theta)
+        return np.asarray(terms.y / (terms.x + terms.y))
+    first = profile(best, [share])[0]
+    return first, Interval(1 - first.value, None if first.high is None else 1 - first.high,
+                           None if first.low is None else 1 - first.low)
+
+
+def band(draws: Array) -> tuple[Array, Array]:
+    """The middle 95 % over parameter sets: (budgets,) each from (sets, budgets)."""
+    low, high = np.nanpercentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0)
+    return low, high
+
+
+def empirical_frontier(data: Observations) -> Numbers:
+    """The points that no cheaper or equally dear point undercuts, by compute; an index."""
+    order = np.lexsort((data.log_loss, data.values["C"]))
+    kept, lowest = [], math.inf
+    for index in order:
+        if data.log_loss[index] < lowest:
+            kept.append(int(index))
+            lowest = float(data.log_loss[index])
+    return np.array(kept, dtype=np.intp)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The loss of a configuration that was not run.
+
+    Attributes:
+        loss: at the fit.
+        mean: 95 % interval of the mean over seeds; an end is None where the data do not bound it.
+        run: 95 % interval of one run, which has the noise as well.
+        beyond: how many times N and D lie beyond the points, such as {"N": 4.0}; empty inside.
+    """
+
+    loss: float
+    mean: tuple[float | None, float | None]
+    run: tuple[float | None, float | None]
+    beyond: dict[str, float]
+
+
+def predict(best: Fit, n: float, d: float) -> Prediction:
+    """The loss of a model of n parameters on d examples.
+
+    The interval of the mean is that of the profile of the prediction itself; the noise of a run is added in quadrature, by
+    Student's t, since the noise is estimated from as many degrees of freedom.
+    """
+    values = {"N": np.array([n]), "D": np.array([d]), "C": np.array([n * d])}
+    inputs = best.form.inputs(values)
+    interval = profile(best, [lambda theta: best.form.evaluate(theta, inputs)[0][:, 0]])[0]
+    noise = float(stats.t.ppf((1 + LEVEL) / 2, best.dof)) * best.run_noise
+    low, high = (None if end is None else abs(end - interval.value) for end in (interval.low, interval.high))
+
+    def end(width: float | None, sign: int, more: float) -> float | None:
+        return None if width is None else math.exp(interval.value + sign * math.hypot(width, more))
+
+    beyond = {}
+    for name, value in (("N", n), ("D", d)):
+        smallest, largest = float(best.data.values[name].min()), float(best.data.values[name].max())
+        if value > largest * (1 + 1e-9) or value < smallest * (1 - 1e-9):
+            beyond[name] = max(value / largest, smallest / value)
+    return Prediction(math.exp(interval.value), (end(low, -1, 0), end(high, 1, 0)),
+                      (end(low, -1, noise), end(high, 1, noise)), beyond)

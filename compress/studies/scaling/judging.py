@@ -1,0 +1,168 @@
+"""Which form to believe: the error on configurations that a form did not see, beside the noise of the runs themselves.
+
+R^2 is of no use here: a loss that spans two decades gives 0.99 to forms that miss the next model by 15 %.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from compress.studies.scaling.fitting import Fit, Observations, fit
+from compress.studies.scaling.forms import Array, Form, Mask
+
+SHARE = 0.2  # of the configurations to hold out
+SPLITS = {"N": "largest N", "D": "largest D", "C": "largest compute"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One split: which points were held out, and what a form fitted to the others says about them.
+
+    Attributes:
+        variable: "N", "D" or "C".
+        edge: the smallest held-out value of the variable.
+        chosen: which points were held out, (points,) bool.
+        predicted: the loss there, (held,); None where too few points are left to fit.
+        observed: (held,).
+    """
+
+    variable: str
+    edge: float
+    chosen: Mask
+    predicted: Array | None
+    observed: Array
+
+    @property
+    def errors(self) -> Array:
+        """Relative errors, as fractions with their sign, (held,)."""
+        assert self.predicted is not None
+        return self.predicted / self.observed - 1
+
+    @property
+    def error_percent(self) -> float | None:
+        """Mean absolute relative error in percent."""
+        return None if self.predicted is None else 100 * float(np.abs(self.errors).mean())
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A form, its fit to all points and its errors on each split.
+
+    Attributes:
+        fit: to all points.
+        splits: by variable, of those that could be made.
+    """
+
+    fit: Fit
+    splits: dict[str, HeldOut]
+
+    @property
+    def name(self) -> str:
+        """The form's name."""
+        return self.fit.form.name
+
+    @property
+    def in_sample_percent(self) -> float:
+        """Mean absolute relative error on the points that were fitted, in percent."""
+        return 100 * float(np.abs(np.expm1(-self.fit.residuals)).mean())
+
+    @property
+    def held_out_percent(self) -> float | None:
+        """The mean of the splits' errors in percent; None unless the form could be fitted in all of them."""
+        errors = [split.error_percent for split in self.splits.values()]
+        known = [error for error in errors if error is not None]
+        return float(np.mean(known)) if known and len(known) == len(errors) else None
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """Sorts the best first: by held-out error, and forms that could not be tested by the in-sample error, last."""
+        return self.held_out_percent is None, (self.held_out_percent if self.held_out_percent is not None
+                                               else self.in_sample_percent)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Forms from best to worst.
+
+    Attributes:
+        forms: in order.
+        ties: names of those that cannot be told from the first, with the reason.
+        noise_percent: mean absolute error that noise between seeds alone would give, or None without repeated seeds.
+    """
+
+    forms: list[Judged]
+    ties: dict[str, str]
+    noise_percent: float | None
+
+    @property
+    def winner(self) -> Judged:
+        """The form with the lowest held-out error."""
+        return self.forms[0]
+
+
+def hold_out(values: Array) -> Mask | None:
+    """The points with the largest values: whole levels, at least one, as close to a fifth of the points as can be.
+
+    Args:
+        values: of the variable at the points.
+
+    Returns:
+        Which are held out, (points,) bool; None where the variable does not vary.
+    """
+    levels = np.unique(values)
+    if len(levels) < 2:
+        return None
+    counts = [int((values >= level).sum()) for level in levels[1:]]
+    best = min(range(len(counts)), key=lambda index: (abs(counts[index] - SHARE * len(values)), counts[index]))
+    return np.asarray(values >= levels[1:][best])
+
+
+def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> Judged:
+    """Fits a form to all points, and to those that are left where the largest N, D or C are held out.
+
+    Args:
+        form: the form; needs at least `form.needed` points.
+        data: all points.
+        variables: what to hold out by, of "N", "D", "C".
+    """
+    whole = fit(form, data)
+    splits = {}
+    for variable in variables:
+        chosen = hold_out(data.values[variable])
+        if chosen is None:
+            continue
+        rest, held = data.take(~chosen), data.take(chosen)
+        enough = len(rest) >= form.needed and all(len(np.unique(rest.values[name])) > 1 for name in form.variables)
+        predicted = fit(form, rest).predict(held.values) if enough else None
+        splits[variable] = HeldOut(variable, float(held.values[variable].min()), chosen, predicted, np.exp(held.log_loss))
+    return Judged(whole, splits)
+
+
+def rank(judged: list[Judged]) -> Ranking:
+    """Orders forms by held-out error, and says which of them the data cannot tell from the best.
+
+    Two forms cannot be told apart where their mean errors differ by less than noise between seeds makes any form err, or
+    where the differences of their errors, point by point, scatter around zero (95 %, Student's t).
+    """
+    order = sorted(judged, key=lambda form: form.order)
+    data = order[0].fit.data
+    noise = data.seed_noise
+    # Of a normal deviate the mean size is sqrt(2/pi) of its deviation; a point is the mean of its seeds.
+    floor = (None if noise is None else
+             100 * math.sqrt(2 / math.pi) * noise * float(np.sqrt(1 / data.runs).mean()))
+    best, ties = order[0], {}
+    for other in order[1:]:
+        if best.held_out_percent is None or other.held_out_percent is None:
+            continue
+        difference = other.held_out_percent - best.held_out_percent
+        pairs = np.concatenate([np.abs(other.splits[name].errors) - np.abs(split.errors)
+                                for name, split in best.splits.items()])
+        if floor is not None and difference < floor:
+            ties[other.name] = f"{difference:.2g} points apart, less than the noise between seeds ({floor:.2g})"
+        elif len(pairs) > 1 and float(stats.ttest_1samp(pairs, 0).pvalue if np.ptp(pairs) > 0 else 1) > 0.05:
+            ties[other.name] = f"{difference:.2g} points apart, which the scatter over the held-out points covers"
+    return Ranking(order, ties, floor)

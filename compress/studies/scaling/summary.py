@@ -1,0 +1,341 @@
+"""What a study says, in three forms: tables on the screen, a Markdown summary, and fit.json with everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from compress.studies.scaling.analysis import Analysis, Section, Tradeoff
+from compress.studies.scaling.fitting import Fit
+from compress.studies.scaling.forms import Array
+from compress.studies.scaling.frontier import band, predict
+from compress.studies.scaling.intervals import Interval
+from compress.studies.scaling.judging import SPLITS, Judged, Ranking
+from compress.studies.scaling.table import Runs
+from metadata.files import write_atomically, write_json
+
+Rows = list[list[str]]
+
+
+def number(value: float | None) -> str:
+    """A number for people: four digits, thousands separated; `?` for none."""
+    if value is None or not math.isfinite(value):
+        return "?"
+    if value == 0:
+        return "0"
+    if 1000 <= abs(value) < 1e7:
+        return f"{float(f'{value:.4g}'):,.0f}"
+    return f"{value:.4g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
+
+
+def span(low: float | None, high: float | None) -> str:
+    """An interval for people; an open end is a dash."""
+    return f"{'-' if low is None else number(low)} to {'-' if high is None else number(high)}"
+
+
+def verdict(name: str, interval: Interval) -> str:
+    """What the data say about a parameter; how far an amplitude is uncertain, since that is easily a factor of ten."""
+    low, high = interval.low, interval.high
+    if name != "E" and low and high and low > 0 and high / low > 10:
+        return f"known to a factor of {number(float(f'{math.sqrt(high / low):.2g}'))}"
+    return interval.verdict
+
+
+# ------------------------------------------------------------------------------------------------------- tables
+
+
+def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], Rows]:
+    """Header and rows: mean absolute errors in percent, best form first."""
+    used = [name for name in splits if any(name in form.splits for form in ranking.forms)]
+    rows = []
+    for form in ranking.forms:
+        errors = [form.splits[name].error_percent if name in form.splits else None for name in used]
+        mark = " =" if form.name in ranking.ties else ""
+        rows.append([form.name + mark, *map(percent, (form.held_out_percent, *errors, form.in_sample_percent))])
+    return ["form", "held out", *(SPLITS[name] for name in used), "in sample"], rows
+
+
+def percent(value: float | None) -> str:
+    """A percentage, or what is shown where there is none."""
+    return "too few" if value is None else f"{value:.2f}"
+
+
+def parameter_rows(section: Section, form: Judged) -> tuple[list[str], Rows]:
+    """Header and rows: value, profile interval, bootstrap interval and verdict of each parameter."""
+    rows = [[name, number(interval.value), span(interval.low, interval.high),
+             span(*interval.bootstrap) if interval.bootstrap else "", verdict(name, interval)]
+            for name, interval in section.intervals[form.name].items()]
+    return ["parameter", "value", "95 % interval", "bootstrap", "verdict"], rows
+
+
+def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tuple[list[str], Rows]:
+    """Header and rows: N*, D* and the loss at budgets over the range that was run and ten times beyond."""
+    data = analysis.joint.data
+    chosen = np.unique(np.linspace(0, len(tradeoff.best.compute) - 1, most).round().astype(int))
+    n, d = band(tradeoff.draws.n), band(tradeoff.draws.d)
+    rows = []
+    for index in chosen:
+        values = {"N": float(tradeoff.best.n[0, index]), "D": float(tradeoff.best.d[0, index]),
+                  "C": float(tradeoff.best.compute[index])}
+        beyond = [f"{name} x{value / float(data.values[name].max()):.2g}" for name, value in values.items()
+                  if value > 1.05 * float(data.values[name].max())]
+        rows.append([f"{values['C']:.2e}".replace("e+", "e"), number(values["N"]), span(n[0][index], n[1][index]),
+                     number(values["D"]), span(d[0][index], d[1][index]), number(float(tradeoff.best.loss[0, index])),
+                     ", ".join(beyond)])
+    return ["C", "N*", "95 %", "D*", "95 %", analysis.runs.target, "beyond the data"], rows
+
+
+def noise_lines(analysis: Analysis) -> list[str]:
+    """The noise between seeds beside the scatter around the chosen fit."""
+    data = analysis.joint.data
+    repeated = int((data.runs > 1).sum())
+    lines = [f"noise between seeds: {100 * data.seed_noise:.2f} % of the {analysis.runs.target} (pooled standard "
+             f"deviation, {repeated} configurations repeated)" if data.seed_noise is not None else
+             "noise between seeds: not known, no configuration was repeated with another seed"]
+    if analysis.chosen:
+        fit = analysis.chosen.fit
+        scatter = 100 * math.sqrt(float((fit.residuals**2).sum()) / fit.dof)
+        lines.append(f"scatter around the {fit.form.name} fit: {scatter:.2f} % ({len(data)} configurations, {fit.dof} "
+                     f"degrees of freedom; Huber's delta {100 * fit.delta:.2f} %)")
+        if data.seed_noise and scatter > 3 * 100 * data.seed_noise:
+            lines.append("the scatter is more than three times the noise: the form misses something that is there")
+    return lines
+
+
+def verdict_lines(analysis: Analysis) -> list[str]:
+    """Which form wins and by what it cannot be told from the others; what could not be fitted."""
+    lines = []
+    ranking = analysis.joint.ranking
+    if ranking and analysis.chosen:
+        best = ranking.winner
+        lines.append(f"{best.name} predicts held-out points best ({percent(best.held_out_percent)} %)"
+                     if best.held_out_percent is not None else
+                     f"no form could be tested on held-out points; {best.name} has the smallest error on the points it was "
+                     "fitted to, which says little")
+        lines += [f"= {name} cannot be told from it: {reason}" for name, reason in ranking.ties.items()]
+        if analysis.chosen is not best:
+            lines.append(f"what follows is of the form that was asked for, {analysis.chosen.name}")
+    for section in (analysis.joint, *analysis.single):
+        lines += [f"not fitted, {text}" for text in section.skipped]
+    return lines
+
+
+def exponent_line(tradeoff: Tradeoff) -> str:
+    """The exponents of the frontier."""
+    n, d = tradeoff.n_exponent, tradeoff.d_exponent
+    return (f"compute-optimal at {tradeoff.epochs:g} epochs: N* ~ C^{n.value:.3f} ({span(n.low, n.high)}), "
+            f"D* ~ C^{d.value:.3f} ({span(d.low, d.high)})")
+
+
+def sources(runs: Runs) -> str:
+    """Which column each variable was read from."""
+    return ", ".join(f"{role} from {'1 - ' if runs.from_accuracy and role == runs.target else ''}{name}"
+                     for role, name in runs.columns.items())
+
+
+# ------------------------------------------------------------------------------------------------------- screen
+
+
+def print_table(console: Console, title: str, header: Sequence[str], rows: Rows) -> None:
+    """One table: the first and the last column of words to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+                  collapse_padding=True)
+    words = {"form", "parameter", "verdict", "beyond the data"}
+    for name in header:
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_summary(console: Console, analysis: Analysis) -> None:
+    """The verdicts on the screen; the Markdown summary has every form's parameters."""
+    runs = analysis.runs
+    console.print(sources(runs), highlight=False)
+    console.print(f"{len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {len(runs.left_out)} rows left out",
+                  highlight=False)
+    for note in analysis.notes:
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    console.print()
+    if analysis.joint.ranking:
+        print_table(console, "mean absolute relative error (%); held out: the mean of what is to its right",
+                    *ranking_rows(analysis.joint.ranking, SPLITS))
+    for line in (*verdict_lines(analysis), *noise_lines(analysis)):
+        console.print(line, highlight=False)
+    console.print()
+    if analysis.chosen:
+        form = analysis.chosen
+        print_table(console, f"{form.name}: {form.fit.form.formula}", *parameter_rows(analysis.joint, form))
+    for section in analysis.single:
+        if section.ranking:
+            best = section.ranking.winner
+            print_table(console, f"{section.title}: {best.fit.form.formula} ({percent(best.held_out_percent)} % held out)",
+                        *parameter_rows(section, best))
+    if analysis.tradeoff:
+        console.print(exponent_line(analysis.tradeoff), highlight=False)
+        header, rows = frontier_rows(analysis, analysis.tradeoff)
+        narrow = console.width < 110
+        keep = [index for index, name in enumerate(header) if not (narrow and name == "95 %")]
+        print_table(console, "", [header[index] for index in keep], [[row[index] for index in keep] for row in rows])
+
+
+def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str, Fit], ranking: Ranking, n: float, d: float,
+                     epochs: float | None) -> None:
+    """A prediction on the screen: intervals, how far it reaches beyond the runs, and what the other forms say.
+
+    Args:
+        console: where to.
+        runs: what was fitted.
+        chosen: the form that predicts.
+        forms: all forms' fits by name.
+        ranking: their held-out errors.
+        n: parameters.
+        d: training examples.
+        epochs: for the compute that is shown; the runs' median if None.
+    """
+    found = predict(chosen, n, d)
+    passes = epochs if epochs is not None else runs.epochs
+    console.print(f"N = {n:,.12g}, D = {d:,.12g}, {passes:g} epochs: C = {n * d * passes:.3g}", highlight=False)
+    console.print(f"predicted {runs.target}: {number(found.loss)} by the {chosen.form.name} form, fitted to "
+                  f"{len(chosen.data)} configurations", style="bold", highlight=False)
+    console.print(f"95 % interval: {span(*found.mean)} for the mean over seeds, {span(*found.run)} for one run",
+                  highlight=False)
+    errors = next(entry for entry in ranking.forms if entry.name == chosen.form.name).held_out_percent
+    if found.beyond:
+        reach = " and ".join(f"{name} {factor:.2g} times" for name, factor in found.beyond.items())
+        console.print(f"an extrapolation: {reach} beyond the runs"
+                      + (f"; held-out points were missed by {percent(errors)} % on average" if errors is not None else "")
+                      + "; the interval holds if the form does", style="yellow", highlight=False)
+    else:
+        console.print("inside the range of the runs", highlight=False)
+    others = {name: float(entry.predict({"N": np.array([n]), "D": np.array([d])})[0]) for name, entry in forms.items()
+              if name != chosen.form.name}
+    if others:
+        console.print("other forms: " + ", ".join(
+            f"{name} {number(value)}{' (cannot be told from the best)' if name in ranking.ties else ''}"
+            for name, value in others.items()), highlight=False)
+    if epochs is not None:
+        console.print("the forms see N and D alone: epochs change C, not the prediction", highlight=False)
+
+
+# ----------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown_table(header: Sequence[str], rows: Rows) -> list[str]:
+    """A Markdown table, its first column to the left."""
+    return ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1),
+            *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
+    """The summary as Markdown."""
+    runs = analysis.runs
+    lines = [f"# Scaling of the {runs.target}", "",
+             f"`{runs.path.name}`: {len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {sources(runs)}; "
+             "C = N * D * epochs where there are epochs.", "",
+             "Intervals are 95 %: profiles of the robust cost, calibrated with F(1, n - p); the bootstrap of the residuals "
+             "stands beside them. Errors are mean absolute relative errors in percent. Forms are ranked by points that "
+             "they did not see.", ""]
+    if analysis.joint.ranking:
+        lines += ["## Forms", "", *markdown_table(*ranking_rows(analysis.joint.ranking, SPLITS))]
+    lines += [*(f"- {line}" for line in (*verdict_lines(analysis), *noise_lines(analysis))), ""]
+    for section in (analysis.joint, *analysis.single):
+        if section.ranking:
+            lines += [f"## {section.title[0].upper()}{section.title[1:]}", ""]
+            if section is not analysis.joint:
+                lines += markdown_table(*ranking_rows(section.ranking, SPLITS))
+            for form in section.ranking.forms:
+                lines += [f"**{form.name}**: `{form.fit.form.formula}`", "",
+                          *markdown_table(*parameter_rows(section, form))]
+    if analysis.tradeoff:
+        lines += ["## Compute-optimal frontier", "", f"{exponent_line(analysis.tradeoff)}, by the "
+                  f"{analysis.chosen.name if analysis.chosen else ''} form.", "",
+                  *markdown_table(*frontier_rows(analysis, analysis.tradeoff))]
+    if analysis.notes or runs.left_out:
+        lines += ["## Rows", "", *(f"- {note}" for note in analysis.notes), ""]
+    if plots:
+        lines += ["## Plots", "", *(f"![{path.stem}]({path.name})" for path in plots), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --------------------------------------------------------------------------------------------------------- JSON
+
+
+def plain(value: Any) -> Any:
+    """JSON without NaN and infinities, which become null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "bootstrap": interval.bootstrap,
+            "identified": interval.identified, "verdict": interval.verdict}
+
+
+def _section(section: Section) -> dict[str, Any]:
+    forms = []
+    for form in section.ranking.forms if section.ranking else []:
+        fit = form.fit
+        forms.append({
+            "name": form.name, "formula": fit.form.formula, "points": len(fit.data), "degrees_of_freedom": fit.dof,
+            "parameters": {name: _interval(value) for name, value in section.intervals[form.name].items()},
+            "huber_delta": fit.delta, "scale": fit.scale, "run_noise": fit.run_noise,
+            "in_sample_percent": form.in_sample_percent, "held_out_percent": form.held_out_percent,
+            "splits": {name: {"edge": split.edge, "points": len(split.observed), "error_percent": split.error_percent,
+                              "observed": split.observed, "predicted": split.predicted}
+                       for name, split in form.splits.items()}})
+    return {"title": section.title, "forms": forms, "skipped": section.skipped,
+            "ties": section.ranking.ties if section.ranking else {},
+            "noise_percent": section.ranking.noise_percent if section.ranking else None}
+
+
+def _band(values: Array) -> dict[str, Any]:
+    low, high = band(values)
+    return {"low": low, "high": high}
+
+
+def to_json(analysis: Analysis) -> dict[str, Any]:
+    """What fit.json holds."""
+    runs, tradeoff, data = analysis.runs, analysis.tradeoff, analysis.joint.data
+    content: dict[str, Any] = {
+        "schema": 1, "source": runs.path.name, "target": runs.target, "columns": runs.columns, "ceiling": analysis.ceiling,
+        "runs": len(runs.runs), "seed_noise": data.seed_noise, "notes": analysis.notes,
+        "left_out": [{"line": row.line, "reason": row.reason} for row in runs.left_out],
+        "points": {**data.values, runs.target: np.exp(data.log_loss), "runs": data.runs},
+        "chosen": analysis.chosen.name if analysis.chosen else None,
+        "joint": _section(analysis.joint), "single": [_section(section) for section in analysis.single], "frontier": None}
+    if tradeoff:
+        content["frontier"] = {
+            "epochs": tradeoff.epochs, "n_exponent": _interval(tradeoff.n_exponent),
+            "d_exponent": _interval(tradeoff.d_exponent), "C": tradeoff.best.compute,
+            "N": {"value": tradeoff.best.n[0], **_band(tradeoff.draws.n)},
+            "D": {"value": tradeoff.best.d[0], **_band(tradeoff.draws.d)},
+            runs.target: {"value": tradeoff.best.loss[0], **_band(tradeoff.draws.loss)}}
+    result = plain(content)
+    assert isinstance(result, dict)
+    return result
+
+
+def write_all(analysis: Analysis, folder: Path, draw: bool = True) -> list[Path]:
+    """Writes summary.md, fit.json and, if wanted, the plots; returns the plots."""
+    from compress.studies.scaling.plots import draw_all
+
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = draw_all(analysis, folder) if draw else []
+    write_atomically(folder / "summary.md", markdown(analysis, plots).encode())
+    write_json(folder / "fit.json", to_json(analysis))
+    return plots

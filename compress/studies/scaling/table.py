@@ -1,0 +1,303 @@
+"""Reads a CSV of runs, ours or other people's, into the points that are fitted, and says what was left out and why."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from compress.studies.scaling.fitting import Observations
+from metadata.closest import closest
+from model_loader import UserError
+
+ALIASES = {
+    "N": ("n", "params", "parameters", "n_params", "num_params", "n_parameters", "num_parameters", "model_size"),
+    "D": ("d", "data", "tokens", "n_tokens", "num_tokens", "dataset_size", "data_size", "training_tokens", "examples",
+          "samples", "n_samples"),
+    "C": ("c", "c_proxy", "compute", "flops", "total_flops", "training_flops"),
+    "epochs": ("epochs", "num_epochs", "n_epochs"),
+    "loss": ("final_test_loss_avg_last5", "test_loss", "val_loss", "validation_loss", "final_loss", "loss"),
+    "error": ("test_error", "error", "val_error", "error_rate"),
+    "accuracy": ("final_test_acc_avg_last5", "test_acc", "test_accuracy", "val_acc", "val_accuracy", "acc", "accuracy"),
+}
+CONFIGURATION = ("width", "depth", "batch_size", "dataset", "lr", "weight_decay", "optimizer")
+Row = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
+CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One usable row; `line` is its line in the file."""
+
+    line: int
+    n: float
+    d: float
+    c: float
+    epochs: float | None
+    loss: float
+    configuration: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is not fitted; its numbers where they can be drawn."""
+
+    line: int
+    reason: str
+    n: float | None = None
+    d: float | None = None
+    loss: float | None = None
+
+
+@dataclass
+class Runs:
+    """The rows of a file.
+
+    Attributes:
+        path: the file.
+        target: "loss", or "error" = 1 - accuracy.
+        columns: the column that each of N, D, C, epochs and the target was read from.
+        runs: what is fitted.
+        left_out: what is not, with reasons.
+        notes: what the reader should know, one sentence each.
+        classes: that the data-set column tells, or None.
+    """
+
+    path: Path
+    target: str
+    columns: dict[str, str]
+    runs: list[Run]
+    left_out: list[LeftOut]
+    notes: list[str] = field(default_factory=list)
+    classes: int | None = None
+
+    @property
+    def epochs(self) -> float:
+        """The median of the epochs; 1 where the file has none."""
+        return statistics.median(run.epochs or 1.0 for run in self.runs)
+
+    @property
+    def from_accuracy(self) -> bool:
+        """Whether the target is 1 less what its column holds."""
+        return self.target == "error" and "acc" in self.columns["error"].lower()
+
+    def observations(self) -> Observations:
+        """One point for each configuration, in order of appearance."""
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault(run.configuration, []).append(run)
+        members = list(groups.values())
+        return Observations({"N": np.array([group[0].n for group in members]),
+                             "D": np.array([group[0].d for group in members]),
+                             "C": np.array([group[0].c for group in members])},
+                            np.array([statistics.fmean(math.log(run.loss) for run in group) for group in members]),
+                            np.array([float(len(group)) for group in members]), self.seed_noise)
+
+    @property
+    def seed_noise(self) -> float | None:
+        """Pooled standard deviation of the log loss between runs of one configuration; None where none is repeated."""
+        groups: dict[tuple[str, ...], list[float]] = {}
+        for run in self.runs:
+            groups.setdefault(run.configuration, []).append(math.log(run.loss))
+        spare = sum(len(group) - 1 for group in groups.values())
+        if not spare:
+            return None
+        return math.sqrt(sum((len(group) - 1) * statistics.variance(group) for group in groups.values() if len(group) > 1)
+                         / spare)
+
+
+def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_column: str | None = None,
+              loss_column: str | None = None, dataset: str | None = None) -> Runs:
+    """Reads a CSV file with columns for N, D and the loss, under any of the usual names.
+
+    C is N * D * epochs where there are epochs, else the compute column, else N * D. Rows whose status is not "done", and
+    rows without a positive, finite N, D and loss, are left out and listed; repeated rows count once.
+
+    Args:
+        path: the file.
+        target: "loss" or "error" (1 - accuracy, which must be a fraction).
+        n_column: the column of N, where its name is not one of the usual.
+        d_column: that of D.
+        loss_column: that of the loss, or of the error or accuracy with target "error".
+        dataset: only the rows of this data set, where the file has several.
+
+    Raises:
+        UserError: no such file, a column is missing, a cell is no number, accuracies are percentages, or there are several
+            data sets and none was chosen.
+    """
+    header, rows = _read(path)
+    rows, data_set = _of_one_set(path, header, rows, dataset)
+    columns = {"N": _column(path, header, "N", n_column, "--n_column"),
+               "D": _column(path, header, "D", d_column, "--d_column"),
+               target: _target_column(path, header, target, loss_column)}
+    for optional in ("epochs", "C"):
+        if found := _alias(header, optional):
+            columns[optional] = found
+    if "epochs" in columns:
+        columns.pop("C", None)
+    result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()))
+    by_lower = {name.lower(): name for name in header}
+    status, seed = by_lower.get("status"), by_lower.get("seed")
+    own = [by_lower[name] for name in CONFIGURATION if name in by_lower]
+    seen: dict[tuple[str, ...], tuple[int, float]] = {}
+    repeated: list[str] = []
+    for line, row in rows:
+        numbers = {role: _number(path, line, name, row[name]) for role, name in columns.items()}
+        n, d, loss = numbers["N"], numbers["D"], numbers[target]
+        shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
+        state = row[status].strip().lower() if status else ""
+        if state not in ("", "done"):
+            result.left_out.append(LeftOut(line, state, **shown))
+            continue
+        if result.from_accuracy and loss is not None:
+            if loss > 1:
+                raise UserError(f"{path}, line {line}, column {columns[target]}: accuracy must be a fraction in [0, 1], "
+                                f"got {loss:g}; if these are percentages, divide them by 100")
+            loss = 1 - loss
+        bad = next((f"{role} is {_spelled(value)}" for role, value in (("N", n), ("D", d), (target, loss),
+                    *((role, numbers[role]) for role in ("epochs", "C") if role in numbers))
+                    if value is None or _usable(value) is None), None)
+        if bad:
+            result.left_out.append(LeftOut(line, bad, **shown))
+            continue
+        assert n is not None and d is not None and loss is not None
+        epochs = numbers.get("epochs")
+        compute = n * d * epochs if epochs is not None else (numbers.get("C") or n * d)
+        configuration = (f"{n:.12g}", f"{d:.12g}", f"{compute:.12g}", *(row[name].strip() for name in own))
+        # A seed tells repetitions from copies; without one, only rows that are alike in every cell are copies.
+        key = (*configuration, row[seed].strip()) if seed else tuple(row.values())
+        if key in seen:
+            first, loss_there = seen[key]
+            differs = "" if math.isclose(loss, loss_there, rel_tol=1e-9) else f", where the {target} is another"
+            repeated.append(f"{line} (as {first}{differs})")
+            result.left_out.append(LeftOut(line, f"repeats line {first}{differs}", **shown))
+            continue
+        seen[key] = (line, loss)
+        result.runs.append(Run(line, n, d, compute, epochs, loss, configuration))
+    if not result.runs:
+        reasons = "; ".join(f"line {row.line}: {row.reason}" for row in result.left_out[:3])
+        raise UserError(f"{path}: none of its {len(rows)} rows can be fitted ({reasons}"
+                        f"{'; ...' if len(result.left_out) > 3 else ''})")
+    _note(result, repeated)
+    return result
+
+
+def _of_one_set(path: Path, header: list[str], rows: list[Row], wanted: str | None) -> tuple[list[Row], str | None]:
+    """The rows of one data set and its name; all rows and None where the file has no such column."""
+    column = next((name for name in header if name.lower() == "dataset"), None)
+    if column is None:
+        if wanted is not None:
+            raise UserError(f"{path}: --dataset {wanted}: it has no column 'dataset' (columns: {', '.join(header)})")
+        return rows, None
+    present = sorted({row[column].strip() for _, row in rows})
+    if wanted is None and len(present) > 1:
+        raise UserError(f"{path}: rows of several data sets ({', '.join(present)}), which follow no common law; choose one "
+                        f"with --dataset {present[0]}")
+    chosen = present[0] if wanted is None else wanted
+    if chosen not in present:
+        raise UserError(f"{path}: --dataset {wanted}: no such rows{closest(chosen, present)} (there: {', '.join(present)})")
+    return [(line, row) for line, row in rows if row[column].strip() == chosen], chosen
+
+
+def _note(result: Runs, repeated: list[str]) -> None:
+    if repeated:
+        result.notes.append(f"repeated rows are counted once: line{'s' * (len(repeated) > 1)} {', '.join(repeated)}")
+    others = [row for row in result.left_out if not row.reason.startswith("repeats line")]
+    by_reason: dict[str, list[str]] = {}
+    for row in others:
+        by_reason.setdefault(row.reason, []).append(str(row.line))
+    for reason, lines in by_reason.items():
+        result.notes.append(f"left out of the fits, {reason}: line{'s' * (len(lines) > 1)} {', '.join(lines)}")
+    pairs: dict[tuple[float, float], set[float]] = {}
+    for run in result.runs:
+        pairs.setdefault((run.n, run.d), set()).add(run.epochs or 1.0)
+    if mixed := sum(len(epochs) > 1 for epochs in pairs.values()):
+        result.notes.append(f"{mixed} pairs of N and D were trained for several numbers of epochs, which the forms do not "
+                            "see: they count as separate points")
+
+
+def _read(path: Path) -> tuple[list[str], list[Row]]:
+    """The header and the rows, each with its line in the file; a `;` or a tab is taken for the comma it stands for."""
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; expected a CSV with columns for N, D and the loss")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8, so no CSV (byte {error.start})") from error
+    first = text.partition("\n")[0]
+    delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    header: list[str] = []
+    rows = []
+    try:
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                if twice := next((name for name in header if header.count(name) > 1), None):
+                    raise UserError(f"{path}: the column {twice!r} is there twice; rename one")
+                continue
+            if len(cells) != len(header):
+                raise UserError(f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the header, got "
+                                f"{len(cells)}")
+            rows.append((reader.line_num, dict(zip(header, cells, strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    if not header:
+        raise UserError(f"{path}: it is empty; expected a CSV with columns for N, D and the loss")
+    if not rows:
+        raise UserError(f"{path}: it has a header and no rows")
+    return header, rows
+
+
+def _alias(header: list[str], role: str) -> str | None:
+    by_lower = {name.lower(): name for name in header}
+    return next((by_lower[alias] for alias in ALIASES[role] if alias in by_lower), None)
+
+
+def _column(path: Path, header: list[str], role: str, named: str | None, flag: str) -> str:
+    if named is not None:
+        by_lower = {name.lower(): name for name in header}
+        if named.lower() not in by_lower:
+            raise UserError(f"{path}: {flag} {named!r} is not in it{closest(named, header)} (columns: {', '.join(header)})")
+        return by_lower[named.lower()]
+    if found := _alias(header, role):
+        return found
+    near = next((match for alias in (role, *ALIASES[role]) if len(alias) > 2 and (match := closest(alias, header))), "")
+    raise UserError(f"{path}: no column for {role}{near} (columns: {', '.join(header)}); name it with {flag}")
+
+
+def _target_column(path: Path, header: list[str], target: str, named: str | None) -> str:
+    if target == "error" and named is None:
+        return _alias(header, "accuracy") or _alias(header, "error") or _column(path, header, "accuracy", None,
+                                                                                "--loss_column")
+    return _column(path, header, target, named, "--loss_column")
+
+
+def _number(path: Path, line: int, column: str, cell: str) -> float | None:
+    """A cell's number; None for an empty cell."""
+    text = cell.strip().replace("_", "")
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"{path}, line {line}, column {column}: expected a number, got {cell.strip()!r}") from error
+
+
+def _usable(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) and value > 0 else None
+
+
+def _spelled(value: float | None) -> str:
+    if value is None:
+        return "missing"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    return "zero" if value == 0 else "negative"
