@@ -374,4 +374,5 @@ def test_losses_above_chance_are_said(tmp_path: Path) -> None:
 def test_numbers_for_people() -> None:
     assert [number(value) for value in (0.0, 0.35, 1234.6, 288746, 4.2e11, None, math.nan)] == [
         "0", "0.35", "1,235", "288,700", "4.2e11", "?", "?"]
-    assert [brief(value) for value in (0.35, 1200, 5e4, 2.4e6, 7.2e11)] == ["0.35", "1,200", "50k", "2.4M", "7.2e11"]
+    assert [brief(value) for value in (0.35, 1200, 5e4, 2.4e6, 1.6e10, 7.2e13)] == [
+        "0.35", "1,200", "50k", "2.4M", "16B", "7.2e13"]

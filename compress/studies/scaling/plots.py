@@ -80,14 +80,14 @@ def compute_label(analysis: Analysis) -> str:
 
 
 def brief(value: float) -> str:
-    """A number for a label: 0.35, 1,200, 50k, 2.4M, 7.2e11."""
-    if value >= 1e8:
+    """A number for a label: 0.35, 1,200, 50k, 2.4M, 16B, 7.2e13."""
+    if value >= 1e12:
         return scientific(value)
     if value < 1e4:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     if value < 1e6:
         return f"{value / 1e3:.3g}k"
-    return f"{value / 1e6:.3g}M"
+    return f"{value / 1e6:.3g}M" if value < 1e9 else f"{value / 1e9:.3g}B"
 
 
 def scientific(value: float) -> str:
@@ -316,7 +316,8 @@ def _held_out(analysis: Analysis, path: Path) -> Path:
             _frame(axis, seen, seen, (f"observed {analysis.runs.target}", f"predicted {analysis.runs.target}"))
             _legend(axis, ncols=2)
             count = int(forms[0].splits[name].chosen.sum())
-            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {brief(edge)}, {count} points)",
+            least = scientific(edge) if name == "C" else brief(edge)
+            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {least}, {count} points)",
                            fontsize=10)
         axes[0].figure.suptitle("predictions of points that were not fitted, with mean errors; grey: within 5 %")
     return path
