@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
@@ -93,7 +95,7 @@ def test_fit_writes_summary_json_and_plots(compress: Compress, tmp_path: Path) -
     assert [form["held_out_percent"] for form in content["joint"]["forms"]] == sorted(
         form["held_out_percent"] for form in content["joint"]["forms"])
     frontier = content["frontier"]
-    assert frontier["epochs"] == 20
+    assert frontier["passes"] == 20 and frontier["rule"] == "20 epochs"
     for compute, n, d in zip(frontier["C"], frontier["N"]["value"], frontier["D"]["value"], strict=True):
         assert n * d * 20 == pytest.approx(compute)
     assert all(low < value < high for low, value, high in zip(frontier["N"]["low"], frontier["N"]["value"],
@@ -182,7 +184,7 @@ def test_predict_says_interval_and_extrapolation(compress: Compress, tmp_path: P
     assert found, done.stdout
     value, low, high, run_low, run_high = map(float, found.groups())
     assert run_low < low < value < high < run_high and low < law(4915200, 50000) < high
-    assert "an extrapolation: N 4 times beyond the runs" in done.stdout and "C = 2.46e+12" in done.stdout
+    assert "an extrapolation: N 4 times beyond the runs" in done.stdout and "10 epochs: compute 2.46e+12" in done.stdout
     assert "other forms: " in done.stdout and "epochs change C, not the prediction" in done.stdout
     inside = compress("scaling", "predict", "--parameters", "1e5", "--dataset_size", "5000", "--data", data)
     assert "inside the range of the runs" in inside.stdout and "extrapolation" not in inside.stdout
@@ -254,9 +256,41 @@ def test_runs_of_other_epochs_and_batches_are_other_configurations(tmp_path: Pat
     rows = own_rows(1)[:2]
     rows += [{**rows[0], "epochs": 40}, {**rows[0], "batch_size": 64}, {**rows[0], "seed": 5}]
     runs = read_runs(write(tmp_path / "data.csv", rows))
-    assert len(runs.runs) == 5 and len(runs.observations()) == 4 and runs.epochs == 20
+    assert len(runs.runs) == 5 and len(runs.observations()) == 4 and runs.passes == 20
     assert sorted(runs.observations().values["C"] / (4800 * 1000)) == [20, 20, 40, 80]
-    assert any("several numbers of epochs" in note for note in runs.notes)
+    assert any("several amounts of compute" in note for note in runs.notes)
+
+
+def test_compute_of_its_own_column_sets_how_a_budget_is_spent(compress: Compress, tmp_path: Path) -> None:
+    """C = 6 N D, as language models are counted: the best split is that of N D = C / 6."""
+    data = tmp_path / "data.csv"
+    data.write_text("N,D,flops,loss\n" + "".join(f"{n},{d},{6 * n * d},{loss}\n" for n, d, loss in grid()))
+    found = analyse(read_runs(data), replicates=50)
+    assert found.tradeoff and found.tradeoff.rule == "C = 6 N D" and found.runs.columns["C"] == "flops"
+    best = found.tradeoff.best
+    assert best.n[0] * best.d[0] * 6 == pytest.approx(best.compute)
+    gain = (0.34 * 400 / (0.28 * 410))**(1 / 0.62)
+    assert best.n[0] == pytest.approx(gain * (best.compute / 6)**(0.28 / 0.62), rel=0.02)
+    assert_one_line_error(compress("scaling", "fit", data, "--num_epochs", "3"), "this file has no epochs", "column flops")
+
+
+@given(st.integers(0, 100_000))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_table_is_fitted_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
+    """Few points over twelve decades, constant losses, absurd ones: tables and JSON come out, without a warning."""
+    generator = np.random.default_rng(seed)
+    n, d = (10**generator.uniform(0, 12, generator.integers(1, 5)) for _ in range(2))
+    spread = generator.choice([0, 0.001, 0.2, 12])
+    points = [(float(generator.choice(n)), float(generator.choice(d)), 10**(spread * generator.uniform(-0.5, 0.5)))
+              for _ in range(generator.integers(1, 14))]
+    try:
+        found = analyse(read_runs(foreign(tmp_path / "data.csv", points)), 10 if generator.random() < 0.5 else None,
+                        replicates=50)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    print_summary(Console(width=80, file=io.StringIO()), found)
+    assert write_all(found, tmp_path / "out", draw=False) == [] and (tmp_path / "out" / "fit.json").is_file()
 
 
 @pytest.mark.parametrize("text,parts", [
@@ -340,4 +374,5 @@ def test_losses_above_chance_are_said(tmp_path: Path) -> None:
 def test_numbers_for_people() -> None:
     assert [number(value) for value in (0.0, 0.35, 1234.6, 288746, 4.2e11, None, math.nan)] == [
         "0", "0.35", "1,235", "288,700", "4.2e11", "?", "?"]
-    assert [brief(value) for value in (0.35, 1200, 5e4, 2.4e6, 7.2e11)] == ["0.35", "1,200", "50k", "2.4M", "7.2e11"]
+    assert [brief(value) for value in (0.35, 1200, 5e4, 2.4e6, 1.6e10, 7.2e13)] == [
+        "0.35", "1,200", "50k", "2.4M", "16B", "7.2e13"]

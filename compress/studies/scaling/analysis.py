@@ -45,13 +45,15 @@ class Tradeoff:
     """The compute-optimal frontier of the chosen form.
 
     Attributes:
-        epochs: passes over the data that budgets are spent with.
+        passes: C / (N * D) of the budgets: the epochs, where compute is counted so.
+        rule: the same in words.
         best: at the fit, one set.
         draws: over the bootstrap.
         n_exponent, d_exponent: of N* ~ C^p and D* ~ C^(1 - p).
     """
 
-    epochs: float
+    passes: float
+    rule: str
     best: frontier.Optimum
     draws: frontier.Optimum
     n_exponent: Interval
@@ -157,6 +159,9 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
     Raises:
         UserError: the runs are too few for every form.
     """
+    if epochs is not None and "C" in runs.columns:
+        raise UserError(f"{runs.path}: --num_epochs {epochs:g}: this file has no epochs; its compute is column "
+                        f"{runs.columns['C']}, with C = {runs.passes:.3g} N D")
     ceiling = ceiling_of(runs.target, classes or runs.classes)
     notes = list(runs.notes)
     joint, forms = joint_section(runs, ceiling)
@@ -180,10 +185,11 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
             raise UserError(f"{runs.path}: --form {form}: {'; '.join(joint.skipped)}")
         return Analysis(runs, ceiling, joint, single, None, None, notes)
     chosen = choose(joint.ranking, form)
-    passes = epochs if epochs is not None else runs.epochs
+    passes = epochs if epochs is not None else runs.passes
     budgets = np.geomspace(float(data.values["C"].min()), 10 * float(data.values["C"].max()), 60)
     best = frontier.optimum(chosen.fit, chosen.fit.theta[None], budgets, passes)
-    tradeoff = Tradeoff(passes, best, frontier.optimum(chosen.fit, joint.draws[chosen.name], budgets, passes),
+    draws = frontier.optimum(chosen.fit, joint.draws[chosen.name], budgets, passes)
+    tradeoff = Tradeoff(passes, runs.compute_rule(passes), best, draws,
                         *frontier.exponents(chosen.fit))
     return Analysis(runs, ceiling, joint, single, chosen, tradeoff, notes)
 

@@ -235,9 +235,9 @@ class Kaplan(Form):
         found = []
         middle = float(log_loss.mean())
         for first, second in itertools.product(START_EXPONENTS, repeat=2):
-            columns = np.exp(np.clip(-inputs * np.array([first, second]) - (log_loss - middle)[:, None], -60, 60) / second)
-            solution = _non_negative(np.minimum(columns, 1e100), np.ones(len(columns)))
-            found.append([*(middle + second * np.log(np.maximum(solution, 1e-30))), first, second])
+            powers = (-inputs * np.array([first, second]) - (log_loss - middle)[:, None]) / second
+            solution = _non_negative(np.exp(np.clip(powers, -200, 200)), np.ones(len(powers)))
+            found.append([*(middle + second * np.log(np.maximum(solution, 1e-90))), first, second])
         return np.clip(np.array(found), self.lower + 1e-3, self.upper)
 
     def frontier(self, theta: Array) -> Frontier:

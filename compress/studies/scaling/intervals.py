@@ -3,9 +3,10 @@
 The profile interval is the one that is stated. A quantity is pulled away from its best value, everything else is fitted
 again, and the interval ends where the cost has risen by what F(1, n - p) allows. It follows curved valleys, such as E
 against the exponents, needs no symmetry, stops at bounds, and shows when the data do not bound a quantity at all. In
-hundreds of planted laws (24 points, 2 % noise) its 95 % intervals held the true exponents in 93 to 97 of 100. The bootstrap
-is printed beside it: it assumes less about the noise, but percentiles of skewed estimates come out too narrow in small
-samples or pile up at a bound.
+600 draws of each of four planted laws (24 points, 2 % noise; additive and bounded) its 95 % intervals held each true
+exponent in 94.8 to 96.0 % and E in 94.8 to 96.3 % (both exponents at once in about 90 %, as two such intervals do). The
+bootstrap is printed beside it: it follows the residuals as they are, but small samples need the widening that it is given,
+and its estimates pile up at a bound.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from compress.studies.scaling.frontier import band, optimum
 from compress.studies.scaling.judging import SPLITS, Judged
 from metadata.files import write_figure
 
-NAMES = {"N": "parameters N", "D": "training examples D", "C": "compute C = N · D · epochs"}
+NAMES = {"N": "parameters N", "D": "training examples D"}
 CURVES = 6  # of levels of the other variable; more cannot be told apart
 MARKERS = "osD^v"
 DOTS: dict[str, Any] = {"s": 26, "edgecolor": "white", "linewidth": 0.6}
@@ -73,15 +73,21 @@ def _label_log(axis: Any, low: float, high: float) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def compute_label(analysis: Analysis) -> str:
+    """The compute axis: what C is."""
+    column = analysis.runs.columns.get("C")
+    return f"compute C ({column})" if column else "compute C = N · D · epochs"
+
+
 def brief(value: float) -> str:
-    """A number for a label: 0.35, 1,200, 50k, 2.4M, 7.2e11."""
-    if value >= 1e8:
+    """A number for a label: 0.35, 1,200, 50k, 2.4M, 16B, 7.2e13."""
+    if value >= 1e12:
         return scientific(value)
     if value < 1e4:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
     if value < 1e6:
         return f"{value / 1e3:.3g}k"
-    return f"{value / 1e6:.3g}M"
+    return f"{value / 1e6:.3g}M" if value < 1e9 else f"{value / 1e9:.3g}B"
 
 
 def scientific(value: float) -> str:
@@ -189,10 +195,10 @@ def _against_compute(analysis: Analysis, path: Path) -> Path:
         if frontier and analysis.chosen:
             axis.fill_between(frontier.best.compute, *band(frontier.draws.loss), color="black", alpha=0.12, linewidth=0)
             axis.plot(frontier.best.compute, frontier.best.loss[0], color="black", linewidth=1.6,
-                      label=f"best by the {analysis.chosen.name} fit, {frontier.epochs:g} epochs")
+                      label=f"best by the {analysis.chosen.name} fit, {frontier.rule}")
         _draw_single(axis, analysis.single[2], "C", np.geomspace(x.min() / 1.3, x.max() * 1.3, 80))
         axis.scatter(x, loss, c=data.values["N"], cmap=shades, norm=norm, zorder=3, **DOTS)
-        _frame(axis, x, loss, (NAMES["C"], analysis.runs.target))
+        _frame(axis, x, loss, (compute_label(analysis), analysis.runs.target))
         _legend(axis, ncols=2)
         _colour_bar(axis, shades, norm, NAMES["N"])
         axis.set_title(f"{analysis.runs.target} against compute; thin lines join points of equal N")
@@ -202,17 +208,17 @@ def _against_compute(analysis: Analysis, path: Path) -> Path:
 def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
     """Loss against N at equal compute: curves of the fit, their minima, and the observed points near each budget."""
     assert analysis.tradeoff
-    data, epochs = analysis.joint.data, analysis.tradeoff.epochs
+    data, passes = analysis.joint.data, analysis.tradeoff.passes
     loss, compute = np.exp(data.log_loss), data.values["C"]
     budgets = np.geomspace(float(np.quantile(compute, 0.1)), float(np.quantile(compute, 0.95)), 5)
     shades, norm = _colours(budgets)
     ends = data.values["N"].min() / 3, data.values["N"].max() * 3
-    best = optimum(chosen.fit, chosen.fit.theta[None], budgets, epochs)
+    best = optimum(chosen.fit, chosen.fit.theta[None], budgets, passes)
     drawn_y, drawn_x = [], []
     with _canvas(path) as (axis,):
         for index, budget in enumerate(budgets):
             xs = np.geomspace(*ends, 160)
-            values = {"N": xs, "D": budget / epochs / xs}
+            values = {"N": xs, "D": budget / passes / xs}
             inside = (values["D"] > data.values["D"].min() / 3) & (values["D"] < data.values["D"].max() * 3)
             if inside.sum() < 2:
                 continue
@@ -231,8 +237,8 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
         if drawn_y:
             _frame(axis, drawn_x, drawn_y, (NAMES["N"], analysis.runs.target))
         _legend(axis)
-        axis.set_title(f"isoFLOP curves of the {chosen.name} fit at {epochs:g} epochs\nstars: best N for the budget; "
-                       "points: runs within 30 % of it", fontsize=11)
+        axis.set_title(f"isoFLOP curves of the {chosen.name} fit at {analysis.tradeoff.rule}\nstars: best N for the "
+                       "budget; points: runs within 30 % of it", fontsize=11)
     return path
 
 
@@ -279,9 +285,10 @@ def _frontier(analysis: Analysis, chosen: Judged, path: Path) -> Path:
             axis.plot(frontier.best.compute, best[0], color="C0", linewidth=1.8,
                       label=f"{name}* ~ C^{exponent.value:.2f}")
             axis.scatter(data.values["C"], seen, s=9, color="0.45", zorder=3, label="runs")
-            _frame(axis, frontier.best.compute, np.concatenate([best[0], seen]), (NAMES["C"], f"compute-optimal {name}"))
+            _frame(axis, frontier.best.compute, np.concatenate([best[0], seen]),
+                   (compute_label(analysis), f"compute-optimal {name}"))
             _legend(axis)
-        axes[0].figure.suptitle(f"compute-optimal N and D by the {chosen.name} fit at {frontier.epochs:g} epochs")
+        axes[0].figure.suptitle(f"compute-optimal N and D by the {chosen.name} fit at {frontier.rule}")
     return path
 
 
@@ -309,7 +316,8 @@ def _held_out(analysis: Analysis, path: Path) -> Path:
             _frame(axis, seen, seen, (f"observed {analysis.runs.target}", f"predicted {analysis.runs.target}"))
             _legend(axis, ncols=2)
             count = int(forms[0].splits[name].chosen.sum())
-            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {brief(edge)}, {count} points)",
+            least = scientific(edge) if name == "C" else brief(edge)
+            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {least}, {count} points)",
                            fontsize=10)
         axes[0].figure.suptitle("predictions of points that were not fitted, with mean errors; grey: within 5 %")
     return path

@@ -130,8 +130,9 @@ def verdict_lines(analysis: Analysis) -> list[str]:
 def exponent_line(tradeoff: Tradeoff) -> str:
     """The exponents of the frontier."""
     n, d = tradeoff.n_exponent, tradeoff.d_exponent
-    return (f"compute-optimal at {tradeoff.epochs:g} epochs: N* ~ C^{n.value:.3f} ({span(n.low, n.high)}), "
-            f"D* ~ C^{d.value:.3f} ({span(d.low, d.high)})")
+    unsure = "" if n.identified else "; the data do not identify how a budget is best spent"
+    return (f"compute-optimal at {tradeoff.rule}: N* ~ C^{n.value:.3f} ({span(n.low, n.high)}), "
+            f"D* ~ C^{d.value:.3f} ({span(d.low, d.high)}){unsure}")
 
 
 def sources(runs: Runs) -> str:
@@ -198,11 +199,12 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
         ranking: their held-out errors.
         n: parameters.
         d: training examples.
-        epochs: for the compute that is shown; the runs' median if None.
+        epochs: for the compute that is shown; as the runs were trained if None.
     """
     found = predict(chosen, n, d)
-    passes = epochs if epochs is not None else runs.epochs
-    console.print(f"N = {n:,.12g}, D = {d:,.12g}, {passes:g} epochs: C = {n * d * passes:.3g}", highlight=False)
+    passes = epochs if epochs is not None else runs.passes
+    console.print(f"N = {n:,.12g}, D = {d:,.12g}, {runs.compute_rule(passes)}: compute {n * d * passes:.3g}",
+                  highlight=False)
     console.print(f"predicted {runs.target}: {number(found.loss)} by the {chosen.form.name} form, fitted to "
                   f"{len(chosen.data)} configurations", style="bold", highlight=False)
     console.print(f"95 % interval: {span(*found.mean)} for the mean over seeds, {span(*found.run)} for one run",
@@ -239,7 +241,7 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
     runs = analysis.runs
     lines = [f"# Scaling of the {runs.target}", "",
              f"`{runs.path.name}`: {len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {sources(runs)}; "
-             "C = N * D * epochs where there are epochs.", "",
+             + ("C = N * D * epochs." if "epochs" in runs.columns else f"{runs.compute_rule(runs.passes)}."), "",
              "Intervals are 95 %: profiles of the robust cost, calibrated with F(1, n - p); the bootstrap of the residuals "
              "stands beside them. Errors are mean absolute relative errors in percent. Forms are ranked by points that "
              "they did not see.", ""]
@@ -320,7 +322,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
         "joint": _section(analysis.joint), "single": [_section(section) for section in analysis.single], "frontier": None}
     if tradeoff:
         content["frontier"] = {
-            "epochs": tradeoff.epochs, "n_exponent": _interval(tradeoff.n_exponent),
+            "passes": tradeoff.passes, "rule": tradeoff.rule, "n_exponent": _interval(tradeoff.n_exponent),
             "d_exponent": _interval(tradeoff.d_exponent), "C": tradeoff.best.compute,
             "N": {"value": tradeoff.best.n[0], **_band(tradeoff.draws.n)},
             "D": {"value": tradeoff.best.d[0], **_band(tradeoff.draws.d)},

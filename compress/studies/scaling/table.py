@@ -27,6 +27,7 @@ ALIASES = {
 }
 CONFIGURATION = ("width", "depth", "batch_size", "dataset", "lr", "weight_decay", "optimizer")
 Row = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
+FINISHED = ("", "done", "ok", "success", "finished", "complete", "completed")
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
 
 
@@ -38,7 +39,6 @@ class Run:
     n: float
     d: float
     c: float
-    epochs: float | None
     loss: float
     configuration: tuple[str, ...]
 
@@ -77,9 +77,15 @@ class Runs:
     classes: int | None = None
 
     @property
-    def epochs(self) -> float:
-        """The median of the epochs; 1 where the file has none."""
-        return statistics.median(run.epochs or 1.0 for run in self.runs)
+    def passes(self) -> float:
+        """The median of C / (N * D): the epochs, where the file has them, or such as 6 where C is counted in FLOPs."""
+        return statistics.median(run.c / (run.n * run.d) for run in self.runs)
+
+    def compute_rule(self, passes: float) -> str:
+        """How a budget is spent, in words: `30 epochs`, or `C = 6 N D` where compute comes from a column of its own."""
+        if "C" in self.columns:
+            return f"C = {passes:.3g} N D"
+        return f"{passes:.6g} epoch{'s' * (passes != 1)}"
 
     @property
     def from_accuracy(self) -> bool:
@@ -115,8 +121,8 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
               loss_column: str | None = None, dataset: str | None = None) -> Runs:
     """Reads a CSV file with columns for N, D and the loss, under any of the usual names.
 
-    C is N * D * epochs where there are epochs, else the compute column, else N * D. Rows whose status is not "done", and
-    rows without a positive, finite N, D and loss, are left out and listed; repeated rows count once.
+    C is N * D * epochs where there are epochs, else the compute column, else N * D. Rows whose status is not "done" or
+    so, and rows without a positive, finite N, D and loss, are left out and listed; repeated rows count once.
 
     Args:
         path: the file.
@@ -151,7 +157,7 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
         n, d, loss = numbers["N"], numbers["D"], numbers[target]
         shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
         state = row[status].strip().lower() if status else ""
-        if state not in ("", "done"):
+        if state not in FINISHED:
             result.left_out.append(LeftOut(line, state, **shown))
             continue
         if result.from_accuracy and loss is not None:
@@ -178,7 +184,7 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             result.left_out.append(LeftOut(line, f"repeats line {first}{differs}", **shown))
             continue
         seen[key] = (line, loss)
-        result.runs.append(Run(line, n, d, compute, epochs, loss, configuration))
+        result.runs.append(Run(line, n, d, compute, loss, configuration))
     if not result.runs:
         reasons = "; ".join(f"line {row.line}: {row.reason}" for row in result.left_out[:3])
         raise UserError(f"{path}: none of its {len(rows)} rows can be fitted ({reasons}"
@@ -215,10 +221,10 @@ def _note(result: Runs, repeated: list[str]) -> None:
         result.notes.append(f"left out of the fits, {reason}: line{'s' * (len(lines) > 1)} {', '.join(lines)}")
     pairs: dict[tuple[float, float], set[float]] = {}
     for run in result.runs:
-        pairs.setdefault((run.n, run.d), set()).add(run.epochs or 1.0)
-    if mixed := sum(len(epochs) > 1 for epochs in pairs.values()):
-        result.notes.append(f"{mixed} pairs of N and D were trained for several numbers of epochs, which the forms do not "
-                            "see: they count as separate points")
+        pairs.setdefault((run.n, run.d), set()).add(run.c)
+    if mixed := sum(len(compute) > 1 for compute in pairs.values()):
+        result.notes.append(f"{mixed} pairs of N and D were trained with several amounts of compute, which the forms do "
+                            "not see: they count as separate points")
 
 
 def _read(path: Path) -> tuple[list[str], list[Row]]:
