@@ -7,10 +7,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,13 @@ def test_common_keys_and_a_sweeps_own_and_each_point_once() -> None:
     assert by_size == {999: 50, 1000: 7, 5000: 7} and {point.test_freq for point in found} == {9}
     assert len(found) == 9 + 4 + 2 == len({point.id for point in found})  # width 4 on 5,000 images with seeds 0 and 1: once
     assert [(point.seed, point.batch_size, point.num_epochs) for point in found[9:11]] == [(2, 32, 2), (3, 32, 2)]
+
+
+def test_a_plan_of_one_sweep_needs_no_list(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text("dataset: digits\nseeds: [0, 1]\nkind: width\nwidths: [4, 8]\ndataset_size: 500\n")
+    found = read_plan(str(path)).points(lambda width, depth: 1)
+    assert [(point.width, point.seed) for point in found] == [(4, 0), (4, 1), (8, 0), (8, 1)]
 
 
 def test_constant_compute_takes_the_epochs_that_hold_it() -> None:
@@ -364,39 +374,82 @@ def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path: P
 # --------------------------------------------------------------------------------------------------------------- Ray
 
 
+def descendants(process: int) -> list[int]:
+    """A process and all that it and they have started, the youngest first."""
+    try:
+        found = [int(word) for task in Path(f"/proc/{process}/task").iterdir()
+                 for word in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [*(other for child in found for other in descendants(child)), process]
+
+
+def kill_machine(node: subprocess.Popen[bytes]) -> None:
+    for process in descendants(node.pid):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    node.wait()
+
+
 @pytest.mark.slow
 def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
+    ray = Path(sys.executable).with_name("ray")
     base = tmp_path / "out"
     sizes = {"kind": "data", "dataset_sizes": [300, 400, 500, 600], "width": 4, "depth": 1}
     path = write_plan(tmp_path / "plan.yaml", sizes, num_epochs=100, test_freq=20, base_dir=str(base))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        second = cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        with start("sweep", path, "--ray", cluster.address) as process:
-            wait_for(process, lambda: len(list(base.glob("results/checkpoints/*/*.pth"))) >= 2)  # one on each machine
-            cluster.remove_node(second, allow_graceful=False)
-            out, err = process.communicate(timeout=300)
-    finally:
-        cluster.shutdown()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def machine(*arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([ray, "start", "--num-cpus", "1", "--block", "--disable-usage-stats", *arguments],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    # Ray's sockets have long names, and the system takes short ones only.
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        machines = [machine("--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir",
+                            folder)]
+        try:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
+                    break
+                time.sleep(0.5)
+            machines.append(machine("--address", address))
+            with start("sweep", path, "--ray", address) as process:
+                wait_for(process, lambda: len(list(base.glob("results/checkpoints/*/*.pth"))) >= 2)  # one on each machine
+                kill_machine(machines.pop())
+                out, err = process.communicate(timeout=400)
+        finally:
+            for other in machines:
+                kill_machine(other)
     assert process.returncode == 0, out + err
     rows = read_csv(base / "results" / "final_data.csv")
     assert sorted(row["D"] for row in rows) == ["300", "400", "500", "600"]
     assert {row["status"] for row in rows} == {"done"}
 
 
+RAY_LOCAL = """
+from compress.studies import sweep
+from tests.test_scaling_sweep import some_work
+tasks = ["a", "mistake", "bug", "torch"]
+sweep.run_ray(some_work, tasks, "local", lambda outcome: print(outcome.task, outcome.result, outcome.failure, sep="|"))
+"""
+
+
 @pytest.mark.slow
-def test_ray_on_this_machine_fails_like_local_processes_and_finds_no_cluster_where_there_is_none(
-        compress: Compress, tmp_path: Path) -> None:
+def test_ray_on_this_machine_fails_like_local_processes(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    done = subprocess.run([sys.executable, "-c", RAY_LOCAL], cwd=PROJECT, capture_output=True, text=True, check=True)
+    seen = {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
+    assert seen["a"] == ["A", ""] and seen["mistake"] == ["None", "expected this, got that"]
+    assert seen["torch"] == ["None", "RuntimeError: out of memory"] and "KeyError: 'unforeseen'" in seen["bug"][1]
+
+
+def test_ray_cluster_that_is_not_there(compress: Compress, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     path = write_plan(tmp_path / "plan.yaml", SMALL, base_dir=str(tmp_path / "out"))
-    assert_one_line_error(compress("scaling", "sweep", path, "--ray", "127.0.0.1:9"), "no Ray cluster there")
-    seen: dict[str, sweep.Outcome[str, str]] = {}
-    tasks = ["a", "mistake", "bug", "torch"]
-    sweep.run_ray(some_work, tasks, "local", lambda outcome: seen.update({outcome.task: outcome}))
-    assert seen["a"].result == "A" and seen["mistake"].failure == "expected this, got that"
-    assert seen["torch"].failure == "RuntimeError: out of memory" and "KeyError: 'unforeseen'" in seen["bug"].failure
+    for address in ("127.0.0.1:9", "127.0.0.1:many"):
+        done = compress("scaling", "sweep", path, "--ray", address)
+        assert_one_line_error(done, f"--ray {address}: no Ray cluster there")

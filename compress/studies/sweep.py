@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -191,7 +192,8 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
     Args:
         work: as for `run_local`; nothing comes of its reports.
         tasks: what it is called with.
-        address: of the cluster, or "local" for one on this machine that ends with this process.
+        address: HOST:PORT of the cluster, "auto" for one that this machine is in, or "local" for one that starts on this
+            machine and ends with this process.
         on_outcome: is called here as tasks end.
         on_gpu: a task takes a whole GPU.
 
@@ -204,13 +206,14 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
         import ray
     except ImportError as error:
         raise UserError("--ray: the package ray is not installed; pip install ray, or use --workers N") from error
+    _check_reachable(address)
     try:
-        ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="error",
+        ray.init(address=address, log_to_driver=False, logging_level="error",
                  runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}},
                  **({"include_dashboard": False} if address == "local" else {}))
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--ray {address}: no Ray cluster there ({first_line(error)}); start one with `ray start --head`, "
-                        "or use --ray local") from error
+        raise UserError(f"--ray {address}: no Ray cluster there ({first_line(error)}); expected HOST:PORT of one that "
+                        "`ray start --head` started, auto or local") from error
     try:
         remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=5)(_work_on_ray)
         pending = {remote.remote(work, task): task for task in tasks}
@@ -225,6 +228,19 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
                 on_outcome(Outcome(task, result, failure))
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes where nothing answers."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return  # local or auto
+    try:
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"--ray {address}: no Ray cluster there ({first_line(error)}); expected HOST:PORT of one that "
+                        "`ray start --head` started, auto or local") from error
 
 
 def _work_on_ray(work: Work[Any, Any], task: Any) -> tuple[Any, str]:

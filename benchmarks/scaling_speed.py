@@ -1,0 +1,130 @@
+"""What sweeps cost: two workers' throughput against one's, and a point's time against the engine's own for its training.
+
+    python -m benchmarks.scaling_speed --cifar10 DIR --output benchmarks/results/scaling_speed.json
+
+The sides of a comparison are run in turns, so that a slow moment of the machine hits both. Ratios are of medians. A sweep's
+throughput is counted from when all its processes have done a first small point, which is when torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from compress.distillation import cross_entropy
+from compress.memory import keep_freed_memory
+from compress.studies import sweep
+from compress.studies.scaling import experiment
+from compress.studies.scaling import images as study_images
+from compress.studies.scaling.images import Images
+from compress.studies.scaling.plans import Point
+from compress.studies.scaling.rows import Results, Row
+from compress.studies.scaling.sweeps import Task, work
+from compress.trackers import Tracker
+from compress.training import train
+from model_loader import UserError, machine, versions, write_json
+
+CPU = torch.device("cpu")
+
+
+def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_folder: Path) -> float:
+    """Training images a second of a sweep over equal points, by so many processes that share the cores."""
+    first = [points[0].model_copy(update={"seed": 1000 + number, "dataset_size": 256, "num_epochs": 1})
+             for number in range(workers)]
+    ends: list[float] = []
+
+    def ended(outcome: sweep.Outcome[Task, Row]) -> None:
+        if outcome.result is None:
+            raise UserError(f"{outcome.task.point.id}: {outcome.failure}")
+        ends.append(time.perf_counter())
+
+    sweep.run_local(work, [Task(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
+    images = sum(point.dataset_size * point.num_epochs for point in points)
+    return images / (ends[-1] - ends[workers - 1])
+
+
+def by_point(point: Point, base_dir: Path, images_folder: Path) -> float:
+    """Images a second of a whole point: opening the images, its subset, training, measuring, its files."""
+    started = time.perf_counter()
+    experiment.run_point(point, Results(base_dir), images_folder, CPU, Tracker(Console(quiet=True)))
+    return point.dataset_size * point.num_epochs / (time.perf_counter() - started)
+
+
+def by_engine(point: Point, images: Images) -> float:
+    """Images a second of the engine alone with the same recipe, network and data, which are ready; it measures as often."""
+    data, model = experiment.training_data(point, images, CPU), experiment.network(point, images)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        train(model, data, cross_entropy(0.0), experiment.training_recipe(point), label="engine", seed=point.seed,
+              device=CPU, checkpoint=Path(folder) / "checkpoint.pth", tracker=Tracker(Console(quiet=True)))
+        return point.dataset_size * point.num_epochs / (time.perf_counter() - started)
+
+
+def summary(sides: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians and ranges in images/s, and the first side's ratio to the second."""
+    first, second = (statistics.median(values) for values in sides.values())
+    return {**{name: {"median": round(statistics.median(values), 1), "lowest": round(min(values), 1),
+                      "highest": round(max(values), 1), "n": len(values)} for name, values in sides.items()},
+            "ratio": round(first / second, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10; the digits unless given")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--widths", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--dataset_size", type=int, default=5000)
+    parser.add_argument("--num_epochs", type=int, default=4)
+    parser.add_argument("--points", type=int, default=4, help="of a sweep; a multiple of two")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    keep_freed_memory()
+    dataset = "cifar10" if arguments.cifar10 else "digits"
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        results = Results(Path(folder))
+        results.create()
+        images_folder = study_images.prepare(results, dataset, arguments.cifar10, False, Tracker(Console()))
+        images = study_images.read(images_folder)
+        for width in arguments.widths:
+            point = Point(dataset=dataset, batch_size=128, width=width, depth=1, dataset_size=arguments.dataset_size,
+                          num_epochs=arguments.num_epochs, test_freq=arguments.num_epochs)
+            images.check_size(point.dataset_size)
+            points = [point.model_copy(update={"seed": seed}) for seed in range(arguments.points)]
+            sweeps: dict[str, list[float]] = {"two workers": [], "one worker": []}
+            alone: dict[str, list[float]] = {"point": [], "engine": []}
+            for turn in range(arguments.rounds):
+                for workers, values in zip((2, 1), sweeps.values(), strict=True):
+                    base = Path(folder) / f"{width}-{turn}-{workers}"
+                    Results(base).create()
+                    values.append(throughput(workers, points, base, images_folder))
+                base = Path(folder) / f"{width}-{turn}"
+                Results(base).create()
+                seeded = point.model_copy(update={"seed": turn})
+                pair = (by_point(seeded, base, images_folder), by_engine(seeded, images))
+                for values, value in zip(alone.values(), pair, strict=True):
+                    values.append(value)
+            found[f"width {width}"] = {"sweep": summary(sweeps), "one point": summary(alone)}
+            print(f"width {width}: two workers {found[f'width {width}']['sweep']['ratio']} times one; a point "
+                  f"{found[f'width {width}']['one point']['ratio']} times the engine's speed", flush=True)
+    write_json(arguments.output, {
+        "schema": 1, "unit": "training images/s", "dataset": dataset, "dataset_size": arguments.dataset_size,
+        "num_epochs": arguments.num_epochs, "points": arguments.points, "cores": len(cores), "results": found,
+        "machine": machine(), "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
