@@ -28,6 +28,15 @@ def test_readme_starts_with_the_two_commands() -> None:
             assert f"\n{line.split()[1]}:" in makefile, line
 
 
+def write_law(path: Path) -> None:
+    """Runs of the study's CNN whose loss is a law of N and D, with a little noise."""
+    rows = [(n, d, (0.4 + 6 / n**0.35 + 20 / d**0.4) * (1 + 0.01 * ((n * 7 + d) % 5 - 2)))
+            for n in (1774, 6286, 23_654, 91_702) for d in (1000, 2500, 10_000, 50_000)]
+    path.parent.mkdir(parents=True)
+    path.write_text("N,D,epochs,dataset,status,final_test_loss_avg_last5\n" + "".join(
+        f"{n},{d},20,cifar10,done,{loss:.5f}\n" for n, d, loss in rows))
+
+
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
 def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Each command with its placeholders filled in; runs are shortened, real data sets are planned instead of trained."""
@@ -51,6 +60,16 @@ def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, requ
         classes = 10 if "cifar10" in command else 100
         draw_folder(images, classes, 3, size=32)
         words[words.index("run")] = "plan"
+    if "scaling" in words:
+        study = tmp_path / "study"
+        words = [word.replace("STUDY", str(study)) for word in words]
+        if "sweep" in words:  # of the packaged plan, one point
+            plan = tmp_path / "plan.yaml"
+            plan.write_text("dataset: digits\nbatch_size: 64\nnum_epochs: 1\nsweeps: [{kind: width, widths: [2], depth: 1, "
+                            "dataset_size: 100}]\n")
+            words[words.index("digits")] = str(plan)
+        if "final_data.csv" in command:
+            write_law(study / "results" / "final_data.csv")
     if "--task" in words:
         words += ["--threads", "1"]  # other tests keep the other core busy
     if "--output_file" in words:

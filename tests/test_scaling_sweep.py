@@ -39,8 +39,10 @@ def write_plan(path: Path, *parts: dict[str, Any], **common: Any) -> Path:
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
+    """A command that Ctrl-C reaches, even where the tests themselves run in the background and are deaf to it."""
     return subprocess.Popen([sys.executable, "-m", "compress", "scaling", *map(str, arguments)], cwd=PROJECT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def children(process: int) -> dict[int, str]:
