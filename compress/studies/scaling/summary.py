@@ -177,8 +177,9 @@ def print_summary(console: Console, analysis: Analysis) -> None:
     for section in analysis.single:
         if section.ranking:
             best = section.ranking.winner
-            print_table(console, f"{section.title}: {best.fit.form.formula} ({percent(best.held_out_percent)} % held out)",
-                        *parameter_rows(section, best))
+            missed = "too few points to hold any out" if best.held_out_percent is None else (
+                f"{percent(best.held_out_percent)} % held out")
+            print_table(console, f"{section.title}: {best.fit.form.formula} ({missed})", *parameter_rows(section, best))
     if analysis.tradeoff:
         console.print(exponent_line(analysis.tradeoff), highlight=False)
         header, rows = frontier_rows(analysis, analysis.tradeoff)
