@@ -106,7 +106,7 @@ def main() -> None:
             points = [point.model_copy(update={"seed": seed}) for seed in range(arguments.points)]
             sweeps: dict[str, list[float]] = {"two workers": [], "one worker": []}
             alone: dict[str, list[float]] = {"point": [], "engine": []}
-            for turn in range(arguments.rounds):
+            for turn in range(arguments.rounds + 1):  # the first warms up and is not counted
                 for workers, values in zip((2, 1), sweeps.values(), strict=True):
                     base = Path(folder) / f"{width}-{turn}-{workers}"
                     Results(base).create()
@@ -117,6 +117,8 @@ def main() -> None:
                 pair = (by_point(seeded, base, images_folder), by_engine(seeded, images))
                 for values, value in zip(alone.values(), pair, strict=True):
                     values.append(value)
+            for values in (*sweeps.values(), *alone.values()):
+                del values[0]
             found[f"width {width}"] = {"sweep": summary(sweeps), "one point": summary(alone)}
             print(f"width {width}: two workers {found[f'width {width}']['sweep']['ratio']} times one; a point "
                   f"{found[f'width {width}']['one point']['ratio']} times the engine's speed", flush=True)

@@ -61,6 +61,13 @@ def wait_for(process: subprocess.Popen[str], happened: Any) -> None:
         time.sleep(0.01)
 
 
+def trained_since(base: Path, moment: float) -> bool:
+    """Whether a checkpoint was written after a moment."""
+    with suppress(FileNotFoundError):  # a point was over and its checkpoint is gone
+        return any(file.stat().st_mtime > moment for file in base.glob("results/checkpoints/*/*.pth"))
+    return False
+
+
 # ------------------------------------------------------------------------------------------------------------- plans
 
 
@@ -346,31 +353,29 @@ def test_every_way_to_fail_is_an_outcome() -> None:
 @pytest.mark.slow
 def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     grid = {"kind": "joint", "widths": [2, 4], "depths": [1], "dataset_sizes": [300, 1000]}
-    whole = write_plan(tmp_path / "whole.yaml", grid, seeds=[0, 1], num_epochs=12, base_dir=str(tmp_path / "whole"))
+    whole = write_plan(tmp_path / "whole.yaml", grid, seeds=[0, 1], num_epochs=40, base_dir=str(tmp_path / "whole"))
     rows = sweeps.run(read_plan(str(whole)), Console(file=io.StringIO()), workers=2)
     assert len(rows) == 8 and all(row["status"] == "done" for row in rows)
-    path = write_plan(tmp_path / "plan.yaml", grid, seeds=[0, 1], num_epochs=12, base_dir=str(tmp_path / "killed"))
-    chance, kills = random.Random(0), 0
-    while True:
+    base = tmp_path / "killed"
+    path = write_plan(tmp_path / "plan.yaml", grid, seeds=[0, 1], num_epochs=40, base_dir=str(base))
+    chance = random.Random(0)
+    for _ in range(6):
+        begun = time.time()
         with start("sweep", path, "--workers", "2") as process:
-            try:
-                _, err = process.communicate(timeout=chance.uniform(4, 16))
-            except subprocess.TimeoutExpired:
-                victims = [process.pid, *children(process.pid)]
-                os.kill(chance.choice(victims), signal.SIGKILL)  # the sweep itself, or one of its workers
-                kills += 1
-                process.kill()
-                process.communicate()
-                continue
-        if process.returncode == 0:
-            break
-        assert process.returncode == 1, err
-    assert kills >= 2
+            wait_for(process, lambda begun=begun: trained_since(base, begun))
+            time.sleep(chance.uniform(0, 1))
+            os.kill(chance.choice([process.pid, *children(process.pid)]), signal.SIGKILL)  # the sweep, or a worker
+            time.sleep(chance.uniform(0, 1))
+            process.kill()
+            process.communicate()
+    with start("sweep", path, "--workers", "2") as process:
+        _, err = process.communicate()
+    assert process.returncode == 0, err
     for name in ("final_data.csv", *(f"runs/{row['id']}.csv" for row in rows)):
         ours, theirs = (sorted(without_seconds(tmp_path / folder / "results" / name), key=str)
                         for folder in ("whole", "killed"))
         assert ours == theirs
-    assert not list((tmp_path / "killed" / "results" / "checkpoints").iterdir())
+    assert not list((base / "results" / "checkpoints").iterdir())
 
 
 # --------------------------------------------------------------------------------------------------------------- Ray
