@@ -24,11 +24,12 @@ class FormName(StrEnum):
     kaplan = "kaplan"
 
 
-TargetOption = Annotated[Target, typer.Option("--target", help="error is 1 - accuracy")]
+TargetOption = Annotated[Target, typer.Option("--target", help="error is 1 - accuracy, a fraction")]
 Classes = Annotated[int | None, typer.Option("--classes", min=2, help="K: the bounded form ends at ln K, or 1 - 1/K")]
 NColumn = Annotated[str | None, typer.Option("--n_column", help="the column of N, if its name is unusual")]
 DColumn = Annotated[str | None, typer.Option("--d_column", help="the column of D")]
-LossColumn = Annotated[str | None, typer.Option("--loss_column", help="of the loss; of error or accuracy with that target")]
+LossColumn = Annotated[str | None, typer.Option("--loss_column", help="of the loss; with --target error, of the "
+                                                                 "error, or of the accuracy if its name has acc")]
 FormOption = Annotated[FormName | None, typer.Option("--form", help="the joint form to use; the best on held-out points "
                                                                     "unless given")]
 DataSet = Annotated[str | None, typer.Option("--dataset", help="the rows of one data set, where the file has several")]
@@ -84,7 +85,7 @@ def predict(
     epochs = _positive("--num_epochs", num_epochs)
     runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset)
     n = _positive("--parameters", parameters) if parameters is not None else float(
-        _parameters_of(width or 0, depth, classes or runs.classes))
+        _parameters_of(width or 0, depth, classes or runs.classes, runs.dataset))
     assert n is not None and d is not None
     chosen, forms, ranking = fit_for_prediction(runs, classes, form.value if form else None)
     print_prediction(report.terminal(), runs, chosen, forms, ranking, n, d, epochs)
@@ -98,14 +99,17 @@ def _positive(flag: str, value: float | None) -> float | None:
     return value
 
 
-def _parameters_of(width: int, depth: int, classes: int | None) -> int:
-    """Parameters of the study's CNN."""
+def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | None) -> int:
+    """Parameters of the study's CNN, whose first layer depends on whether the images are grey."""
     from architectures import families, make
     from compress.assessment import learned_parameters
+    from metadata.schemas import dataset_cards
     from model_loader import UserError
 
     if "scaling_cnn" not in families():
         raise UserError("--width: there is no model family scaling_cnn here whose parameters to count; give --parameters N")
     if classes is None:
         raise UserError("--width: the number of classes decides the parameters of the last layer; give it with --classes")
-    return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth))
+    grey = dataset_cards().get(dataset or "", {}).get("preprocessing", {}).get("mode") == "L"
+    return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth,
+                                   in_channels=1 if grey else 3))

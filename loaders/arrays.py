@@ -209,7 +209,7 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
                 raise UserError(decoded)
             yield ids, torch.from_numpy(decoded)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise UserError(f"a process that decodes images was killed, perhaps for want of memory ({first_line(error)}); "
                         "use fewer workers or smaller batches") from error

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model_loader import UserError, write_atomically, write_json
+from model_loader import UserError, first_line, write_atomically, write_json
 
 __all__ = ["locked", "packaged_json", "read_csv", "write_atomically", "write_csv", "write_figure", "write_json",
            "write_tensors"]
@@ -60,11 +60,18 @@ def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> 
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, or none where there is no file."""
+    """The rows of a CSV file, or none where there is no file.
+
+    Raises:
+        UserError: it is no text, or no CSV.
+    """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: damaged, expected a CSV file ({first_line(error)}); move it away") from error
 
 
 @contextmanager

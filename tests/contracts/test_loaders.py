@@ -118,6 +118,17 @@ def test_streams_from_disk_leave_randomness_alone_and_name_what_is_wrong(tmp_pat
     assert str(images.paths[5]) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_fails_in_a_decoder_is_not_taken_for_its_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("an operator failed")
+
+    images = load(Request("image_folder", draw_folder(tmp_path, 2, 8), preprocessing={"resize": 12, "crop": 12},
+                          memory_limit_gb=1e-9)).train.images
+    monkeypatch.setattr("loaders.arrays.decode_image", broken)  # the forked processes have it too
+    with pytest.raises(RuntimeError, match="an operator failed"):
+        list(prefetched(images, torch.arange(len(images)).split(4)))
+
+
 def test_a_killed_decoder_is_an_error_of_one_line(tmp_path: Path) -> None:
     images = load(Request("image_folder", draw_folder(tmp_path, 2, 40), preprocessing={"resize": 12, "crop": 12},
                           memory_limit_gb=1e-9)).train.images

@@ -117,6 +117,7 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
 
     Raises:
         UserError: see `open_study`; no workers, or both kinds; Ray is not installed or not there.
+        BusyError: another sweep still runs some of the points.
     """
     if workers is not None and ray is not None:
         raise UserError("--workers and --ray: one of them; a Ray cluster has its own processes")
@@ -137,6 +138,9 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
     rows = study.results.rows()
     mine: list[Row] = [dict(rows[point.id]) for point in study.points if point.id in rows]
     print_rows(console, mine)
+    if busy := [point for point in left if point.id not in rows]:
+        raise BusyError(f"{len(busy)} of {len(study.points)} points are still run by another sweep in "
+                        f"{study.results.folder}; wait for it, then run this command again")
     return mine
 
 

@@ -66,6 +66,7 @@ class Runs:
         left_out: what is not, with reasons.
         notes: what the reader should know, one sentence each.
         classes: that the data-set column tells, or None.
+        dataset: in that column, or None.
     """
 
     path: Path
@@ -75,6 +76,7 @@ class Runs:
     left_out: list[LeftOut]
     notes: list[str] = field(default_factory=list)
     classes: int | None = None
+    dataset: str | None = None
 
     @property
     def passes(self) -> float:
@@ -146,7 +148,8 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             columns[optional] = found
     if "epochs" in columns:
         columns.pop("C", None)
-    result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()))
+    result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()),
+                  dataset=data_set.lower() if data_set else None)
     by_lower = {name.lower(): name for name in header}
     status, seed = by_lower.get("status"), by_lower.get("seed")
     own = [by_lower[name] for name in CONFIGURATION if name in by_lower]
@@ -165,6 +168,9 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
                 raise UserError(f"{path}, line {line}, column {columns[target]}: accuracy must be a fraction in [0, 1], "
                                 f"got {loss:g}; if these are percentages, divide them by 100")
             loss = 1 - loss
+        elif target == "error" and loss is not None and loss > 1:
+            raise UserError(f"{path}, line {line}, column {columns[target]}: an error rate must be a fraction in [0, 1], "
+                            f"got {loss:g}; if these are percentages, divide them by 100")
         bad = next((f"{role} is {_spelled(value)}" for role, value in (("N", n), ("D", d), (target, loss),
                     *((role, numbers[role]) for role in ("epochs", "C") if role in numbers))
                     if value is None or _usable(value) is None), None)
