@@ -78,10 +78,9 @@ class Judged:
         return float(np.mean(known)) if known and len(known) == len(errors) else None
 
     @property
-    def order(self) -> tuple[bool, float]:
-        """Sorts the best first: by held-out error, and forms that could not be tested by the in-sample error, last."""
-        return self.held_out_percent is None, (self.held_out_percent if self.held_out_percent is not None
-                                               else self.in_sample_percent)
+    def scatter_percent(self) -> float:
+        """Standard deviation of the points around the fit, by degrees of freedom, in percent."""
+        return 100 * math.sqrt(float((self.fit.residuals**2).sum()) / self.fit.dof)
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,13 @@ class Ranking:
 
     @property
     def winner(self) -> Judged:
-        """The form with the lowest held-out error."""
+        """The form with the lowest held-out error; where not all could be tested, with the smallest scatter."""
         return self.forms[0]
+
+    @property
+    def untested(self) -> list[str]:
+        """Names of the forms that have too few points for any to be held out."""
+        return [form.name for form in self.forms if form.held_out_percent is None]
 
 
 def hold_out(values: Array) -> Mask | None:
@@ -145,10 +149,14 @@ def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> Judged:
 def rank(judged: list[Judged]) -> Ranking:
     """Orders forms by held-out error, and says which of them the data cannot tell from the best.
 
+    A form that could not be tested has not lost: where there is one, all go by their scatter around the points instead,
+    which counts parameters.
+
     Two forms cannot be told apart where their mean errors differ by less than noise between seeds makes any form err, or
     where the differences of their errors, point by point, scatter around zero (95 %, Student's t).
     """
-    order = sorted(judged, key=lambda form: form.order)
+    tested = all(form.held_out_percent is not None for form in judged)
+    order = sorted(judged, key=lambda form: (form.held_out_percent if tested else None) or form.scatter_percent)
     data = order[0].fit.data
     noise = data.seed_noise
     # Of a normal deviate the mean size is sqrt(2/pi) of its deviation; a point is the mean of its seeds.

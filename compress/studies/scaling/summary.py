@@ -101,12 +101,19 @@ def noise_lines(analysis: Analysis) -> list[str]:
              "noise between seeds: not known, no configuration was repeated with another seed"]
     if analysis.chosen:
         fit = analysis.chosen.fit
-        scatter = 100 * math.sqrt(float((fit.residuals**2).sum()) / fit.dof)
+        scatter = analysis.chosen.scatter_percent
         lines.append(f"scatter around the {fit.form.name} fit: {scatter:.2f} % ({len(data)} configurations, {fit.dof} "
                      f"degrees of freedom; Huber's delta {100 * fit.delta:.2f} %)")
-        if data.seed_noise and scatter > 3 * 100 * data.seed_noise:
-            lines.append("the scatter is more than three times the noise: the form misses something that is there")
+        lines += misfit_lines(analysis.chosen)
     return lines
+
+
+def misfit_lines(form: Judged) -> list[str]:
+    """A warning where the points lie further from a fit than noise explains: its intervals are of a form that is wrong."""
+    noise = form.fit.data.seed_noise
+    return [] if not noise or form.scatter_percent <= 300 * noise else [
+        f"{form.name}: the scatter ({form.scatter_percent:.2f} %) is more than three times the noise between seeds: the "
+        "form misses something that is there, and its intervals do not know it"]
 
 
 def verdict_lines(analysis: Analysis) -> list[str]:
@@ -116,9 +123,9 @@ def verdict_lines(analysis: Analysis) -> list[str]:
     if ranking and analysis.chosen:
         best = ranking.winner
         lines.append(f"{best.name} predicts held-out points best ({percent(best.held_out_percent)} %)"
-                     if best.held_out_percent is not None else
-                     f"no form could be tested on held-out points; {best.name} has the smallest error on the points it was "
-                     "fitted to, which says little")
+                     if not ranking.untested else
+                     f"not ranked: too few points to test {', '.join(ranking.untested)} on held-out ones; {best.name} has "
+                     "the smallest scatter around those it was fitted to, which says little")
         lines += [f"= {name} cannot be told from it: {reason}" for name, reason in ranking.ties.items()]
         if analysis.chosen is not best:
             lines.append(f"what follows is of the form that was asked for, {analysis.chosen.name}")
@@ -176,10 +183,14 @@ def print_summary(console: Console, analysis: Analysis) -> None:
         print_table(console, f"{form.name}: {form.fit.form.formula}", *parameter_rows(analysis.joint, form))
     for section in analysis.single:
         if section.ranking:
-            best = section.ranking.winner
-            missed = "too few points to hold any out" if best.held_out_percent is None else (
-                f"{percent(best.held_out_percent)} % held out")
-            print_table(console, f"{section.title}: {best.fit.form.formula} ({missed})", *parameter_rows(section, best))
+            # Where they cannot be ranked, all are shown.
+            for form in section.ranking.forms if section.ranking.untested else [section.ranking.winner]:
+                missed = "too few points to hold any out" if form.held_out_percent is None else (
+                    f"{percent(form.held_out_percent)} % held out")
+                print_table(console, f"{section.title}: {form.fit.form.formula} ({missed}, {form.in_sample_percent:.2f} % "
+                            "in sample)", *parameter_rows(section, form))
+                for line in misfit_lines(form):
+                    console.print(line, highlight=False)
     if analysis.tradeoff:
         console.print(exponent_line(analysis.tradeoff), highlight=False)
         header, rows = frontier_rows(analysis, analysis.tradeoff)
@@ -256,7 +267,7 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
                 lines += markdown_table(*ranking_rows(section.ranking, SPLITS))
             for form in section.ranking.forms:
                 lines += [f"**{form.name}**: `{form.fit.form.formula}`", "",
-                          *markdown_table(*parameter_rows(section, form))]
+                          *markdown_table(*parameter_rows(section, form)), *misfit_lines(form), ""]
     if analysis.tradeoff:
         lines += ["## Compute-optimal frontier", "", f"{exponent_line(analysis.tradeoff)}, by the "
                   f"{analysis.chosen.name if analysis.chosen else ''} form.", "",
