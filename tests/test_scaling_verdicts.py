@@ -1,4 +1,4 @@
-"""What `scaling fit` and `scaling predict` must not claim: another network's size, a winner by default, a misread column."""
+"""What `scaling fit` and `scaling predict` must not claim: another network, a winner by default, a misread column."""
 
 from __future__ import annotations
 
