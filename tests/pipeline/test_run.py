@@ -137,6 +137,7 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(stage: str, file: 
     assert metrics(tmp_path / "small") == metrics(small_run)
 
 
+@pytest.mark.slow
 def test_the_users_original_recipe_runs_a_few_steps(tmp_path: Path) -> None:
     """slim_resnet18_100: 100 classes at 224x224, a randomly initialised ResNet50, two steps a training."""
     root = draw_folder(tmp_path / "images", 100, 2, size=20, splits=("train",))
