@@ -1566,8 +1566,12 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass  # not Linux: the model is what the platform module knows, the flags stay unknown
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-    return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity") else os.cpu_count()}
+    return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": usable_cores()}
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
@@ -1868,7 +1872,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         task = toolkit("--task", "pareto_task")
         return task.evaluate_solution(  # type: ignore[no-any-return]
             Path(options.solution), options.param_limit, options.baseline_accuracy, options.data_seed,
-            options.threads or len(os.sched_getaffinity(0)), settings)
+            options.threads or usable_cores(), settings)
     percent = 80.0 if options.baseline_accuracy is None else options.baseline_accuracy
     return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,
                                percent, settings, options.compare, terminal_progress())

@@ -28,7 +28,7 @@ def run(seed: Annotated[int, typer.Option("--seed", help="of subset, weights, or
         dataset: Annotated[str, typer.Option("--dataset", help="see loaders/")] = "cifar10",
         data_root: DataRoot = None,
         base_dir: Annotated[Path, typer.Option("--base_dir", help="results go to results/ below it")] = Path("."),
-        device: Device = "auto",
+        device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda")] = "auto",
         threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all")] = 0,
         checkpoint_seconds: Annotated[float, typer.Option("--checkpoint_seconds", min=0, help="of two checkpoints")] = 20,
         download: Annotated[bool, typer.Option("--download", help="let torchvision fetch the set")] = False) -> None:
@@ -38,7 +38,7 @@ def run(seed: Annotated[int, typer.Option("--seed", help="of subset, weights, or
 
     console = report.terminal()
     row = run_experiment(seed, batch_size, num_epochs, test_freq, width, depth, dataset_size, dataset=dataset,
-                         data_root=data_root, base_dir=base_dir, device="auto" if device is None else device,
+                         data_root=data_root, base_dir=base_dir, device=device,
                          threads=threads, download=download, checkpoint_seconds=checkpoint_seconds, console=console)
     if row["status"] == "done":
         console.print(f"test loss {float(row['final_test_loss_avg_last5']):.4f}, accuracy "

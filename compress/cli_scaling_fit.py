@@ -101,13 +101,11 @@ def _positive(flag: str, value: float | None) -> float | None:
 
 def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | None) -> int:
     """Parameters of the study's CNN, whose first layer depends on whether the images are grey."""
-    from architectures import families, make
+    from architectures import make
     from compress.assessment import learned_parameters
     from metadata.schemas import dataset_cards
     from model_loader import UserError
 
-    if "scaling_cnn" not in families():
-        raise UserError("--width: there is no model family scaling_cnn here whose parameters to count; give --parameters N")
     if classes is None:
         raise UserError("--width: the number of classes decides the parameters of the last layer; give it with --classes")
     grey = dataset_cards().get(dataset or "", {}).get("preprocessing", {}).get("mode") == "L"

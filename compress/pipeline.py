@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -30,7 +29,7 @@ from loaders.arrays import Request, Splits
 from metadata.files import locked, write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
 from model_loader import (UserError, count_macs, count_parameters, machine, measure_accuracy, measure_latency,
-                          open_submission, read_json, read_submission, torch_threads, versions)
+                          open_submission, read_json, read_submission, torch_threads, usable_cores, versions)
 
 PROJECT = Path(__file__).parents[1]
 SHOW_ONLY = {"__main__", "cli", "report", "trackers"}  # files of compress/ that cannot change a stage's result
@@ -125,7 +124,7 @@ def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) 
 
 def threads(config: RunConfig) -> int:
     """CPU threads of a run."""
-    return config.threads or len(os.sched_getaffinity(0))
+    return config.threads or usable_cores()
 
 
 # ----------------------------------------------------------------------------------------------------------- run

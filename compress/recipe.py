@@ -78,6 +78,10 @@ class Recipe:
         """Whether the validation split is looked at after an epoch, counted from 1."""
         return epoch % self.measure_every == 0 or epoch == self.epochs
 
+    def looks(self) -> int:
+        """How often the validation split is looked at in a whole training."""
+        return sum(self.measures(epoch) for epoch in range(1, self.epochs + 1))
+
     def check_batches(self, label: str, samples: int, processes: int) -> None:
         """Raises UserError if so many processes cannot share every batch equally, or get less than two images of one."""
         if self.partial and processes > 1:

@@ -33,7 +33,7 @@ from loaders.arrays import Request, Splits
 from loaders.augment import Affine, Augmenter, center_crop
 from metadata.files import locked, write_json, write_tensors
 from metadata.schemas import DatasetCard
-from model_loader import UserError, count_macs, machine, normalize, versions
+from model_loader import UserError, count_macs, machine, normalize, usable_cores, versions
 
 SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
@@ -56,7 +56,7 @@ def run(config: TrainingConfig, console: Console) -> dict[str, Any]:
     keep_freed_memory()
     with joined(cuda) as team, ExitStack() as stack:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(config.threads or max(1, usable_cores() // local))
         tracker = Tracker(console if team.first else Console(quiet=True))
         loggers, summary = [], None
         if team.first:

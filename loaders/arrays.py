@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metadata.schemas import DatasetCard
-from model_loader import Preprocessing, UserError, decode_image, describe_validation_error, first_line
+from model_loader import Preprocessing, UserError, decode_image, describe_validation_error, first_line, usable_cores
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
         return
     # Arrays, unlike tensors, go through a pipe: containers often have hardly any shared memory. The generator is for the
     # workers' seeds, which would else be drawn from the one that the training's numbers come from.
-    workers = min(images.workers, len(os.sched_getaffinity(0)))  # a DataLoader warns of more
+    workers = min(images.workers, usable_cores())  # a DataLoader warns of more
     decoding = DataLoader(_Batches(replace(images, workers=1), batches), batch_size=None, collate_fn=_as_it_is,
                           num_workers=workers, generator=torch.Generator())
     try:

@@ -13,8 +13,8 @@ from typing import Any
 
 from model_loader import UserError, first_line, write_atomically, write_json
 
-__all__ = ["locked", "packaged_json", "read_csv", "write_atomically", "write_csv", "write_figure", "write_json",
-           "write_tensors"]
+__all__ = ["locked", "packaged_json", "read_csv", "waiting_lock", "write_atomically", "write_csv", "write_figure",
+           "write_json", "write_tensors"]
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -86,6 +86,14 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{folder}: another process is running it; wait for it, or {advice}") from error
+        yield
+
+
+@contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """A file or folder for this process alone; waits for those that have it. A process that dies lets go."""
+    with path.with_name(f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

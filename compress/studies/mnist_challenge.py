@@ -8,7 +8,6 @@ rate. Settings were chosen on 10,000 images held out of train.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from compress.training_run import (CHECKPOINT, SUMMARY, claimed, flags_named, pr
 from metadata.closest import closest
 from metadata.files import read_csv, write_atomically, write_csv, write_figure, write_json, write_tensors
 from model_loader import (Architecture, UserError, VerificationError, count_macs, machine, measure_accuracy, open_model,
-                          read_json, versions)
+                          read_json, usable_cores, versions)
 
 EPOCHS, PARAMETERS, ACCURACY, LAST = 15, 8000, 0.994, 5  # the rules
 WEIGHTS = Path(__file__).parent / "mnist_weights"
@@ -146,7 +145,7 @@ def _train(config: TrainingConfig, console: Console) -> Result:
         if done := _read_result(folder):
             console.print(f"{folder}: finished before", highlight=False)
             return done
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(config.threads or usable_cores())
         device = torch.device("cpu")
         tracker = Tracker(console, folder)
         with flags_named():

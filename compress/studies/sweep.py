@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from model_loader import UserError, first_line
+from model_loader import UserError, first_line, usable_cores
 
 PROJECT = Path(__file__).parents[2]
 
@@ -46,11 +46,6 @@ OnProgress = Callable[[Task, float], None]
 # What a piece of work may fail with and leave its process sound: the user's mistakes, disks, and what torch raises where
 # memory or a device gives out. Anything else ends the process, and its exit status and last words are the reason.
 EXPECTED = (UserError, OSError, RuntimeError, MemoryError)
-
-
-def usable_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------- local processes

@@ -46,7 +46,7 @@ def estimate(plan: Plan, console: Console, workers: int | None = None) -> tuple[
     """Prints a plan's points with their state and the time that they will take, which is returned too.
 
     The time comes from training each network for a few steps, by as many processes at once as the sweep will have. The
-    decoded images stay in results/cache for the sweep; nothing else is written.
+    study's folders are made and the decoded images stay there for the sweep; no run is begun.
 
     Returns:
         The study, and seconds of one worker by the ids of the points that are left.
@@ -124,8 +124,7 @@ def _kind(point: Point) -> Kind:
 
 
 def _seconds(point: Point, images: Images, speed: Speed) -> float:
-    recipe = experiment.training_recipe(point)
-    looks = sum(recipe.measures(epoch) for epoch in range(1, point.num_epochs + 1))
+    looks = experiment.training_recipe(point).looks()
     return point.dataset_size * point.num_epochs / speed.training + looks * len(images.test) / speed.measuring
 
 

@@ -5,7 +5,6 @@ The test split is measured along the way and nothing is chosen by it: no stoppin
 
 from __future__ import annotations
 
-import os
 import statistics
 from dataclasses import dataclass, replace
 from functools import cache
@@ -33,7 +32,7 @@ from compress.training_run import NO_FLIP
 from loaders import set_name
 from loaders.augment import Augmenter
 from metadata.files import read_csv, write_atomically, write_csv
-from model_loader import UserError, count_macs
+from model_loader import UserError, count_macs, usable_cores
 
 CHECKPOINT, METRICS = "checkpoint.pth", "metrics.csv"
 LAST = 5  # measured epochs of which the final figures are the mean
@@ -72,7 +71,7 @@ def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, 
     results.create()
     tracker = Tracker(console or Console(quiet=True))
     folder = study_images.prepare(results, point.dataset, data_root, download, tracker)
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or usable_cores())
     return run_point(point, results, folder, place, tracker, checkpoint_seconds)
 
 
@@ -226,9 +225,7 @@ def total_flops(point: Point, images: Images) -> int:
 def measuring_flops(point: Point, images: Images) -> int:
     """Floating-point operations of looking at the test split, 2 a multiply-add."""
     _, macs, _ = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
-    recipe = training_recipe(point)
-    looks = sum(recipe.measures(epoch) for epoch in range(1, point.num_epochs + 1))
-    return 2 * macs * len(images.test) * looks
+    return 2 * macs * len(images.test) * training_recipe(point).looks()
 
 
 @cache

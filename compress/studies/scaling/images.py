@@ -5,7 +5,6 @@ Decoding the 60,000 files of an image folder takes longer than many a point's tr
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -24,7 +23,7 @@ from compress.training_run import flags_named
 from loaders import load, set_name
 from loaders.arrays import ArrayImages, Request, Split, fingerprint, prefetched
 from loaders.augment import derive_seed
-from metadata.files import write_json
+from metadata.files import waiting_lock, write_json
 from metadata.schemas import DatasetCard
 from model_loader import UserError
 
@@ -57,8 +56,7 @@ def prepare(results: Results, dataset: str, data_root: Path | None, download: bo
     data_root = data_root.expanduser() if data_root else None
     cache = results.folder / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one decodes, the others wait for it
+    with waiting_lock(cache):  # one decodes, the others wait for it
         folder = cache / f"{dataset}-{_key(dataset, data_root)}"
         if not folder.is_dir():
             for leftover in cache.glob("*.part"):  # of a process that was killed
@@ -141,14 +139,14 @@ def _check_same(results: Results, dataset: str, folder: Path) -> None:
     try:
         known = json.loads(path.read_text()) if path.is_file() else {}
         found = json.loads((folder / CARD).read_text())["fingerprint"]
-        before = known.setdefault(dataset, found)
+        before = known.get(dataset)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} or {folder / CARD}: damaged; remove {folder} and, if it is that, {path}") from error
-    if before != found:
+    if before not in (None, found):
         raise UserError(f"{results.folder} holds results of other images by the name {dataset} ({path}); choose another "
                         "--base_dir")
-    if not path.is_file() or dataset not in json.loads(path.read_text()):
-        write_json(path, known)
+    if before is None:
+        write_json(path, known | {dataset: found})
 
 
 def _key(dataset: str, root: Path | None) -> str:

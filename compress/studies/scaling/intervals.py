@@ -207,8 +207,11 @@ def parameter_intervals(best: Fit, draws: Array | None = None) -> dict[str, Inte
 
 def exponential(interval: Interval) -> Interval:
     """The interval of exp(x) from that of x."""
-    def power(value: float | None) -> float | None:
-        return None if value is None else math.exp(min(value, 700.0))
-    spread = None if interval.bootstrap is None else (math.exp(min(interval.bootstrap[0], 700.0)),
-                                                      math.exp(min(interval.bootstrap[1], 700.0)))
-    return Interval(math.exp(min(interval.value, 700.0)), power(interval.low), power(interval.high), spread, interval.limit)
+    def power(value: float) -> float:
+        return math.exp(min(value, 700.0))
+
+    def end(value: float | None) -> float | None:
+        return None if value is None else power(value)
+
+    spread = None if interval.bootstrap is None else (power(interval.bootstrap[0]), power(interval.bootstrap[1]))
+    return Interval(power(interval.value), end(interval.low), end(interval.high), spread, interval.limit)

@@ -155,18 +155,17 @@ def rank(judged: list[Judged]) -> Ranking:
     Two forms cannot be told apart where their mean errors differ by less than noise between seeds makes any form err, or
     where the differences of their errors, point by point, scatter around zero (95 %, Student's t).
     """
-    tested = all(form.held_out_percent is not None for form in judged)
-    order = sorted(judged, key=lambda form: (form.held_out_percent if tested else None) or form.scatter_percent)
+    held_out = {form.name: error for form in judged if (error := form.held_out_percent) is not None}
+    tested = len(held_out) == len(judged)
+    order = sorted(judged, key=lambda form: held_out[form.name] if tested else form.scatter_percent)
     data = order[0].fit.data
     noise = data.seed_noise
     # Of a normal deviate the mean size is sqrt(2/pi) of its deviation; a point is the mean of its seeds.
     floor = (None if noise is None else
              100 * math.sqrt(2 / math.pi) * noise * float(np.sqrt(1 / data.runs).mean()))
     best, ties = order[0], {}
-    for other in order[1:]:
-        if best.held_out_percent is None or other.held_out_percent is None:
-            continue
-        difference = other.held_out_percent - best.held_out_percent
+    for other in order[1:] if tested else []:
+        difference = held_out[other.name] - held_out[best.name]
         pairs = np.concatenate([np.abs(other.splits[name].errors) - np.abs(split.errors)
                                 for name, split in best.splits.items()])
         if floor is not None and difference < floor:

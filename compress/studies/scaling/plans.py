@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -207,8 +207,6 @@ class Plan(Config):
     num_epochs: Rule = Field({1: 100}, description="a number, or one for each dataset_size from which on it holds")
     test_freq: Rule = Field({1: 5}, description="likewise")
     sweeps: list[AnySweep] = Field(min_length=1, description="one or more")
-
-    WHERE: ClassVar = frozenset({"data_root", "download", "base_dir", "device", "checkpoint_seconds"})
 
     def points(self, parameters: Parameters) -> list[Point]:
         """All points, each once.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from metadata.files import read_csv, write_csv
+from metadata.files import read_csv, waiting_lock, write_csv
 from model_loader import UserError
 
 COLUMNS = ("width", "depth", "seed", "batch_size", "N", "D", "epochs", "steps", "C_proxy", "total_flops",
@@ -87,7 +87,7 @@ class Results:
         from a process that dies: whoever is killed whenever, each row is there whole or not at all, and none is lost.
         A row that says that a run failed does not replace one that says how it ended.
         """
-        with _exclusive(self.table):
+        with waiting_lock(self.table):
             for leftover in self.table.parent.glob(f".{self.table.name}.*.part"):  # of a writer that was killed
                 leftover.unlink()
             rows: dict[str, Mapping[str, Any]] = dict(self.rows())
@@ -128,14 +128,6 @@ def _by_id(path: Path, rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
             raise UserError(f"{path} line {number}: more cells than the header has columns; mend the line, or move the "
                             "file away")
     return {row["id"]: row for row in rows}
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """A file for this process alone; waits for it."""
-    with path.with_name(f".{path.name}.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _locked_byte(lock: IO[str], place: int) -> bool:

@@ -23,7 +23,7 @@ from compress.studies.scaling.plans import Plan, Point
 from compress.studies.scaling.rows import OVER, BusyError, Results, Row
 from compress.trackers import Advance, Tracker
 from loaders import set_name
-from model_loader import UserError
+from model_loader import UserError, usable_cores
 
 PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice that it is lost
 
@@ -100,7 +100,7 @@ def check_workers(workers: int | None, device: str) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expected 1 or more")
     on_gpu = experiment.chosen_device(device).type == "cuda"
-    return workers or (1 if on_gpu else sweep.usable_cores())
+    return workers or (1 if on_gpu else usable_cores())
 
 
 # ------------------------------------------------------------------------------------------------------------ sweep

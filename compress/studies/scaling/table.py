@@ -96,10 +96,7 @@ class Runs:
 
     def observations(self) -> Observations:
         """One point for each configuration, in order of appearance."""
-        groups: dict[tuple[str, ...], list[Run]] = {}
-        for run in self.runs:
-            groups.setdefault(run.configuration, []).append(run)
-        members = list(groups.values())
+        members = self._by_configuration()
         return Observations({"N": np.array([group[0].n for group in members]),
                              "D": np.array([group[0].d for group in members]),
                              "C": np.array([group[0].c for group in members])},
@@ -109,14 +106,18 @@ class Runs:
     @property
     def seed_noise(self) -> float | None:
         """Pooled standard deviation of the log loss between runs of one configuration; None where none is repeated."""
-        groups: dict[tuple[str, ...], list[float]] = {}
-        for run in self.runs:
-            groups.setdefault(run.configuration, []).append(math.log(run.loss))
-        spare = sum(len(group) - 1 for group in groups.values())
-        if not spare:
+        repeated = [[math.log(run.loss) for run in group] for group in self._by_configuration() if len(group) > 1]
+        if not repeated:
             return None
-        return math.sqrt(sum((len(group) - 1) * statistics.variance(group) for group in groups.values() if len(group) > 1)
-                         / spare)
+        return math.sqrt(sum((len(losses) - 1) * statistics.variance(losses) for losses in repeated)
+                         / sum(len(losses) - 1 for losses in repeated))
+
+    def _by_configuration(self) -> list[list[Run]]:
+        """The runs that differ in the seed alone, in order of appearance."""
+        groups: dict[tuple[str, ...], list[Run]] = {}
+        for run in self.runs:
+            groups.setdefault(run.configuration, []).append(run)
+        return list(groups.values())
 
 
 def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_column: str | None = None,
