@@ -3,7 +3,9 @@
     python -m benchmarks.scaling_speed --cifar10 DIR --output benchmarks/results/scaling_speed.json
 
 The sides of a comparison are run in turns, so that a slow moment of the machine hits both. Ratios are of medians. A sweep's
-throughput is counted from when all its processes have done a first small point, which is when torch is imported.
+throughput is counted from when all its processes have done a first small point, which is when torch is imported. One worker
+uses all cores by threads, so it stands here twice: with both cores, and held to one. What the machine allows is measured
+beside it: small networks' training moves more bytes than it computes, and two processes share one memory.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.spread import spread
 from compress.distillation import cross_entropy
 from compress.memory import keep_freed_memory
 from compress.studies import sweep
@@ -52,6 +57,32 @@ def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_fol
     return images / (ends[-1] - ends[workers - 1])
 
 
+COPYING = """
+import time, torch
+torch.set_num_threads(1)
+source, target = torch.ones(2**24), torch.ones(2**24)
+target.copy_(source)
+input()
+start, count = time.perf_counter(), 0
+while time.perf_counter() - start < 2:
+    target.copy_(source)
+    count += 1
+print(count * 2 * source.nbytes / (time.perf_counter() - start) / 1e9)
+"""
+
+
+def copied_gigabytes(processes: int) -> float:
+    """Gigabytes a second, read and written, that so many processes of one thread copy together."""
+    team = [subprocess.Popen([sys.executable, "-c", COPYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)]
+    time.sleep(8)  # until all have imported torch
+    for process in team:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in team)
+
+
 def by_point(point: Point, base_dir: Path, images_folder: Path) -> float:
     """Images a second of a whole point: opening the images, its subset, training, measuring, its files."""
     started = time.perf_counter()
@@ -70,11 +101,10 @@ def by_engine(point: Point, images: Images) -> float:
 
 
 def summary(sides: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians and ranges in images/s, and the first side's ratio to the second."""
-    first, second = (statistics.median(values) for values in sides.values())
-    return {**{name: {"median": round(statistics.median(values), 1), "lowest": round(min(values), 1),
-                      "highest": round(max(values), 1), "n": len(values)} for name, values in sides.items()},
-            "ratio": round(first / second, 3)}
+    """Medians and ranges in images/s, and the first side's ratios to the others."""
+    first, *others = (statistics.median(values) for values in sides.values())
+    ratios = {name: round(first / other, 3) for name, other in zip(list(sides)[1:], others, strict=True)}
+    return {**{name: spread(values) for name, values in sides.items()}, "ratio": ratios}
 
 
 def main() -> None:
@@ -104,13 +134,17 @@ def main() -> None:
                           num_epochs=arguments.num_epochs, test_freq=arguments.num_epochs)
             images.check_size(point.dataset_size)
             points = [point.model_copy(update={"seed": seed}) for seed in range(arguments.points)]
-            sweeps: dict[str, list[float]] = {"two workers": [], "one worker": []}
+            sweeps: dict[str, list[float]] = {"two workers": [], "one worker on both cores": [],
+                                              "one worker on one core": []}
             alone: dict[str, list[float]] = {"point": [], "engine": []}
             for turn in range(arguments.rounds + 1):  # the first warms up and is not counted
-                for workers, values in zip((2, 1), sweeps.values(), strict=True):
-                    base = Path(folder) / f"{width}-{turn}-{workers}"
+                for side, (workers, held, values) in enumerate(zip((2, 1, 1), (cores, cores, cores[:1]), sweeps.values(),
+                                                                   strict=True)):
+                    base = Path(folder) / f"{width}-{turn}-{side}"
                     Results(base).create()
-                    values.append(throughput(workers, points, base, images_folder))
+                    os.sched_setaffinity(0, held)
+                    values.append(throughput(workers, points[:len(held) * len(points) // 2], base, images_folder))
+                    os.sched_setaffinity(0, cores)
                 base = Path(folder) / f"{width}-{turn}"
                 Results(base).create()
                 seeded = point.model_copy(update={"seed": turn})
@@ -120,11 +154,13 @@ def main() -> None:
             for values in (*sweeps.values(), *alone.values()):
                 del values[0]
             found[f"width {width}"] = {"sweep": summary(sweeps), "one point": summary(alone)}
-            print(f"width {width}: two workers {found[f'width {width}']['sweep']['ratio']} times one; a point "
-                  f"{found[f'width {width}']['one point']['ratio']} times the engine's speed", flush=True)
+            print(f"width {width}: two workers to {found[f'width {width}']['sweep']['ratio']}; a point to "
+                  f"{found[f'width {width}']['one point']['ratio']}", flush=True)
+    copied = {processes: [copied_gigabytes(processes) for _ in range(3)] for processes in (1, 2)}
     write_json(arguments.output, {
         "schema": 1, "unit": "training images/s", "dataset": dataset, "dataset_size": arguments.dataset_size,
         "num_epochs": arguments.num_epochs, "points": arguments.points, "cores": len(cores), "results": found,
+        "memory_gigabytes_per_second": {f"{count} processes": spread(values) for count, values in copied.items()},
         "machine": machine(), "versions": versions()})
 
 

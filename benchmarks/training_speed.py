@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from architectures import make
+from benchmarks.spread import spread
 from compress import optimizers
 from compress.distillation import cross_entropy
 from compress.memory import keep_freed_memory
@@ -96,8 +97,7 @@ def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str,
     for side in sides:
         side.communicate()
     medians = {name: statistics.median(values) for name, values in seen.items()}
-    result: dict[str, Any] = {name: {"median": round(medians[name], 1), "lowest": round(min(values), 1),
-                                     "highest": round(max(values), 1), "n": rounds} for name, values in seen.items()}
+    result: dict[str, Any] = {name: spread(values) for name, values in seen.items()}
     result["ratios"] = {name: round(medians[name] / medians[names[-1]], 2) for name in names[:-1]}
     return result
 

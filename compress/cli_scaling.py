@@ -32,9 +32,10 @@ def run(seed: Annotated[int, typer.Option("--seed", help="of subset, weights, or
         threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all")] = 0,
         checkpoint_seconds: Annotated[float, typer.Option("--checkpoint_seconds", min=0, help="of two checkpoints")] = 20,
         download: Annotated[bool, typer.Option("--download", help="let torchvision fetch the set")] = False) -> None:
-    """Run one experiment; the same command continues an interrupted one."""
+    """Run one experiment; the same command continues an interrupted one. One that diverges is kept, and exits 1."""
     from compress import report
     from compress.studies.scaling.experiment import run_experiment
+    from model_loader import VerificationError
 
     console = report.terminal()
     row = run_experiment(seed, batch_size, num_epochs, test_freq, width, depth, dataset_size, dataset=dataset,
@@ -45,13 +46,19 @@ def run(seed: Annotated[int, typer.Option("--seed", help="of subset, weights, or
                       f"{float(row['final_test_acc_avg_last5']):.2%} (last five measured epochs)", highlight=False)
     console.print(f"row:    {base_dir / 'results' / 'final_data.csv'}\n"
                   f"curve:  {base_dir / 'results' / 'runs' / (str(row['id']) + '.csv')}", highlight=False, soft_wrap=True)
+    if row["status"] == "diverged":
+        raise VerificationError(f"{row['id']} diverged: {row['message']}; its row is kept with that mark and left out of "
+                                "fits, and the same command would come to the same")
 
 
 @scaling.command()
 def sweep(plan: PlanName, workers: Workers = None,
           ray: Annotated[str | None, typer.Option("--ray", help="a Ray cluster's address, or local, instead")] = None,
           base_dir: BaseDir = None, data_root: DataRoot = None, device: Device = None) -> None:
-    """Run all points of a plan that are not done; interrupted ones continue, failed ones are tried again."""
+    """Run all points of a plan that are not done; interrupted ones continue, failed ones are tried again.
+
+    Exit 1 if a point failed. One that diverged has come to an end: it is kept and marked, and exits 0.
+    """
     from compress import report
     from compress.studies.scaling import sweeps
 

@@ -30,6 +30,8 @@ NColumn = Annotated[str | None, typer.Option("--n_column", help="the column of N
 DColumn = Annotated[str | None, typer.Option("--d_column", help="the column of D")]
 LossColumn = Annotated[str | None, typer.Option("--loss_column", help="of the loss; with --target error, of the "
                                                                  "error, or of the accuracy if its name has acc")]
+AccuracyColumn = Annotated[str | None, typer.Option("--accuracy_column", help="with --target error: of the accuracy, "
+                                                                              "whatever its name")]
 FormOption = Annotated[FormName | None, typer.Option("--form", help="the joint form to use; the best on held-out points "
                                                                     "unless given")]
 DataSet = Annotated[str | None, typer.Option("--dataset", help="the rows of one data set, where the file has several")]
@@ -41,8 +43,8 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
         target: TargetOption = Target.loss, classes: Classes = None,
         output: Annotated[Path | None, typer.Option("--output", help="the folder that is written; `fit` or `fit_error` "
                                                                      "beside the CSV")] = None,
-        n_column: NColumn = None, d_column: DColumn = None, loss_column: LossColumn = None, dataset: DataSet = None,
-        form: FormOption = None, num_epochs: Epochs = None,
+        n_column: NColumn = None, d_column: DColumn = None, loss_column: LossColumn = None,
+        accuracy_column: AccuracyColumn = None, dataset: DataSet = None, form: FormOption = None, num_epochs: Epochs = None,
         replicates: Annotated[int, typer.Option("--bootstrap", min=50, help="replicates")] = 1000,
         seed: Annotated[int, typer.Option("--seed", min=0, help="of the bootstrap")] = 0,
         no_plots: Annotated[bool, typer.Option("--no_plots", help="tables alone")] = False) -> None:
@@ -53,7 +55,7 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
     from compress.studies.scaling.table import read_runs
 
     console = report.terminal()
-    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset)
+    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
     analysis = analyse(runs, classes, form.value if form else None, _positive("--num_epochs", num_epochs), replicates, seed)
     summary.print_summary(console, analysis)
     folder = output or data.parent / ("fit" if target is Target.loss else f"fit_{target.value}")
@@ -71,7 +73,8 @@ def predict(
         num_epochs: Epochs = None,
         data: Annotated[Path, typer.Option("--data", help="the runs to fit")] = Path("results/final_data.csv"),
         target: TargetOption = Target.loss, classes: Classes = None, n_column: NColumn = None, d_column: DColumn = None,
-        loss_column: LossColumn = None, dataset: DataSet = None, form: FormOption = None) -> None:
+        loss_column: LossColumn = None, accuracy_column: AccuracyColumn = None, dataset: DataSet = None,
+        form: FormOption = None) -> None:
     """Predict the loss of a configuration that was not run, with its 95 % interval."""
     from compress import report
     from compress.studies.scaling.analysis import fit_for_prediction
@@ -83,7 +86,7 @@ def predict(
         raise UserError("expected either --width (with --depth) or --parameters N")
     d = _positive("--dataset_size", dataset_size)
     epochs = _positive("--num_epochs", num_epochs)
-    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset)
+    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
     n = _positive("--parameters", parameters) if parameters is not None else float(
         _parameters_of(width or 0, depth, classes or runs.classes, runs.dataset))
     assert n is not None and d is not None
@@ -92,10 +95,13 @@ def predict(
 
 
 def _positive(flag: str, value: float | None) -> float | None:
+    from compress.studies.scaling.table import LARGEST, SMALLEST
     from model_loader import UserError
 
     if value is not None and not 0 < value < float("inf"):
         raise UserError(f"{flag} {value:g}: expected a positive number")
+    if value is not None and not SMALLEST <= value <= LARGEST:
+        raise UserError(f"{flag} {value:g}: expected a number from {SMALLEST:g} to {LARGEST:g}")
     return value
 
 

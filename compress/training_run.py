@@ -31,7 +31,7 @@ from compress.training_config import TrainingConfig, validated
 from loaders import load, set_name
 from loaders.arrays import Request, Splits
 from loaders.augment import Affine, Augmenter, center_crop
-from metadata.files import locked, write_json, write_tensors
+from metadata.files import locked, remove_leftovers, write_json, write_tensors
 from metadata.schemas import DatasetCard
 from model_loader import UserError, count_macs, machine, normalize, usable_cores, versions
 
@@ -269,8 +269,7 @@ def claimed(config: TrainingConfig) -> Iterator[None]:
         raise UserError(f"{folder}: already there and not a training's folder; choose --log_dir OTHER")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "choose --log_dir OTHER"):
-        for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
-            leftover.unlink()
+        remove_leftovers(folder)
         try:
             yield
         finally:

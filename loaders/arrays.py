@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from metadata.files import appearing
 from metadata.schemas import DatasetCard
 from model_loader import Preprocessing, UserError, decode_image, describe_validation_error, first_line, usable_cores
 
@@ -359,20 +360,14 @@ def write_image_folder(split: Split, class_names: list[str], folder: Path) -> No
     """
     if folder.exists():
         raise UserError(f"{folder}: already there; nothing was written")
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # of a write that SIGKILL cut short
-    try:
+    with appearing(folder) as partial:
         for name in class_names:
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
         if split.paths is None:
             _write_arrays(split, class_names, partial)
         else:
             for index, (path, label) in enumerate(zip(split.paths, split.labels.tolist(), strict=True)):
                 shutil.copyfile(path, partial / class_names[label] / f"{index:06d}{path.suffix}")
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_arrays(split: Split, class_names: list[str], folder: Path) -> None:

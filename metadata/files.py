@@ -6,6 +6,7 @@ import csv
 import fcntl
 import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any
 
 from model_loader import UserError, first_line, write_atomically, write_json
 
-__all__ = ["locked", "packaged_json", "read_csv", "waiting_lock", "write_atomically", "write_csv", "write_figure",
-           "write_json", "write_tensors"]
+__all__ = ["appearing", "locked", "packaged_json", "read_csv", "remove_leftovers", "waiting_lock", "write_atomically",
+           "write_csv", "write_figure", "write_json", "write_tensors"]
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -72,6 +73,38 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: damaged, expected a CSV file ({first_line(error)}); move it away") from error
+
+
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes the temporary files and folders that `write_atomically` and `appearing` left where SIGKILL cut them short.
+
+    Args:
+        folder: where nobody else is writing what is removed; the caller holds the lock.
+        name: what the names of those that were being written begin with; all unless given.
+    """
+    for leftover in folder.glob(f".{name}*.part"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which takes its place as `folder` when it is complete, or else disappears.
+
+    Args:
+        folder: is not there yet; its parents are made. One process at a time writes it.
+    """
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # of a write that SIGKILL cut short
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager

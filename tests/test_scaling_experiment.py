@@ -212,7 +212,8 @@ def test_an_experiment_learns(tmp_path: Path) -> None:
     assert float(str(row["final_test_acc_avg_last5"])) > 0.8
 
 
-def test_a_diverged_run_is_a_row_with_its_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_is_a_row_with_its_message(compress: Compress, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (plans, experiment):
         monkeypatch.setattr(module, "TRAINING", Training(lr=1e30))
     row = run(tmp_path)
@@ -223,6 +224,12 @@ def test_a_diverged_run_is_a_row_with_its_message(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "results" / "checkpoints").iterdir())
     before = (tmp_path / "results" / "final_data.csv").read_bytes()
     assert run(tmp_path)["status"] == "diverged" and (tmp_path / "results" / "final_data.csv").read_bytes() == before
+    for width in ("4", "3"):  # that one, and a new one
+        done = compress("scaling", "run", "--batch_size", "64", "--num_epochs", "13", "--test_freq", "2", "--width", width,
+                        "--depth", "1", "--dataset_size", "200", "--dataset", "digits", "--base_dir", tmp_path,
+                        "--threads", "1")
+        assert_one_line_error(done, f"w{width}-", "diverged: ", "the loss is", "left out of fits", code=1)
+        assert "row:" in done.stdout and "test loss" not in done.stdout
 
 
 def test_a_killed_experiment_continues_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:

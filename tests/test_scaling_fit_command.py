@@ -247,8 +247,8 @@ def test_repeats_without_a_seed_column(tmp_path: Path) -> None:
     assert [run.line for run in runs.runs] == [2, 4, 5, 6] and runs.left_out[0].reason == "repeats line 2"
     # two groups of two: the pooled variance is the mean of (log ratio)^2 / 2
     expected = math.sqrt((math.log(1.1)**2 / 2 + math.log(1 / 0.9)**2 / 2) / 2)
-    assert runs.seed_noise == pytest.approx(expected)
     data = runs.observations()
+    assert data.seed_noise == pytest.approx(expected)
     assert data.runs.tolist() == [2, 2] and data.log_loss[0] == pytest.approx(math.log(1.1) / 2)
 
 

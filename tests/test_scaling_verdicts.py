@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
+from compress.studies.scaling.fitting import Observations, fit
+from compress.studies.scaling.judging import HeldOut, Judged, judge, rank
 from tests.conftest import Compress, assert_one_line_error
 from tests.test_scaling_fit_command import foreign, grid
+from tests.test_scaling_fits import additive, forms, planted
 
 
 @pytest.mark.parametrize(("dataset", "parameters"), [("mnist", 1702), ("cifar10", 1774)])
@@ -38,3 +44,86 @@ def test_forms_that_cannot_all_be_tested_are_all_shown(compress: Compress, tmp_p
 def test_an_error_rate_in_percent_is_refused(compress: Compress, tmp_path: Path) -> None:
     data = foreign(tmp_path / "data.csv", [(n, d, 100 * loss) for n, d, loss in grid()], "N,D,test_error")
     assert_one_line_error(compress("scaling", "fit", data, "--target", "error"), "must be a fraction in [0, 1]")
+
+
+def test_numbers_that_measure_nothing_are_left_out_and_said(compress: Compress, tmp_path: Path) -> None:
+    rows = [(3e150, 1e3, 1.0), (1e3, 2e-60, 1.0), (1e3, 1e3, 1e200), (1e30, 1e30, 1.0), *grid()]
+    data = foreign(tmp_path / "data.csv", rows)
+    done = compress("scaling", "fit", data, "--bootstrap", "50", "--no_plots")
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for said in ("N is beyond 1e+40: line 2", "D is below 1e-40: line 3", "loss is beyond 1e+40: line 4",
+                 "N * D * epochs is beyond 1e+40: line 5", "20 runs of 20 configurations; 4 rows left out"):
+        assert said in text, (said, text)
+    assert_one_line_error(compress("scaling", "fit", foreign(tmp_path / "all.csv", rows[:3])),
+                          "none of its 3 rows can be fitted (line 2: N is beyond 1e+40")
+    for flag, others in (("--parameters", ("--dataset_size", "1e9")), ("--dataset_size", ("--parameters", "1e9"))):
+        assert_one_line_error(compress("scaling", "predict", flag, "1e150", *others, "--data", data),
+                              f"{flag} 1e+150: expected a number from 1e-40 to 1e+40")
+
+
+def test_an_accuracy_by_any_name(compress: Compress, tmp_path: Path) -> None:
+    points = [(n, d, 1 - (loss - 1.6) / 8) for n, d, loss in grid()]
+    data = foreign(tmp_path / "data.csv", points, "N,D,top1")
+    fit = ("scaling", "fit", data, "--target", "error", "--bootstrap", "50", "--no_plots")
+    done = compress(*fit, "--accuracy_column", "Top1")
+    assert done.returncode == 0 and "error from 1 - top1" in done.stdout, done.stderr
+    content = json.loads((tmp_path / "fit_error" / "fit.json").read_text())
+    assert content["points"]["error"][0] == pytest.approx((grid()[0][2] - 1.6) / 8)
+    done = compress(*fit, "--loss_column", "top1")
+    assert "top1 is taken for an error rate; if it is an accuracy, name it with --accuracy_column" in " ".join(
+        done.stdout.split())
+    assert_one_line_error(compress(*fit), "no column for accuracy", "columns: N, D, top1", "--accuracy_column",
+                          "--loss_column")
+    assert_one_line_error(compress(*fit, "--accuracy_column", "top5"), "--accuracy_column 'top5' is not in it")
+    assert_one_line_error(compress("scaling", "fit", data, "--accuracy_column", "top1"), "goes with --target error")
+    negative = foreign(tmp_path / "negative.csv", [*points, (1, 1, -5)], "N,D,test_acc")
+    assert_one_line_error(compress("scaling", "fit", negative, "--target", "error"), "line 22, column test_acc",
+                          "a fraction in [0, 1], got -5")
+
+
+def judged(data: Observations, form: str, **errors: list[float]) -> Judged:
+    """A form with relative errors as given on the first points, in splits of these names."""
+    def split(name: str, values: list[float]) -> HeldOut:
+        chosen = np.arange(len(data)) < len(values)
+        return HeldOut(name, 1.0, chosen, 1 + np.array(values), np.ones(len(values)))
+    return Judged(fit(forms(data)[form], data), {name: split(name, values) for name, values in errors.items()})
+
+
+def test_a_configuration_that_is_held_out_twice_counts_once() -> None:
+    data = planted(additive(), 0.01, 1)
+    good, bad = [0.010, -0.020, 0.015, 0.005], [0.020, -0.021, 0.040, 0.016]
+    chance = stats.ttest_rel(np.abs(bad), np.abs(good)).pvalue
+    assert 0.05 < chance < 0.12 and stats.ttest_rel(np.abs(bad * 2), np.abs(good * 2)).pvalue < 0.02
+    for splits in (("N",), ("N", "C")):  # the same points in two splits say nothing new
+        ranking = rank([judged(data, "additive", **dict.fromkeys(splits, good)),
+                        judged(data, "bounded", **dict.fromkeys(splits, bad))])
+        assert ranking.tested_on == 4 and "the scatter over the 4 held-out configurations" in ranking.ties["bounded"]
+    clear = [0.06, -0.065, 0.07, 0.052]
+    assert rank([judged(data, "additive", N=good, C=good), judged(data, "bounded", N=clear, C=clear)]).ties == {}
+    # The test is of the difference that is stated, in which each split has the same weight, however few its points.
+    first = rank([judged(data, "additive", N=good, C=[0.0]), judged(data, "bounded", N=good, C=[0.5])])
+    assert first.winner.name == "additive" and "25 points apart, which the scatter" in first.ties["bounded"]
+
+
+def test_one_held_out_configuration_tells_no_forms_apart() -> None:
+    data = planted(additive(), 0.01, 1)
+    ranking = rank([judged(data, "additive", N=[0.01]), judged(data, "bounded", N=[0.5])])
+    assert ranking.ties == {"bounded": "49 points apart on one held-out configuration, whose scatter is not known"}
+
+
+def test_the_noise_of_held_out_points_is_not_known_to_their_fit() -> None:
+    data = planted(additive(), 0.01, 1)
+    loud = data.values["N"] == data.values["N"].max()
+    runs = np.where(loud, 1.0, 2.0)
+    for squares, known in ((np.where(loud, 0.5, 0.0002), (0.0002, 2.0)), (np.where(loud, 0.5, 0), None)):
+        noisy = Observations(data.values, data.log_loss, np.where(loud, 2.0, runs if known else 1.0), 0.3, squares)
+        rest, held = noisy.held_apart(loud)
+        assert rest.seed_noise == (None if known is None else pytest.approx(np.sqrt(known[0])))
+        assert len(rest) + len(held) == len(data) and held.seed_noise == 0.3
+        alone = judge(forms(data)["additive"], noisy, ("N",)).splits["N"].predicted
+        assert np.array_equal(alone, fit(forms(data)["additive"], rest).predict(held.values))  # type: ignore[arg-type]
+    # What noise makes any form err by is that at the held-out points: here of one seed each, half of the others.
+    single = Observations(data.values, data.log_loss, np.where(loud, 1.0, 4.0), 0.02)
+    ranking = rank([judge(form, single, ("N",)) for form in forms(single).values()])
+    assert ranking.noise_percent == pytest.approx(100 * 0.02 * np.sqrt(2 / np.pi))

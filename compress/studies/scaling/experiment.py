@@ -31,7 +31,7 @@ from compress.training import Data, DivergedError, seeded, train
 from compress.training_run import NO_FLIP
 from loaders import set_name
 from loaders.augment import Augmenter
-from metadata.files import read_csv, write_atomically, write_csv
+from metadata.files import read_csv, remove_leftovers, write_atomically, write_csv
 from model_loader import UserError, count_macs, usable_cores
 
 CHECKPOINT, METRICS = "checkpoint.pth", "metrics.csv"
@@ -137,8 +137,7 @@ def _train(point: Point, results: Results, images: Images, device: torch.device,
            checkpoint_seconds: float) -> Row:
     folder = results.unfinished(point.id)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.part"):  # of a write that SIGKILL cut short
-        leftover.unlink()
+    remove_leftovers(folder)
     model = network(point, images)
     row = facts(point, images)
     tracker.say(f"{point.id}: {row['N']:,} parameters, {point.dataset_size:,} images, {row['steps']:,} steps on {device}")

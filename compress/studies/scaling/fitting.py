@@ -27,20 +27,41 @@ class Observations:
         log_loss: mean over the seeds of the log of the loss, (points,).
         runs: seeds behind each point, (points,).
         seed_noise: standard deviation of the log loss between seeds, or None where no configuration is repeated.
+        squares: sum of the seeds' squared deviations from their mean, (points,); None where it is not known.
     """
 
     values: dict[str, Array]
     log_loss: Array
     runs: Array
     seed_noise: float | None = None
+    squares: Array | None = None
 
     def __len__(self) -> int:
         return len(self.log_loss)
 
     def take(self, chosen: Mask | Numbers) -> Observations:
-        """A part of the points; `chosen` is boolean or an index."""
+        """A part of the points, with the noise of all; `chosen` is boolean or an index."""
         return replace(self, values={name: value[chosen] for name, value in self.values.items()},
-                       log_loss=self.log_loss[chosen], runs=self.runs[chosen])
+                       log_loss=self.log_loss[chosen], runs=self.runs[chosen],
+                       squares=None if self.squares is None else self.squares[chosen])
+
+    def held_apart(self, chosen: Mask) -> tuple[Observations, Observations]:
+        """The other points, whose noise is that of their own seeds alone, and the chosen ones, which are held out."""
+        rest = self.take(~chosen)
+        if rest.squares is not None:
+            rest = replace(rest, seed_noise=pooled_noise(rest.squares, rest.runs))
+        return rest, self.take(chosen)
+
+
+def pooled_noise(squares: Array, runs: Array) -> float | None:
+    """Standard deviation of the log loss between seeds, pooled over configurations; None where none is repeated.
+
+    Args:
+        squares: sums of the seeds' squared deviations from their mean, (points,).
+        runs: seeds, (points,).
+    """
+    freedom = float((runs - 1).sum())
+    return float(np.sqrt(squares.sum() / freedom)) if freedom else None
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +19,9 @@ from compress.studies.scaling.rows import Results
 from compress.trackers import Tracker
 from compress.training_run import flags_named
 from loaders import load, set_name
-from loaders.arrays import ArrayImages, Request, Split, fingerprint, prefetched
+from loaders.arrays import ArrayImages, Request, Split, Splits, fingerprint, prefetched
 from loaders.augment import derive_seed
-from metadata.files import waiting_lock, write_json
+from metadata.files import appearing, remove_leftovers, waiting_lock, write_json
 from metadata.schemas import DatasetCard
 from model_loader import UserError
 
@@ -59,8 +57,7 @@ def prepare(results: Results, dataset: str, data_root: Path | None, download: bo
     with waiting_lock(cache):  # one decodes, the others wait for it
         folder = cache / f"{dataset}-{_key(dataset, data_root)}"
         if not folder.is_dir():
-            for leftover in cache.glob("*.part"):  # of a process that was killed
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_leftovers(cache)
             _decode(folder, dataset, data_root, download, tracker)
         _check_same(results, dataset, folder)
     return folder
@@ -110,27 +107,29 @@ def _mapped(folder: Path, name: str) -> Split:
 
 
 def _decode(folder: Path, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> None:
-    """Writes the arrays beside the folder, which then appears whole."""
+    """Decodes a set; the folder appears when it is complete."""
     with tracker.progress("reading images") as advance, flags_named():
         splits = load(Request(dataset, data_root, download, validation_fraction=0, on_progress=advance))
         for text in splits.warnings:
             tracker.warn(text)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-        digests = []
-        for name, split in (("train", splits.train), ("test", splits.open_test())):
-            path = temporary / f"{name}_images.npy"
-            _, channels, height, width = split.images.batch(torch.zeros(1, dtype=torch.int64)).shape
-            pixels = np.lib.format.open_memmap(path, "w+", np.uint8, (len(split), height, width, channels))
-            for ids, batch in prefetched(split.images, torch.arange(len(split)).split(1024)):
-                pixels[ids[0]:ids[-1] + 1] = batch.permute(0, 2, 3, 1).numpy()
-            pixels.flush()
-            np.save(temporary / f"{name}_labels.npy", split.labels.numpy())
-            digests.append(fingerprint(torch.from_numpy(pixels), split.labels))
-        card = splits.card.model_copy(update={
-            "counts": {"train": len(splits.train), "test": len(split)}, "fingerprint": "-".join(digests)})
-        write_json(temporary / CARD, card.model_dump(mode="json"))
-        temporary.chmod(0o755)  # mkdtemp's is for one account alone
-        temporary.rename(folder)
+        with appearing(folder) as temporary:
+            _write_arrays(temporary, splits)
+
+
+def _write_arrays(folder: Path, splits: Splits) -> None:
+    digests, counts = [], {}
+    for name, split in (("train", splits.train), ("test", splits.open_test())):
+        _, channels, height, width = split.images.batch(torch.zeros(1, dtype=torch.int64)).shape
+        pixels = np.lib.format.open_memmap(folder / f"{name}_images.npy", "w+", np.uint8,
+                                           (len(split), height, width, channels))
+        for ids, batch in prefetched(split.images, torch.arange(len(split)).split(1024)):
+            pixels[ids[0]:ids[-1] + 1] = batch.permute(0, 2, 3, 1).numpy()
+        pixels.flush()
+        np.save(folder / f"{name}_labels.npy", split.labels.numpy())
+        digests.append(fingerprint(torch.from_numpy(pixels), split.labels))
+        counts[name] = len(split)
+    card = splits.card.model_copy(update={"counts": counts, "fingerprint": "-".join(digests)})
+    write_json(folder / CARD, card.model_dump(mode="json"))
 
 
 def _check_same(results: Results, dataset: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from metadata.files import read_csv, waiting_lock, write_csv
+from metadata.files import read_csv, remove_leftovers, waiting_lock, write_csv
 from model_loader import UserError
 
 COLUMNS = ("width", "depth", "seed", "batch_size", "N", "D", "epochs", "steps", "C_proxy", "total_flops",
@@ -88,8 +88,7 @@ class Results:
         A row that says that a run failed does not replace one that says how it ended.
         """
         with waiting_lock(self.table):
-            for leftover in self.table.parent.glob(f".{self.table.name}.*.part"):  # of a writer that was killed
-                leftover.unlink()
+            remove_leftovers(self.table.parent, self.table.name)  # alone: the lock is the table's
             rows: dict[str, Mapping[str, Any]] = dict(self.rows())
             before = rows.get(row["id"])
             if before is None or before["status"] not in OVER or row["status"] in OVER:

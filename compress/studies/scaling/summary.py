@@ -95,9 +95,10 @@ def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tupl
 def noise_lines(analysis: Analysis) -> list[str]:
     """The noise between seeds beside the scatter around the chosen fit."""
     data = analysis.joint.data
-    repeated = int((data.runs > 1).sum())
+    repeated = data.runs[data.runs > 1]
     lines = [f"noise between seeds: {100 * data.seed_noise:.2f} % of the {analysis.runs.target} (pooled standard "
-             f"deviation, {repeated} configurations repeated)" if data.seed_noise is not None else
+             f"deviation of {int(repeated.sum())} runs of the {len(repeated)} configurations that were repeated; taken to "
+             "be the same for the others)" if data.seed_noise is not None else
              "noise between seeds: not known, no configuration was repeated with another seed"]
     if analysis.chosen:
         fit = analysis.chosen.fit
@@ -122,7 +123,8 @@ def verdict_lines(analysis: Analysis) -> list[str]:
     ranking = analysis.joint.ranking
     if ranking and analysis.chosen:
         best = ranking.winner
-        lines.append(f"{best.name} predicts held-out points best ({percent(best.held_out_percent)} %)"
+        lines.append(f"{best.name} predicts held-out points best ({percent(best.held_out_percent)} % over "
+                     f"{ranking.tested_on} configurations, each in one split or more)"
                      if not ranking.untested else
                      f"not ranked: too few points to test {', '.join(ranking.untested)} on held-out ones; {best.name} has "
                      "the smallest scatter around those it was fitted to, which says little")
@@ -256,7 +258,11 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
              + ("C = N * D * epochs." if "epochs" in runs.columns else f"{runs.compute_rule(runs.passes)}."), "",
              "Intervals are 95 %: profiles of the robust cost, calibrated with F(1, n - p); the bootstrap of the residuals "
              "stands beside them. Errors are mean absolute relative errors in percent. Forms are ranked by points that "
-             "they did not see.", ""]
+             "they did not see. `=` marks those that cannot be told from the first: they are apart by less than the noise "
+             "between seeds, or by what Student's t over the held-out configurations, each counted once, allows. The "
+             "points of a split share the error of one fit, and the first form was chosen by the errors that are stated "
+             "for it: "
+             "both make a ranking look surer than it is.", ""]
     if analysis.joint.ranking:
         lines += ["## Forms", "", *markdown_table(*ranking_rows(analysis.joint.ranking, SPLITS))]
     lines += [*(f"- {line}" for line in (*verdict_lines(analysis), *noise_lines(analysis))), ""]
@@ -314,6 +320,7 @@ def _section(section: Section) -> dict[str, Any]:
                        for name, split in form.splits.items()}})
     return {"title": section.title, "forms": forms, "skipped": section.skipped,
             "ties": section.ranking.ties if section.ranking else {},
+            "tested_on": section.ranking.tested_on if section.ranking else 0,
             "noise_percent": section.ranking.noise_percent if section.ranking else None}
 
 

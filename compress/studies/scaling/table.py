@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.studies.scaling.fitting import Observations
+from compress.studies.scaling.fitting import Observations, pooled_noise
 from metadata.closest import closest
 from model_loader import UserError
 
@@ -28,6 +28,7 @@ ALIASES = {
 CONFIGURATION = ("width", "depth", "batch_size", "dataset", "lr", "weight_decay", "optimizer")
 Row = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
 FINISHED = ("", "done", "ok", "success", "finished", "complete", "completed")
+SMALLEST, LARGEST = 1e-40, 1e40  # what lies beyond measures nothing, and its powers and products overflow
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
 
 
@@ -67,6 +68,7 @@ class Runs:
         notes: what the reader should know, one sentence each.
         classes: that the data-set column tells, or None.
         dataset: in that column, or None.
+        from_accuracy: whether the target is 1 less what its column holds.
     """
 
     path: Path
@@ -77,6 +79,7 @@ class Runs:
     notes: list[str] = field(default_factory=list)
     classes: int | None = None
     dataset: str | None = None
+    from_accuracy: bool = False
 
     @property
     def passes(self) -> float:
@@ -89,28 +92,17 @@ class Runs:
             return f"C = {passes:.3g} N D"
         return f"{passes:.6g} epoch{'s' * (passes != 1)}"
 
-    @property
-    def from_accuracy(self) -> bool:
-        """Whether the target is 1 less what its column holds."""
-        return self.target == "error" and "acc" in self.columns["error"].lower()
-
     def observations(self) -> Observations:
         """One point for each configuration, in order of appearance."""
         members = self._by_configuration()
+        losses = [np.log([run.loss for run in group]) for group in members]
+        runs = np.array([float(len(group)) for group in members])
+        squares = np.array([float(((own - own.mean())**2).sum()) for own in losses])
         return Observations({"N": np.array([group[0].n for group in members]),
                              "D": np.array([group[0].d for group in members]),
                              "C": np.array([group[0].c for group in members])},
-                            np.array([statistics.fmean(math.log(run.loss) for run in group) for group in members]),
-                            np.array([float(len(group)) for group in members]), self.seed_noise)
-
-    @property
-    def seed_noise(self) -> float | None:
-        """Pooled standard deviation of the log loss between runs of one configuration; None where none is repeated."""
-        repeated = [[math.log(run.loss) for run in group] for group in self._by_configuration() if len(group) > 1]
-        if not repeated:
-            return None
-        return math.sqrt(sum((len(losses) - 1) * statistics.variance(losses) for losses in repeated)
-                         / sum(len(losses) - 1 for losses in repeated))
+                            np.array([float(own.mean()) for own in losses]),
+                            runs, pooled_noise(squares, runs), squares)
 
     def _by_configuration(self) -> list[list[Run]]:
         """The runs that differ in the seed alone, in order of appearance."""
@@ -121,19 +113,21 @@ class Runs:
 
 
 def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_column: str | None = None,
-              loss_column: str | None = None, dataset: str | None = None) -> Runs:
+              loss_column: str | None = None, dataset: str | None = None, accuracy_column: str | None = None) -> Runs:
     """Reads a CSV file with columns for N, D and the loss, under any of the usual names.
 
     C is N * D * epochs where there are epochs, else the compute column, else N * D. Rows whose status is not "done" or
-    so, and rows without a positive, finite N, D and loss, are left out and listed; repeated rows count once.
+    so, and rows without a positive N, D and loss from SMALLEST to LARGEST, are left out and listed; repeated rows count
+    once.
 
     Args:
         path: the file.
         target: "loss" or "error" (1 - accuracy, which must be a fraction).
         n_column: the column of N, where its name is not one of the usual.
         d_column: that of D.
-        loss_column: that of the loss, or of the error or accuracy with target "error".
+        loss_column: that of the loss, or of the error with target "error" (or of the accuracy, if its name has acc).
         dataset: only the rows of this data set, where the file has several.
+        accuracy_column: with target "error", the column that the error is 1 less than, whatever its name.
 
     Raises:
         UserError: no such file, a column is missing, a cell is no number, accuracies are percentages, or there are several
@@ -142,15 +136,18 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
     header, rows = _read(path)
     rows, data_set = _of_one_set(path, header, rows, dataset)
     columns = {"N": _column(path, header, "N", n_column, "--n_column"),
-               "D": _column(path, header, "D", d_column, "--d_column"),
-               target: _target_column(path, header, target, loss_column)}
+               "D": _column(path, header, "D", d_column, "--d_column")}
+    source, from_accuracy = _target_column(path, header, target, loss_column, accuracy_column)
+    columns[target] = source
     for optional in ("epochs", "C"):
         if found := _alias(header, optional):
             columns[optional] = found
     if "epochs" in columns:
         columns.pop("C", None)
     result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()),
-                  dataset=data_set.lower() if data_set else None)
+                  dataset=data_set.lower() if data_set else None, from_accuracy=from_accuracy)
+    if target == "error" and loss_column is not None and not from_accuracy and "err" not in source.lower():
+        result.notes.append(f"{source} is taken for an error rate; if it is an accuracy, name it with --accuracy_column")
     by_lower = {name.lower(): name for name in header}
     status, seed = by_lower.get("status"), by_lower.get("seed")
     own = [by_lower[name] for name in CONFIGURATION if name in by_lower]
@@ -159,28 +156,30 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
     for line, row in rows:
         numbers = {role: _number(path, line, name, row[name]) for role, name in columns.items()}
         n, d, loss = numbers["N"], numbers["D"], numbers[target]
-        shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
         state = row[status].strip().lower() if status else ""
+        if target == "error" and loss is not None:
+            if state in FINISHED and (loss < 0 or loss > 1):
+                what = "accuracy" if from_accuracy else "an error rate"
+                advice = "; if these are percentages, divide them by 100" if loss > 1 else ""
+                raise UserError(f"{path}, line {line}, column {source}: {what} must be a fraction in [0, 1], got "
+                                f"{loss:g}{advice}")
+            loss = 1 - loss if from_accuracy else loss
+        shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
         if state not in FINISHED:
             result.left_out.append(LeftOut(line, state, **shown))
             continue
-        if result.from_accuracy and loss is not None:
-            if loss > 1:
-                raise UserError(f"{path}, line {line}, column {columns[target]}: accuracy must be a fraction in [0, 1], "
-                                f"got {loss:g}; if these are percentages, divide them by 100")
-            loss = 1 - loss
-        elif target == "error" and loss is not None and loss > 1:
-            raise UserError(f"{path}, line {line}, column {columns[target]}: an error rate must be a fraction in [0, 1], "
-                            f"got {loss:g}; if these are percentages, divide them by 100")
-        bad = next((f"{role} is {_spelled(value)}" for role, value in (("N", n), ("D", d), (target, loss),
-                    *((role, numbers[role]) for role in ("epochs", "C") if role in numbers))
-                    if value is None or _usable(value) is None), None)
+        needed: dict[str, float | None] = {"N": n, "D": d, target: loss}
+        needed |= {role: numbers[role] for role in ("epochs", "C") if role in numbers}
+        bad = next((f"{role} is {_spelled(value)}" for role, value in needed.items() if _usable(value) is None), None)
         if bad:
             result.left_out.append(LeftOut(line, bad, **shown))
             continue
         assert n is not None and d is not None and loss is not None
         epochs = numbers.get("epochs")
         compute = n * d * epochs if epochs is not None else (numbers.get("C") or n * d)
+        if _usable(compute) is None:
+            result.left_out.append(LeftOut(line, f"N * D * epochs is {_spelled(compute)}", **shown))
+            continue
         configuration = (f"{n:.12g}", f"{d:.12g}", f"{compute:.12g}", *(row[name].strip() for name in own))
         # A seed tells repetitions from copies; without one, only rows that are alike in every cell are copies.
         key = (*configuration, row[seed].strip()) if seed else tuple(row.values())
@@ -286,11 +285,20 @@ def _column(path: Path, header: list[str], role: str, named: str | None, flag: s
     raise UserError(f"{path}: no column for {role}{near} (columns: {', '.join(header)}); name it with {flag}")
 
 
-def _target_column(path: Path, header: list[str], target: str, named: str | None) -> str:
+def _target_column(path: Path, header: list[str], target: str, named: str | None, accuracy: str | None
+                   ) -> tuple[str, bool]:
+    """The target's column, and whether the target is 1 less what it holds."""
+    if accuracy is not None:
+        if target != "error" or named is not None:
+            raise UserError(f"--accuracy_column {accuracy}: goes with --target error and without --loss_column")
+        return _column(path, header, "accuracy", accuracy, "--accuracy_column"), True
     if target == "error" and named is None:
-        return _alias(header, "accuracy") or _alias(header, "error") or _column(path, header, "accuracy", None,
-                                                                                "--loss_column")
-    return _column(path, header, target, named, "--loss_column")
+        if found := _alias(header, "accuracy"):
+            return found, True
+        return _alias(header, "error") or _column(path, header, "accuracy", None, "--accuracy_column, or that of the error "
+                                                  "rate with --loss_column"), False
+    column = _column(path, header, target, named, "--loss_column")
+    return column, target == "error" and "acc" in column.lower()
 
 
 def _number(path: Path, line: int, column: str, cell: str) -> float | None:
@@ -305,7 +313,7 @@ def _number(path: Path, line: int, column: str, cell: str) -> float | None:
 
 
 def _usable(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) and value > 0 else None
+    return value if value is not None and SMALLEST <= value <= LARGEST else None
 
 
 def _spelled(value: float | None) -> str:
@@ -313,4 +321,6 @@ def _spelled(value: float | None) -> str:
         return "missing"
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "infinite"
+    if value > 0:
+        return f"beyond {LARGEST:g}" if value > LARGEST else f"below {SMALLEST:g}"
     return "zero" if value == 0 else "negative"
