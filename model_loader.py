@@ -21,8 +21,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import keyword
+import logging
 import math
 import operator
 import os
@@ -191,14 +193,15 @@ class FileRecord(Strict):
 class Quantization(Strict):
     """The scheme and, layer by layer, what is int8 and what stayed float and why."""
 
-    scheme: Literal["none", "dynamic_int8"]
+    scheme: Literal["none", "dynamic_int8", "static_int8"]
     layers: dict[str, str] = {}
 
 
 class ModelMetadata(BaseModel):
     """`model_metadata.json`. Keys that we do not know are kept: submissions carry notes of their own.
 
-    `parameters` counts every stored number; of an ONNX file those of its initializers.
+    `parameters` counts every stored number; of an ONNX file those of its initializers. `runtime` is where an ONNX file is
+    at its best, `portability` whether its accuracy also holds on CPUs whose int8 products saturate.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -218,6 +221,8 @@ class ModelMetadata(BaseModel):
     files: dict[FileName, FileRecord]
     accuracy: dict[str, Any] = {}
     latency: dict[str, Any] = {}
+    runtime: Literal["onnxruntime", "openvino"] | None = None
+    portability: dict[str, Any] | None = None
     versions: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -307,11 +312,12 @@ def _layer(*types: str, base: type[Layer] = Layer, input_count: tuple[int, int] 
 _CONV: dict[str, Any] = {"in_channels": Size, "out_channels": Size, "kernel_size": Pair, "stride": (Pair, (1, 1)),
          "padding": (Padding, (0, 0)), "dilation": (Pair, (1, 1)), "groups": (Size, 1)}
 _POOL: dict[str, Any] = {"kernel_size": Pair, "stride": Pair, "padding": (Padding, (0, 0)), "ceil_mode": (bool, False)}
+_ACTIVATIONS = (Literal["int8", "float32"], "int8")
 LAYERS = (
     _layer("Conv2d", **_CONV, bias=(bool, True)),
     _layer("Linear", in_features=Size, out_features=Size, bias=(bool, True)),
-    _layer("Int8Conv2d", **_CONV),
-    _layer("Int8Linear", in_features=Size, out_features=Size),
+    _layer("Int8Conv2d", **_CONV, activations=_ACTIVATIONS),
+    _layer("Int8Linear", in_features=Size, out_features=Size, activations=_ACTIVATIONS),
     _layer("BatchNorm1d", "BatchNorm2d", num_features=Size, eps=(float, 1e-5), momentum=(float | None, 0.1),
            affine=(bool, True), track_running_stats=(Literal[True], True)),  # else it would depend on the batch
     _layer("GroupNorm", num_groups=Size, num_channels=Size, eps=(float, 1e-5), affine=(bool, True)),
@@ -413,7 +419,8 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
         node.meta["layer"] = layer.name
         nodes[layer.name] = node
     graph.output(node)
-    return fx.GraphModule(modules, graph, class_name=architecture.model_type)
+    kind = int8_graph() if architecture.is_int8 else fx.GraphModule
+    return kind(modules, graph, class_name=architecture.model_type)
 
 
 def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -479,9 +486,11 @@ def int8_layers() -> Int8Layers:
     """The int8 layers, defined on first use because they need torch.
 
     Weights are int8 with one scale an output channel; activations are quantized to 8 bits at run time, with one range
-    an image, so that a prediction never depends on the other images of its batch. The products are summed in float32,
-    which is exact for integers up to 2^24. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks
-    for Efficient Integer-Arithmetic-Only Inference", eq. 1-7.
+    an image, so that a prediction never depends on the other images of its batch. A layer whose activations are
+    "float32" is int8 on disk alone. These modules are the definition, and what runs where there are no int8 kernels: the
+    products are summed in float32, which is exact for integers up to 2^24. `Int8Graph` computes the same, fast. Source:
+    Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+    eq. 1-7.
     """
     import torch
     import torch.nn.functional as F
@@ -490,22 +499,25 @@ def int8_layers() -> Int8Layers:
     def quantize_activations(input: Tensor) -> tuple[Tensor, Tensor]:
         """(N, ...) float -> integers held as float, zero point taken off, and their scale (N, 1, ...)."""
         dims = tuple(range(1, input.dim()))
-        low = input.amin(dims, keepdim=True).clamp(max=0)
-        high = input.amax(dims, keepdim=True).clamp(min=0)
+        low = input.amin(dims, keepdim=True).clamp(max=0).double()
+        high = input.amax(dims, keepdim=True).clamp(min=0).double()
         scale = ((high - low) / 255).clamp(min=1e-12)
         zero_point = (-low / scale).round()
-        return (input / scale).round_().add_(zero_point).clamp_(0, 255).sub_(zero_point), scale
+        # Both ends of the range must fit beside the rounded zero point.
+        scale = scale.maximum(high / (255 - zero_point).clamp(min=1)).maximum(-low / zero_point.clamp(min=1))
+        return (input * (1 / scale).to(input.dtype)).round_(), scale.to(input.dtype)
 
     class Int8Conv2d(nn.Module):
-        """Conv2d with int8 weights (a scale an output channel) and activations quantized at run time."""
+        """Conv2d with int8 weights (a scale an output channel) and activations quantized at run time, or kept float."""
 
         def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int],
                      stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
-                     dilation: tuple[int, int] = (1, 1), groups: int = 1) -> None:
+                     dilation: tuple[int, int] = (1, 1), groups: int = 1, activations: str = "int8") -> None:
             super().__init__()
             shape = (out_channels, in_channels // groups, *kernel_size)
             self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
             self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+            self.activations = activations
             self.weight: Tensor  # buffers, not parameters: scoring harnesses read the first parameter's dtype
             self.weight_scale: Tensor
             self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
@@ -513,17 +525,17 @@ def int8_layers() -> Int8Layers:
             self.bias = nn.Parameter(torch.zeros(out_channels))
 
         def forward(self, input: Tensor) -> Tensor:
-            levels, scale = quantize_activations(input)
+            levels, scale = quantize_activations(input) if self.activations == "int8" else (input, 1.0)
             output = F.conv2d(levels, self.weight.to(levels.dtype), None, self.stride, self.padding, self.dilation,
                               self.groups)
             return output * (scale * self.weight_scale.view(-1, 1, 1)) + self.bias.view(-1, 1, 1)
 
     class Int8Linear(nn.Module):
-        """Linear with int8 weights (a scale an output feature) and activations quantized at run time."""
+        """Linear with int8 weights (a scale an output feature) and activations quantized at run time, or kept float."""
 
-        def __init__(self, in_features: int, out_features: int) -> None:
+        def __init__(self, in_features: int, out_features: int, activations: str = "int8") -> None:
             super().__init__()
-            self.in_features, self.out_features = in_features, out_features
+            self.in_features, self.out_features, self.activations = in_features, out_features, activations
             self.weight: Tensor
             self.weight_scale: Tensor
             self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
@@ -531,10 +543,385 @@ def int8_layers() -> Int8Layers:
             self.bias = nn.Parameter(torch.zeros(out_features))
 
         def forward(self, input: Tensor) -> Tensor:
-            levels, scale = quantize_activations(input)
+            levels, scale = quantize_activations(input) if self.activations == "int8" else (input, 1.0)
             return F.linear(levels, self.weight.to(levels.dtype)) * (scale * self.weight_scale) + self.bias
 
     return Int8Layers(quantize_activations, Int8Conv2d, Int8Linear)
+
+
+# -------------------------------------------------------------------------------------------------- int8 kernels
+
+
+@functools.cache
+def no_int8_kernels() -> str:
+    """Why the int8 layers of this process compute in float32; empty where oneDNN's int8 kernels serve them exactly.
+
+    The kernels are tried on the largest values there are: without VNNI instructions, pairs of products saturate at 16 bits,
+    and a model would answer differently from what was measured elsewhere.
+    """
+    import torch
+    levels = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight, scale = torch.full((16, 64, 3, 3), 127, dtype=torch.int8), torch.ones(16)
+    one, zero_points = [1, 1], torch.zeros(16, dtype=torch.long)
+    try:
+        ops = torch.ops.onednn
+        packed = ops.qconv_prepack(weight, scale, 1.0, 0, one, one, one, 1, list(levels.shape))
+        convolved = ops.qconv2d_pointwise(levels, 1.0, 0, packed, scale, zero_points, None, one, one, one, 1, 1.0, 0,
+                                          torch.float32, "none", [], "")
+        total = torch.ones_like(convolved)
+        added = ops.qconv2d_pointwise.binary(levels, 1.0, 0, packed, scale, zero_points, total, None, one, one, one, 1, 1.0,
+                                             0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+        row = levels[:, :, 0, 0].contiguous()
+        packed = ops.qlinear_prepack(weight[:, :, 0, 0].contiguous(), list(row.shape))
+        product = ops.qlinear_pointwise(row, 1.0, 0, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [],
+                                        "")
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        return f"this PyTorch has no int8 kernels for this CPU ({first_line(error)})"
+    expected = torch.nn.functional.conv2d(levels.float(), weight.float(), padding=1)
+    if not (torch.equal(convolved, expected) and torch.equal(added, expected + 1)
+            and bool((product == 64 * 255 * 127).all())):
+        return "this CPU's int8 kernels saturate (it has no VNNI instructions)"
+    return ""
+
+
+def int8_arithmetic(model: nn.Module) -> str | None:
+    """How the model's int8 layers compute in this process, for reports; None where it has none."""
+    kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        return None
+    reason = no_int8_kernels()
+    return f"in float32, with the same results to rounding: {reason}" if reason else "on oneDNN's int8 kernels"
+
+
+def layer_by_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model as its layers define it: without int8 kernels, where it would run on them."""
+    return getattr(model, "layer_by_layer", model)
+
+
+class NotFiniteError(ArithmeticError):
+    """A tensor has no range to be quantized in."""
+
+
+class Quantized:
+    """A tensor, and its integers with their scale and zero point once somebody asks: all who use it share them.
+
+    Args:
+        tensor: (1, ...) float32.
+        nonnegative: known to hold nothing below zero, such as a ReLU's output.
+    """
+
+    __slots__ = ("_parts", "nonnegative", "tensor")
+
+    def __init__(self, tensor: Tensor, nonnegative: bool = False) -> None:
+        self.tensor, self.nonnegative = tensor, nonnegative
+        self._parts: tuple[Tensor, float, int] | None = None
+
+    def parts(self) -> tuple[Tensor, float, int]:
+        """Unsigned 8-bit integers of the tensor's shape, scale, zero point; see `Int8Layers.quantize_activations`.
+
+        Raises:
+            NotFiniteError: the tensor holds NaN or infinite values.
+        """
+        import torch
+        if self._parts is None:
+            high = max(self.tensor.amax().item(), 0.0)
+            low = 0.0 if self.nonnegative else min(self.tensor.amin().item(), 0.0)
+            if not math.isfinite(high - low):
+                raise NotFiniteError
+            scale = max((high - low) / 255, 1e-12)
+            zero_point = round(-low / scale)
+            scale = max(scale, high / max(255 - zero_point, 1), -low / max(zero_point, 1))
+            # Beside 1.5 * 2^23 a float has no bits left for a fraction: adding it rounds, half to even, and the lowest
+            # byte of the sum is the integer. Two passes over the tensor, both vectorised.
+            shifted = torch.add(torch.tensor(12582912.0 + zero_point), self.tensor, alpha=1 / scale)
+            self._parts = shifted.view(torch.int32).to(torch.uint8), scale, zero_point
+        return self._parts
+
+
+FUSED = {"ReLU": ("relu", []), "ReLU6": ("hardtanh", [0.0, 6.0]), "SiLU": ("swish", []), "Hardswish": ("hardswish", [])}
+FUSED_WITH_ADD = {"ReLU": FUSED["ReLU"]}
+NONNEGATIVE = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid"}
+KEEPS_SIGN = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Flatten", "Mean", "Add", "Multiply",
+              "Concat"}
+
+
+class Kernel:
+    """A convolution or linear layer on oneDNN, packed for the shape of its first input, with what is fused behind it.
+
+    Args:
+        layer: Conv2d, Linear, Int8Conv2d or Int8Linear, on the CPU.
+        activation: of `FUSED`, or None.
+        adds: whether a second tensor is added, before the activation.
+    """
+
+    def __init__(self, layer: nn.Module, activation: str | None = None, adds: bool = False) -> None:
+        self.layer, self.adds = layer, adds
+        self.attribute = FUSED[activation] if activation else ("none", [])
+        self.int8 = getattr(layer, "activations", "float32") == "int8"
+        self.call: Callable[..., Tensor] | None = None
+
+    def __call__(self, value: Quantized, other: Tensor | None = None) -> Tensor:
+        """The layer's output; `other` may be overwritten with it."""
+        if self.call is None:
+            self.call = self._packed(value.tensor, other)
+        return self.call(value, other)
+
+    def _packed(self, tensor: Tensor, other: Tensor | None) -> Callable[..., Tensor]:
+        import torch
+        layer: Any = self.layer
+        shape = list(tensor.shape)
+        bias = None if layer.bias is None else layer.bias.detach()
+        name, scalars = self.attribute
+        weight = layer.weight.detach()
+        if not self.int8 and weight.dtype == torch.int8:
+            weight = weight.float() * layer.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        float32, zero_points = torch.float32, torch.zeros(len(weight), dtype=torch.long)
+        if weight.dim() == 2:
+            if not self.int8:
+                function = {"none": lambda x: x, "relu": torch.relu_}[name]
+                return lambda value, other: function(torch.nn.functional.linear(value.tensor, weight, bias))
+            scale, product = layer.weight_scale, torch.ops.onednn.qlinear_pointwise.default
+            packed = torch.ops.onednn.qlinear_prepack(weight, shape)
+            return lambda value, other: product(*value.parts(), packed, scale, zero_points, bias, 1.0, 0, float32, name,
+                                                scalars, "")
+        stride, padding, dilation = (list(pair) for pair in (layer.stride, layer.padding, layer.dilation))
+        groups = layer.groups
+        sizes = [(size + 2 * pad - reach * (kernel - 1) - 1) // step + 1 for size, pad, reach, kernel, step in
+                 zip(shape[2:], padding, dilation, layer.kernel_size, stride, strict=True)]
+        if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: nothing to overwrite
+            alone, act = Kernel(layer), torch.relu_ if self.attribute[0] == "relu" else lambda x: x
+            return lambda value, other: act(alone(value) + other)
+        if self.int8:
+            scale, ops = layer.weight_scale, torch.ops.onednn
+            packed = ops.qconv_prepack(weight, scale, 1.0, 0, stride, padding, dilation, groups, shape)
+            if self.adds:
+                convolve_and_add = ops.qconv2d_pointwise.binary
+                return lambda value, other: convolve_and_add(
+                    *value.parts(), packed, scale, zero_points, other, bias, stride, padding, dilation, groups, 1.0, 0,
+                    float32, 1.0, 0, "sum", 1.0, name, scalars, "")
+            convolve = ops.qconv2d_pointwise.default
+            return lambda value, other: convolve(*value.parts(), packed, scale, zero_points, bias, stride, padding,
+                                                 dilation, groups, 1.0, 0, float32, name, scalars, "")
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
+        if self.adds:
+            after = name if name != "none" else None
+            if other is tensor:  # it is still being read
+                add = torch.ops.mkldnn._convolution_pointwise.binary
+                return lambda value, other: add(value.tensor, other, packed, bias, padding, stride, dilation, groups, "add",
+                                                1.0, after, scalars, "")
+            add_to = torch.ops.mkldnn._convolution_pointwise_.binary
+            return lambda value, other: add_to(other, value.tensor, packed, bias, padding, stride, dilation, groups, "add",
+                                               1.0, after, scalars, "")
+        plain = torch.ops.mkldnn._convolution_pointwise.default
+        return lambda value, other: plain(value.tensor, packed, bias, padding, stride, dilation, groups, name, scalars, "")
+
+
+@dataclasses.dataclass
+class Step:
+    """One call of a `Program`: registers in, register out, and the registers that nobody reads any more.
+
+    `layer` names the layer with weights that the call is for, where it is for one.
+    """
+
+    function: Callable[..., Tensor]
+    sources: list[int]
+    target: int
+    nonnegative: bool
+    layer: str | None
+    dead: list[int] = dataclasses.field(default_factory=list)
+
+
+class Program:
+    """A graph as a list of calls on oneDNN: convolutions with what follows them fused, channels last throughout.
+
+    Args:
+        model: as `build` makes them; its weights are packed at the first call.
+    """
+
+    def __init__(self, model: torch.fx.GraphModule) -> None:
+        import torch
+        from torch import fx, nn
+        self.channels_last = torch.channels_last
+        modules = dict(model.named_modules())
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        for node in list(graph.nodes):  # what evaluation passes on as it is would only stand between what can be fused
+            if node.op == "call_module" and type(modules[node.target]) in (nn.Dropout, nn.Identity):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        nodes = list(graph.nodes)
+        kinds = {node: type(modules[node.target]).__name__ if node.op == "call_module" else _function_name(node)
+                 for node in nodes}
+        fused = _fuse(nodes, kinds)
+        inner = {part for parts in fused.values() for part in (parts.layer, *parts.between)} - fused.keys()
+        registers: dict[Any, int] = {}
+        nonnegative: dict[Any, bool] = {}
+        self.steps: list[Step] = []
+        for node in nodes:
+            if node.op == "output":
+                self.output = registers[node.args[0]]
+            elif node.op == "placeholder":
+                registers[node], nonnegative[node] = 0, False
+            elif node not in inner:
+                registers[node] = len(registers)
+                inputs = _inputs(node)
+                nonnegative[node] = kinds[node] in NONNEGATIVE or (
+                    node not in fused and kinds[node] in KEEPS_SIGN and all(nonnegative[source] for source in inputs))
+                if node in fused:
+                    parts = fused[node]
+                    inputs = [parts.layer.args[0], *([] if parts.other is None else [parts.other])]
+                    function: Callable[..., Tensor] = Kernel(modules[parts.layer.target], parts.activation,
+                                                             parts.other is not None)
+                elif node.op == "call_module":
+                    function = modules[node.target]
+                else:
+                    function = functools.partial(_call_function, node)
+                self.steps.append(Step(function, [registers[source] for source in inputs], registers[node],
+                                       nonnegative[node], str(fused[node].layer.target) if node in fused else None))
+        self.size = len(registers)
+        last = {register: step for step in self.steps for register in step.sources}
+        for register, step in last.items():
+            if register != self.output:
+                step.dead.append(register)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) float32 -> (N, classes), image by image: each has ranges of its own."""
+        import torch
+        with torch.no_grad():
+            rows = [self.one(images[index:index + 1]) for index in range(len(images))]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def one(self, image: Tensor, watch: Callable[[Step, Quantized], None] = lambda step, source: None) -> Tensor:
+        """One image; `watch` is told before each call which it is and what it is about to read."""
+        values: list[Any] = [None] * self.size
+        values[0] = Quantized(image.contiguous(memory_format=self.channels_last))
+        for step in self.steps:
+            sources = [values[source] for source in step.sources]
+            watch(step, sources[0])
+            if step.layer is None:
+                output = step.function(*[source.tensor for source in sources])
+            else:
+                output = step.function(sources[0], sources[1].tensor) if len(sources) > 1 else step.function(sources[0])
+            values[step.target] = Quantized(output, step.nonnegative)
+            for register in step.dead:
+                values[register] = None
+        return values[self.output].tensor  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A layer with weights and the nodes that one kernel does with it."""
+
+    layer: Any
+    between: tuple[Any, ...]  # nodes after the layer and before the last one
+    other: Any | None  # what is added
+    activation: str | None
+
+
+def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
+    """Groups of nodes that are one kernel, by their last node."""
+    weighted = {"Conv2d", "Linear", "Int8Conv2d", "Int8Linear"}
+    order = {node: index for index, node in enumerate(nodes)}
+    fused: dict[Any, Fused] = {}
+
+    def only_user(node: Any) -> Any | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    adders = {}  # the addition -> the convolution whose kernel does it: the later of the two
+    for node in nodes:
+        if kinds[node] == "Add" and len(set(_inputs(node))) == 2:
+            able = [source for source in _inputs(node) if kinds[source] in ("Conv2d", "Int8Conv2d")
+                    and only_user(source) is node]
+            able.sort(key=order.__getitem__)
+            if able:
+                other, = (source for source in _inputs(node) if source is not able[-1])
+                # It is overwritten with the sum: it must be a tensor of its own that nobody reads afterwards.
+                owned = kinds[other] in weighted | set(FUSED) | {"Add", "MaxPool2d", "AvgPool2d", "Multiply", "Concat"}
+                readers = all(kinds[user] in weighted or user is node for user in other.users)
+                if owned and readers and all(order[user] <= order[node] for user in other.users):
+                    adders[able[-1]] = node
+    for node in nodes:
+        if kinds[node] not in weighted:
+            continue
+        chain, other = [node], None
+        if node in adders:
+            chain.append(adders[node])
+            other, = (source for source in _inputs(adders[node]) if source is not node)
+        following = only_user(chain[-1])
+        allowed = FUSED_WITH_ADD if other is not None or kinds[node].endswith("Linear") else FUSED
+        activation = kinds[following] if following is not None and kinds[following] in allowed else None
+        if activation:
+            chain.append(following)
+        fused[chain[-1]] = Fused(node, tuple(chain[1:-1]), other, activation)
+    return fused
+
+
+def _function_name(node: Any) -> str:
+    """The layer table's name of a function's node."""
+    import torch
+    names = {operator.add: "Add", operator.mul: "Multiply", torch.mean: "Mean", torch.cat: "Concat"}
+    return names.get(node.target, str(node.op))
+
+
+def _inputs(node: Any) -> list[Any]:
+    """The nodes that a node reads, in the order of its arguments, one that stands twice twice."""
+    return list(node.args[0]) if isinstance(node.args[0], list | tuple) else [
+        argument for argument in node.args if hasattr(argument, "all_input_nodes")]
+
+
+def _call_function(node: Any, *tensors: Tensor) -> Tensor:
+    """A function's node on other tensors than its own arguments, in their order."""
+    if isinstance(node.args[0], list | tuple):
+        return node.target(list(tensors), *node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
+    return node.target(*tensors, *node.args[len(tensors):], **node.kwargs)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def int8_graph() -> type[torch.fx.GraphModule]:
+    """The class of graphs with int8 layers, defined on first use because it needs torch."""
+    import torch
+    from torch import fx
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    class Int8Graph(fx.GraphModule):
+        """A graph whose int8 layers run on int8 kernels where there are any: evaluation of float32 images on the CPU.
+
+        Everything else, such as training mode, other devices and counting or tracing, takes the layers' own way.
+        """
+
+        program: Program | None = None
+
+        def layer_by_layer(self, images: Tensor) -> Tensor:
+            """What the layers themselves compute, which defines the result."""
+            return super().__call__(images)  # type: ignore[no-any-return]
+
+        def __call__(self, *inputs: Any, **options: Any) -> Any:
+            images = inputs[0] if len(inputs) == 1 and not options else None
+            if (type(images) is torch.Tensor and images.dtype == torch.float32 and images.device.type == "cpu"
+                    and images.dim() == 4 and len(images) and not self.training and not torch.compiler.is_compiling()
+                    and _get_current_dispatch_mode() is None and not no_int8_kernels()):
+                self.program = self.program or Program(self)
+                with contextlib.suppress(NotFiniteError):  # fused activations could hide it
+                    return self.program(images)
+            return super().__call__(*inputs, **options)
+
+        def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+            self.program = None  # it has packed the weights of before
+            return super().load_state_dict(*arguments, **options)
+
+        def _apply(self, *arguments: Any, **options: Any) -> Any:
+            self.program = None
+            return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+
+        def recompile(self) -> Any:
+            self.program = None
+            return super().recompile()
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            self.program = None  # packed weights cannot be copied
+            return super().__deepcopy__(memo)
+
+    return Int8Graph
 
 
 # ----------------------------------------------------------------------------------------------- read and verify
@@ -833,11 +1220,14 @@ def load_model(model_path: str | Path) -> nn.Module:
     """
     path = Path(model_path)
     if path.is_dir():
-        return open_submission(read_submission(path))
-    if not path.exists():
+        model = open_submission(read_submission(path))
+    elif path.exists():
+        model = open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path)
+    else:
         raise UserError(f"{path}: there is no such file")
-    architecture = read_json(path.parent / ARCHITECTURE_FILE, Architecture)
-    return open_model(architecture, path)
+    if (computed := int8_arithmetic(model)) and no_int8_kernels():
+        logging.getLogger(__name__).warning("%s: the int8 layers compute %s", path, computed)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------- ONNX
@@ -862,11 +1252,17 @@ ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul"
 
 @dataclasses.dataclass(frozen=True)
 class OnnxFile:
-    """What a checked ONNX file holds; `macs` is None where a shape that counts is not known before running."""
+    """What a checked ONNX file holds.
+
+    Args:
+        macs: None where a shape that counts is not known before running.
+        layers: the convolutions and matrix products, by name, and whether both their factors are 8-bit integers.
+    """
 
     input_name: str
     parameters: int
     macs: int | None
+    layers: dict[str, bool]
 
 
 def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
@@ -944,7 +1340,24 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
     macs = _onnx_macs(graph.node, shapes)
     if macs is not None and macs > MAX_MACS:
         raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
-    return OnnxFile(inputs[0].name, sum(math.prod(tensor.dims) for tensor in tensors), macs)
+    return OnnxFile(inputs[0].name, sum(math.prod(tensor.dims) for tensor in tensors), macs, _onnx_layers(graph))
+
+
+def _onnx_layers(graph: Any) -> dict[str, bool]:
+    """The convolutions and matrix products, by the name of the node: True where integers are multiplied."""
+    from onnx import TensorProto
+    integers = {tensor.name for tensor in graph.initializer if tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)}
+    restored: set[str] = set()  # tensors that come out of 8-bit integers
+    layers = {}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            integers.add(node.output[0])
+        elif node.op_type == "DequantizeLinear" and node.input[0] in integers:
+            restored.add(node.output[0])
+        elif node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS:
+            by_itself = node.op_type not in ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
+            layers[node.name] = by_itself or set(node.input[:2]) <= restored
+    return layers
 
 
 def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
@@ -1038,6 +1451,10 @@ class TorchRuntime(Runtime):
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         super().__init__("torch", {"all": count_parameters(self.model), "trainable": trainable},
                          count_macs(self.model, files.input_shape))
+        if computed := int8_arithmetic(self.model):
+            self.details["int8_arithmetic"] = computed
+            if no_int8_kernels():
+                self.warnings.append(f"the int8 layers were computed {computed}")
         self._mode, self._tensor = torch.inference_mode, torch.from_numpy
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -1051,6 +1468,13 @@ class OnnxFileRuntime(Runtime):
     def __init__(self, backend: str, files: SubmissionFiles) -> None:
         self.file = read_onnx(files.weights, files.input_shape)
         check_claims(files, self.file.parameters, self.file.macs)
+        if files.metadata and files.metadata.quantization.scheme == "static_int8":
+            stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
+            odd = min((name for name in stated.keys() | self.file.layers.keys()
+                       if stated.get(name) != self.file.layers.get(name)), default=None)
+            if odd is not None:
+                raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
+                                        f"({odd})")
         super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
 
 
@@ -1065,6 +1489,8 @@ class OnnxRuntime(OnnxFileRuntime):
                                                    if isinstance(kind, type) and issubclass(kind, Exception)))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+        # Without VNNI its fast kernel saturates in 16 bits; this takes the exact one there, and changes nothing elsewhere.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             self.session = onnxruntime.InferenceSession(str(files.weights), options, ["CPUExecutionProvider"])
         except self.errors as error:
@@ -1130,7 +1556,7 @@ def open_runtime(files: SubmissionFiles, settings: Settings, classes: int, data_
         VerificationError: the submission does not hold what it claims, or cannot be loaded.
     """
     known = BACKENDS[files.kind]
-    backend = known[0] if settings.backend == "auto" else settings.backend
+    backend = preferred_backend(files) if settings.backend == "auto" else settings.backend
     if backend not in known:
         raise UserError(f"--backend {backend}: {files.weights.name} runs on {' or '.join(known)}")
     if files.kind == "graph":
@@ -1144,6 +1570,38 @@ def open_runtime(files: SubmissionFiles, settings: Settings, classes: int, data_
         raise UserError(f"--batch_size {settings.batch_size}: code is graded at batch 1, so that its timed calls and its "
                         "graded ones cannot be told apart")
     return toolkit("--allow_code", "sandbox").open_code(files, settings, classes, data_dir)  # type: ignore[no-any-return]
+
+
+def preferred_backend(files: SubmissionFiles) -> str:
+    """The backend that a submission names as its own, where that is installed; else the first of its kind."""
+    named = files.metadata.runtime if files.metadata else None
+    if files.kind == "onnx" and named and (named != "openvino" or importlib.util.find_spec("openvino")):
+        return named
+    return BACKENDS[files.kind][0]
+
+
+def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Preprocessing, backend: str = "onnxruntime",
+              threads: int = 1) -> Runtime:
+    """An ONNX file that is not packaged yet, on a runtime: the same one that will serve the package.
+
+    Raises:
+        UserError: the backend is not installed.
+        VerificationError: the file cannot be loaded, see `read_onnx`.
+    """
+    files = SubmissionFiles(path.parent, "onnx", path, input_shape, preprocessing, "the pipeline")
+    runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, threads)
+    runtime.name = str(path)
+    return runtime
+
+
+def answering(runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """A runtime as a function of tensors, for `measure_accuracy` and `measure_latency`."""
+    import torch
+
+    def answer(images: Tensor) -> Tensor:
+        return torch.from_numpy(runtime(images.numpy()))
+
+    return answer
 
 
 @contextlib.contextmanager
@@ -1269,15 +1727,15 @@ class Accuracy:
         return self.correct / self.total if self.total else 0.0
 
 
-def measure_accuracy(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], preprocessing: Preprocessing,
-                     total: int, progress: Progress | None = None) -> Accuracy:
-    """Classifies uint8 batches with the model on the device where its tensors are, and counts what is right.
+def measure_accuracy(model: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor, Tensor]],
+                     preprocessing: Preprocessing, total: int, progress: Progress | None = None) -> Accuracy:
+    """Classifies uint8 batches with the model, a module on the device where its tensors are, and counts what is right.
 
     Raises:
         VerificationError: the model's output is not (N, classes), or not finite.
     """
     import torch
-    device = next(iter(model.state_dict().values())).device
+    device = next(iter(model.state_dict().values())).device if isinstance(model, torch.nn.Module) else torch.device("cpu")
     correct, predictions = 0, []
     with torch.inference_mode():
         for images, labels in batches:
@@ -1306,8 +1764,8 @@ class Latency:
     threads: int
 
 
-def measure_latency(model: nn.Module, input_shape: Sequence[int], runs: int = Settings.runs, warmup: int = 10,
-                    threads: int = 1) -> Latency:
+def measure_latency(model: Callable[[Tensor], Tensor], input_shape: Sequence[int], runs: int = Settings.runs,
+                    warmup: int = 10, threads: int = 1) -> Latency:
     """Times the model on the CPU at batch 1, on a fixed random input, one call after another."""
     import torch
     image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))

@@ -95,7 +95,7 @@ def _module(layer: Layer, is_head: bool) -> str:
         if fields[key].is_required():
             positional.append(str(shown))
         elif value != fields[key].default:
-            named.append(f"{key}={shown}")
+            named.append(f"{key}={shown!r}")
     prefix = "" if layer.type.startswith("Int8") else "nn."
     return f"{prefix}{layer.type}({', '.join(positional + named)})"
 

@@ -13,17 +13,97 @@ from torch import nn
 
 import model_loader
 from architectures.source import source
-from metadata.files import write_atomically, write_json
+from metadata.files import appearing, write_atomically, write_json
 from metadata.schemas import DatasetCard
-from model_loader import ARCHITECTURE_FILE, METADATA_FILE, Architecture, UserError, count_macs, count_parameters
+from model_loader import (ARCHITECTURE_FILE, METADATA_FILE, Architecture, Layer, UserError, count_macs, count_parameters,
+                          layer_by_layer)
 
 REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 Layout = Literal["toolkit", "challenge"]
 
 
+class Contents:
+    """What goes into a submission, whatever its format: architecture with history, card of the data that it was trained
+    on, and the pipeline's latest ledger row of this model.
+    """
+
+    architecture: Architecture
+    card: DatasetCard
+    measured: dict[str, Any]
+    weights_file: str
+
+    def write(self, folder: Path) -> None:
+        """Writes the folder; it appears when it is complete.
+
+        Raises:
+            UserError: the folder is there already.
+            OSError: the disk is full or read-only; nothing is left behind.
+        """
+        if folder.exists():
+            raise UserError(f"{folder}: already there; choose another folder, or remove it first")
+        with appearing(folder) as partial:
+            self._write_files(partial)
+
+    def _write_files(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _metadata(self, folder: Path, **own: Any) -> dict[str, Any]:
+        """model_metadata.json: what every format states, and what a format adds."""
+        files = {path.name: {"sha256": model_loader.sha256(path), "bytes": path.stat().st_size}
+                 for path in sorted(folder.iterdir()) if path.is_file()}
+        metadata = {
+            "schema": 1, "architecture": self.architecture.model_type,
+            "num_classes": self.card.num_classes, "class_names": self.card.class_names, "weights_file": self.weights_file,
+            "input_shape": list(self.architecture.input_shape), "preprocessing": self.card.preprocessing.model_dump(),
+            "pruning_rate": self.architecture.pruning_rate, "compression_steps": self.architecture.compression_steps,
+            "files": files,
+            "accuracy": {"split": "validation", "correct": self.measured["correct"], "images": self.measured["images"],
+                         "fraction": self.measured["accuracy"]},
+            "latency": {key: self.measured[key] for key in ("latency_ms", "latency_p5_ms", "latency_p95_ms")}
+            | {"batch": 1, "threads": 1} | model_loader.machine(),
+            "versions": model_loader.versions(), **own,
+        }
+        model_loader.ModelMetadata.model_validate(metadata)
+        return metadata
+
+    def _model_card(self, size_bytes: int, parameters: int, macs: int, use: str, notes: str = "") -> str:
+        """README.md: a model card with the measured numbers."""
+        machine, measured, card = model_loader.machine(), self.measured, self.card
+        kind, shape = self.architecture.model_type, " x ".join(map(str, self.architecture.input_shape))
+        history = ", ".join(step.replace("_", " ") for step in self.architecture.compression_steps)
+        details = "".join(f"- {key}: {value}\n" for key, value in self.architecture.training_details.items())
+        return f"""# {kind}, compressed
+
+An image classifier for {card.num_classes} classes ({card.name}), made small by {history or "training alone"}.
+
+| | |
+| --- | --- |
+| input | {shape}, {"RGB" if card.preprocessing.mode == "RGB" else "grey"} |
+| size of the weights | {size_bytes / 2**20:.3f} MB ({size_bytes:,} bytes) |
+| stored numbers | {parameters:,} |
+| multiply-adds an image | {macs:,} |
+| validation accuracy | {measured["correct"]} of {measured["images"]} ({measured["accuracy"]:.2%}) |
+| latency, batch 1, one thread | {measured["latency_ms"]:.2f} ms median ({measured["latency_p5_ms"]:.2f} to """ \
+f"""{measured["latency_p95_ms"]:.2f}, p5 to p95) on {machine["cpu"]} ({", ".join(machine["flags"])}) |
+{notes}
+The validation images were held out of the training images. Score the folder on a test set of your own, one folder a
+class:
+
+    pip install -r requirements.txt
+    python model_loader.py --submission_dir . --data_dir TEST_IMAGES
+
+{use}
+Images go in as `model_metadata.json` says under `preprocessing`: other sizes, means or deviations cost accuracy.
+
+Training:
+
+{details or "- not recorded"}
+"""
+
+
 @dataclass(frozen=True)
-class Package:
-    """What goes into a submission.
+class Package(Contents):
+    """A PyTorch model's submission.
 
     Args:
         model: on the CPU, as `architecture` describes it.
@@ -44,27 +124,8 @@ class Package:
     challenge: dict[str, str] = field(default_factory=dict)
 
     @property
-    def weights_file(self) -> str:
+    def weights_file(self) -> str:  # type: ignore[override]
         return "model.pth" if self.layout == "challenge" else f"compressed_{self.name}.pth"
-
-    def write(self, folder: Path) -> None:
-        """Writes the folder; it appears when it is complete.
-
-        Raises:
-            UserError: the folder is there already.
-            OSError: the disk is full or read-only; nothing is left behind.
-        """
-        if folder.exists():
-            raise UserError(f"{folder}: already there; choose another folder, or remove it first")
-        partial = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            self._write_files(partial)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _write_files(self, folder: Path) -> None:
         buffer = io.BytesIO()
@@ -75,10 +136,16 @@ class Package:
         write_atomically(folder / "requirements.txt", REQUIREMENTS.encode())
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)
-        else:  # the challenge's harness takes the first match of model.* for the weights
+        parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
+        if self.layout != "challenge":  # whose harness takes the first match of model.* for the weights
             write_atomically(folder / "model.py", self._checked_source().encode())
-            write_atomically(folder / "README.md", self._card((folder / self.weights_file).stat().st_size).encode())
-        write_json(folder / METADATA_FILE, self._metadata(folder))
+            text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use())
+            write_atomically(folder / "README.md", text.encode())
+        layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
+                  if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
+        write_json(folder / METADATA_FILE, self._metadata(
+            folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
+            quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
 
     def _checked_source(self) -> str:
         """The text of model.py, after running it once: it must be the same network."""
@@ -89,59 +156,13 @@ class Package:
         again.load_state_dict(self.model.state_dict(), strict=True)
         images = torch.randn(2, *self.architecture.input_shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            assert torch.allclose(again(images), self.model(images), rtol=1e-4, atol=1e-5), "model.py is another network"
+            same = torch.allclose(again(images), layer_by_layer(self.model)(images), rtol=1e-4, atol=1e-5)
+        assert same, "model.py is another network"
         return text
 
-    def _metadata(self, folder: Path) -> dict[str, Any]:
-        files = {path.name: {"sha256": model_loader.sha256(path), "bytes": path.stat().st_size}
-                 for path in sorted(folder.iterdir()) if path.is_file()}
-        layers = {layer.name: _precision(layer.type, self.architecture.is_int8) for layer in self.architecture.layers
-                  if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
-        metadata = {
-            "schema": 1, "model_format": "pytorch", "architecture": self.architecture.model_type,
-            "num_classes": self.card.num_classes, "class_names": self.card.class_names,
-            "architecture_file": ARCHITECTURE_FILE, "weights_file": self.weights_file,
-            "input_shape": list(self.architecture.input_shape), "preprocessing": self.card.preprocessing.model_dump(),
-            "pruning_rate": self.architecture.pruning_rate, "compression_steps": self.architecture.compression_steps,
-            "quantization": {"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers},
-            "parameters": count_parameters(self.model),
-            "macs": count_macs(self.model, self.architecture.input_shape), "files": files,
-            "accuracy": {"split": "validation", "correct": self.measured["correct"], "images": self.measured["images"],
-                         "fraction": self.measured["accuracy"]},
-            "latency": {key: self.measured[key] for key in ("latency_ms", "latency_p5_ms", "latency_p95_ms")}
-            | {"batch": 1, "threads": 1} | model_loader.machine(),
-            "versions": model_loader.versions(),
-        }
-        model_loader.ModelMetadata.model_validate(metadata)
-        return metadata
-
-    def _card(self, size_bytes: int) -> str:
-        """README.md: a model card with the measured numbers."""
-        machine, measured, card = model_loader.machine(), self.measured, self.card
-        kind, shape = self.architecture.model_type, " x ".join(map(str, self.architecture.input_shape))
-        history = ", ".join(step.replace("_", " ") for step in self.architecture.compression_steps)
-        details = "".join(f"- {key}: {value}\n" for key, value in self.architecture.training_details.items())
-        return f"""# {kind}, compressed
-
-An image classifier for {card.num_classes} classes ({card.name}), made small by {history or "training alone"}.
-
-| | |
-| --- | --- |
-| input | {shape}, {"RGB" if card.preprocessing.mode == "RGB" else "grey"} |
-| size of the weights | {size_bytes / 2**20:.3f} MB ({size_bytes:,} bytes) |
-| stored numbers | {count_parameters(self.model):,} |
-| multiply-adds an image | {count_macs(self.model, self.architecture.input_shape):,} |
-| validation accuracy | {measured["correct"]} of {measured["images"]} ({measured["accuracy"]:.2%}) |
-| latency, batch 1, one thread | {measured["latency_ms"]:.2f} ms median ({measured["latency_p5_ms"]:.2f} to """ \
-f"""{measured["latency_p95_ms"]:.2f}, p5 to p95) on {machine["cpu"]} ({", ".join(machine["flags"])}) |
-
-The validation images were held out of the training images. Score the folder on a test set of your own, one folder a
-class:
-
-    pip install -r requirements.txt
-    python model_loader.py --submission_dir . --data_dir TEST_IMAGES
-
-Use it (`load_model` checks every tensor against the architecture first):
+    def _use(self) -> str:
+        kind = self.architecture.model_type
+        return f"""Use it (`load_model` checks every tensor against the architecture first):
 
     from model_loader import load_model
     model = load_model("{self.weights_file}")
@@ -153,16 +174,11 @@ or with torch alone, through the readable source in `model.py`:
     model = {kind}()
     model.load_state_dict(torch.load("{self.weights_file}", weights_only=True))
     model.eval()
-
-Images go in as `model_metadata.json` says under `preprocessing`: other sizes, means or deviations cost accuracy.
-
-Training:
-
-{details or "- not recorded"}
 """
 
 
-def _precision(kind: str, int8_model: bool) -> str:
-    if kind.startswith("Int8"):
-        return "int8: weights a scale an output channel, activations at run time"
+def _precision(layer: Layer, int8_model: bool) -> str:
+    if layer.type.startswith("Int8"):
+        activations = "at run time" if layer.options()["activations"] == "int8" else "stay float32, which is faster"
+        return f"int8: weights a scale an output channel, activations {activations}"
     return "float32: excluded by the recipe" if int8_model else "float32: not quantized"

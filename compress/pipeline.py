@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -17,21 +16,21 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from torch import nn
 
 from compress import report
 from compress.config import DataConfig, RunConfig, settings_error
-from compress.stage import (WEIGHTS, Artifact, Context, Evaluation, Sketch, Stage, Submission, TeacherModel, TorchModel,
+from compress.measuring import evaluation_row, ledger_row, served, times_in_turns
+from compress.stage import (KINDS, Artifact, CompressingStage, Context, Evaluation, OnnxModel, Sketch, Stage, TorchModel,
                             signature, stage_class)
 from compress.trackers import Tracker
 from loaders import load
 from loaders.arrays import Request, Splits
 from metadata.files import locked, write_csv, write_json
 from metadata.schemas import DatasetCard, LedgerRow, StageRecord
-from model_loader import (UserError, count_macs, count_parameters, machine, measure_accuracy, measure_latency,
-                          open_submission, read_json, read_submission, torch_threads, usable_cores, versions)
+from model_loader import UserError, VerificationError, machine, read_json, usable_cores, versions
 
 PROJECT = Path(__file__).parents[1]
+SLOWER = 1.05  # times as slow, and it is no accident
 SHOW_ONLY = {"__main__", "cli", "report", "trackers"}  # files of compress/ that cannot change a stage's result
 
 
@@ -62,8 +61,9 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
         try:
             kind = stage_class(name)
             takes, gives = signature(kind)
-            if takes is not carried:
-                problems.append(f"stage {name} takes {_kind(takes)}, but what comes before it gives {_kind(carried)}")
+            if carried not in takes:
+                problems.append(f"stage {name} takes {' or '.join(KINDS[kind] for kind in takes)}, but what comes before "
+                                f"it gives {KINDS[carried]}")
             carried = gives
             stages.append((f"{index + 1:02d}-{name}", kind.model_validate(options)))
         except ValidationError as error:
@@ -73,12 +73,6 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
     if problems:
         raise UserError("; ".join(problems))
     return stages
-
-
-def _kind(kind: Any) -> str:
-    names = {type(None): "nothing", TeacherModel: "a teacher", TorchModel: "a student", Submission: "a submission",
-             Evaluation: "an evaluation"}
-    return names[kind]
 
 
 def _keys(kind: type[Stage]) -> list[str]:
@@ -278,6 +272,8 @@ class _Run:
         seconds_of_extras = sum(extra_seconds for _, extra_seconds in context.extra_models.values())
         seconds = max(time.monotonic() - begin - seconds_of_extras, context.training_seconds)
         rows = [self._measure(self.outputs[-1], folder, name.partition("-")[2], seconds)]
+        if isinstance(stage, CompressingStage) and not stage.allow_slower and self.latest:
+            self._refuse_slower(name, rows[0], self.latest)
         for label, (extra, extra_seconds) in context.extra_models.items():
             (folder / label).mkdir(exist_ok=True)
             extra.save(folder / label)
@@ -296,42 +292,25 @@ class _Run:
     def _measure(self, artifact: Artifact, folder: Path, stage: str, seconds: float) -> LedgerRow:
         """The ledger's row for what a stage left."""
         if isinstance(artifact, Evaluation):
-            return _evaluation_row(artifact.results, stage, seconds)
-        if isinstance(artifact, Submission):
-            files = read_submission(artifact.folder)
-            model, size = open_submission(files), files.weights.stat().st_size
-            int8 = files.architecture is not None and files.architecture.is_int8
-        else:
-            model, size = artifact.module, (folder / WEIGHTS).stat().st_size
-            int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8
-        shape = self.splits.card.input_shape
-        model = model.cpu().eval()
-        latency = measure_latency(model, shape)
-        correct, images = self._accuracy(model, int8, stage)
-        return LedgerRow(stage=stage, parameters=count_parameters(model), macs=count_macs(model, shape),
-                         size_bytes=size, latency_ms=latency.median_ms, latency_p5_ms=latency.p5_ms,
-                         latency_p95_ms=latency.p95_ms, accuracy=correct / images, correct=correct, images=images,
-                         seconds=round(seconds, 2))
+            return evaluation_row(artifact.results, stage, seconds)
+        model = served(artifact, folder, self.splits.card)
+        return ledger_row(model, stage, seconds, self.splits, self.device, self.tracker)
 
-    def _accuracy(self, model: nn.Module, int8: bool, stage: str) -> tuple[int, int]:
-        split, preprocessing = self.splits.validation, self.splits.card.preprocessing
-        with self.tracker.progress(f"validating {stage}") as advance:
-            if int8:  # as panels measure it: one image at a time, on one thread
-                with torch_threads(1):
-                    result = measure_accuracy(model, split.batches(1), preprocessing, len(split), advance)
-            else:
-                result = measure_accuracy(copy.deepcopy(model).to(self.device), split.batches(128), preprocessing,
-                                          len(split), advance)
-        return result.correct, result.total
-
-
-def _evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> LedgerRow:
-    details = results["details"]
-    return LedgerRow(stage=stage, split="test", parameters=details["parameters"]["all"], macs=details["macs"],
-                     size_bytes=details["bytes"]["weights"], latency_ms=details["latency"]["median_ms"],
-                     latency_p5_ms=details["latency"]["p5_ms"], latency_p95_ms=details["latency"]["p95_ms"],
-                     accuracy=results["accuracy"] / 100, correct=details["accuracy"]["correct"],
-                     images=details["accuracy"]["total"], seconds=round(seconds, 2))
+    def _refuse_slower(self, name: str, row: LedgerRow, before: LedgerRow) -> None:
+        """Raises VerificationError where a stage made the model slower and not smaller, measured once more in turns."""
+        if row.size_bytes < before.size_bytes or row.latency_ms <= before.latency_ms:
+            return
+        names = [title for title, _ in self.plan.stages]
+        folders = [self.folder / names[names.index(name) - 1], self.folder / name]
+        pair = [served(artifact, folder, self.splits.card)
+                for artifact, folder in zip(self.outputs[-2:], folders, strict=True)]
+        earlier, now = times_in_turns(pair, self.splits.card.input_shape)
+        if now > SLOWER * earlier:
+            (self.folder / name / "stage.key").unlink()  # it runs again once its settings have changed, or by another luck
+            raise VerificationError(
+                f"stage {name}: its result is slower, {now:.3f} ms against {earlier:.3f} ms, and not smaller, "
+                f"{row.size_bytes:,} bytes against {before.size_bytes:,}; take the stage out, or set "
+                f"{name.partition('-')[2]}.allow_slower=true")
 
 
 def _hash(content: dict[str, Any]) -> str:
@@ -358,13 +337,14 @@ def package_run(folder: Path, out: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: no such run, no model in it yet, a setting out of range, or a target that exists.
     """
-    found: tuple[TorchModel, LedgerRow] | None = None
+    found: tuple[TorchModel | OnnxModel, LedgerRow] | None = None
     for name, stage in parse_stages(_settings_of(folder)):
         if name.endswith("-package"):
             settings = stage.model_dump() | settings
-        if signature(type(stage))[1] is TorchModel and (folder / name / "stage.json").is_file():
+        gives = signature(type(stage))[1]
+        if gives in (TorchModel, OnnxModel) and (folder / name / "stage.json").is_file():
             record: StageRecord = read_json(folder / name / "stage.json", StageRecord)
-            found = TorchModel.load(folder / name), record.rows[0]
+            found = gives.load(folder / name), record.rows[0]
     if found is None:
         raise UserError(f"{folder}: no stage of this run has left a student yet; let it run on first")
     kind = stage_class("package")

@@ -1,31 +1,31 @@
 """Dynamic int8: BatchNorm is folded, then every Conv2d and Linear gets int8 weights and quantizes its input as it runs.
 
 PyTorch's own dynamic quantization skips every Conv2d without a word. Here a coverage table says for each layer whether
-it is int8 and why, and a layer that was asked for and stayed float is an error.
+it is int8 and why, how exact it is and what it takes; a layer that was asked for and stayed float is an error. A layer that
+int8 arithmetic would make slower is int8 on disk alone, and says so with both times.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
-from dataclasses import dataclass
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torchvision.ops import StochasticDepth
 
-from model_loader import UserError, int8_layers
+from architectures.describe import describe
+from compress.coverage import Coverage, sqnr_db
+from model_loader import (Program, Quantized, Step, UserError, build, first_line, int8_graph, int8_layers,
+                          no_int8_kernels)
 
-
-@dataclass(frozen=True)
-class Coverage:
-    """What became of one layer."""
-
-    layer: str
-    kind: str
-    dtype: str  # "int8" or "float32"
-    reason: str
-    weights: int
+PASSES = 25  # timed ones of each form of a network, in turns
+GAIN = 1.03  # int8 arithmetic must be so many times faster than float to be worth its error
 
 
 def fold_batch_norm(model: fx.GraphModule) -> fx.GraphModule:
@@ -56,36 +56,256 @@ def fold_batch_norm(model: fx.GraphModule) -> fx.GraphModule:
     return folded
 
 
-def quantize_dynamic(model: fx.GraphModule, exclude: Collection[str] = ()) -> tuple[fx.GraphModule, list[Coverage]]:
-    """A folded copy of the model with int8 layers, and the coverage table.
+# ---------------------------------------------------------------------------------------------- models of any kind
+
+
+def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> nn.Module:
+    """An int8 copy of a model, for one thread or many, at its fastest for images of the example's size.
+
+    A model that the layer table holds becomes a graph with BatchNorm folded and activations fused; its state dict is int8
+    data. In any other model each Conv2d and Linear is replaced where it stands.
+
+    Args:
+        model: as trained; it stays as it is.
+        example_input: (N, C, H, W) float32, preprocessed; real images, if the ranges are to mean something.
+        exclude: names of layers that keep float weights.
+
+    Raises:
+        UserError: the model does not take the example; an excluded name is no such layer; a layer cannot be quantized and
+            is not excluded; or there was nothing to quantize.
+    """
+    return quantize(model, example_input, exclude)[0]
+
+
+def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Coverage]]:
+    """As `quantize_dynamic`, with the coverage table."""
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(example_input)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"quantize_dynamic: the model does not take inputs of shape {list(example_input.shape)}, "
+                        f"{example_input.dtype}: {first_line(error)}") from error
+    evaluated = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticDepth):  # does nothing in evaluation, and would keep the model out of the table
+            evaluated.set_submodule(name, nn.Identity())
+    try:
+        _, channels, height, width = example_input.shape
+        graph = build(describe(evaluated, (channels, height, width)))
+        graph.load_state_dict(evaluated.state_dict())
+    except (UserError, ValueError):  # not images, or not of the layer table: what is around the layers stays as it is
+        return _quantize_in_place(evaluated, example_input, exclude)
+    return quantize_graph(graph, exclude, example_input)
+
+
+def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
+                   choose: bool = True) -> tuple[fx.GraphModule, list[Coverage]]:
+    """A folded copy of a graph with int8 layers, and the coverage table.
 
     Args:
         model: as `model_loader.build` makes them; it stays as it is.
         exclude: names of layers that keep float weights.
+        example_input: (N, C, H, W) images; without them nothing is measured, and all layers compute in int8.
+        choose: let layers compute in float32 where that is faster.
 
     Raises:
-        UserError: an excluded name is no such layer; a layer cannot be quantized and is not excluded; or there was
-            nothing to quantize.
+        UserError: see `quantize_dynamic`.
     """
-    quantized = fold_batch_norm(model)
-    called = [str(node.target) for node in quantized.graph.nodes if node.op == "call_module"]
-    layers = {name: layer for name in called
-              if isinstance(layer := quantized.get_submodule(name), (nn.Conv2d, nn.Linear))}
+    folded = fold_batch_norm(model)
+    called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
+    layers: dict[str, nn.Module] = {name: layer for name in called if isinstance(
+        layer := folded.get_submodule(name), (nn.Conv2d, nn.Linear))}
+    quantized = copy.deepcopy(folded)
+    chosen = _replace(quantized, layers, exclude)
+    measured = example_input is not None and not no_int8_kernels()
+    times = _choose(quantized, folded, chosen, example_input[:1], choose) if measured else {}  # type: ignore[index]
+    coverage = _coverage(quantized, folded, layers, example_input, times)
+    return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), coverage
+
+
+def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str],
+                       ) -> tuple[nn.Module, list[Coverage]]:
+    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
+    called = _observe(model, example_input, candidates)
+    layers = {name: module for name, module in candidates.items() if name in called}
+    quantized = copy.deepcopy(model)
+    chosen = _replace(quantized, layers, exclude)
+    times = {} if no_int8_kernels() else _choose_in_place(quantized, model, chosen, example_input[:1])
+    coverage = _coverage(quantized, model, layers, example_input, times)
+    for name in chosen:
+        quantized.set_submodule(name, _alone(quantized.get_submodule(name)))
+    return quantized, coverage
+
+
+def _alone(layer: nn.Module) -> fx.GraphModule:
+    """A graph of a single layer, which runs on the int8 kernels."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("int8", (graph.placeholder("input"),)))
+    return int8_graph()(nn.ModuleDict({"int8": layer}), graph).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- layer by layer
+
+
+def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
+    """Puts int8 layers into a copy of the model, and returns their names."""
     for name in exclude:
         if name not in layers:
             raise UserError(f"quantize_dynamic.exclude: {name!r} is no Conv2d or Linear layer of the model "
                             f"({', '.join(layers)})")
-    coverage = []
-    for name, layer in layers.items():
-        if name in exclude:
-            coverage.append(Coverage(name, type(layer).__name__, "float32", "excluded by the recipe",
-                                     layer.weight.numel()))
-            continue
-        quantized.set_submodule(name, _int8_module(layer, name))
-        coverage.append(Coverage(name, type(layer).__name__, "int8", "dynamic, per channel", layer.weight.numel()))
-    if not any(row.dtype == "int8" for row in coverage):
+    chosen = [name for name in layers if name not in exclude]
+    if not chosen:
         raise UserError("quantize_dynamic: nothing became int8; the model has no Conv2d or Linear that is not excluded")
-    return quantized, coverage
+    for name in chosen:
+        quantized.set_submodule(name, _int8_module(layers[name], name))
+    return chosen
+
+
+def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[str], image: Tensor, choose: bool,
+            ) -> dict[str, tuple[float, float]]:
+    """Each layer's milliseconds as float and as int8; if asked, lets layers compute in float where that is faster."""
+    as_float, as_int8 = _medians((Program(folded), Program(quantized)), image)
+
+    def keep_float(name: str) -> None:
+        quantized.get_submodule(name).activations = "float32"  # type: ignore[assignment]
+
+    if choose:
+        for name in chosen:
+            if as_float[name] < GAIN * as_int8[name]:
+                keep_float(name)
+        whole_float, whole_mixed = (row[""] for row in _medians((Program(folded), Program(quantized)), image))
+        if GAIN * whole_float < whole_mixed:  # switching to and fro costs more than the layers save
+            for name in chosen:
+                keep_float(name)
+    return {name: (as_float[name], as_int8[name]) for name in chosen}
+
+
+class _Timed(nn.Module):
+    """A layer that notes how long each call takes, in milliseconds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.taken: list[float] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        start = time.perf_counter_ns()
+        output: Tensor = self.layer(input)
+        self.taken.append((time.perf_counter_ns() - start) / 1e6)
+        return output
+
+
+@torch.no_grad()
+def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[str], image: Tensor,
+                     ) -> dict[str, tuple[float, float]]:
+    """As `_choose`, for layers where they stand."""
+    as_float, as_int8 = copy.deepcopy(model), copy.deepcopy(quantized)
+    for name in chosen:
+        as_float.set_submodule(name, _Timed(as_float.get_submodule(name)))
+        as_int8.set_submodule(name, _Timed(_alone(as_int8.get_submodule(name))))
+    for _ in range(3 + PASSES):
+        as_float(image)
+        as_int8(image)
+    times = {}
+    for name in chosen:
+        before, after = (statistics.median(cast(_Timed, copied.get_submodule(name)).taken[3:])
+                         for copied in (as_float, as_int8))
+        times[name] = round(before, 4), round(after, 4)
+        if before < GAIN * after:
+            quantized.get_submodule(name).activations = "float32"  # type: ignore[assignment]
+    return times
+
+
+def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
+              times: dict[str, tuple[float, float]]) -> list[Coverage]:
+    """The table; `quantized` still computes layer by layer, so that each can be watched."""
+    before = {} if images is None else _observe(model, images, layers)
+    after = {} if images is None else _observe(quantized, images, {
+        name: quantized.get_submodule(name) for name in layers})
+    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    macs = {name: _macs(weight, before.get(name)) for name, weight in weights.items()}
+    rows = []
+    for name, layer in layers.items():
+        dtype, reason = _type_and_reason(quantized.get_submodule(name))
+        rows.append(Coverage(name, type(layer).__name__, dtype, reason, weights[name].numel(),
+                             macs[name] / max(sum(macs.values()), 1),
+                             sqnr_db(before[name], after[name]) if name in after else None, *times.get(name, (None, None))))
+    return rows
+
+
+def _type_and_reason(layer: nn.Module) -> tuple[str, str]:
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return "float32", "excluded by the recipe"
+    if layer.activations == "float32":
+        return "int8", "weights only: it computes in float32, which is faster here"
+    return "int8", "dynamic, per channel"
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The first outputs of those of the layers that are called."""
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name not in seen:
+                seen[name] = output.clone()
+        return observe
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        model.eval()(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _macs(weight: Tensor, output: Tensor | None) -> int:
+    """Multiply-adds of a layer with such weights for one image; where its output was not seen, their number."""
+    return weight.numel() if output is None else weight.numel() * output[0].numel() // len(weight)
+
+
+@torch.no_grad()
+def _layer_times(program: Program, image: Tensor) -> dict[str, float]:
+    """Milliseconds of each layer with weights in one pass over the network, where its weights and input are as cold as
+    they will be in use. A tensor's range and integers are computed once, and all int8 layers that read it share the time.
+    """
+    marks: list[tuple[str | None, int]] = []
+    readers: dict[int, list[str]] = {}
+    quantizing: dict[int, float] = {}
+    held: list[Quantized] = []  # so that no two have the same id
+
+    def watch(step: Step, source: Quantized) -> None:
+        if step.layer is not None and getattr(step.function, "int8", False):
+            held.append(source)
+            readers.setdefault(id(source), []).append(step.layer)
+            start = time.perf_counter_ns()
+            source.parts()
+            taken = (time.perf_counter_ns() - start) / 1e6
+            quantizing[id(source)] = quantizing.get(id(source), 0.0) + taken
+            marks.append((None, start))
+        marks.append((step.layer, time.perf_counter_ns()))
+
+    program.one(image, watch)
+    marks.append((None, time.perf_counter_ns()))
+    times = {layer: (end - start) / 1e6 for (layer, start), (_, end) in itertools.pairwise(marks) if layer is not None}
+    for source, layers in readers.items():
+        for layer in layers:
+            times[layer] += quantizing[source] / len(layers)
+    return times
+
+
+def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float]]:
+    """Each program's layer times, medians over passes in turns; "" is the whole pass."""
+    passes: list[list[dict[str, float]]] = [[] for _ in programs]
+    for turn in range(-3, PASSES):
+        for program, seen in zip(programs, passes, strict=True):
+            start = time.perf_counter_ns()
+            program(image)
+            whole = (time.perf_counter_ns() - start) / 1e6
+            if turn >= 0:
+                seen.append(_layer_times(program, image) | {"": whole})
+    return [{name: round(statistics.median(row[name] for row in seen), 4) for name in seen[0]} for seen in passes]
 
 
 def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -102,7 +322,7 @@ def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _int8_module(layer: nn.Conv2d | nn.Linear, name: str) -> nn.Module:
+def _int8_module(layer: nn.Module, name: str) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UserError(f"layer {name}: padding {layer.padding!r}, mode {layer.padding_mode!r} has no int8 form; list "
@@ -110,6 +330,7 @@ def _int8_module(layer: nn.Conv2d | nn.Linear, name: str) -> nn.Module:
         module = int8_layers().Int8Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
                                       layer.padding, layer.dilation, layer.groups)
     else:
+        assert isinstance(layer, nn.Linear)
         module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
     weight, scale = quantize_weight(layer.weight.detach().float().cpu(), name)
     state = {"weight": weight, "weight_scale": scale,

@@ -7,9 +7,10 @@ import pkgutil
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
+from pydantic import Field
 from torch import fx, nn
 
 import compress.stages
@@ -25,9 +26,9 @@ from loaders.augment import Augmenter
 from metadata.closest import closest
 from metadata.files import write_json, write_tensors
 from metadata.schemas import Architecture, DatasetCard, ModelReference
-from model_loader import UserError, int8_layers, open_model, read_json, read_weights
+from model_loader import Strict, UserError, int8_layers, open_model, read_json, read_weights, write_atomically
 
-ARCHITECTURE, WEIGHTS, REFERENCE = "architecture.json", "weights.pth", "model.json"
+ARCHITECTURE, WEIGHTS, REFERENCE, ONNX = "architecture.json", "weights.pth", "model.json", "model.onnx"
 
 
 # ------------------------------------------------------------------------------------ what passes between stages
@@ -69,6 +70,39 @@ class TorchModel:
         return cls(open_model(architecture, folder / WEIGHTS), architecture)
 
 
+class OnnxCard(Strict):
+    """`onnx.json`: what is known of an ONNX file beside its graph."""
+
+    scheme: Literal["none", "static_int8"] = "none"
+    layers: dict[str, str] = {}  # by name: "int8: ..." or "float32: why"
+    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # where it is measured and served
+    portability: dict[str, Any] | None = None  # see compress/portability.py
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file, which runs on ONNX Runtime or OpenVINO; there is no torch module of it.
+
+    Args:
+        content: the file's bytes.
+        architecture: the float network that it was exported from, BatchNorm folded, with its history.
+    """
+
+    content: bytes
+    architecture: Architecture
+    card: OnnxCard = field(default_factory=OnnxCard)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / ARCHITECTURE, self.architecture.to_json())
+        write_json(folder / "onnx.json", self.card.model_dump())
+        write_atomically(folder / ONNX, self.content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
+        return cls((folder / ONNX).read_bytes(), architecture, read_json(folder / "onnx.json", OnnxCard))
+
+
 @dataclass(frozen=True)
 class Submission:
     """A packaged folder."""
@@ -99,8 +133,10 @@ class Evaluation:
         return cls(json.loads((folder / "results.json").read_text()))
 
 
-Artifact = TeacherModel | TorchModel | Submission | Evaluation
-SomeArtifact = TypeVar("SomeArtifact", TeacherModel, TorchModel, Submission, Evaluation)
+Artifact = TeacherModel | TorchModel | OnnxModel | Submission | Evaluation
+SomeArtifact = TypeVar("SomeArtifact", bound=Artifact)
+KINDS: dict[Any, str] = {type(None): "nothing", TeacherModel: "a teacher", TorchModel: "a student",
+                         OnnxModel: "an ONNX model", Submission: "a submission", Evaluation: "an evaluation"}
 
 
 def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -136,9 +172,9 @@ class Context:
         self.warnings.append(text)
         self.tracker.warn(text)
 
-    def latest(self, kind: type[SomeArtifact]) -> SomeArtifact | None:
-        """The last earlier output of a kind."""
-        return next((output for output in reversed(self.outputs) if isinstance(output, kind)), None)
+    def latest(self, *kinds: type[SomeArtifact]) -> SomeArtifact | None:
+        """The last earlier output of one of the kinds."""
+        return next((output for output in reversed(self.outputs) if isinstance(output, kinds)), None)
 
     def data(self, train: TrainConfig) -> Data:
         """The splits on the device, with the training's augmentation."""
@@ -172,6 +208,12 @@ class Stage(Config):
         raise NotImplementedError
 
 
+class CompressingStage(Stage):
+    """A stage that is there to make the model smaller or faster: the pipeline holds its result to that."""
+
+    allow_slower: bool = Field(False, description="accept a result that is slower and not smaller, which else is an error")
+
+
 @dataclass
 class Sketch:
     """What a plan knows before anything trains: the data, and an untrained model of the shape that stages will make."""
@@ -179,6 +221,7 @@ class Sketch:
     card: DatasetCard
     seed: int
     model: fx.GraphModule | None = None
+    is_onnx: bool = False  # the model will have left torch by then
     lines: list[str] = field(default_factory=list)  # what each stage would do, for the plan's reader
 
     def refuse_int8(self, stage: str) -> None:
@@ -208,7 +251,7 @@ def stage_class(name: str) -> type[Stage]:
     return classes[0]
 
 
-def signature(stage: type[Stage]) -> tuple[Any, Any]:
-    """The kinds of artifact that a stage takes and returns; None for a first stage."""
+def signature(stage: type[Stage]) -> tuple[tuple[Any, ...], Any]:
+    """The kinds of artifact that a stage takes, any one of them (type(None) for a first stage), and the one it returns."""
     hints = typing.get_type_hints(stage.run)
-    return hints["model"], hints["return"]
+    return typing.get_args(hints["model"]) or (hints["model"],), hints["return"]

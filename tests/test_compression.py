@@ -11,7 +11,7 @@ from torch import fx, nn
 from architectures import make
 from architectures.describe import carry_over, describe
 from compress.pruning import CRITERIA, NEEDS_GRADIENTS, accumulate_gradients, prune, widths
-from compress.quantization import fold_batch_norm, quantize_dynamic, quantize_weight
+from compress.quantization import fold_batch_norm, quantize_graph, quantize_weight
 from model_loader import Architecture, UserError, build, count_macs, count_parameters, int8_layers, load_verified
 
 
@@ -111,7 +111,7 @@ def test_ratios_that_leave_nothing_or_take_nothing(changes: dict[str, object], s
 def test_depthwise_and_grouped_convolutions_prune_and_quantize(name: str) -> None:
     model, _ = graph(name, size=64)
     small = prune(model, torch.zeros(1, 3, 64, 64), ratio=0.3, multiple=8, criterion="l2", scope="uniform")
-    quantized, coverage = quantize_dynamic(small)
+    quantized, coverage = quantize_graph(small)
     assert {row.dtype for row in coverage} == {"int8"}
     images = torch.randn(2, 3, 64, 64)
     assert quantized(images).shape == (2, 5) and count_parameters(small) < count_parameters(model)
@@ -136,7 +136,7 @@ def test_folding_batch_norm_changes_nothing(slim: tuple[fx.GraphModule, Architec
 
 def test_every_layer_is_int8_and_close_to_float(slim: tuple[fx.GraphModule, Architecture]) -> None:
     model, _ = slim
-    quantized, coverage = quantize_dynamic(model)
+    quantized, coverage = quantize_graph(model)
     assert coverage[0].layer == "conv1" and len(coverage) == 21
     assert {row.dtype for row in coverage} == {"int8"}
     images = torch.randn(16, 3, 32, 32)
@@ -152,7 +152,7 @@ def test_every_layer_is_int8_and_close_to_float(slim: tuple[fx.GraphModule, Arch
 
 
 def test_predictions_do_not_depend_on_the_neighbours(slim: tuple[fx.GraphModule, Architecture]) -> None:
-    quantized, _ = quantize_dynamic(slim[0])
+    quantized, _ = quantize_graph(slim[0])
     images = torch.randn(8, 3, 32, 32) * torch.arange(1, 9).view(-1, 1, 1, 1)
     with torch.no_grad():
         together = quantized(images)
@@ -176,7 +176,7 @@ def test_int8_convolution_equals_integer_arithmetic() -> None:
     torch.manual_seed(1)
     layer = nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2)
     model = build(describe(nn.Sequential(layer, nn.Flatten(), nn.Linear(128, 3)), (6, 8, 8)))
-    quantized, _ = quantize_dynamic(model, exclude=["2"])
+    quantized, _ = quantize_graph(model, exclude=["2"])
     module = next(m for m in quantized.modules() if isinstance(m, int8_layers().Int8Conv2d))
     x = torch.randn(2, 6, 8, 8)
     levels, scale = int8_layers().quantize_activations(x)
@@ -195,23 +195,23 @@ def test_weight_scales_are_per_channel_and_symmetric() -> None:
 
 
 def test_excluded_layers_stay_float_and_say_why(slim: tuple[fx.GraphModule, Architecture]) -> None:
-    quantized, coverage = quantize_dynamic(slim[0], exclude=["conv1", "fc"])
+    quantized, coverage = quantize_graph(slim[0], exclude=["conv1", "fc"])
     floats = {row.layer: row.reason for row in coverage if row.dtype == "float32"}
     assert floats == {"conv1": "excluded by the recipe", "fc": "excluded by the recipe"}
     assert isinstance(quantized.get_submodule("conv1"), nn.Conv2d)
     with pytest.raises(UserError, match="'conv2' is no Conv2d or Linear layer"):
-        quantize_dynamic(slim[0], exclude=["conv2"])
+        quantize_graph(slim[0], exclude=["conv2"])
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
     model = build(describe(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), (3, 8, 8)))
     with pytest.raises(UserError, match="nothing became int8"):
-        quantize_dynamic(model)
+        quantize_graph(model)
 
 
 def test_int8_architecture_round_trip(slim: tuple[fx.GraphModule, Architecture]) -> None:
     model, architecture = slim
-    quantized, _ = quantize_dynamic(model)
+    quantized, _ = quantize_graph(model)
     described = carry_over(describe(quantized, (3, 32, 32)), architecture)
     assert {layer.type for layer in described.layers} >= {"Int8Conv2d", "Int8Linear"}
     assert not any(layer.type == "BatchNorm2d" for layer in described.layers)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
-             "packaging", "report", "assessment", "averaging", "batches",
-             "compiling", "distributed", "loggers", "memory", "recipe"}
+             "fake_quantization", "coverage", "packaging", "report", "assessment", "averaging", "batches",
+             "compiling", "distributed", "loggers", "memory", "recipe", "export", "onnx_packaging"}
 
 
 def level(module: str) -> int:
@@ -26,8 +26,8 @@ def level(module: str) -> int:
         return 3
     if parts[1] in MECHANICS:
         return 3
-    return {"config": 4, "training_config": 5, "stage": 5, "stages": 6, "training_run": 7, "pipeline": 7, "studies": 8,
-            "evaluation": 8, "cli_scaling": 9, "cli_scaling_fit": 9, "cli": 10, "__main__": 11}[parts[1]]
+    return {"config": 4, "training_config": 5, "stage": 5, "stages": 6, "measuring": 6, "training_run": 7, "pipeline": 7,
+            "studies": 8, "evaluation": 8, "cli_scaling": 9, "cli_scaling_fit": 9, "cli": 10, "__main__": 11}[parts[1]]
 
 
 def project_files() -> list[Path]:

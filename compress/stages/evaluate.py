@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from torch import Tensor
 
-from compress.stage import Context, Evaluation, Sketch, Stage, Submission, TorchModel
+from compress.stage import ONNX, Context, Evaluation, OnnxModel, Sketch, Stage, Submission, TorchModel
 from loaders.arrays import write_image_folder
 from metadata.schemas import baselines
-from model_loader import ARCHITECTURE_FILE, UserError, VerificationError, measure_accuracy, torch_threads
+from model_loader import (UserError, VerificationError, answering, measure_accuracy, open_onnx,
+                          torch_threads, write_atomically)
 
 
 class Evaluate(Stage):
@@ -34,11 +37,12 @@ class Evaluate(Stage):
             folder = context.folder / "test_images"
             if not folder.exists():
                 write_image_folder(test, context.splits.card.class_names, folder)
-        original = context.latest(TorchModel)
-        assert original is not None, f"the model behind {model.folder / ARCHITECTURE_FILE} is an earlier output"
+        original = context.latest(TorchModel, OnnxModel)
+        assert isinstance(original, TorchModel | OnnxModel), "a submission is made of an earlier output"
         with context.tracker.progress("in memory") as advance, torch_threads(1):
-            expected = measure_accuracy(original.module.cpu().eval(), test.batches(1),
+            expected = measure_accuracy(self._answer(original, context), test.batches(1),
                                         context.splits.card.preprocessing, len(test), advance)
+        (context.folder / ONNX).unlink(missing_ok=True)
         results = self._score(model.folder, folder, context)
         counted = results["details"]["accuracy"]
         context.note("in_memory", {"correct": expected.correct, "total": expected.total})
@@ -47,6 +51,15 @@ class Evaluate(Stage):
                 f"{model.folder}: the packaged model has {counted['correct']} of {counted['total']} test images right, "
                 f"the model in memory {expected.correct} of {expected.total}; they must be the same")
         return Evaluation(results)
+
+    def _answer(self, original: TorchModel | OnnxModel, context: Context) -> Callable[[Tensor], Tensor]:
+        """The model as it left its stage."""
+        if isinstance(original, TorchModel):
+            return original.module.cpu().eval()
+        path = context.folder / ONNX
+        write_atomically(path, original.content)
+        card = context.splits.card
+        return answering(open_onnx(path, card.input_shape, card.preprocessing, original.card.backend))
 
     def _score(self, submission: Path, data: Path, context: Context) -> dict[str, Any]:
         chosen = baselines()[self.baselines]

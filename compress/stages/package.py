@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compress.packaging import Package as Contents
-from compress.stage import Context, Sketch, Stage, Submission, TorchModel
+from compress.onnx_packaging import OnnxPackage
+from compress.packaging import Contents
+from compress.packaging import Package as TorchPackage
+from compress.stage import Context, OnnxModel, Sketch, Stage, Submission, TorchModel
 from metadata.schemas import DatasetCard
+from model_loader import UserError
 
 
 class Package(Stage):
@@ -23,16 +26,26 @@ class Package(Stage):
     teamname: str = Field("", description="challenge layout: for its metadata.json")
 
     def check(self, sketch: Sketch) -> None:
+        if sketch.is_onnx:
+            self._refuse_challenge()
         sketch.lines.append(f"{self.layout} layout, in the run's folder submission/")
 
-    def run(self, model: TorchModel, context: Context) -> Submission:
+    def _refuse_challenge(self) -> None:
+        if self.layout == "challenge":
+            raise UserError("package.layout challenge: its harness loads PyTorch weights; package an ONNX model in the "
+                            "toolkit layout")
+
+    def run(self, model: TorchModel | OnnxModel, context: Context) -> Submission:
         folder = context.run_folder / "submission"
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier try at this very stage
         self.contents(model, context.splits.card, context.measurements).write(folder)
         return Submission(folder)
 
-    def contents(self, model: TorchModel, card: DatasetCard, measured: dict[str, Any]) -> Contents:
+    def contents(self, model: TorchModel | OnnxModel, card: DatasetCard, measured: dict[str, Any]) -> Contents:
         """What the folder will hold."""
         name = self.weights_name or model.architecture.model_type.lower()
+        if isinstance(model, OnnxModel):
+            self._refuse_challenge()
+            return OnnxPackage(model.content, model.architecture, card, name, measured, **model.card.model_dump())
         challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
-        return Contents(model.module.cpu().eval(), model.architecture, card, name, measured, self.layout, challenge)
+        return TorchPackage(model.module.cpu().eval(), model.architecture, card, name, measured, self.layout, challenge)

@@ -15,13 +15,13 @@ from architectures.describe import carry_over, describe
 from compress.config import TrainConfig
 from compress.distillation import cross_entropy
 from compress.pruning import NEEDS_GRADIENTS, accumulate_gradients, prune, widths
-from compress.stage import Context, Sketch, Stage, TorchModel, training_recipe
+from compress.stage import CompressingStage, Context, Sketch, TorchModel, training_recipe
 from compress.training import Data, seeded, train
 from loaders.augment import center_crop
 from model_loader import count_macs, count_parameters, measure_latency, normalize
 
 
-class Prune(Stage):
+class Prune(CompressingStage):
     """Structured pruning."""
 
     history = "structured_pruning"

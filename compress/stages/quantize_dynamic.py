@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+import torch
 from pydantic import Field
 
 from architectures.describe import carry_over, describe
-from compress.quantization import quantize_dynamic
-from compress.stage import Context, Sketch, Stage, TorchModel
+from compress.coverage import show
+from compress.quantization import quantize_graph
+from compress.stage import CompressingStage, Context, Sketch, TorchModel
+from model_loader import normalize, torch_threads
+
+EXAMPLES = 8  # training images that layers are measured on
 
 
-class QuantizeDynamic(Stage):
+class QuantizeDynamic(CompressingStage):
     """Dynamic int8."""
 
     history = "dynamic_quantization"
 
     exclude: list[str] = Field([], description="layers that keep float weights, by name")
+    arithmetic: Literal["measured", "int8"] = Field(
+        "measured", description="measured: a layer that is faster in float32 on this machine computes so, from int8 "
+                                "weights; int8: all compute in int8, and two runs end with the same file")
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("quantize_dynamic")
         if sketch.model is not None:
-            sketch.model, coverage = quantize_dynamic(sketch.model, self.exclude)
+            sketch.model, coverage = quantize_graph(sketch.model, self.exclude)
             int8 = sum(row.dtype == "int8" for row in coverage)
             sketch.lines.append(f"{int8} of {len(coverage)} layers to int8")
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
-        quantized, coverage = quantize_dynamic(model.module.cpu(), self.exclude)
-        floats = [f"{row.layer} stays float32 ({row.reason})" for row in coverage if row.dtype != "int8"]
-        context.tracker.say(f"  {len(coverage) - len(floats)} of {len(coverage)} layers are int8" + "".join(
-            f"; {text}" for text in floats))
+        ids = torch.linspace(0, len(context.splits.train) - 1, EXAMPLES).long()
+        examples = normalize(context.splits.train.images.batch(ids).cpu(), context.splits.card.preprocessing)
+        with torch_threads(1):
+            quantized, coverage = quantize_graph(model.module.cpu(), self.exclude, examples,
+                                                 choose=self.arithmetic == "measured")
+        show(coverage, context.tracker.console)
+        weights_only = sum(row.reason.startswith("weights only") for row in coverage)
+        int8 = sum(row.dtype == "int8" for row in coverage)
+        context.tracker.say(f"  {int8} of {len(coverage)} layers are int8" + (
+            f", {weights_only} of them for their weights alone" if weights_only else ""))
+        if weights_only == int8:
+            context.warn("int8 arithmetic makes no layer of this network faster on this machine: it is smaller, not faster")
         context.note("coverage", [dataclasses.asdict(row) for row in coverage])
         steps = [*model.architecture.compression_steps, self.history]
         architecture = carry_over(describe(quantized, model.architecture.input_shape), model.architecture,

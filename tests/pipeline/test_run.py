@@ -334,3 +334,23 @@ def test_packaged_accuracy_that_differs_fails_the_run(small_run: Path, compress:
     restate(tmp_path / "small" / "submission")
     done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
     assert_one_line_error(done, "test images right", "they must be the same", code=1)
+
+
+def test_a_result_that_is_slower_and_not_smaller_is_refused(compress: Compress, tmp_path: Path) -> None:
+    """Int8 buys nothing for a network of a hundred numbers: scales and file headers weigh more than it saves."""
+    recipe = tmp_path / "mine.yaml"
+    training = "train: {epochs: 1, batch_size: 64, augment: []}"
+    recipe.write_text(f"""data: {{name: digits, channels: 1}}
+stages:
+  - teacher: {{model: simple_mlp, options: {{hidden: [1], input_shape: [1, 8, 8]}}, floor: 0, {training}}}
+  - distill: {{model: simple_mlp, options: {{hidden: [1], input_shape: [1, 8, 8]}}, {training}}}
+  - quantize_dynamic: {{arithmetic: int8}}
+  - package
+""")
+    arguments = [recipe, f"run_dir={tmp_path}", "name=mine", "threads=1"]
+    assert_one_line_error(compress("run", *arguments), "stage 03-quantize_dynamic: its result is slower", "not smaller",
+                          "quantize_dynamic.allow_slower=true", code=1)
+    assert not (tmp_path / "mine" / "03-quantize_dynamic" / "stage.json").exists()
+    done = compress("run", *arguments, "quantize_dynamic.allow_slower=true", "--update")
+    assert done.returncode == 0, done.stderr
+    assert [row["stage"] for row in ledger(tmp_path / "mine")] == ["teacher", "distill", "quantize_dynamic", "package"]

@@ -1,0 +1,261 @@
+"""Int8 kernels: the fused program computes what the layers define, says where it cannot, and any model can be quantized."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from architectures import make
+from architectures.describe import describe
+from architectures.source import source
+from compress.coverage import sqnr_db
+from compress.quantization import quantize, quantize_dynamic, quantize_graph
+from model_loader import (Program, Quantized, UserError, build, int8_arithmetic, int8_graph, layer_by_layer, load_verified,
+                          no_int8_kernels)
+
+PROJECT = Path(__file__).parents[1]
+needs_kernels = pytest.mark.skipif(bool(no_int8_kernels()), reason=no_int8_kernels() or "there are int8 kernels")
+
+
+class Residual(nn.Module):
+    """A convolution, what is added to it, and an activation."""
+
+    def __init__(self, activation: nn.Module, channels: int = 24, squeeze: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.squeeze = nn.AdaptiveAvgPool2d(1) if squeeze else nn.Identity()
+        self.activation = activation
+        self.pool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(self.flatten(self.pool(self.activation(self.conv(x) + self.squeeze(x)))))
+
+
+class Twice(nn.Module):
+    """Outputs that are read twice, added to themselves, or read after they were added to something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.third, self.fourth = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(32, 16, 1)
+        self.pool, self.flatten, self.fc = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.first(x)
+        second = self.second(first) + first
+        third = torch.relu(self.third(second) + first)
+        fourth = self.fourth(torch.cat([third, first], 1))
+        return self.fc(self.flatten(self.pool(fourth + fourth) * self.pool(second)))
+
+
+def graph_of(model: nn.Module, size: int = 16) -> torch.fx.GraphModule:
+    graph = build(describe(model.eval(), (3, size, size)))
+    graph.load_state_dict(model.state_dict())
+    return graph.eval()
+
+
+@needs_kernels
+@pytest.mark.parametrize("exclude", [[], ["conv"], ["stem", "conv", "fc"]])
+@pytest.mark.parametrize("squeeze", [False, True], ids=["", "broadcast"])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.Hardswish(), nn.GELU(), nn.Sigmoid(),
+                                        nn.Identity()], ids=lambda layer: type(layer).__name__)
+def test_fused_kernels_compute_what_the_layers_define(activation: nn.Module, squeeze: bool, exclude: list[str]) -> None:
+    torch.manual_seed(2)
+    float_graph = graph_of(Residual(activation, squeeze=squeeze))
+    if len(exclude) == 3:
+        model = float_graph
+        fast: Any = Program(model)
+    else:
+        model, _ = quantize_graph(float_graph, exclude)
+        fast = model
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected, got = layer_by_layer(model)(images), fast(images)
+        exact = float_graph(images)
+    # A value on the edge between two levels may fall to either side: far below the quantization's own noise.
+    assert sqnr_db(expected, got) > 45
+    assert sqnr_db(exact, got) > 25 if not exclude else sqnr_db(exact, got) > 30
+
+
+@needs_kernels
+def test_tensors_that_are_read_later_are_not_overwritten() -> None:
+    torch.manual_seed(3)
+    model, _ = quantize_graph(graph_of(Twice()))
+    images = torch.randn(3, 3, 16, 16)
+    before = images.clone()
+    with torch.no_grad():
+        assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
+    assert torch.equal(images, before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("start_dim", [1, 2])
+def test_linear_layers_take_rows_and_planes(start_dim: int) -> None:
+    torch.manual_seed(4)
+    features = 8 * 16 * 16 if start_dim == 1 else 16 * 16
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(start_dim), nn.Linear(features, 6), nn.ReLU()]
+    model, _ = quantize_graph(graph_of(nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 8 ** (start_dim - 1), 5))))
+    images = torch.randn(2, 3, 16, 16)
+    assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
+
+
+@needs_kernels
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (-1.0, 1.0), (-1.0, 0.0), (-0.001, 1.0), (-1.0, 0.001), (0.0, 0.0),
+                                       (-3e4, 3e-4), (2.0, 2.0)])
+def test_integers_of_a_tensor_are_those_of_the_layers(low: float, high: float) -> None:
+    from model_loader import int8_layers
+    tensor = torch.empty(1, 8, 9, 9).uniform_(low, high) if low < high else torch.full((1, 8, 9, 9), low)
+    levels, scale, zero_point = Quantized(tensor).parts()
+    expected, expected_scale = int8_layers().quantize_activations(tensor)
+    assert levels.dtype == torch.uint8 and 0 <= zero_point <= 255
+    assert scale == pytest.approx(float(expected_scale), rel=1e-6)
+    off = (levels.float() - zero_point - expected).abs()
+    assert off.max() <= 1 and off.mean() < 0.01  # one apart only where a value lies on the edge between two levels
+    assert torch.allclose((levels.float() - zero_point) * scale, tensor, atol=0.51 * scale)
+
+
+@needs_kernels
+def test_images_of_a_batch_do_not_see_each_other() -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    images = torch.randn(5, 3, 16, 16) * torch.arange(1, 6).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        assert torch.equal(model(images), torch.cat([model(image[None]) for image in images]))
+
+
+@needs_kernels
+def test_not_a_number_comes_out_as_such() -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    images = torch.randn(1, 3, 16, 16)
+    images[0, 0, 0, 0] = float("nan")
+    assert bool(model(images).isnan().any()) and bool(layer_by_layer(model)(images).isnan().any())
+
+
+@needs_kernels
+def test_new_weights_are_used_and_copies_are_their_own() -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    other, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    images = torch.randn(1, 3, 16, 16)
+    before, theirs = model(images), other(images)
+    copied = copy.deepcopy(model)
+    assert isinstance(copied, int8_graph())
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied(images), theirs) and torch.equal(model(images), before)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(images), theirs) and not torch.equal(before, theirs)
+
+
+@needs_kernels
+def test_training_mode_and_other_types_take_the_layers_own_way() -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    images = torch.randn(1, 3, 16, 16)
+    assert not model(images).requires_grad
+    assert model.train()(images).requires_grad
+    model.eval().double()
+    assert model(images.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf",
+                                  "squeezenet1_1"])
+def test_torchvision_models(name: str) -> None:
+    """SiLU, hard activations, squeeze-and-excitation, concatenation: fused, and measured layer by layer."""
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None, num_classes=10)
+    with torch.no_grad():
+        for _ in range(5):  # so that batch norms keep activations in a range
+            model(torch.randn(8, 3, 64, 64))
+    model.eval()
+    images = torch.randn(1, 3, 64, 64)
+    quantized, coverage = quantize(model, images)
+    weighted = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert [row.layer for row in coverage] == weighted and all(row.dtype == "int8" for row in coverage)
+    assert sum(row.macs_share for row in coverage) == pytest.approx(1)
+    assert min(row.sqnr_db or 0.0 for row in coverage) > 12
+    assert all(row.before_ms and row.after_ms for row in coverage) or no_int8_kernels()
+    with torch.no_grad():
+        assert sqnr_db(model(images), quantized(images)) > 18
+    size = sum(tensor.numel() * tensor.element_size() for tensor in quantized.state_dict().values())
+    assert size < 0.3 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def test_models_outside_the_layer_table_are_quantized_where_their_layers_stand() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=10).eval()
+    images = torch.randn(2, 3, 64, 64)
+    quantized, coverage = quantize(model, images, exclude=["fc"])
+    assert len(coverage) == 57 and [row.layer for row in coverage if row.dtype == "float32"] == ["fc"]
+    with torch.no_grad():
+        assert sqnr_db(model(images), quantized(images)) > 20
+    assert all(not parameter.requires_grad or parameter.dtype == torch.float32 for parameter in quantized.parameters())
+    again, _ = quantize(model, images, exclude=["fc"])
+    again.load_state_dict(quantized.state_dict())
+
+
+def test_inputs_that_the_model_does_not_take_are_one_line() -> None:
+    with pytest.raises(UserError, match=r"does not take inputs of shape \[1, 1, 8, 8\]"):
+        quantize_dynamic(make("slim_resnet18", num_classes=3), torch.randn(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+def test_a_layers_arithmetic_is_in_its_architecture_and_source(activations: str) -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    for layer in (model.get_submodule("conv"), model.get_submodule("fc")):
+        layer.activations = activations  # type: ignore[assignment]
+    described = describe(model, (3, 16, 16))
+    rows = {layer.name: layer for layer in described.layers}
+    assert [rows[name].options()["activations"] for name in ("stem", "conv", "fc")] == ["int8", activations, activations]
+    loaded = load_verified(described, model.state_dict(), "here")
+    namespace: dict[str, Any] = {}
+    exec(compile(source(described, "weights.pth"), "model.py", "exec"), namespace)
+    written = namespace["GraphModule" if "GraphModule" in namespace else described.model_type]().eval()
+    written.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(written(images), layer_by_layer(loaded)(images), rtol=1e-5, atol=1e-6)
+        assert sqnr_db(written(images), loaded(images)) > 40
+
+
+CAPPED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from architectures import make
+from compress.quantization import quantize
+from model_loader import int8_arithmetic, layer_by_layer, no_int8_kernels
+torch.manual_seed(0)
+model = make("slim_resnet18", num_classes=4, width=8, stem="small").eval()
+images = torch.randn(2, 3, 32, 32)
+quantized, coverage = quantize(model, images)
+with torch.no_grad():
+    same = torch.equal(quantized(images), layer_by_layer(quantized)(images))
+print(no_int8_kernels(), "|", int8_arithmetic(quantized), "|", same)
+torch.save(quantized(images), sys.argv[2])
+"""
+
+
+@needs_kernels
+def test_kernels_that_saturate_are_not_used_and_the_results_stay(tmp_path: Path) -> None:
+    """The same oneDNN, capped to a CPU without VNNI, whose 16-bit sums saturate."""
+    said = []
+    for name, capped in (("free", {}), ("capped", {"ONEDNN_MAX_CPU_ISA": "AVX2"})):
+        done = subprocess.run([sys.executable, "-c", CAPPED, str(PROJECT), str(tmp_path / name)], check=True, text=True,
+                              capture_output=True, env=os.environ | capped)
+        said.append(done.stdout)
+    assert said[0].startswith(" | on oneDNN's int8 kernels")
+    assert "saturate" in said[1] and "in float32, with the same results to rounding" in said[1]
+    assert said[1].endswith("True\n")
+    free, capped_result = (torch.load(tmp_path / name, weights_only=True) for name in ("free", "capped"))
+    assert sqnr_db(free, capped_result) > 30
+
+
+def test_a_model_without_int8_layers_says_nothing_of_its_arithmetic() -> None:
+    assert int8_arithmetic(nn.Linear(2, 2)) is None
