@@ -1,17 +1,21 @@
-"""How a model does on a split: mean loss and right answers."""
+"""How a model does: mean loss and right answers on a split, and milliseconds beside others."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from loaders.arrays import Split
-from model_loader import Preprocessing, normalize
+from model_loader import Preprocessing, measure_latency, normalize
+
+ROUNDS, RUNS = 5, 26  # of a comparison in turns
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,12 @@ def assess(model: nn.Module, split: Split, preprocessing: Preprocessing, autocas
 def accuracy_of(model: nn.Module, split: Split, preprocessing: Preprocessing) -> float:
     """The share of a split that the model classifies rightly, in eval mode."""
     return assess(model, split, preprocessing).accuracy
+
+
+def times_in_turns(answers: Sequence[Callable[[Tensor], Tensor]], input_shape: tuple[int, int, int]) -> list[float]:
+    """Milliseconds of each model at batch 1 on one CPU thread, in turns, so that a slow moment of the machine hits all.
+
+    Of each turn the median; of a model's turns the median again.
+    """
+    taken = [[measure_latency(answer, input_shape, runs=RUNS).median_ms for answer in answers] for _ in range(ROUNDS)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]

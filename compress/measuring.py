@@ -18,8 +18,6 @@ from metadata.schemas import DatasetCard, LedgerRow
 from model_loader import (Runtime, Settings, answering, count_macs, count_parameters, measure_accuracy, measure_latency,
                           open_onnx, open_runtime, open_submission, read_submission, torch_threads)
 
-ROUNDS, RUNS = 5, 26  # of a comparison in turns
-
 
 @dataclass(frozen=True)
 class Served:
@@ -88,12 +86,3 @@ def evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> Ledge
                      latency_p5_ms=details["latency"]["p5_ms"], latency_p95_ms=details["latency"]["p95_ms"],
                      accuracy=results["accuracy"] / 100, correct=details["accuracy"]["correct"],
                      images=details["accuracy"]["total"], seconds=round(seconds, 2))
-
-
-def times_in_turns(models: list[Served], input_shape: tuple[int, int, int]) -> list[float]:
-    """Milliseconds of each model at batch 1, one after another so that a slow moment of the machine hits all."""
-    taken = [0.0] * len(models)
-    for _ in range(ROUNDS):
-        for index, model in enumerate(models):
-            taken[index] += measure_latency(model.answer, input_shape, runs=RUNS).median_ms / ROUNDS
-    return taken

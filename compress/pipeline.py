@@ -19,7 +19,8 @@ from rich.console import Console
 
 from compress import report
 from compress.config import DataConfig, RunConfig, settings_error
-from compress.measuring import evaluation_row, ledger_row, served, times_in_turns
+from compress.assessment import times_in_turns
+from compress.measuring import evaluation_row, ledger_row, served
 from compress.stage import (KINDS, Artifact, CompressingStage, Context, Evaluation, OnnxModel, Sketch, Stage, TorchModel,
                             signature, stage_class)
 from compress.trackers import Tracker
@@ -302,7 +303,7 @@ class _Run:
             return
         names = [title for title, _ in self.plan.stages]
         folders = [self.folder / names[names.index(name) - 1], self.folder / name]
-        pair = [served(artifact, folder, self.splits.card)
+        pair = [served(artifact, folder, self.splits.card).answer
                 for artifact, folder in zip(self.outputs[-2:], folders, strict=True)]
         earlier, now = times_in_turns(pair, self.splits.card.input_shape)
         if now > SLOWER * earlier:

@@ -1,0 +1,131 @@
+"""Stage `quantize_static`: int8 with fixed ranges, for ONNX Runtime and OpenVINO; of many candidates the best measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from pydantic import Field
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from architectures.describe import carry_over
+from compress.coverage import Coverage, show
+from compress.layer_times import layer_times
+from compress.portability import Backend
+from compress.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
+from compress.static_quantization import Calibration, coverage, layers_of
+from compress.static_search import Found, Search, Wanted
+from model_loader import UserError, VerificationError, normalize, write_atomically
+
+EXAMPLES = 16  # calibration images on which the layers' outputs are compared
+
+
+class QuantizeStatic(CompressingStage):
+    """Static int8: ways to calibrate are tried, the best is chosen by measured accuracy and latency."""
+
+    history = "static_quantization"
+
+    max_drop: float = Field(0.003, ge=0, lt=1, description="of validation accuracy against the float model, a fraction")
+    backend: Literal["auto", "onnxruntime", "openvino"] = Field(
+        "auto", description="the runtime that it is chosen for and served on; auto: the faster of those installed")
+    portable: bool = Field(True, description="accept only what keeps its accuracy on CPUs without VNNI, too")
+    calibration_images: int = Field(512, ge=1, description="training images that ranges are taken from")
+    validation_images: int = Field(5000, ge=1, description="validation images that candidates are compared on, at most")
+    budget_seconds: float = Field(900, gt=0, description="for the search; what was begun is ended")
+    exclude: list[str] = Field([], description="layers that stay float, by the name of their ONNX node")
+
+    def check(self, sketch: Sketch) -> None:
+        if self.backend == "openvino" and not importlib.util.find_spec("openvino"):
+            raise UserError("quantize_static.backend openvino: the package is not installed; pip install openvino")
+        sketch.lines.append(f"candidates on {' and '.join(self._backends())}, at most {self.max_drop:.2%} of accuracy lost")
+
+    def _backends(self) -> list[Backend]:
+        if self.backend != "auto":
+            return [self.backend]
+        return ["onnxruntime", "openvino"] if importlib.util.find_spec("openvino") else ["onnxruntime"]
+
+    def run(self, model: OnnxModel, context: Context) -> OnnxModel:
+        if model.card.scheme != "none":
+            raise UserError("quantize_static: the model is int8 already; it needs the float one of stage export")
+        card, say = context.splits.card, context.tracker.say
+        order = torch.randperm(len(context.splits.train), generator=torch.Generator().manual_seed(context.seed))
+        ids = order[:self.calibration_images].sort().values
+        images = normalize(context.splits.train.images.batch(ids).cpu(), card.preprocessing).numpy()
+        calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
+        wanted = Wanted(self.max_drop, self.portable, self.budget_seconds, tuple(self.exclude))
+        with tempfile.TemporaryDirectory() as folder:
+            found = Search(calibration, context.splits.validation, self.validation_images, card.preprocessing,
+                           self._backends(), wanted, Path(folder), say).run()
+        rows = self._coverage(calibration, found)
+        self._note(context, found, rows)
+        result = OnnxModel(found.best.content, carry_over(
+            model.architecture, model.architecture,
+            compression_steps=[*model.architecture.compression_steps, self.history]), OnnxCard(
+                scheme="static_int8", layers={row.layer: f"{row.dtype}: {row.reason}" for row in rows},
+                backend=found.backend, portability=found.best.portability))
+        if not found.reached:
+            write_atomically(context.folder / "best_candidate.onnx", found.best.content)
+            raise VerificationError(
+                f"quantize_static: no candidate is as asked; the best one, {found.best.name}, has "
+                f"{found.best.correct}/{found.images} against the float model's {found.float_correct}, and "
+                f"{found.best.portability['verdict'] if found.best.portability else 'was not looked at further'}; it is in "
+                f"{context.folder / 'best_candidate.onnx'}. Raise quantize_static.max_drop or budget_seconds, or set "
+                "portable=false")
+        return result
+
+    def _coverage(self, calibration: Calibration, found: Found) -> list[Coverage]:
+        """Layer by layer, on the runtime that was chosen."""
+        image, threads = calibration.images[:1], 1
+        before = layer_times(calibration.model, found.backend, image, threads)
+        after = layer_times(found.best.quantized.model, found.backend, image, threads)
+        names = [node.name for node in layers_of(calibration.model)]
+        ends = (names[0], names[-1]) if found.best.settings.float_ends else ()
+        why = dict.fromkeys(ends, "first or last layer, float in this candidate") | dict.fromkeys(
+            found.best.kept_float, "returned to float for its effect on the logits")
+        return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
+                        {name: (before.get(name), after.get(name)) for name in before.keys() | after.keys()})
+
+    def _note(self, context: Context, found: Found, rows: list[Coverage]) -> None:
+        """The tables, on screen and for stage.json."""
+        console, say = context.tracker.console, context.tracker.say
+        _show_candidates(found, console)
+        show(rows, console)
+        int8 = sum(row.dtype == "int8" for row in rows)
+        say(f"  chosen: {found.best.name}, on {found.backend}; {int8} of {len(rows)} layers are int8, "
+            f"{found.best.correct}/{found.images} against {found.float_correct} in float, "
+            f"{found.best.latency_ms:.3f} ms against {found.float_ms:.3f}")
+        if found.best.portability:
+            say(f"  without VNNI: {found.best.portability['verdict']}")
+        if found.not_tried:
+            context.warn(f"quantize_static: no time was left for {len(found.not_tried)} candidates "
+                         f"({'; '.join(found.not_tried)}); raise budget_seconds")
+        context.note("candidates", [candidate.row(found.images) | {"chosen": candidate is found.best}
+                                    for candidate in found.candidates])
+        context.note("not_tried", found.not_tried)
+        context.note("operators", found.times)
+        context.note("float", {"correct": found.float_correct, "images": found.images, "latency_ms": found.float_ms})
+        context.note("sensitivity", found.sensitivity)
+        context.note("coverage", [dataclasses.asdict(row) for row in rows])
+
+
+def _show_candidates(found: Found, console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("candidate", overflow="fold")
+    for name in ("right", "ms", "kB"):
+        table.add_column(name, justify="right")
+    table.add_column("without VNNI")
+    verdicts: dict[Any, str] = {None: "", True: "holds", False: "not shown to hold"}
+    table.add_row("float", str(found.float_correct), f"{found.float_ms:.3f}", "", "")
+    for candidate in found.candidates:
+        holds = None if candidate.portability is None else candidate.portability["holds"]
+        table.add_row(candidate.name, str(candidate.correct), f"{candidate.latency_ms:.3f}" if candidate.latency_ms else "",
+                      f"{len(candidate.content) / 1000:.0f}", verdicts[holds],
+                      style="bold" if candidate is found.best else "")
+    console.print(table)

@@ -1,0 +1,304 @@
+"""The search for a static int8 form of a network: candidates are built, and chosen by what was measured of them.
+
+First the operators that get integers and the runtime are chosen by time, for neither changes the accuracy by much. Then
+ways to calibrate and to correct are tried one after another. If none keeps the accuracy, layers return to float, those
+first whose rounding alone disturbs the logits most. Whatever happens, the best candidate is there at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import Tensor
+
+from compress.assessment import times_in_turns
+from compress.calibration import RANGES, session
+from compress.portability import Backend, verify_portability
+from compress.static_quantization import OPERATORS, Calibration, Operators, Quantized, Settings, build, layers_of
+from loaders.arrays import Split
+from model_loader import Preprocessing, UserError, answering, measure_accuracy, normalize, open_onnx, write_atomically
+
+BATCH = 64
+SENSITIVITY_IMAGES = 64
+PORTABILITY_IMAGES, PORTABILITY_BYTES = 2048, 2**29  # at most, of the validation images
+AS_FAST = 1.03  # times the fastest: nobody can tell them apart on a shared machine
+
+
+@dataclass
+class Candidate:
+    """An int8 file, and what was measured of it.
+
+    Args:
+        settings: how it was made.
+        kept_float: layers that returned to float for accuracy's sake.
+        quantized: the network.
+        correct: right answers on the validation images.
+        latency_ms: at batch 1 on one thread, in turns with the others; None until it was measured.
+        portability: see compress/portability.py; None where it was not looked at.
+    """
+
+    settings: Settings
+    kept_float: tuple[str, ...]
+    quantized: Quantized
+    correct: int
+    latency_ms: float | None = None
+    portability: dict[str, Any] | None = None
+
+    @cached_property
+    def content(self) -> bytes:
+        """The file."""
+        return bytes(self.quantized.model.SerializeToString())
+
+    @property
+    def name(self) -> str:
+        count = len(self.kept_float)
+        return str(self.settings) + (f", {count} layer{'s' * (count > 1)} float again" if count else "")
+
+    def row(self, images: int) -> dict[str, Any]:
+        """For the record."""
+        return {"name": self.name, **asdict(self.settings), "kept_float": list(self.kept_float),
+                "size_bytes": len(self.content), "correct": self.correct, "images": images,
+                "accuracy": self.correct / images, "latency_ms": self.latency_ms,
+                "portable": None if self.portability is None else self.portability["holds"]}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked for.
+
+    Args:
+        max_drop: of validation accuracy against the float network, a fraction.
+        portable: the accuracy must also hold on CPUs without VNNI.
+        budget_seconds: for the search; what was begun is ended.
+        exclude: layers that stay float.
+    """
+
+    max_drop: float
+    portable: bool
+    budget_seconds: float
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass
+class Found:
+    """The outcome of a search.
+
+    Args:
+        best: the candidate to take.
+        reached: whether it has the accuracy, and the portability, that was asked for.
+        candidates: all, in the order in which they were tried.
+        not_tried: names of settings for which there was no time.
+        float_correct, images: the float network's right answers on the validation images.
+        float_ms: its latency on the chosen runtime.
+        times: of operators and runtimes, from which the search chose first.
+        sensitivity: of each layer, where it was measured: mean squared error of the logits, relative to the float ones',
+            when that layer alone is int8.
+    """
+
+    best: Candidate
+    reached: bool
+    candidates: list[Candidate]
+    not_tried: list[str]
+    float_correct: int
+    images: int
+    float_ms: float
+    backend: Backend
+    times: list[dict[str, Any]]
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+class Search:
+    """One network's search.
+
+    Args:
+        calibration: the float network, with held-in images.
+        split: held-out images to choose by.
+        images: so many of them.
+        preprocessing: of both.
+        backends: runtimes to choose from.
+        wanted: the goal.
+        folder: for files while they are measured.
+        say: shows a line to the user.
+    """
+
+    def __init__(self, calibration: Calibration, split: Split, images: int, preprocessing: Preprocessing,
+                 backends: Sequence[Backend], wanted: Wanted, folder: Path, say: Callable[[str], None]) -> None:
+        names = [node.name for node in layers_of(calibration.model)]
+        unknown = next((name for name in wanted.exclude if name not in names), None)
+        if unknown is not None:
+            raise UserError(f"quantize_static.exclude: {unknown!r} is no Conv2d or Linear layer of the model "
+                            f"({', '.join(names)})")
+        self.calibration, self.split, self.preprocessing, self.wanted = calibration, split, preprocessing, wanted
+        self.images, self.folder, self.say, self.names = min(images, len(split)), folder, say, names
+        channels, height, width = calibration.images.shape[1:]
+        self.input_shape = channels, height, width
+        self.deadline = time.monotonic() + wanted.budget_seconds
+        self.candidates: list[Candidate] = []
+        self.not_tried: list[str] = []
+        self.backends, self.backend = list(backends), backends[0]
+
+    def run(self) -> Found:
+        """Searches; see the module."""
+        operators, times = self._choose_operators()
+        self.float_correct = self._measure(self.calibration.model.SerializeToString())
+        self.target = self.float_correct / self.images - self.wanted.max_drop
+        first = Settings(operators)
+        self._try(first)
+        best = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
+        for settings in (replace(best, reduced=True), replace(best, correct=False), replace(best, equalise=True),
+                         replace(best, float_ends=True), replace(best, activations="int8"),
+                         replace(best, images=max(1, len(self.calibration.images) // 8))):
+            self._try(settings)
+        self._time()
+        sensitivity: dict[str, float] = {}
+        chosen = self._acceptable()
+        if chosen is None and time.monotonic() < self.deadline:
+            sensitivity = self._return_layers()
+            self._time()
+            chosen = self._acceptable()
+        return Found(chosen or self._closest(), chosen is not None, self.candidates, self.not_tried, self.float_correct,
+                     self.images, self.float_ms, self.backend, times, sensitivity)
+
+    # ------------------------------------------------------------------------------------------------ candidates
+
+    def _choose_operators(self) -> tuple[Operators, list[dict[str, Any]]]:
+        """The operators and the runtime of the fastest network; of those that are as fast the first."""
+        sides: list[tuple[Operators | None, Backend]] = [
+            (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
+        files = {operators: build(self.calibration, Settings(operators), self.wanted.exclude).model.SerializeToString()
+                 for operators in OPERATORS}
+        floats = self.calibration.model.SerializeToString()
+        answers = [self._open(files[operators] if operators else floats, backend) for operators, backend in sides]
+        taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
+        int8 = {(operators, backend): ms for (operators, backend), ms in taken.items() if operators}
+        (chosen, self.backend), ms = next(item for item in int8.items() if item[1] <= AS_FAST * min(int8.values()))
+        self.say(f"  {self.backend}, integers for operators {chosen!r}: {ms:.3f} ms; float "
+                 f"{taken[None, self.backend]:.3f} ms")
+        return chosen, [{"operators": operators or "float", "backend": backend, "latency_ms": ms}
+                        for (operators, backend), ms in taken.items()]
+
+    def _try(self, settings: Settings, kept_float: tuple[str, ...] = ()) -> Candidate | None:
+        """A candidate, measured; None when there is no time left for it."""
+        for known in self.candidates:
+            if (known.settings, known.kept_float) == (settings, kept_float):
+                return known
+        if self.candidates and time.monotonic() > self.deadline:
+            self.not_tried.append(str(settings))
+            return None
+        stay = {*kept_float, *self.wanted.exclude}
+        if len(stay | ({self.names[0], self.names[-1]} if settings.float_ends else set())) == len(self.names):
+            return None  # nothing would be int8
+        quantized = build(self.calibration, settings, stay)
+        correct = self._measure(quantized.model.SerializeToString())
+        candidate = Candidate(settings, kept_float, quantized, correct)
+        self.candidates.append(candidate)
+        self.say(f"  {candidate.name}: {correct}/{self.images} ({correct / self.images:.2%})")
+        return candidate
+
+    def _best_of(self, tried: list[Settings]) -> Settings:
+        """The most accurate of them; of equals the first."""
+        candidates = [candidate for settings in tried if (candidate := self._try(settings))]
+        return max(candidates, key=lambda candidate: candidate.correct).settings
+
+    def _return_layers(self) -> dict[str, float]:
+        """Candidates with ever more layers in float, and the sensitivities by which they were chosen."""
+        portable = [candidate for candidate in self.candidates if not self.wanted.portable or self._holds(candidate)]
+        settings = max(portable or self.candidates, key=lambda candidate: candidate.correct).settings
+        sensitivity = self._sensitivity(settings)
+        order = sorted(sensitivity, key=sensitivity.__getitem__, reverse=True)
+        low, high = 0, 1
+        while (candidate := self._try(settings, tuple(order[:high]))) and not self._meets(candidate):
+            low, high = high, min(2 * high, len(order) - 1)  # one at least is int8
+            if low == high:
+                return sensitivity
+        while candidate and high - low > 1:  # more than low layers are needed, high are enough
+            middle = (low + high) // 2
+            candidate = self._try(settings, tuple(order[:middle]))
+            if candidate:
+                low, high = (low, middle) if self._meets(candidate) else (middle, high)
+        return sensitivity
+
+    def _sensitivity(self, settings: Settings) -> dict[str, float]:
+        """How much each layer alone disturbs the logits when it becomes int8."""
+        images = self.calibration.images[:SENSITIVITY_IMAGES]
+        network = self.calibration.network(settings.equalise)
+        expected = self._logits(network, images)
+        scale = float(np.square(expected - expected.mean(axis=1, keepdims=True)).mean())
+        found = {}
+        for name in self.names:
+            if name not in self.wanted.exclude:
+                got = self._logits(build(self.calibration, replace(settings, float_ends=False), only=[name]).model, images)
+                found[name] = float(np.square(got - expected).mean()) / max(scale, 1e-30)
+        return found
+
+    # ------------------------------------------------------------------------------------------------- measuring
+
+    def _open(self, content: bytes, backend: str) -> Callable[[Tensor], Tensor]:
+        path = self.folder / "candidate.onnx"
+        write_atomically(path, content)
+        answer = answering(open_onnx(path, self.input_shape, self.preprocessing, backend))
+        path.unlink()
+        return answer
+
+    def _measure(self, content: bytes) -> int:
+        """Right answers on the validation images."""
+        batches = islice(self.split.batches(BATCH), -(-self.images // BATCH))
+        limited = ((images[:self.images - index * BATCH], labels[:self.images - index * BATCH])
+                   for index, (images, labels) in enumerate(batches))
+        result = measure_accuracy(self._open(content, self.backend), limited, self.preprocessing, self.images)
+        return result.correct
+
+    def _logits(self, model: onnx.ModelProto, images: Any) -> Any:
+        return session(model, self.calibration.threads).run(None, {model.graph.input[0].name: images})[0]
+
+    def _time(self) -> None:
+        """The latency of all candidates that have none yet, in turns with each other."""
+        waiting = [candidate for candidate in self.candidates if candidate.latency_ms is None]
+        files = [self.calibration.model.SerializeToString(), *(candidate.content for candidate in waiting)]
+        answers = [self._open(content, self.backend) for content in files]
+        self.float_ms, *taken = times_in_turns(answers, self.input_shape)
+        for candidate, ms in zip(waiting, taken, strict=True):
+            candidate.latency_ms = ms
+
+    # --------------------------------------------------------------------------------------------------- choosing
+
+    def _meets(self, candidate: Candidate) -> bool:
+        return candidate.correct / self.images >= self.target
+
+    def _holds(self, candidate: Candidate) -> bool:
+        """Whether its accuracy holds on CPUs without VNNI, too."""
+        if candidate.portability is None:
+            count = min(self.images, PORTABILITY_IMAGES, max(1, PORTABILITY_BYTES // self.calibration.images[0].nbytes))
+            images, labels = next(self.split.batches(count))
+            candidate.portability = verify_portability(
+                candidate.content, normalize(images.cpu(), self.preprocessing), labels.cpu(), self.wanted.max_drop,
+                self.backend, self.calibration.threads)
+        return bool(candidate.portability["holds"])
+
+    def _acceptable(self) -> Candidate | None:
+        """The best of those that are as asked: the most accurate of the fastest."""
+        left = [candidate for candidate in self.candidates if self._meets(candidate)]
+        while left:
+            fastest = min(candidate.latency_ms or 0.0 for candidate in left)
+            as_fast = [candidate for candidate in left if (candidate.latency_ms or 0.0) <= AS_FAST * fastest]
+            best = max(as_fast, key=lambda candidate: (candidate.correct, -len(candidate.content)))
+            if self._holds(best) or not self.wanted.portable:
+                return best
+            left.remove(best)
+        return None
+
+    def _closest(self) -> Candidate:
+        """Where none is as asked: the most accurate, of those that hold everywhere if that was asked and there are any."""
+        holding = [candidate for candidate in self.candidates if self.wanted.portable and self._holds(candidate)]
+        best = max(holding or self.candidates, key=lambda candidate: candidate.correct)
+        self._holds(best)
+        return best
+

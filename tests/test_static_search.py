@@ -1,0 +1,169 @@
+"""The search for static int8: what it tries, what it takes, and what it says when nothing is good enough; and the stage."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from architectures import make
+from architectures.describe import describe
+from compress.calibration import RANGES
+from compress.export import export
+from compress.static_quantization import Calibration, layers_of
+from compress.static_search import AS_FAST, Search, Wanted
+from loaders.arrays import ArrayImages, Split
+from model_loader import Preprocessing, UserError, build, normalize, read_onnx
+from tests.conftest import SMALL, Compress, assert_one_line_error
+
+PLAIN = Preprocessing(resize=None, crop=None, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+ASKED = Wanted(max_drop=0.2, portable=False, budget_seconds=600)
+SlowSearch = Callable[..., Search]
+
+
+@pytest.fixture(scope="module")
+def searching(tmp_path_factory: pytest.TempPathFactory) -> SlowSearch:
+    """Searches on an untrained network whose own float answers are the labels, on the images of which it is least sure."""
+    torch.manual_seed(0)
+    model = make("slim_resnet18", num_classes=10, width=8, stem="small")
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (2048, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(normalize(pixels[:64], PLAIN))
+        graph = build(describe(model.eval(), (3, 16, 16)))
+        graph.load_state_dict(model.state_dict())
+        logits = graph.eval()(normalize(pixels, PLAIN))
+    file, _ = export(graph, describe(graph, (3, 16, 16)))
+    calibration = Calibration(file, normalize(pixels[:64], PLAIN).numpy())
+    first, second = logits.topk(2).values.unbind(1)
+    unsure = (first - second).argsort()[:256]
+    split = Split(ArrayImages(pixels[unsure]), logits[unsure].argmax(1))
+
+    def search(wanted: Wanted, images: int = 256, backends: tuple[str, ...] = ("onnxruntime",)) -> Search:
+        folder = tmp_path_factory.mktemp("search")
+        return Search(calibration, split, images, PLAIN, backends, wanted, folder, lambda text: None)  # type: ignore[arg-type]
+
+    return search
+
+
+def test_the_fastest_of_those_that_keep_the_accuracy(searching: SlowSearch) -> None:
+    found = searching(ASKED, backends=("onnxruntime", "openvino")).run()
+    assert found.reached and found.float_correct == found.images == 256 and not found.not_tried
+    assert {candidate.settings.method for candidate in found.candidates} == set(RANGES)
+    assert len(found.candidates) == 10 and found.best in found.candidates
+    assert {(row["operators"], row["backend"]) for row in found.times} == {
+        (name, backend) for name in ("float", "weighted", "sums", "all") for backend in ("onnxruntime", "openvino")}
+    good = [candidate for candidate in found.candidates if candidate.correct >= 0.8 * 256]
+    fastest = min(candidate.latency_ms or 0 for candidate in good)
+    assert (found.best.latency_ms or 0) <= AS_FAST * fastest
+    assert all(candidate.correct <= found.best.correct for candidate in good
+               if (candidate.latency_ms or 0) <= AS_FAST * fastest)
+    assert found.best.row(256)["accuracy"] == found.best.correct / 256 and found.float_ms > 0
+
+
+def test_layers_return_to_float_until_the_accuracy_is_there(searching: SlowSearch, tmp_path: Path) -> None:
+    search = searching(replace(ASKED, max_drop=0.01))
+    found = search.run()
+    names = [node.name for node in layers_of(search.calibration.model)]
+    assert found.reached and found.best.correct >= 0.99 * 256 and 0 < len(found.best.kept_float) < len(names)
+    assert set(found.sensitivity) == set(names) and min(found.sensitivity.values()) > 0
+    order = sorted(names, key=found.sensitivity.__getitem__, reverse=True)
+    assert list(found.best.kept_float) == order[:len(found.best.kept_float)]
+    (tmp_path / "model.onnx").write_bytes(found.best.content)
+    floats = {name for name, int8 in read_onnx(tmp_path / "model.onnx", (3, 16, 16)).layers.items() if not int8}
+    assert floats >= set(found.best.kept_float)
+    fewer = [candidate for candidate in found.candidates
+             if candidate.kept_float and len(candidate.kept_float) < len(found.best.kept_float)]
+    assert fewer and all(candidate.correct < 0.99 * 256 for candidate in fewer if candidate.settings == found.best.settings)
+
+
+def test_when_time_is_out_the_best_so_far_is_there_and_the_rest_is_named(searching: SlowSearch) -> None:
+    found = searching(replace(ASKED, max_drop=0.0, budget_seconds=1e-3)).run()
+    assert not found.reached and len(found.candidates) == 1 and found.best is found.candidates[0]
+    assert len(found.not_tried) == 9 and "U8S8, entropy" in " ".join(found.not_tried) and found.sensitivity == {}
+    assert found.best.content and found.best.latency_ms
+
+
+def test_a_candidate_must_hold_without_vnni_if_that_is_asked(searching: SlowSearch) -> None:
+    found = searching(replace(ASKED, max_drop=0.25, portable=True)).run()
+    assert found.reached and found.best.portability is not None and found.best.portability["holds"]
+    assert all(candidate.portability is None or "verdict" in candidate.portability for candidate in found.candidates)
+
+
+def test_excluded_layers(searching: SlowSearch) -> None:
+    found = searching(replace(ASKED, max_drop=1.0, exclude=("conv1",))).run()
+    assert "conv1" not in found.best.quantized.outputs or found.best.settings
+    with pytest.raises(UserError, match=r"quantize_static\.exclude: 'conv9' is no Conv2d or Linear layer"):
+        searching(replace(ASKED, exclude=("conv9",)))
+
+
+# -------------------------------------------------------------------------------------------------------- the stage
+
+QUICK = [*(text for text in SMALL if not text.startswith("distill.control")), "quantize_static.max_drop=0.05"]
+
+
+@pytest.fixture(scope="module")
+def static_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.conftest import run_compress
+    runs = tmp_path_factory.mktemp("static")
+    done = run_compress("run", "slim_resnet18_digits_static", f"run_dir={runs}", "name=mine", *QUICK)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = " ".join(done.stdout.split())
+    for part in ("candidate right ms kB without VNNI", "SQNR dB", "chosen: ", "without VNNI: ", "evaluate (test)"):
+        assert part in text, text
+    return runs / "mine"
+
+
+def test_a_static_run_packages_what_was_measured(static_run: Path) -> None:
+    record = json.loads((static_run / "06-quantize_static" / "stage.json").read_text())
+    rows, candidates = record["notes"]["coverage"], record["notes"]["candidates"]
+    assert len(candidates) >= 10 and sum(row["chosen"] for row in candidates) == 1
+    assert all(row["sqnr_db"] > 10 and row["dtype"] in ("int8", "float32") for row in rows)
+    metadata = json.loads((static_run / "submission" / "model_metadata.json").read_text())
+    assert metadata["quantization"]["scheme"] == "static_int8" and metadata["model_format"] == "onnx"
+    assert metadata["quantization"]["layers"] == {row["layer"]: f"{row['dtype']}: {row['reason']}" for row in rows}
+    assert metadata["portability"]["verdict"].startswith("holds") and metadata["runtime"] in ("onnxruntime", "openvino")
+    assert metadata["compression_steps"][-2:] == ["onnx_export", "static_quantization"]
+    card = (static_run / "submission" / "README.md").read_text()
+    assert f"| runtime | {metadata['runtime']} |" in card and "on CPUs without VNNI | holds" in card
+    with (static_run / "ledger.csv").open() as file:
+        ledger = {row["stage"]: row for row in csv.DictReader(file)}
+    assert int(ledger["quantize_static"]["size_bytes"]) < 0.45 * int(ledger["export"]["size_bytes"])
+    results = json.loads((static_run / "results.json").read_text())
+    assert results["details"]["backend"] == metadata["runtime"]
+    evaluated = json.loads((static_run / "08-evaluate" / "stage.json").read_text())
+    assert evaluated["notes"]["in_memory"]["correct"] == results["details"]["accuracy"]["correct"]
+
+
+def test_a_static_run_that_is_finished_is_not_searched_again(static_run: Path, compress: Compress) -> None:
+    done = compress("run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", *QUICK)
+    assert done.returncode == 0 and "quantize_static: finished before, skipped" in done.stdout
+
+
+def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(static_run: Path, compress: Compress) -> None:
+    again = ["run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
+             *QUICK[:-1]]
+    done = compress(*again, "quantize_static.max_drop=0", "quantize_static.budget_seconds=0.001",
+                    "quantize_static.calibration_images=1")
+    folder = static_run / "06-quantize_static"
+    if done.returncode == 0:  # one image was enough for the first candidate: nothing to see here
+        pytest.skip("the first candidate has the float network's accuracy")
+    assert_one_line_error(done, "no candidate is as asked; the best one, U8S8", "best_candidate.onnx", "max_drop", code=1)
+    assert (folder / "best_candidate.onnx").is_file() and not (folder / "stage.json").exists()
+
+
+@pytest.mark.parametrize(("change", "parts"), [
+    ("quantize_static.exclude=[conv9]", ("quantize_static.exclude: 'conv9' is no Conv2d or Linear layer",)),
+    ("quantize_static.max_drop=2", ("max_drop", "less than 1")),
+    ("quantize_static.bachend=openvino", ("bachend", "backend")),
+    ("quantize_static.backend=tensorrt", ("backend", "onnxruntime"))])
+def test_mistakes_in_the_stages_settings(static_run: Path, compress: Compress, change: str, parts: tuple[str, ...]) -> None:
+    done = compress("run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
+                    *QUICK, change)
+    assert_one_line_error(done, *parts)
