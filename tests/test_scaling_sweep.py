@@ -13,7 +13,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -316,43 +317,71 @@ def kill_machine(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
-@pytest.mark.slow
-def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> None:
+@contextmanager
+def ray_machines(*options: str) -> Iterator[tuple[str, Callable[[], subprocess.Popen[bytes]]]]:
+    """A Ray cluster of one machine with these options: its address, and a function that adds a machine like it."""
     pytest.importorskip("ray")
     ray = Path(sys.executable).with_name("ray")
-    base = tmp_path / "out"
-    sizes = {"kind": "data", "dataset_sizes": [300, 400, 500, 600], "width": 4, "depth": 1}
-    path = write_plan(tmp_path / "plan.yaml", sizes, num_epochs=100, test_freq=20, base_dir=str(base))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = free.getsockname()[1]
+    address, machines = f"127.0.0.1:{port}", []
 
-    def machine(*arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([ray, "start", "--num-cpus", "1", "--block", "--disable-usage-stats", *arguments],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start_machine(*arguments: str) -> subprocess.Popen[bytes]:
+        machines.append(subprocess.Popen([ray, "start", "--block", "--disable-usage-stats", *options, *arguments],
+                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return machines[-1]
 
     # Ray's sockets have long names, and the system takes short ones only.
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        machines = [machine("--head", "--port", address.rpartition(":")[2], "--include-dashboard", "false", "--temp-dir",
-                            folder)]
         try:
+            start_machine("--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder)
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                     break
                 time.sleep(0.5)
-            machines.append(machine("--address", address))
-            with start("sweep", path, "--ray", address) as process:
-                wait_for(process, lambda: len(list(base.glob("results/checkpoints/*/*.pth"))) >= 2)  # one on each machine
-                kill_machine(machines.pop())
-                out, err = process.communicate(timeout=400)
+            yield address, lambda: start_machine("--address", address)
         finally:
-            for other in machines:
-                kill_machine(other)
+            for machine in machines:
+                kill_machine(machine)
+
+
+@pytest.mark.slow
+def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> None:
+    base = tmp_path / "out"
+    sizes = {"kind": "data", "dataset_sizes": [300, 400, 500, 600], "width": 4, "depth": 1}
+    path = write_plan(tmp_path / "plan.yaml", sizes, num_epochs=100, test_freq=20, base_dir=str(base))
+    with ray_machines("--num-cpus", "1") as (address, add_machine):
+        second = add_machine()
+        with start("sweep", path, "--ray", address) as process:
+            wait_for(process, lambda: len(list(base.glob("results/checkpoints/*/*.pth"))) >= 2)  # one on each machine
+            kill_machine(second)
+            out, err = process.communicate(timeout=400)
     assert process.returncode == 0, out + err
     rows = read_csv(base / "results" / "final_data.csv")
     assert sorted(row["D"] for row in rows) == ["300", "400", "500", "600"]
     assert {row["status"] for row in rows} == {"done"}
+
+
+RAY_GPU = """
+import sys
+import ray
+from compress.studies import sweep
+def gpus(task, report):
+    return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+for on_gpu in (None, False):
+    sweep.run_ray(gpus, ["task"], sys.argv[1], lambda outcome: print(on_gpu, outcome.result, outcome.failure), on_gpu)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "taken"), [("1", "['0']"), ("0", "[]")])
+def test_ray_tasks_take_a_gpu_each_where_the_cluster_has_any(count: str, taken: str) -> None:
+    with ray_machines("--num-cpus", "2", "--num-gpus", count) as (address, _):  # Ray believes what it is told
+        done = subprocess.run([sys.executable, "-c", RAY_GPU, address], cwd=PROJECT, capture_output=True, text=True,
+                              check=True, timeout=300)
+    assert done.stdout.splitlines() == [f"None {taken} ", "False [] "]
 
 
 RAY_LOCAL = """

@@ -179,7 +179,7 @@ def _reason(error: BaseException) -> str:
 
 
 def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_outcome: OnOutcome[Task, Result],
-            on_gpu: bool = False) -> None:
+            on_gpu: bool | None = False) -> None:
     """Works on all tasks on a Ray cluster, a core (or a GPU) each; those of a machine that is lost go to others.
 
     The project must be at the same path on all machines, and folders named in tasks must be shared by them.
@@ -190,7 +190,7 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
         address: HOST:PORT of the cluster, "auto" for one that this machine is in, or "local" for one that starts on this
             machine and ends with this process.
         on_outcome: is called here as tasks end.
-        on_gpu: a task takes a whole GPU.
+        on_gpu: a task takes a whole GPU; None: if the cluster has any.
 
     Raises:
         UserError: Ray is not installed, or there is no cluster.
@@ -210,6 +210,8 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
         raise UserError(f"--ray {address}: no Ray cluster there ({first_line(error)}); expected HOST:PORT of one that "
                         "`ray start --head` started, auto or local") from error
     try:
+        if on_gpu is None:  # else tasks on a machine with a GPU would all crowd on it
+            on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
         remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=5)(_work_on_ray)
         pending = {remote.remote(work, task): task for task in tasks}
         while pending:

@@ -132,7 +132,8 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
         with _Board(study, left, console).shown() as board:
             if ray is not None:
                 waiting = [replace(task, patience_seconds=PATIENCE_SECONDS) for task in tasks]
-                sweep.run_ray(work, waiting, ray, board.outcome, on_gpu=plan.device == "cuda")
+                on_gpu = None if plan.device == "auto" else plan.device == "cuda"
+                sweep.run_ray(work, waiting, ray, board.outcome, on_gpu)
             else:
                 sweep.run_local(work, tasks, workers, board.outcome, board.progress)
     rows = study.results.rows()
