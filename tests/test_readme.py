@@ -47,8 +47,8 @@ def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, requ
               "OTHER_SUBMISSION": str(small_run / "submission")}
     words = [re.sub(r"\b(" + "|".join(filled) + r")\b", lambda match: filled[match[0]], word) for word in words]
     assert words[0] == "python", command
-    if "slim_resnet18_digits" in words and "run" in words:
-        words += [f"run_dir={tmp_path}", *SMALL]
+    if "run" in words and any(word.startswith("slim_resnet18_digits") for word in words):
+        words += [f"run_dir={tmp_path}", *SMALL, *(["quantize_static.max_drop=0.05"] if "static" in command else [])]
     elif "train" in words or "mnist_challenge" in words:
         if "MNIST" in words:
             words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
