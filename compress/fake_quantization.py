@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from compress.quantization import norm_behind
 from model_loader import UserError, int8_layers
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
 AVERAGING = 0.01  # share of a batch's range in the moving average, as in torch.ao's MovingAverageMinMaxObserver
 SMALLEST_SCALE = 1e-12  # as in compress.quantization: a tensor or channel of zeros
-SMALLEST_FACTOR = 1e-6  # of a channel that its batch norm has all but switched off
 # Their output lies on the grid of their input (dropout's does once it is trained), so it is not quantized again.
 STAY_ON_GRID = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.Dropout)
 
@@ -77,8 +77,9 @@ class FakeQuantizedLayer(nn.Module):
     remembered as a batch norm does: training is as stable as with the batch norm itself, while the rounding does not
     jitter with each batch's variance. From then on the remembered statistics are used, as after the training, so that
     the rest of the weights learn what the folded network will compute. Of the forms in Krishnamoorthi 2018, section
-    3.2.2 (correction, then freezing), it is the one that needs one convolution instead of two; and it never divides by
-    gamma, so that channels that are switched off do no harm.
+    3.2.2 (correction, then freezing), it is the one that needs one convolution instead of two. A channel whose weights are
+    all rounded to 0, because gamma is or because the others' are much larger, shows nothing of its statistics: it computes
+    with the remembered ones and leaves them as they are.
 
     Args:
         layer: stays as it is and is trained.
@@ -107,8 +108,8 @@ class FakeQuantizedLayer(nn.Module):
         gamma = norm.weight if norm.affine else torch.ones_like(norm.running_var)
         beta = norm.bias if norm.affine else torch.zeros_like(norm.running_var)
         bias = torch.zeros_like(norm.running_var) if self.layer.bias is None else self.layer.bias
-        deviation = (norm.running_var + norm.eps).sqrt()
-        factor = gamma / deviation
+        reciprocal = torch.rsqrt(norm.running_var + norm.eps)
+        factor = gamma * reciprocal  # so, and not gamma / deviation: the folded weights have the same bits
         shift = beta + factor * (bias - norm.running_mean)
         folded = self.rounded(weight * factor.view(-1, *[1] * (weight.dim() - 1)))
         if not self.training:
@@ -116,25 +117,26 @@ class FakeQuantizedLayer(nn.Module):
         output = self._compute(input, folded, None)
         dims = [0, *range(2, output.dim())]
         variance, mean = torch.var_mean(output, dims, correction=0)  # of factor * (the convolution without its bias)
-        divisor = torch.where(factor.abs() < SMALLEST_FACTOR, SMALLEST_FACTOR, factor)
-        variance = variance / divisor.square()
-        live = self.seen < self.freeze_after
-        self._remember(mean / divisor + bias, variance, output.numel() // output.shape[1], live)
-        ratio = deviation / (variance + norm.eps).sqrt()
+        shows, following = folded.detach().flatten(1).any(1), self.seen < self.freeze_after
+        divisor = torch.where(shows, factor, 1.0)
+        variance = variance / divisor / divisor  # its square might underflow
+        live = shows & following
+        self._remember(mean / divisor + bias, variance, output.numel() // output.shape[1], live, following)
+        ratio = torch.rsqrt(variance + norm.eps) / reciprocal
         shape = (1, -1, *[1] * (output.dim() - 2))
         return torch.addcmul(torch.where(live, beta - mean * ratio, shift).view(shape), output,
                              torch.where(live, ratio, 1.0).view(shape))
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: int, live: Tensor) -> None:
-        """The moving averages of a batch norm, (out,) each, over `count` values a channel."""
+    def _remember(self, mean: Tensor, variance: Tensor, count: int, live: Tensor, following: Tensor) -> None:
+        """The moving averages of a batch norm: (out,) each, over `count` values a channel, where the channel is live."""
         norm = self.norm
         assert norm is not None and norm.running_mean is not None and norm.running_var is not None
         self.seen += 1
         if not norm.track_running_stats:  # see compress.optimizers.frozen_statistics
             return
         assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked += live
+        norm.num_batches_tracked += following
         share = live * (norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.clamp(min=1))
         norm.running_mean.lerp_(mean, share)
         norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
@@ -169,7 +171,8 @@ def prepare(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: i
         model: as `model_loader.build` makes them, float; it stays as it is.
         batches: (N, C, H, W) normalised images, one batch or more, to calibrate with: each tensor's range is the least
             and the greatest value that the float network shows on them.
-        freeze_after: training passes after which ranges and batch norm statistics stay as they are.
+        freeze_after: training passes after which ranges and batch norm statistics stay as they are (not those of a batch
+            norm that no layer can take in: no weight's rounding depends on them).
         weight_bits: 2 to 8.
         per_channel: weights with a scale an output channel, else one for all.
 
@@ -197,25 +200,16 @@ def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per
         if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
         norm, norm_name = None, ""
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user is not None and user.op == "call_module":
-            norm = _foldable(layer, modules[str(user.target)])
-        if norm is not None and user is not None:
-            norm_name = str(user.target)
-            user.replace_all_uses_with(node)
-            model.graph.erase_node(user)
+        if found := norm_behind(node, modules):
+            norm_node, norm = found
+            norm_name = str(norm_node.target)
+            norm_node.replace_all_uses_with(node)
+            model.graph.erase_node(norm_node)
             model.delete_submodule(norm_name)
         wrapped = FakeQuantizedLayer(layer, norm, norm_name, freeze_after, weight_bits, per_channel)
         model.set_submodule(str(node.target), wrapped.eval())
         count += 1
     return count
-
-
-def _foldable(layer: nn.Module, norm: nn.Module) -> nn.BatchNorm1d | nn.BatchNorm2d | None:
-    """The module behind a layer, if it is a batch norm that compress.quantization.fold_batch_norm folds into it."""
-    if isinstance(layer, nn.Conv2d):
-        return norm if isinstance(norm, nn.BatchNorm2d) else None
-    return norm if isinstance(norm, nn.BatchNorm1d) else None
 
 
 def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:

@@ -134,6 +134,25 @@ def test_folding_batch_norm_changes_nothing(slim: tuple[fx.GraphModule, Architec
     assert torch.allclose(folded(images), model(images), atol=1e-4)
 
 
+@pytest.mark.parametrize(("layers", "folds"), [
+    ([nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6)], True),
+    ([nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 6), nn.BatchNorm1d(6)], True),
+    ([nn.Flatten(), nn.Linear(192, 6), nn.BatchNorm1d(6, affine=False)], False),
+    ([nn.Flatten(2), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Flatten()], False)])  # of the planes
+def test_norms_of_linear_layers_fold_where_they_are_of_its_features(layers: list[nn.Module], folds: bool) -> None:
+    torch.manual_seed(5)
+    network = nn.Sequential(*layers)
+    for _ in range(3):
+        network(torch.randn(16, 3, 8, 8) * 3 + 1)
+    model = build(describe(network.eval(), (3, 8, 8)))
+    model.load_state_dict(network.state_dict())
+    folded = fold_batch_norm(model)
+    images = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(images), folded(images), atol=1e-4)
+    assert any(isinstance(module, nn.BatchNorm1d) for module in folded.modules()) is not folds
+
+
 def test_every_layer_is_int8_and_close_to_float(slim: tuple[fx.GraphModule, Architecture]) -> None:
     model, _ = slim
     quantized, coverage = quantize_graph(model)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 from pydantic import Field
-
 from torch import Tensor, fx
 
 from architectures.describe import carry_over, describe
