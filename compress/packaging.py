@@ -20,6 +20,9 @@ from model_loader import (ARCHITECTURE_FILE, METADATA_FILE, Architecture, Layer,
 
 REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 Layout = Literal["toolkit", "challenge"]
+DYNAMIC_INT8_PORTABLE = {  # see model_loader.no_int8_kernels
+    "holds": True, "method": "int8 kernels are tried on the largest values before they are used",
+    "verdict": "holds: where int8 kernels are missing or saturate, the layers compute the same in float, slower"}
 
 
 class Contents:
@@ -139,12 +142,14 @@ class Package(Contents):
         parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
         if self.layout != "challenge":  # whose harness takes the first match of model.* for the weights
             write_atomically(folder / "model.py", self._checked_source().encode())
-            text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use())
+            notes = f"| on CPUs without VNNI | {DYNAMIC_INT8_PORTABLE['verdict']} |\n" if self.architecture.is_int8 else ""
+            text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
             write_atomically(folder / "README.md", text.encode())
         layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
                   if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
         write_json(folder / METADATA_FILE, self._metadata(
             folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
+            portability=DYNAMIC_INT8_PORTABLE if self.architecture.is_int8 else None,
             quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
 
     def _checked_source(self) -> str:

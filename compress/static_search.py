@@ -152,10 +152,10 @@ class Search:
         self.target = self.float_correct / self.images - self.wanted.max_drop
         first = Settings(operators)
         self._try(first)
-        best = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
-        for settings in (replace(best, reduced=True), replace(best, correct=False), replace(best, equalise=True),
-                         replace(best, float_ends=True), replace(best, activations="int8"),
-                         replace(best, images=max(1, len(self.calibration.images) // 8))):
+        base = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
+        for settings in (replace(base, reduced=True), replace(base, correct=False), replace(base, equalise=True),
+                         replace(base, float_ends=True), replace(base, activations="int8"),
+                         replace(base, images=max(1, len(self.calibration.images) // 8))):
             self._try(settings)
         self._time()
         sensitivity: dict[str, float] = {}
@@ -164,7 +164,11 @@ class Search:
             sensitivity = self._return_layers()
             self._time()
             chosen = self._acceptable()
-        return Found(chosen or self._closest(), chosen is not None, self.candidates, self.not_tried, self.float_correct,
+        best = chosen or self._closest()
+        for candidate in self.candidates:  # for the record, as long as there is time
+            if time.monotonic() < self.deadline:
+                self._holds(candidate)
+        return Found(best, chosen is not None, self.candidates, self.not_tried, self.float_correct,
                      self.images, self.float_ms, self.backend, times, sensitivity)
 
     # ------------------------------------------------------------------------------------------------ candidates

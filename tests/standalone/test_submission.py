@@ -45,7 +45,8 @@ def test_folder_holds_what_the_format_says(submission: Path) -> None:
     assert set(metadata["files"]) == FILES - {"model_metadata.json"}
     assert metadata["quantization"]["scheme"] == "dynamic_int8" and len(metadata["quantization"]["layers"]) == 21
     assert metadata["preprocessing"]["mean"] and metadata["class_names"] == [str(digit) for digit in range(10)]
-    assert "validation accuracy" in (submission / "README.md").read_text()
+    card = (submission / "README.md").read_text()
+    assert "validation accuracy" in card and "| on CPUs without VNNI | holds: " in card and metadata["portability"]["holds"]
 
 
 def test_remaining_channels_equal_the_tensors_everywhere(submission: Path) -> None:
