@@ -1,0 +1,80 @@
+"""What a scaling study cost, how that grows, and what one of a thousand points would need.
+
+    python -m benchmarks.scaling_cost benchmarks/results/scaling_cifar10/final_data.csv
+
+From the recorded seconds: images a second of one worker (one core) for each width, where a look at a test image counts as
+a third of a training image (forward alone). The thousand points are 10 widths x 10 subset sizes x 10 seeds at the recorded
+study's epochs. Their time on CPU cores follows from the recorded rates (wider networks than were run: at the FLOP rate of
+the widest). On GPUs nothing was measured: there the time follows from a step time and a rate that are assumptions, and that
+the output names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from architectures import make
+from metadata.files import read_csv
+from model_loader import count_macs
+
+WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
+SIZES = (1000, 1500, 2500, 4000, 6000, 10_000, 15_000, 25_000, 35_000, 50_000)
+SEEDS = 10
+EPOCHS = {1000: 200, 2500: 125, 5000: 75, 10_000: 50, 25_000: 25}
+LOOKS, TEST_IMAGES, BATCH = 25, 10_000, 128
+GPU_STEP_MS, GPU_FLOPS = 2.0, 20e12  # assumed: some hundred kernels are launched a step; far below a large GPU's peak
+
+
+def flops_an_image(width: int) -> int:
+    """Of training, forward and backward; see compress.studies.scaling.experiment.total_flops."""
+    model = make("scaling_cnn", num_classes=10, width=width, depth=1, in_channels=3).eval()
+    first = count_macs(model.get_submodule("stage1.0.conv"), (3, 32, 32))
+    return 2 * (3 * count_macs(model, (3, 32, 32)) - first)
+
+
+def equivalent_images(size: int, epochs: int) -> float:
+    """Training images of a point, with its looks at the test split."""
+    return size * epochs + LOOKS * TEST_IMAGES / 3
+
+
+def epochs_of(size: int) -> int:
+    """The recorded plan's rule."""
+    return EPOCHS[max(start for start in EPOCHS if start <= size)]
+
+
+def main() -> None:
+    """Prints the two tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="final_data.csv")
+    rows = [row for row in read_csv(parser.parse_args().data) if row["status"] == "done" and row["seconds"]]
+    rates: dict[int, float] = {}
+    print("| width | points | images/s a core | GFLOP/s a core |\n| ---: | ---: | ---: | ---: |")
+    for width in sorted({int(row["width"]) for row in rows}):
+        own = [row for row in rows if int(row["width"]) == width]
+        rates[width] = statistics.median(equivalent_images(int(row["D"]), int(row["epochs"])) / float(row["seconds"])
+                                         for row in own)
+        print(f"| {width} | {len(own)} | {rates[width]:,.0f} | {rates[width] * flops_an_image(width) / 1e9:.1f} |")
+    hours = sum(float(row["seconds"]) for row in rows) / 3600
+    done = sum(float(row["total_flops"]) for row in rows)
+    print(f"\nThe study: {len(rows)} points, {done:.2e} FLOPs, {hours:.1f} core hours.\n")
+    widest = max(rates)
+    points = [(width, size, epochs_of(size)) for width in WIDTHS for size in SIZES]
+    core_seconds = flops = steps = 0.0
+    for width, size, epochs in points:
+        images = equivalent_images(size, epochs)
+        nearest = min(rates, key=lambda known: abs(known - width))
+        rate = (rates[nearest] if width <= widest else rates[widest] * flops_an_image(widest) / flops_an_image(width))
+        core_seconds += SEEDS * images / rate
+        flops += SEEDS * images * flops_an_image(width)
+        steps += SEEDS * epochs * -(-size // BATCH)
+    gpu = steps * GPU_STEP_MS / 1000 + flops / GPU_FLOPS
+    hours = core_seconds / 3600
+    print(f"A thousand points: {flops:.2e} FLOPs in {steps:.2e} steps. One core: {hours:,.0f} h; a Ray cluster of eight machines "
+          f"with 16 cores, a point a core: {hours / 128:.1f} h. One GPU, a point at a time, at an assumed {GPU_STEP_MS:g} ms a "
+          f"step and {GPU_FLOPS / 1e12:g} TFLOP/s: {gpu / 3600:.1f} h; a Ray cluster of eight: {gpu / 3600 / 8:.1f} h.")
+
+
+if __name__ == "__main__":
+    main()
