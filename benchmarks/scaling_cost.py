@@ -71,9 +71,10 @@ def main() -> None:
         steps += SEEDS * epochs * -(-size // BATCH)
     gpu = steps * GPU_STEP_MS / 1000 + flops / GPU_FLOPS
     hours = core_seconds / 3600
-    print(f"A thousand points: {flops:.2e} FLOPs in {steps:.2e} steps. One core: {hours:,.0f} h; a Ray cluster of eight machines "
-          f"with 16 cores, a point a core: {hours / 128:.1f} h. One GPU, a point at a time, at an assumed {GPU_STEP_MS:g} ms a "
-          f"step and {GPU_FLOPS / 1e12:g} TFLOP/s: {gpu / 3600:.1f} h; a Ray cluster of eight: {gpu / 3600 / 8:.1f} h.")
+    print(f"A thousand points: {flops:.2e} FLOPs in {steps:.2e} steps. One core: {hours:,.0f} h; a Ray cluster of eight "
+          f"machines with 16 cores, a point a core: {hours / 128:.1f} h. One GPU, a point at a time, at an assumed "
+          f"{GPU_STEP_MS:g} ms a step and {GPU_FLOPS / 1e12:g} TFLOP/s: {gpu / 3600:.1f} h; a Ray cluster of eight: "
+          f"{gpu / 3600 / 8:.1f} h.")
 
 
 if __name__ == "__main__":
