@@ -1520,12 +1520,13 @@ class OpenvinoRuntime(OnnxFileRuntime):
         self.options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
                         "INFERENCE_PRECISION_HINT": "f32"}  # its default may compute in less than float32
         self.path, self.shape = files.weights, files.input_shape
+        self.content = files.weights.read_bytes()  # the file may be gone when another number of images comes
         self.compiled: dict[int, Any] = {}
         self._compile(1)
 
     def _compile(self, images: int) -> Any:
         try:
-            model = self.core.read_model(str(self.path))
+            model = self.core.read_model(self.content)
             model.reshape([images, *self.shape])
             self.compiled[images] = self.core.compile_model(model, "CPU", self.options)
         except RuntimeError as error:
@@ -1547,7 +1548,7 @@ def import_openvino() -> Any:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise UserError("--backend openvino: the package is not installed; pip install openvino") from error
+        raise UserError("backend openvino: the package is not installed; pip install openvino") from error
 
 
 def toolkit(flag: str, module: str) -> Any:

@@ -21,7 +21,7 @@ from model_loader import UserError, onnxruntime_options
 
 BINS = 2048
 MEMORY_BYTES = 256 * 2**20  # of all tensors of one call
-PERCENTILE = 0.9999  # of the values lie inside, as many of the others on each side as there are
+PERCENTILE = 0.9999  # of the values lie below the upper end, and as many above the lower
 LEVELS = 256
 CLIPPED = np.linspace(0.1, 1, 91)  # shares of the range that the searches try
 
@@ -92,14 +92,14 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1) -> dict
     for tensors in passes():
         for name, tensor in tensors.items():
             low, high = bounds.get(name, (math.inf, -math.inf))
-            bounds[name] = min(low, float(tensor.min())), max(high, float(tensor.max()))
+            least, greatest = float(tensor.min()), float(tensor.max())
+            if not math.isfinite(greatest - least):
+                raise UserError(f"calibration: tensor {name} holds NaN or infinite values on the calibration images; the "
+                                "network or its preprocessing is broken")
+            bounds[name] = min(low, least), max(high, greatest)
             own = tensor.reshape(len(tensor), tensor.shape[1], -1).mean(axis=2, dtype=np.float64).sum(axis=0)
             sums[name] = sums.get(name, 0) + own
             shapes[name] = tensor.shape[1:]
-    odd = next((name for name, (low, high) in bounds.items() if not math.isfinite(high - low)), None)
-    if odd is not None:
-        raise UserError(f"calibration: tensor {odd} holds NaN or infinite values on the calibration images; the network or "
-                        "its preprocessing is broken")
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in bounds}
     for tensors in passes():
         for name, tensor in tensors.items():
@@ -170,7 +170,7 @@ def _entropy(histogram: Histogram) -> tuple[float, float]:
     bottom, top = min(histogram.low, 0.0), max(histogram.high, 0.0)
     # Zeros, of which a ReLU gives many, are exact in any range; spread over a level they would outweigh all else.
     zero = int(np.abs(centres).argmin())
-    counts[zero] = np.mean(counts[[max(zero - 1, 0) or 1, min(zero + 1, BINS - 2)]])
+    counts[zero] = np.mean([counts[index] for index in (zero - 1, zero + 1) if 0 <= index < BINS])
 
     def divergence(share: float) -> float:
         low, high = share * bottom, share * top

@@ -38,7 +38,11 @@ class Coverage:
 def sqnr_db(expected: Tensor, got: Tensor) -> float:
     """Signal-to-quantization-noise ratio in decibels, 10 log10(|expected|^2 / |got - expected|^2); 200 at most."""
     expected, got = expected.detach().double(), got.detach().double()
-    signal, noise = float(expected.square().sum()), float((got - expected).square().sum())
+    return decibels(float(expected.square().sum()), float((got - expected).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The same from the two sums of squares."""
     if noise <= signal * 1e-20:
         return 200.0
     return 10 * math.log10(max(signal, 1e-300) / noise)

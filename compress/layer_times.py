@@ -37,7 +37,7 @@ def layer_times(model: onnx.ModelProto, backend: str, image: Images, threads: in
     passes = (_on_onnxruntime if backend == "onnxruntime" else _on_openvino)(model, image, threads)
     taken: dict[str, list[float]] = {}
     for name, times in passes.items():
-        while (shorter := _SUFFIX.sub("", name)) != name:
+        while name not in owner and (shorter := _SUFFIX.sub("", name)) != name:
             name = shorter
         if name in owner and len(times) > WARMUP:
             taken.setdefault(owner[name], []).append(statistics.median(times[WARMUP:]))

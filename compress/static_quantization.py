@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import count
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
 from compress.calibration import Histogram, Images, Method, histograms, range_of, session, watched
-from compress.coverage import Coverage, sqnr_db
+from compress.coverage import Coverage, decibels
 from compress.equalization import equalize
 from model_loader import ONNX_CONVOLUTIONS, ONNX_PRODUCTS, UserError
 
@@ -120,10 +120,12 @@ class Quantized:
         model: in QDQ form.
         outputs: by the name of the layer, the tensor of the float network that its output stands for: its own, or that of
             the activation that it took over; in `model` it is that node's output.
+        network: the float network that it was made from, equalised where the settings say so.
     """
 
     model: onnx.ModelProto
     outputs: dict[str, str]
+    network: onnx.ModelProto
 
 
 def build(calibration: Calibration, settings: Settings, kept_float: Collection[str] = (),
@@ -164,7 +166,7 @@ def build(calibration: Calibration, settings: Settings, kept_float: Collection[s
         correct_biases(network, quantized, found)
     outputs = {node.name: node.output[0].removesuffix("_QuantizeLinear_Input")
                for node in layers_and_products(quantized.graph)}
-    return Quantized(compacted(quantized), outputs)
+    return Quantized(compacted(quantized), outputs, network)
 
 
 # -------------------------------------------------------------------------------------------------- following a graph
@@ -180,7 +182,11 @@ def _rounded(graph: onnx.GraphProto) -> dict[str, NDArray[np.float64]]:
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             integers, scale = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in node.input[:2])
-            values[node.output[0]] = integers * scale.reshape(-1, *[1] * (integers.ndim - 1))
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            shape = [1] * integers.ndim
+            if scale.size > 1:
+                shape[axis] = -1
+            values[node.output[0]] = integers * scale.reshape(shape)
     return values
 
 
@@ -192,7 +198,7 @@ def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: 
     """
     floats, constants, rounded = _constants(network.graph), _constants(quantized.graph), _rounded(quantized.graph)
     inputs = {node.name: node for node in layers_of(network)}
-    count = 0
+    corrected = 0
     for node in quantized.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[1] not in rounded:
             continue
@@ -203,8 +209,8 @@ def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: 
         shift = np.einsum("goi,gi->go", error.reshape(groups, -1, error.shape[1]), means.reshape(groups, -1)).reshape(-1)
         bias = constants[node.input[2]]
         bias.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(bias) - shift).astype(np.float32), bias.name))
-        count += 1
-    return count
+        corrected += 1
+    return corrected
 
 
 def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -226,24 +232,25 @@ def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
     layers = {node.name for node in layers_and_products(graph)}
     fixed = {value.name for value in (*graph.input, *graph.output)}
     short: dict[str, str] = {name: name for name in fixed}
+    new_tensors = (name for number in count() if (name := f"t{number}") not in fixed)
+    new_nodes = (name for number in count() if (name := f"n{number}") not in layers)
 
     def shortened(name: str) -> str:
         name = renamed.get(name, name)
-        return short.setdefault(name, f"t{len(short)}") if name else name
+        if name and name not in short:
+            short[name] = next(new_tensors)
+        return short.get(name, name)
 
     del graph.value_info[:]
-    for number, node in enumerate(graph.node):
+    for node in graph.node:
         inputs, outputs = [shortened(name) for name in node.input], [shortened(name) for name in node.output]
         del node.input[:], node.output[:]
         node.input.extend(inputs)
         node.output.extend(outputs)
         if node.name not in layers:
-            node.name = f"n{number}"  # ONNX Runtime makes up names of tensors from it, so it must be there
+            node.name = next(new_nodes)  # ONNX Runtime makes up names of tensors from it, so it must be there
         node.doc_string = ""
-    tensors = []
-    for tensor in kept:
-        copied = numpy_helper.from_array(numpy_helper.to_array(tensor), shortened(tensor.name))
-        tensors.append(copied)
+    tensors = [numpy_helper.from_array(numpy_helper.to_array(tensor), shortened(tensor.name)) for tensor in kept]
     del graph.initializer[:]
     graph.initializer.extend(tensors)
     onnx.checker.check_model(model, full_check=True)
@@ -269,35 +276,47 @@ def coverage(calibration: Calibration, quantized: Quantized, images: Images, why
         why_float: the reason for each layer that stayed float.
         times: each layer's milliseconds as float and as int8, where they were measured.
     """
-    network = calibration.network()
-    layers = layers_of(network)
-    found, constants = calibration.histograms(), _constants(network.graph)
-    graph = quantized.model.graph
+    network, graph = quantized.network, quantized.model.graph
+    layers, found, constants = layers_of(network), calibration.histograms(), _constants(network.graph)
     restored = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     now = {node.name: node for node in layers_and_products(graph)}
-    restoring = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
-    rounding = {node.input[0]: restoring.get(node.output[0], node.input[0]) for node in graph.node
-                if node.op_type == "QuantizeLinear"}  # a ReLU that a layer took over happens when its output is rounded
-    results = {name: rounding.get(node.output[0], node.output[0]) for name, node in now.items()}
-    before = _outputs(network, [quantized.outputs[node.name] for node in layers], images, calibration.threads)
-    after = _outputs(quantized.model, [results[node.name] for node in layers], images, calibration.threads)
+    noise = _noise(calibration, quantized, images)
     weights = {node.name: int(np.prod(constants[node.input[1]].dims)) for node in layers}
     macs = {node.name: _macs(node, weights[node.name], found[node.output[0]].shape) for node in layers}
     rows = []
     for node in layers:
         int8, kind = set(now[node.name].input[:2]) <= restored, "Conv2d" if node.op_type == "Conv" else "Linear"
-        expected, got = before[quantized.outputs[node.name]], after[results[node.name]]
         reason = "static, per channel" if int8 else why_float.get(node.name, "excluded by the recipe")
-        noise = sqnr_db(torch.from_numpy(expected), torch.from_numpy(got))
         rows.append(Coverage(node.name, kind, "int8" if int8 else "float32", reason, weights[node.name],
-                             macs[node.name] / max(sum(macs.values()), 1), noise, *times.get(node.name, (None, None))))
+                             macs[node.name] / max(sum(macs.values()), 1), noise[node.name],
+                             *times.get(node.name, (None, None))))
     return rows
 
 
-def _outputs(model: onnx.ModelProto, names: list[str], images: Images, threads: int) -> dict[str, NDArray[np.float32]]:
-    wanted = sorted(set(names))
-    return dict(zip(wanted, session(watched(model, wanted), threads).run(None, {model.graph.input[0].name: images}),
-                    strict=True))
+def _noise(calibration: Calibration, quantized: Quantized, images: Images) -> dict[str, float]:
+    """The signal-to-noise ratio of each layer's output in decibels, on all images, of which one at a time is in memory."""
+    graph = quantized.model.graph
+    restoring = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    rounding = {node.input[0]: restoring.get(node.output[0], node.input[0]) for node in graph.node
+                if node.op_type == "QuantizeLinear"}  # a ReLU that a layer took over happens when its output is rounded
+    results = {node.name: rounding.get(node.output[0], node.output[0]) for node in layers_and_products(graph)}
+    names = [node.name for node in layers_of(quantized.network)]
+    expected, got = (session(watched(model, sorted({tensors[name] for name in names})), calibration.threads)
+                     for model, tensors in ((quantized.network, quantized.outputs), (quantized.model, results)))
+    sums = {name: [0.0, 0.0] for name in names}
+    for image in images:
+        before, after = (_answers(side, image) for side in (expected, got))
+        for name in names:
+            signal, value = before[quantized.outputs[name]].astype(np.float64), after[results[name]]
+            sums[name][0] += float(np.square(signal).sum())
+            sums[name][1] += float(np.square(value - signal).sum())
+    return {name: decibels(*pair) for name, pair in sums.items()}
+
+
+def _answers(runtime: Any, image: Images) -> dict[str, NDArray[np.float32]]:
+    """What a session gives for one image, (C, H, W), by the names of the outputs."""
+    values = runtime.run(None, {runtime.get_inputs()[0].name: image[None]})
+    return {output.name: value for output, value in zip(runtime.get_outputs(), values, strict=True)}
 
 
 def _macs(node: onnx.NodeProto, weights: int, shape: tuple[int, ...]) -> int:

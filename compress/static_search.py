@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from torch import Tensor
 
 from compress.assessment import times_in_turns
@@ -24,7 +24,8 @@ from compress.calibration import RANGES, session
 from compress.portability import Backend, verify_portability
 from compress.static_quantization import OPERATORS, Calibration, Operators, Quantized, Settings, build, layers_of
 from loaders.arrays import Split
-from model_loader import Preprocessing, UserError, answering, measure_accuracy, normalize, open_onnx, write_atomically
+from model_loader import (Preprocessing, UserError, VerificationError, answering, measure_accuracy, normalize, open_onnx,
+                          write_atomically)
 
 BATCH = 64
 SENSITIVITY_IMAGES = 64
@@ -59,8 +60,14 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        count = len(self.kept_float)
-        return str(self.settings) + (f", {count} layer{'s' * (count > 1)} float again" if count else "")
+        """The settings in words."""
+        return _name(self.settings, self.kept_float)
+
+    @property
+    def milliseconds(self) -> float:
+        """Its latency, which must have been measured."""
+        assert self.latency_ms is not None
+        return self.latency_ms
 
     def row(self, images: int) -> dict[str, Any]:
         """For the record."""
@@ -68,6 +75,11 @@ class Candidate:
                 "size_bytes": len(self.content), "correct": self.correct, "images": images,
                 "accuracy": self.correct / images, "latency_ms": self.latency_ms,
                 "portable": None if self.portability is None else self.portability["holds"]}
+
+
+def _name(settings: Settings, kept_float: Sequence[str]) -> str:
+    count = len(kept_float)
+    return str(settings) + (f", {count} layer{'s' * (count > 1)} float again" if count else "")
 
 
 @dataclass(frozen=True)
@@ -121,7 +133,7 @@ class Search:
     Args:
         calibration: the float network, with held-in images.
         split: held-out images to choose by.
-        images: so many of them.
+        images: so many of them at most, drawn at random.
         preprocessing: of both.
         backends: runtimes to choose from.
         wanted: the goal.
@@ -131,13 +143,10 @@ class Search:
 
     def __init__(self, calibration: Calibration, split: Split, images: int, preprocessing: Preprocessing,
                  backends: Sequence[Backend], wanted: Wanted, folder: Path, say: Callable[[str], None]) -> None:
-        names = [node.name for node in layers_of(calibration.model)]
-        unknown = next((name for name in wanted.exclude if name not in names), None)
-        if unknown is not None:
-            raise UserError(f"quantize_static.exclude: {unknown!r} is no Conv2d or Linear layer of the model "
-                            f"({', '.join(names)})")
         self.calibration, self.split, self.preprocessing, self.wanted = calibration, split, preprocessing, wanted
-        self.images, self.folder, self.say, self.names = min(images, len(split)), folder, say, names
+        self.ids, self.folder, self.say = split.sample(images), folder, say
+        self.images, self.names = len(self.ids), [node.name for node in layers_of(calibration.model)]
+        check_names(wanted.exclude, self.names)
         channels, height, width = calibration.images.shape[1:]
         self.input_shape = channels, height, width
         self.deadline = time.monotonic() + wanted.budget_seconds
@@ -149,7 +158,6 @@ class Search:
         """Searches; see the module."""
         operators, times = self._choose_operators()
         self.float_correct = self._measure(self.calibration.model.SerializeToString())
-        self.target = self.float_correct / self.images - self.wanted.max_drop
         first = Settings(operators)
         self._try(first)
         base = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
@@ -165,8 +173,9 @@ class Search:
             self._time()
             chosen = self._acceptable()
         best = chosen or self._closest()
-        for candidate in self.candidates:  # for the record, as long as there is time
-            if time.monotonic() < self.deadline:
+        self._holds(best, whatever_it_takes=True)
+        for candidate in self.candidates:  # those that were nearly chosen, for the record
+            if self._meets(candidate):
                 self._holds(candidate)
         return Found(best, chosen is not None, self.candidates, self.not_tried, self.float_correct,
                      self.images, self.float_ms, self.backend, times, sensitivity)
@@ -175,11 +184,12 @@ class Search:
 
     def _choose_operators(self) -> tuple[Operators, list[dict[str, Any]]]:
         """The operators and the runtime of the fastest network; of those that are as fast the first."""
+        floats = self.calibration.model.SerializeToString()
+        self._drop_broken_backends(floats)
         sides: list[tuple[Operators | None, Backend]] = [
             (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
         files = {operators: build(self.calibration, Settings(operators), self.wanted.exclude).model.SerializeToString()
                  for operators in OPERATORS}
-        floats = self.calibration.model.SerializeToString()
         answers = [self._open(files[operators] if operators else floats, backend) for operators, backend in sides]
         taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
         int8 = {(operators, backend): ms for (operators, backend), ms in taken.items() if operators}
@@ -189,13 +199,24 @@ class Search:
         return chosen, [{"operators": operators or "float", "backend": backend, "latency_ms": ms}
                         for (operators, backend), ms in taken.items()]
 
+    def _drop_broken_backends(self, floats: bytes) -> None:
+        """Leaves out a runtime that cannot even serve the float network, unless it is the only one."""
+        for backend in list(self.backends):
+            try:
+                self._open(floats, backend)
+            except (UserError, VerificationError) as error:
+                if len(self.backends) == 1:
+                    raise
+                self.backends.remove(backend)
+                self.say(f"  {backend} is left out: {error}")
+
     def _try(self, settings: Settings, kept_float: tuple[str, ...] = ()) -> Candidate | None:
         """A candidate, measured; None when there is no time left for it."""
         for known in self.candidates:
             if (known.settings, known.kept_float) == (settings, kept_float):
                 return known
         if self.candidates and time.monotonic() > self.deadline:
-            self.not_tried.append(str(settings))
+            self.not_tried.append(_name(settings, kept_float))
             return None
         stay = {*kept_float, *self.wanted.exclude}
         if len(stay | ({self.names[0], self.names[-1]} if settings.float_ends else set())) == len(self.names):
@@ -231,14 +252,15 @@ class Search:
         return sensitivity
 
     def _sensitivity(self, settings: Settings) -> dict[str, float]:
-        """How much each layer alone disturbs the logits when it becomes int8."""
+        """How much each layer alone disturbs the logits when it becomes int8; of those that the settings make int8."""
         images = self.calibration.images[:SENSITIVITY_IMAGES]
         network = self.calibration.network(settings.equalise)
         expected = self._logits(network, images)
         scale = float(np.square(expected - expected.mean(axis=1, keepdims=True)).mean())
         found = {}
+        floats = {*self.wanted.exclude, *((self.names[0], self.names[-1]) if settings.float_ends else ())}
         for name in self.names:
-            if name not in self.wanted.exclude:
+            if name not in floats:
                 got = self._logits(build(self.calibration, replace(settings, float_ends=False), only=[name]).model, images)
                 found[name] = float(np.square(got - expected).mean()) / max(scale, 1e-30)
         return found
@@ -254,47 +276,51 @@ class Search:
 
     def _measure(self, content: bytes) -> int:
         """Right answers on the validation images."""
-        batches = islice(self.split.batches(BATCH), -(-self.images // BATCH))
-        limited = ((images[:self.images - index * BATCH], labels[:self.images - index * BATCH])
-                   for index, (images, labels) in enumerate(batches))
-        result = measure_accuracy(self._open(content, self.backend), limited, self.preprocessing, self.images)
+        result = measure_accuracy(self._open(content, self.backend), self.split.batches(BATCH, self.ids),
+                                  self.preprocessing, self.images)
         return result.correct
 
     def _logits(self, model: onnx.ModelProto, images: Any) -> Any:
         return session(model, self.calibration.threads).run(None, {model.graph.input[0].name: images})[0]
 
     def _time(self) -> None:
-        """The latency of all candidates that have none yet, in turns with each other."""
-        waiting = [candidate for candidate in self.candidates if candidate.latency_ms is None]
-        files = [self.calibration.model.SerializeToString(), *(candidate.content for candidate in waiting)]
+        """The latency of the candidates that may be chosen, or have none yet, in turns with each other."""
+        timed = [candidate for candidate in self.candidates if candidate.latency_ms is None or self._meets(candidate)]
+        files = [self.calibration.model.SerializeToString(), *(candidate.content for candidate in timed)]
         answers = [self._open(content, self.backend) for content in files]
         self.float_ms, *taken = times_in_turns(answers, self.input_shape)
-        for candidate, ms in zip(waiting, taken, strict=True):
+        for candidate, ms in zip(timed, taken, strict=True):
             candidate.latency_ms = ms
 
     # --------------------------------------------------------------------------------------------------- choosing
 
     def _meets(self, candidate: Candidate) -> bool:
-        return candidate.correct / self.images >= self.target
+        return self.float_correct - candidate.correct <= self.wanted.max_drop * self.images + 1e-9
 
-    def _holds(self, candidate: Candidate) -> bool:
-        """Whether its accuracy holds on CPUs without VNNI, too."""
-        if candidate.portability is None:
-            count = min(self.images, PORTABILITY_IMAGES, max(1, PORTABILITY_BYTES // self.calibration.images[0].nbytes))
-            images, labels = next(self.split.batches(count))
+    def _holds(self, candidate: Candidate, whatever_it_takes: bool = False) -> bool:
+        """Whether its accuracy is known to hold on CPUs without VNNI, too; after the deadline nothing more is looked at."""
+        if candidate.portability is None and (whatever_it_takes or time.monotonic() < self.deadline):
+            images, labels = self._sample
             candidate.portability = verify_portability(
-                candidate.content, normalize(images.cpu(), self.preprocessing), labels.cpu(), self.wanted.max_drop,
-                self.backend, self.calibration.threads)
-        return bool(candidate.portability["holds"])
+                candidate.content, images, labels, self.wanted.max_drop, self.backend, self.calibration.threads)
+        return candidate.portability is not None and bool(candidate.portability["holds"])
+
+    @cached_property
+    def _sample(self) -> tuple[Tensor, Tensor]:
+        """Some of the validation images, preprocessed, and their labels, for the emulation of such CPUs."""
+        count = min(PORTABILITY_IMAGES, max(1, PORTABILITY_BYTES // self.calibration.images[0].nbytes))
+        ids = self.ids[torch.linspace(0, self.images - 1, min(count, self.images)).long()]
+        images = self.split.images.batch(ids).cpu()
+        return normalize(images, self.preprocessing), self.split.labels[ids.to(self.split.labels.device)].cpu()
 
     def _acceptable(self) -> Candidate | None:
         """The best of those that are as asked: the most accurate of the fastest."""
         left = [candidate for candidate in self.candidates if self._meets(candidate)]
         while left:
-            fastest = min(candidate.latency_ms or 0.0 for candidate in left)
-            as_fast = [candidate for candidate in left if (candidate.latency_ms or 0.0) <= AS_FAST * fastest]
+            fastest = min(candidate.milliseconds for candidate in left)
+            as_fast = [candidate for candidate in left if candidate.milliseconds <= AS_FAST * fastest]
             best = max(as_fast, key=lambda candidate: (candidate.correct, -len(candidate.content)))
-            if self._holds(best) or not self.wanted.portable:
+            if not self.wanted.portable or self._holds(best):
                 return best
             left.remove(best)
         return None
@@ -302,7 +328,13 @@ class Search:
     def _closest(self) -> Candidate:
         """Where none is as asked: the most accurate, of those that hold everywhere if that was asked and there are any."""
         holding = [candidate for candidate in self.candidates if self.wanted.portable and self._holds(candidate)]
-        best = max(holding or self.candidates, key=lambda candidate: candidate.correct)
-        self._holds(best)
-        return best
+        return max(holding or self.candidates, key=lambda candidate: candidate.correct)
+
+
+def check_names(exclude: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for an excluded layer that the network does not have."""
+    unknown = next((name for name in exclude if name not in names), None)
+    if unknown is not None:
+        raise UserError(f"quantize_static.exclude: {unknown!r} is no Conv2d or Linear layer of the model "
+                        f"({', '.join(names)})")
 

@@ -181,10 +181,15 @@ class Split:
             images = ArrayImages(images.pixels.to(device).contiguous(memory_format=torch.channels_last))
         return Split(images, self.labels.to(device), self.paths)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order: (B, C, H, W) uint8 and (B,) int64; of an empty split nothing, not an empty batch."""
-        for ids, images in prefetched(self.images, torch.arange(len(self)).split(batch_size) if len(self) else ()):
-            yield images, self.labels[ids.to(self.labels.device)]
+    def batches(self, batch_size: int, ids: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images, or those asked for, in order: (B, C, H, W) uint8 and (B,) int64; of none nothing, no empty batch."""
+        ids = torch.arange(len(self)) if ids is None else ids
+        for part, images in prefetched(self.images, ids.split(batch_size) if len(ids) else ()):
+            yield images, self.labels[part.to(self.labels.device)]
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        """Indices of so many images drawn at random, in order; of all where there are no more."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -85,11 +85,14 @@ def test_histograms_hold_what_the_tensors_hold(slim: tuple[Calibration, Any], mo
         assert histogram.channel_means == pytest.approx(whole[name].channel_means, abs=1e-4)
 
 
-def test_images_that_are_broken_or_missing_are_one_line(slim: tuple[Calibration, Any]) -> None:
+def test_images_that_are_broken_or_missing_are_one_line(slim: tuple[Calibration, Any],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     broken = images(2)
     broken[1, 0, 0, 0] = np.nan
-    with pytest.raises(UserError, match="tensor input holds NaN"):
-        histograms(slim[0].model, broken)
+    for memory in (calibrating.MEMORY_BYTES, 1):  # all at once, and image by image
+        monkeypatch.setattr(calibrating, "MEMORY_BYTES", memory)
+        with pytest.raises(UserError, match="tensor input holds NaN"):
+            histograms(slim[0].model, broken)
     with pytest.raises(UserError, match="no images"):
         histograms(slim[0].model, broken[:0])
 
@@ -218,11 +221,39 @@ def test_biases_take_off_the_mean_error_of_rounding(mobile: tuple[Calibration, t
     assert after < 0.5 * before  # what is left is that of the activations
 
 
-def test_correcting_twice_would_be_seen(slim: tuple[Calibration, Any]) -> None:
+class Planes(nn.Module):
+    """A linear layer on rows of planes, which is a MatMul in ONNX, with as many inputs as outputs and with fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.flatten, self.square = nn.Conv2d(3, 6, 8, stride=8), nn.Flatten(2), nn.Linear(16, 16)
+        self.mixed, self.rows, self.t5 = nn.Linear(16, 12), nn.Flatten(), nn.Linear(72, 5)
+        self.n3 = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.square(self.flatten(torch.relu(self.conv(self.n3(x)))))
+        return self.t5(self.rows(torch.relu(self.mixed(x))))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_linear_layers_on_planes_and_layers_with_names_like_ours(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    file, graph = float_file(Planes())
+    model = Calibration(file, images(64))
+    quantized = build(model, Settings())
+    assert sqnr_db(exact(graph, images(8, seed=2)), answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 25
+    rows = coverage(model, quantized, model.images[:4], {}, {})
+    assert [row.layer for row in rows] == ["n3", "conv", "square.product", "mixed.product", "t5"]
+    assert all(row.dtype == "int8" and (row.sqnr_db or 0) > 20 for row in rows)
+    assert rows[2].macs_share == pytest.approx(6 * 256 / count_macs(graph, SHAPE))
+
+
+def test_biases_that_are_corrected_are_counted(slim: tuple[Calibration, Any]) -> None:
     model, _ = slim
-    untouched, changed = build(model, Settings(correct=False)).model, build(model, Settings(correct=False)).model
+    changed = build(model, Settings(correct=False)).model
+    before = changed.SerializeToString()
     assert correct_biases(model.model, changed, model.histograms()) == len(layers_of(model.model))
-    assert changed.SerializeToString() != untouched.SerializeToString()
+    assert changed.SerializeToString() != before
 
 
 @pytest.mark.parametrize("network", ["slim", "mobile"])
@@ -255,6 +286,8 @@ def test_the_coverage_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> N
     assert (rows[0].before_ms, rows[0].after_ms, rows[1].before_ms) == (0.5, 0.25, None)
     assert sum(row.macs_share for row in rows) == pytest.approx(1)
     assert rows[0].macs_share == pytest.approx(16 * 27 * 1024 / count_macs(graph, SHAPE))
+    equalised = coverage(model, build(model, Settings(equalise=True)), model.images[:8], {}, {})
+    assert min(row.sqnr_db or 0 for row in equalised) > 18  # against the equalised network
     assert [row for row in rows if row.dtype == "int8" and not 18 < (row.sqnr_db or 0) < 60] == []
 
 

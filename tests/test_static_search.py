@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from compress.static_quantization import Calibration, layers_of
 from compress.static_search import AS_FAST, Search, Wanted
 from loaders.arrays import ArrayImages, Split
 from model_loader import Preprocessing, UserError, build, normalize, read_onnx
-from tests.conftest import SMALL, Compress, assert_one_line_error
+from tests.conftest import SMALL, Compress, assert_one_line_error, draw_folder
 
 PLAIN = Preprocessing(resize=None, crop=None, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
 ASKED = Wanted(max_drop=0.2, portable=False, budget_seconds=600)
@@ -91,15 +92,31 @@ def test_when_time_is_out_the_best_so_far_is_there_and_the_rest_is_named(searchi
     assert found.best.content and found.best.latency_ms
 
 
+def test_a_search_on_openvino_alone(searching: SlowSearch) -> None:
+    found = searching(ASKED, backends=("openvino",)).run()
+    assert found.reached and found.backend == "openvino" and found.best.correct >= 0.8 * 256
+
+
+def test_a_runtime_that_is_not_there_is_left_out(searching: SlowSearch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
+    found = searching(ASKED, images=64, backends=("openvino", "onnxruntime")).run()
+    assert found.reached and found.backend == "onnxruntime" and found.images == 64
+    with pytest.raises(UserError, match="the package is not installed"):
+        searching(ASKED, backends=("openvino",)).run()
+
+
 def test_a_candidate_must_hold_without_vnni_if_that_is_asked(searching: SlowSearch) -> None:
     found = searching(replace(ASKED, max_drop=0.25, portable=True)).run()
     assert found.reached and found.best.portability is not None and found.best.portability["holds"]
     assert all(candidate.portability is None or "verdict" in candidate.portability for candidate in found.candidates)
 
 
-def test_excluded_layers(searching: SlowSearch) -> None:
+def test_excluded_layers(searching: SlowSearch, tmp_path: Path) -> None:
     found = searching(replace(ASKED, max_drop=1.0, exclude=("conv1",))).run()
-    assert "conv1" not in found.best.quantized.outputs or found.best.settings
+    for candidate in found.candidates:
+        (tmp_path / "model.onnx").write_bytes(candidate.content)
+        layers = read_onnx(tmp_path / "model.onnx", (3, 16, 16)).layers
+        assert not layers["conv1"] and sum(layers.values()) >= len(layers) - 2
     with pytest.raises(UserError, match=r"quantize_static\.exclude: 'conv9' is no Conv2d or Linear layer"):
         searching(replace(ASKED, exclude=("conv9",)))
 
@@ -150,11 +167,10 @@ def test_a_static_run_that_is_finished_is_not_searched_again(static_run: Path, c
 def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(static_run: Path, compress: Compress) -> None:
     again = ["run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
              *QUICK[:-1]]
-    done = compress(*again, "quantize_static.max_drop=0", "quantize_static.budget_seconds=0.001",
-                    "quantize_static.calibration_images=1")
+    # No budget for more than the first candidate, and too few validation images to show that it holds to so little.
+    done = compress(*again, "quantize_static.max_drop=0", "quantize_static.budget_seconds=0.001")
     folder = static_run / "06-quantize_static"
-    if done.returncode == 0:  # one image was enough for the first candidate: nothing to see here
-        pytest.skip("the first candidate has the float network's accuracy")
+    assert len(json.loads((folder / "candidates.json").read_text())["candidates"]) == 1
     assert_one_line_error(done, "no candidate is as asked; the best one, U8S8", "best_candidate.onnx", "max_drop", code=1)
     assert (folder / "best_candidate.onnx").is_file() and not (folder / "stage.json").exists()
 
@@ -168,3 +184,26 @@ def test_mistakes_in_the_stages_settings(static_run: Path, compress: Compress, c
     done = compress("run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
                     *QUICK, change)
     assert_one_line_error(done, *parts)
+
+
+def test_training_images_are_cropped_before_they_calibrate(compress: Compress, tmp_path: Path) -> None:
+    """Files are read larger than the network sees them, so that training can shift its window."""
+    images = draw_folder(tmp_path / "images", 4, 12, size=24)
+    training = "options: {width: 8, stem: small}, train: {epochs: 1, batch_size: 16, augment: [crop]}"
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"""data: {{name: image_folder, root: {images}, resize: 20, crop: 16, validation_fraction: 0.25}}
+stages:
+  - teacher: {{model: slim_resnet18, floor: 0, {training}}}
+  - distill: {{model: slim_resnet18, {training}}}
+  - finetune: {{quantization_aware: true, train: {{epochs: 1, batch_size: 16}}}}
+  - export
+  - quantize_static: {{max_drop: 0.9, portable: false, budget_seconds: 0.001}}
+  - package
+""")
+    done = compress("run", recipe, f"run_dir={tmp_path}", "name=cropped", "threads=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    notes = json.loads((tmp_path / "cropped" / "05-quantize_static" / "stage.json").read_text())["notes"]
+    assert notes["not_tried"] and notes["candidates"][0]["images"] == 12
+    again = recipe.read_text().replace("  - package", "  - quantize_static\n  - package")
+    recipe.write_text(again)
+    assert_one_line_error(compress("plan", recipe, f"run_dir={tmp_path}"), "quantize_static: the model is int8 already")

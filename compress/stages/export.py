@@ -38,7 +38,7 @@ class Export(Stage):
             path.write_bytes(content)
             answer = answering(open_onnx(path, card.input_shape, card.preprocessing))
             expected, got = [], []
-            for ids in torch.arange(min(self.images, len(split))).split(32):
+            for ids in split.sample(self.images, context.seed).split(32):
                 images = normalize(split.images.batch(ids).cpu(), card.preprocessing)
                 expected.append(module(images))
                 got.append(answer(images))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from pydantic import Field
-from torch import Tensor, fx
+from torch import fx
 
 from architectures.describe import carry_over, describe
 from compress.assessment import accuracy_of
@@ -18,7 +16,7 @@ from compress.fake_quantization import prepare, restored
 from compress.recipe import Recipe
 from compress.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
 from compress.training import Data, Loss, train
-from model_loader import UserError, normalize
+from model_loader import UserError
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
 
@@ -75,17 +73,11 @@ class Finetune(Stage):
         """The model as static int8 will compute it is trained; what comes out is the float model again."""
         passes = recipe.steps(0, len(data.train))[1] * recipe.epochs
         passes = min(passes, recipe.max_steps or passes) * (2 if recipe.optimizer.name == "sam" else 1)
-        rounded = prepare(copy.deepcopy(model).to(context.device), calibration(data, context.seed),
+        rounded = prepare(copy.deepcopy(model).to(context.device),
+                          context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
                           freeze_after=round(self.freeze_after * passes))
         before = accuracy_of(rounded, data.validation, data.preprocessing)
         self._train(rounded, data, loss, recipe, context)
         context.note("simulated_int8", {  # of the validation split
             "accuracy_post_training": before, "accuracy": accuracy_of(rounded, data.validation, data.preprocessing)})
         return restored(rounded, model)
-
-
-def calibration(data: Data, seed: int) -> Iterator[Tensor]:
-    """Batches of normalised training images, drawn at random and not augmented."""
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    for ids in order[:CALIBRATION_IMAGES].split(CALIBRATION_BATCH):
-        yield normalize(data.train.images.batch(ids).to(data.train.labels.device), data.preprocessing)

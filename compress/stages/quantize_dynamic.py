@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from architectures.describe import carry_over, describe
 from compress.coverage import show
 from compress.quantization import quantize_graph
 from compress.stage import CompressingStage, Context, Sketch, TorchModel
-from model_loader import normalize, torch_threads
+from model_loader import torch_threads
 
 EXAMPLES = 8  # training images that layers are measured on
 
@@ -35,8 +34,7 @@ class QuantizeDynamic(CompressingStage):
             sketch.lines.append(f"{int8} of {len(coverage)} layers to int8")
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
-        ids = torch.linspace(0, len(context.splits.train) - 1, EXAMPLES).long()
-        examples = normalize(context.splits.train.images.batch(ids).cpu(), context.splits.card.preprocessing)
+        examples = context.examples(EXAMPLES)
         with torch_threads(1):
             quantized, coverage = quantize_graph(model.module.cpu(), self.exclude, examples,
                                                  choose=self.arithmetic == "measured")

@@ -15,15 +15,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from architectures.describe import carry_over
+from architectures.describe import carry_over, describe
 from compress.coverage import Coverage, show
+from compress.export import export
 from compress.layer_times import layer_times
 from compress.portability import Backend
 from compress.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
 from compress.static_quantization import Calibration, coverage, layers_of
-from compress.static_search import Found, Search, Wanted
-from model_loader import UserError, VerificationError, normalize, write_atomically
+from compress.static_search import Found, Search, Wanted, check_names
+from metadata.files import write_atomically, write_json
+from model_loader import UserError, VerificationError
 
+BEST, CANDIDATES = "best_candidate.onnx", "candidates.json"  # what a search leaves that found nothing good enough
 EXAMPLES = 16  # calibration images on which the layers' outputs are compared
 
 
@@ -36,7 +39,7 @@ class QuantizeStatic(CompressingStage):
     backend: Literal["auto", "onnxruntime", "openvino"] = Field(
         "auto", description="the runtime that it is chosen for and served on; auto: the faster of those installed")
     portable: bool = Field(True, description="accept only what keeps its accuracy on CPUs without VNNI, too")
-    calibration_images: int = Field(512, ge=1, description="training images that ranges are taken from")
+    calibration_images: int = Field(512, ge=1, le=4096, description="training images that ranges are taken from")
     validation_images: int = Field(5000, ge=1, description="validation images that candidates are compared on, at most")
     budget_seconds: float = Field(900, gt=0, description="for the search; what was begun is ended")
     exclude: list[str] = Field([], description="layers that stay float, by the name of their ONNX node")
@@ -44,6 +47,12 @@ class QuantizeStatic(CompressingStage):
     def check(self, sketch: Sketch) -> None:
         if self.backend == "openvino" and not importlib.util.find_spec("openvino"):
             raise UserError("quantize_static.backend openvino: the package is not installed; pip install openvino")
+        if sketch.is_static_int8:
+            raise UserError("quantize_static: the model is int8 already; it needs the float one of stage export")
+        sketch.is_static_int8 = True
+        if sketch.model is not None:
+            network, _ = export(sketch.model, describe(sketch.model, sketch.card.input_shape))
+            check_names(self.exclude, [node.name for node in layers_of(network)])
         sketch.lines.append(f"candidates on {' and '.join(self._backends())}, at most {self.max_drop:.2%} of accuracy lost")
 
     def _backends(self) -> list[Backend]:
@@ -52,17 +61,15 @@ class QuantizeStatic(CompressingStage):
         return ["onnxruntime", "openvino"] if importlib.util.find_spec("openvino") else ["onnxruntime"]
 
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
-        if model.card.scheme != "none":
-            raise UserError("quantize_static: the model is int8 already; it needs the float one of stage export")
-        card, say = context.splits.card, context.tracker.say
-        order = torch.randperm(len(context.splits.train), generator=torch.Generator().manual_seed(context.seed))
-        ids = order[:self.calibration_images].sort().values
-        images = normalize(context.splits.train.images.batch(ids).cpu(), card.preprocessing).numpy()
+        for name in (BEST, CANDIDATES):  # of an earlier try
+            (context.folder / name).unlink(missing_ok=True)
+        images = context.examples(self.calibration_images).numpy()
         calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
         wanted = Wanted(self.max_drop, self.portable, self.budget_seconds, tuple(self.exclude))
         with tempfile.TemporaryDirectory() as folder:
-            found = Search(calibration, context.splits.validation, self.validation_images, card.preprocessing,
-                           self._backends(), wanted, Path(folder), say).run()
+            found = Search(calibration, context.splits.validation, self.validation_images,
+                           context.splits.card.preprocessing, self._backends(), wanted, Path(folder),
+                           context.tracker.say).run()
         rows = self._coverage(calibration, found)
         self._note(context, found, rows)
         result = OnnxModel(found.best.content, carry_over(
@@ -71,13 +78,14 @@ class QuantizeStatic(CompressingStage):
                 scheme="static_int8", layers={row.layer: f"{row.dtype}: {row.reason}" for row in rows},
                 backend=found.backend, portability=found.best.portability))
         if not found.reached:
-            write_atomically(context.folder / "best_candidate.onnx", found.best.content)
+            write_atomically(context.folder / BEST, found.best.content)
+            write_json(context.folder / CANDIDATES, context.notes)
+            assert found.best.portability is not None
             raise VerificationError(
                 f"quantize_static: no candidate is as asked; the best one, {found.best.name}, has "
-                f"{found.best.correct}/{found.images} against the float model's {found.float_correct}, and "
-                f"{found.best.portability['verdict'] if found.best.portability else 'was not looked at further'}; it is in "
-                f"{context.folder / 'best_candidate.onnx'}. Raise quantize_static.max_drop or budget_seconds, or set "
-                "portable=false")
+                f"{found.best.correct}/{found.images} against the float model's {found.float_correct}, and without VNNI "
+                f"{found.best.portability['verdict']}; it is {context.folder / BEST}, and all candidates are in "
+                f"{CANDIDATES} there. Raise quantize_static.max_drop or budget_seconds, or set portable=false")
         return result
 
     def _coverage(self, calibration: Calibration, found: Found) -> list[Coverage]:
@@ -87,8 +95,8 @@ class QuantizeStatic(CompressingStage):
         after = layer_times(found.best.quantized.model, found.backend, image, threads)
         names = [node.name for node in layers_of(calibration.model)]
         ends = (names[0], names[-1]) if found.best.settings.float_ends else ()
-        why = dict.fromkeys(ends, "first or last layer, float in this candidate") | dict.fromkeys(
-            found.best.kept_float, "returned to float for its effect on the logits")
+        why = dict.fromkeys(found.best.kept_float, "returned to float for its effect on the logits") | dict.fromkeys(
+            ends, "first or last layer, float in this candidate")
         return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
                         {name: (before.get(name), after.get(name)) for name in before.keys() | after.keys()})
 
@@ -100,9 +108,9 @@ class QuantizeStatic(CompressingStage):
         int8 = sum(row.dtype == "int8" for row in rows)
         say(f"  chosen: {found.best.name}, on {found.backend}; {int8} of {len(rows)} layers are int8, "
             f"{found.best.correct}/{found.images} against {found.float_correct} in float, "
-            f"{found.best.latency_ms:.3f} ms against {found.float_ms:.3f}")
-        if found.best.portability:
-            say(f"  without VNNI: {found.best.portability['verdict']}")
+            f"{found.best.milliseconds:.3f} ms against {found.float_ms:.3f}")
+        assert found.best.portability is not None
+        say(f"  without VNNI: {found.best.portability['verdict']}")
         if found.not_tried:
             context.warn(f"quantize_static: no time was left for {len(found.not_tried)} candidates "
                          f"({'; '.join(found.not_tried)}); raise budget_seconds")
@@ -125,7 +133,7 @@ def _show_candidates(found: Found, console: Console) -> None:
     table.add_row("float", str(found.float_correct), f"{found.float_ms:.3f}", "", "")
     for candidate in found.candidates:
         holds = None if candidate.portability is None else candidate.portability["holds"]
-        table.add_row(candidate.name, str(candidate.correct), f"{candidate.latency_ms:.3f}" if candidate.latency_ms else "",
+        table.add_row(candidate.name, str(candidate.correct), f"{candidate.milliseconds:.3f}",
                       f"{len(candidate.content) / 1000:.0f}", verdicts[holds],
                       style="bold" if candidate is found.best else "")
     console.print(table)
