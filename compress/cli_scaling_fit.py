@@ -68,7 +68,8 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
 def predict(
         dataset_size: Annotated[float, typer.Option("--dataset_size", help="D: training examples")],
         width: Annotated[int | None, typer.Option("--width", min=1, help="of the study's CNN")] = None,
-        depth: Annotated[int, typer.Option("--depth", min=1, help="of the study's CNN")] = 2,
+        depth: Annotated[int | None, typer.Option("--depth", min=1, help="of the study's CNN; that of the runs, or 2")
+                         ] = None,
         parameters: Annotated[float | None, typer.Option("--parameters", help="N, instead of --width")] = None,
         num_epochs: Epochs = None,
         data: Annotated[Path, typer.Option("--data", help="the runs to fit")] = Path("results/final_data.csv"),
@@ -78,6 +79,7 @@ def predict(
     """Predict the loss of a configuration that was not run, with its 95 % interval."""
     from compress import report
     from compress.studies.scaling.analysis import fit_for_prediction
+    from compress.studies.scaling.plans import make_point
     from compress.studies.scaling.summary import print_prediction
     from compress.studies.scaling.table import read_runs
     from model_loader import UserError
@@ -87,11 +89,16 @@ def predict(
     d = _positive("--dataset_size", dataset_size)
     epochs = _positive("--num_epochs", num_epochs)
     runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
-    n = _positive("--parameters", parameters) if parameters is not None else float(
-        _parameters_of(width or 0, depth, classes or runs.classes, runs.dataset))
+    depth, network = depth or runs.depth or 2, ""
+    if width is not None:
+        make_point("scaling predict", width=width, depth=depth)  # refuses what no study can have
+        n: float | None = float(_parameters_of(width, depth, classes or runs.classes, runs.dataset))
+        network = f"width {width}, depth {depth}: "
+    else:
+        n = _positive("--parameters", parameters)
     assert n is not None and d is not None
     chosen, forms, ranking = fit_for_prediction(runs, classes, form.value if form else None)
-    print_prediction(report.terminal(), runs, chosen, forms, ranking, n, d, epochs)
+    print_prediction(report.terminal(), runs, chosen, forms, ranking, n, d, epochs, network)
 
 
 def _positive(flag: str, value: float | None) -> float | None:
@@ -107,6 +114,8 @@ def _positive(flag: str, value: float | None) -> float | None:
 
 def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | None) -> int:
     """Parameters of the study's CNN, whose first layer depends on whether the images are grey."""
+    import torch
+
     from architectures import make
     from compress.assessment import learned_parameters
     from metadata.schemas import dataset_cards
@@ -115,5 +124,6 @@ def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | N
     if classes is None:
         raise UserError("--width: the number of classes decides the parameters of the last layer; give it with --classes")
     grey = dataset_cards().get(dataset or "", {}).get("preprocessing", {}).get("mode") == "L"
-    return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth,
-                                   in_channels=1 if grey else 3))
+    with torch.device("meta"):  # nothing is allocated
+        return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth,
+                                       in_channels=1 if grey else 3))

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from compress.studies.scaling.fitting import Observations, fit
+from compress.studies.scaling.fitting import Observations, fit, huber
+from compress.studies.scaling.forms import single_forms
+from compress.studies.scaling.intervals import allowed, parameter_intervals
 from compress.studies.scaling.judging import HeldOut, Judged, judge, rank
 from tests.conftest import Compress, assert_one_line_error
 from tests.test_scaling_fit_command import foreign, grid
@@ -127,3 +129,93 @@ def test_the_noise_of_held_out_points_is_not_known_to_their_fit() -> None:
     single = Observations(data.values, data.log_loss, np.where(loud, 1.0, 4.0), 0.02)
     ranking = rank([judge(form, single, ("N",)) for form in forms(single).values()])
     assert ranking.noise_percent == pytest.approx(100 * 0.02 * np.sqrt(2 / np.pi))
+
+
+def test_tables_of_other_people(compress: Compress, tmp_path: Path) -> None:
+    """Failed rows with words for numbers, the usual ways to say that there is none, and columns that are empty."""
+    rows = [f"{n},{d},{loss},done," for n, d, loss in grid()]
+    words = ["1e5,1e3,oom,failed,", "1e5,crashed,-,failed,", "2e5,3e3,n/a,done,", "2e5,3e3,NULL,done,"]
+    data = tmp_path / "data.csv"
+    data.write_text("\n".join(["", "N,D,loss,status,flops", *words, *rows, ""]))
+    done = compress("scaling", "fit", data, "--bootstrap", "50", "--no_plots")
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr
+    for said in ("column flops is empty, so it is not used", f"{len(rows)} runs of {len(rows)} configurations",
+                 "left out of the fits, failed: lines 3, 4", "loss is missing: lines 5, 6"):
+        assert said in text, (said, text)
+
+
+def test_columns_that_differ_in_case_alone(compress: Compress, tmp_path: Path) -> None:
+    points = [(n, d, loss) for n, d, loss in grid()]
+    data = tmp_path / "data.csv"
+    data.write_text("N,n,D,loss\n" + "\n".join(f"{n},{index},{d},{loss}" for index, (n, d, loss) in enumerate(points)))
+    expected = foreign(tmp_path / "plain.csv", points)
+    outputs = []
+    for path in (data, expected):
+        done = compress("scaling", "predict", "--parameters", "1e5", "--dataset_size", "1e5", "--data", path)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    data.write_text(data.read_text().replace("N,n,D,loss", "Params,PARAMS,D,loss"))
+    assert_one_line_error(compress("scaling", "fit", data), "the columns Params and PARAMS differ in case alone",
+                          "choose one with --n_column")
+    assert compress("scaling", "predict", "--parameters", "1e5", "--dataset_size", "1e5", "--data", data, "--n_column",
+                    "Params").stdout == outputs[0]
+    assert_one_line_error(compress("scaling", "fit", tmp_path), "it is a folder")
+
+
+def test_predictions_name_their_network_and_allocate_none(compress: Compress, tmp_path: Path) -> None:
+    rows = [(n, d, loss, 1, 10) for n, d, loss in grid()]
+    data = tmp_path / "data.csv"
+    data.write_text("N,D,loss,depth,dataset\n" + "\n".join(f"{n},{d},{loss},{depth},cifar10"
+                                                          for n, d, loss, depth, _ in rows))
+    asked = ("scaling", "predict", "--dataset_size", "50000", "--data", data)
+    done = compress(*asked, "--width", "8192")
+    assert done.returncode == 0 and "width 8192, depth 1: N = 6,040,461,322" in done.stdout, done.stdout + done.stderr
+    assert "depth 3: N = " in compress(*asked, "--width", "4", "--depth", "3").stdout
+    assert_one_line_error(compress(*asked, "--width", "10000000000"), "width", "65536")
+    assert_one_line_error(compress(*asked, "--width", "4", "--depth", "100000"), "depth", "1024")
+
+
+def test_epochs_that_vary_are_said(compress: Compress, tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("N,D,loss,epochs\n" + "\n".join(f"{n},{d},{loss},{200 if d < 1e9 else 25}" for n, d, loss in grid()))
+    done = compress("scaling", "fit", data, "--bootstrap", "50", "--no_plots", "--num_epochs", "25")
+    assert done.returncode == 0 and "is from 25 to 200 in these runs" in " ".join(done.stdout.split()), done.stdout
+    assert "count 25 everywhere (--num_epochs takes another)" in " ".join(
+        (tmp_path / "fit" / "summary.md").read_text().split())
+
+
+@pytest.mark.parametrize(("text", "parts"), [
+    ("kind: width\nwidths: [2]\ndataset_size: 100\nsweeps: 5\n", ("sweeps: expected a list of sweeps, got 5",)),
+    ("sweeps: [{kind: width, widths: [true], dataset_size: 100}]\n", ("expected a whole number, got true or false",)),
+    ("sweeps: [{kind: width, widths: [10000000000], dataset_size: 100}]\n", ("widths", "65536"))])
+def test_plans_that_no_machine_can_run(compress: Compress, tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("dataset: digits\n" + text)
+    assert_one_line_error(compress("scaling", "plan", plan, "--base_dir", tmp_path), *parts)
+
+
+def test_the_profile_of_few_points_ends_where_a_grid_says() -> None:
+    """Four points and three parameters: exponent and amplitude make up for each other over many decades."""
+    sizes = np.array([1e3, 4e3, 2e4, 5e4])
+    data = Observations({"D": sizes}, np.array([0.586812, 0.335447, 0.050622, -0.072724]), np.ones(4))
+    form = single_forms("D", data.values, data.log_loss)[1]
+    best = fit(form, data)
+    inputs = form.inputs(data.values)[:, 0]
+    floors = np.linspace(0, np.exp(data.log_loss.min()), 1500)[:, None]
+
+    def root_at(amplitude: float) -> float:
+        """How far the best fit with this amplitude is off, as a share of what is allowed."""
+        lowest = np.inf
+        for exponent in np.linspace(form.lower[2], form.upper[2], 600):
+            inner = np.log(amplitude) - exponent * form.centre[0]
+            if form.lower[1] <= inner <= form.upper[1]:
+                curve = np.log(floors + np.exp(inner - exponent * inputs))
+                lowest = min(lowest, float(huber(curve - data.log_loss, best.delta).min()))
+        return float(np.sqrt(max(lowest - best.cost, 0) / allowed(best)))
+
+    interval = parameter_intervals(best)["A"]
+    assert interval.low is not None and interval.high is not None and interval.high > 1e3 * interval.value
+    for end in (interval.low, interval.high):
+        assert root_at(end) == pytest.approx(1, abs=0.1), (interval, root_at(end))

@@ -164,6 +164,12 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
                         f"{runs.columns['C']}, with C = {runs.passes:.3g} N D")
     ceiling = ceiling_of(runs.target, classes or runs.classes)
     notes = list(runs.notes)
+    each = [run.c / (run.n * run.d) for run in runs.runs]
+    if max(each) > 1.01 * min(each):
+        spent = epochs if epochs is not None else runs.passes
+        other = "" if "C" in runs.columns else " (--num_epochs takes another)"
+        notes.append(f"C / (N D) is from {min(each):.4g} to {max(each):.4g} in these runs; the forms do not see that, and "
+                     f"the frontier and the isoFLOP curves count {spent:.4g} everywhere{other}")
     joint, forms = joint_section(runs, ceiling)
     _fill(joint, forms, tuple(SPLITS), replicates, seed)
     data = joint.data

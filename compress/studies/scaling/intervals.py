@@ -23,6 +23,7 @@ from compress.studies.scaling.forms import Array, Numbers
 
 LEVEL = 0.95
 STEPS = 60
+LEAP, HALVINGS = 0.4, 12  # of the allowed rise of a single step; how often one side's stride is halved for it
 STIFF = 100.0  # the pull's curvature relative to the profile's: a lag of 1 %, and no ill-conditioned steps
 
 Quantity = Callable[[Array], Array]  # theta (k, P) -> (k,)
@@ -110,7 +111,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
     last_value, last_root = start.copy(), np.zeros(lanes)
     goal = math.sqrt(rise)
     ends: list[float | None] = [None] * lanes
-    live, stalled = np.arange(lanes), np.zeros(lanes, dtype=int)
+    live, stalled, halved = np.arange(lanes), np.zeros(lanes, dtype=int), np.zeros(lanes, dtype=int)
 
     def pull(at: Array, numbers: Numbers) -> tuple[Array, Array, Array]:
         lane = live[numbers]
@@ -126,21 +127,32 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
 
     for _ in range(STEPS):
         target[live] += sides[live] * stride[live]
+        before = theta[live].copy()
         found, cost = minimise(best.form, theta[live], inputs, data.log_loss[None], best.root_weights, best.delta, pull, 40)
         theta[live] = found
         root = np.sqrt(np.maximum(cost - best.cost, 0))
         value = np.array([float(quantities[int(lane) // 2](found[row:row + 1])[0]) for row, lane in enumerate(live)])
         crossed = root >= goal
+        # A step that takes most of what is allowed at once says little of where the end is: back, and half as far.
+        leap = crossed & (root - last_root[live] > LEAP * goal) & (halved[live] < HALVINGS)
+        if leap.any():
+            lanes_back = live[leap]
+            theta[lanes_back] = before[leap]
+            target[lanes_back] -= sides[lanes_back] * stride[lanes_back]
+            stride[lanes_back] /= 2
+            halved[lanes_back] += 1
+            crossed &= ~leap
         for row in np.flatnonzero(crossed):
             lane = live[row]
             share = (goal - last_root[lane]) / max(root[row] - last_root[lane], 1e-300)
             ends[lane] = float(last_value[lane] + share * (value[row] - last_value[lane]))
+        kept = ~leap
         progress = np.maximum(root - last_root[live], 1e-12) / goal
         # Against a bound of the form the quantity no longer moves, however far the target is.
         moved = np.abs(value - last_value[live])
-        stalled[live] = np.where(moved < 1e-3 * stride[live], stalled[live] + 1, 0)
-        stride[live] *= np.clip(0.15 / progress, 0.4, 2.0)
-        last_value[live], last_root[live] = value, root
+        stalled[live] = np.where(kept & (moved < 1e-3 * stride[live]), stalled[live] + 1, 0)
+        stride[live] *= np.where(kept, np.clip(0.15 / progress, 0.4, 2.0), 1.0)
+        last_value[live[kept]], last_root[live[kept]] = value[kept], root[kept]
         live = live[~crossed & (stalled[live] < 3)]
         if not len(live):
             break

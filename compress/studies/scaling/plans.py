@@ -40,7 +40,18 @@ class Training:
 
 TRAINING = Training()
 
-Positive = Annotated[int, Field(ge=1)]
+WIDEST, DEEPEST = 2**16, 2**10  # beyond that nothing is left of a study on small images but the memory it takes
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a whole number, got true or false")
+    return value
+
+
+Positive = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
+Width = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=WIDEST)]
+Depth = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1, le=DEEPEST)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -52,8 +63,8 @@ class Point(Config):
     batch_size: int = Field(256, ge=2, description="images a step; an epoch ends with what is left over")
     num_epochs: Positive = Field(100, description="passes over the subset")
     test_freq: Positive = Field(5, description="epochs between looks at the test split; the last is always measured")
-    width: Positive = Field(32, description="channels of the first stage")
-    depth: Positive = Field(2, description="convolution blocks a stage")
+    width: Width = Field(32, description="channels of the first stage")
+    depth: Depth = Field(2, description="convolution blocks a stage")
     dataset_size: int = Field(50_000, ge=2, description="training images, a subset drawn class by class")
     dataset: str = Field("cifar10", description="see loaders/")
 
@@ -93,6 +104,8 @@ def _by_size(value: Any) -> Any:
 
 Rule = Annotated[dict[int, int], BeforeValidator(_by_size)]
 Sizes = Annotated[list[Positive], Field(min_length=1)]
+Widths = Annotated[list[Width], Field(min_length=1)]
+Depths = Annotated[list[Depth], Field(min_length=1)]
 Parameters = Callable[[int, int], int]  # (width, depth) -> N
 
 
@@ -123,8 +136,8 @@ class WidthSweep(_WithEpochs):
     """Networks of several widths."""
 
     kind: Literal["width"]
-    widths: Sizes
-    depth: Positive = 2
+    widths: Widths
+    depth: Depth = 2
     dataset_size: Positive
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
@@ -135,8 +148,8 @@ class DepthSweep(_WithEpochs):
     """Networks of several depths."""
 
     kind: Literal["depth"]
-    depths: Sizes
-    width: Positive
+    depths: Depths
+    width: Width
     dataset_size: Positive
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
@@ -148,16 +161,16 @@ class DataSweep(_WithEpochs):
 
     kind: Literal["data"]
     dataset_sizes: Sizes
-    width: Positive
-    depth: Positive = 2
+    width: Width
+    depth: Depth = 2
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         return ((self.width, self.depth, size) for size in self.dataset_sizes)
 
 
 class _Grid(_Sweep):
-    widths: Sizes
-    depths: Sizes = [2]
+    widths: Widths
+    depths: Depths = [2]
     dataset_sizes: Sizes
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
@@ -251,7 +264,10 @@ def read_plan(name: str) -> Plan:
     _, content = read_mapping(name, PLANS, "plan")
     if "kind" in content:  # one sweep alone: its keys may stand among the common ones
         own = {key: content.pop(key) for key in list(content) if key not in Plan.model_fields}
-        content["sweeps"] = [own, *(content.get("sweeps") or [])]
+        others = content.get("sweeps") or []
+        if not isinstance(others, list):
+            raise UserError(f"plan {name}: sweeps: expected a list of sweeps, got {others!r}")
+        content["sweeps"] = [own, *others]
     try:
         return Plan.model_validate(content)
     except ValidationError as error:

@@ -209,7 +209,8 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
     """Loss against N at equal compute: curves of the fit, their minima, and the observed points near each budget."""
     assert analysis.tradeoff
     data, passes = analysis.joint.data, analysis.tradeoff.passes
-    loss, compute = np.exp(data.log_loss), data.values["C"]
+    loss = np.exp(data.log_loss)
+    compute = data.values["N"] * data.values["D"] * passes  # as the curves count it
     budgets = np.geomspace(float(np.quantile(compute, 0.1)), float(np.quantile(compute, 0.95)), 5)
     shades, norm = _colours(budgets)
     ends = data.values["N"].min() / 3, data.values["N"].max() * 3
@@ -238,7 +239,7 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
             _frame(axis, drawn_x, drawn_y, (NAMES["N"], analysis.runs.target))
         _legend(axis)
         axis.set_title(f"isoFLOP curves of the {chosen.name} fit at {analysis.tradeoff.rule}\nstars: best N for the "
-                       "budget; points: runs within 30 % of it", fontsize=11)
+                       "budget; points: runs within 30 % of it, counted so", fontsize=11)
     return path
 
 

@@ -202,7 +202,7 @@ def print_summary(console: Console, analysis: Analysis) -> None:
 
 
 def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str, Fit], ranking: Ranking, n: float, d: float,
-                     epochs: float | None) -> None:
+                     epochs: float | None, network: str = "") -> None:
     """A prediction on the screen: intervals, how far it reaches beyond the runs, and what the other forms say.
 
     Args:
@@ -214,16 +214,18 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
         n: parameters.
         d: training examples.
         epochs: for the compute that is shown; as the runs were trained if None.
+        network: what N is of, in words.
     """
     found = predict(chosen, n, d)
     passes = epochs if epochs is not None else runs.passes
-    console.print(f"N = {n:,.12g}, D = {d:,.12g}, {runs.compute_rule(passes)}: compute {n * d * passes:.3g}",
+    console.print(f"{network}N = {n:,.12g}, D = {d:,.12g}, {runs.compute_rule(passes)}: compute {n * d * passes:.3g}",
                   highlight=False)
     console.print(f"predicted {runs.target}: {number(found.loss)} by the {chosen.form.name} form, fitted to "
                   f"{len(chosen.data)} configurations", style="bold", highlight=False)
     console.print(f"95 % interval: {span(*found.mean)} for the mean over seeds, {span(*found.run)} for one run",
                   highlight=False)
-    errors = next(entry for entry in ranking.forms if entry.name == chosen.form.name).held_out_percent
+    judged = next(entry for entry in ranking.forms if entry.name == chosen.form.name)
+    errors = judged.held_out_percent
     if found.beyond:
         reach = " and ".join(f"{name} {factor:.2g} times" for name, factor in found.beyond.items())
         console.print(f"an extrapolation: {reach} beyond the runs"
@@ -237,6 +239,8 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
         console.print("other forms: " + ", ".join(
             f"{name} {number(value)}{' (cannot be told from the best)' if name in ranking.ties else ''}"
             for name, value in others.items()), highlight=False)
+    for line in (*misfit_lines(judged), *runs.notes):
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
     if epochs is not None:
         console.print("the forms see N and D alone: epochs change C, not the prediction", highlight=False)
 

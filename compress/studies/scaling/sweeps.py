@@ -139,8 +139,8 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
     rows = study.results.rows()
     mine: list[Row] = [dict(rows[point.id]) for point in study.points if point.id in rows]
     print_rows(console, mine)
-    if busy := [point for point in left if point.id not in rows]:
-        raise BusyError(f"{len(busy)} of {len(study.points)} points are still run by another sweep in "
+    if left and board.busy:
+        raise BusyError(f"{len(board.busy)} of {len(study.points)} points are still run by another sweep in "
                         f"{study.results.folder}; wait for it, then run this command again")
     return mine
 
@@ -178,6 +178,7 @@ class _Board:
         self.total = sum(self.costs.values())
         self.shares: dict[str, float] = dict.fromkeys(self.costs, 0.0)
         self.over = 0
+        self.busy: list[Point] = []  # another sweep's
         self.start = time.monotonic()
         self.bars = Progress(TextColumn("{task.fields[points]}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"),
                              TimeRemainingColumn(), TextColumn("left"), console=console, transient=True,
@@ -208,6 +209,8 @@ class _Board:
         self.over += 1
         self.shares[point.id] = 1.0
         self._update()
+        if row["status"] == "busy":
+            self.busy.append(point)
         name = f"{point.shape} seed {point.seed}"
         if row["status"] == "done":
             text = (f"test loss {float(row['final_test_loss_avg_last5']):.4f}, accuracy "

@@ -25,8 +25,9 @@ ALIASES = {
     "error": ("test_error", "error", "val_error", "error_rate"),
     "accuracy": ("final_test_acc_avg_last5", "test_acc", "test_accuracy", "val_acc", "val_accuracy", "acc", "accuracy"),
 }
-CONFIGURATION = ("width", "depth", "batch_size", "dataset", "lr", "weight_decay", "optimizer")
+CONFIGURATION = ("width", "depth", "batch_size", "test_freq", "dataset", "lr", "weight_decay", "optimizer")
 Row = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
+MISSING = ("", "-", "na", "n/a", "none", "null")
 FINISHED = ("", "done", "ok", "success", "finished", "complete", "completed")
 SMALLEST, LARGEST = 1e-40, 1e40  # what lies beyond measures nothing, and its powers and products overflow
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
@@ -69,6 +70,7 @@ class Runs:
         classes: that the data-set column tells, or None.
         dataset: in that column, or None.
         from_accuracy: whether the target is 1 less what its column holds.
+        depth: that all rows have, or None.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class Runs:
     classes: int | None = None
     dataset: str | None = None
     from_accuracy: bool = False
+    depth: int | None = None
 
     @property
     def passes(self) -> float:
@@ -139,33 +142,42 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
                "D": _column(path, header, "D", d_column, "--d_column")}
     source, from_accuracy = _target_column(path, header, target, loss_column, accuracy_column)
     columns[target] = source
+    unused = []
     for optional in ("epochs", "C"):
-        if found := _alias(header, optional):
+        found = _alias(path, header, optional, f"rename all but one: each may be {optional}")
+        if found and all(row[found].strip().lower() in MISSING for _, row in rows):
+            unused.append(f"column {found} is empty, so it is not used")
+        elif found:
             columns[optional] = found
     if "epochs" in columns:
         columns.pop("C", None)
     result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()),
-                  dataset=data_set.lower() if data_set else None, from_accuracy=from_accuracy)
+                  dataset=data_set.lower() if data_set else None, from_accuracy=from_accuracy,
+                  notes=unused)
     if target == "error" and loss_column is not None and not from_accuracy and "err" not in source.lower():
         result.notes.append(f"{source} is taken for an error rate; if it is an accuracy, name it with --accuracy_column")
     by_lower = {name.lower(): name for name in header}
     status, seed = by_lower.get("status"), by_lower.get("seed")
     own = [by_lower[name] for name in CONFIGURATION if name in by_lower]
+    depths = {row[by_lower["depth"]].strip() for _, row in rows} if "depth" in by_lower else set()
+    if len(depths) == 1 and (only := depths.pop()).isdecimal():
+        result.depth = int(only)
     seen: dict[tuple[str, ...], tuple[int, float]] = {}
     repeated: list[str] = []
     for line, row in rows:
-        numbers = {role: _number(path, line, name, row[name]) for role, name in columns.items()}
-        n, d, loss = numbers["N"], numbers["D"], numbers[target]
         state = row[status].strip().lower() if status else ""
+        finished = state in FINISHED
+        numbers = {role: _number(path, line, name, row[name], strict=finished) for role, name in columns.items()}
+        n, d, loss = numbers["N"], numbers["D"], numbers[target]
         if target == "error" and loss is not None:
-            if state in FINISHED and (loss < 0 or loss > 1):
+            if finished and (loss < 0 or loss > 1):
                 what = "accuracy" if from_accuracy else "an error rate"
                 advice = "; if these are percentages, divide them by 100" if loss > 1 else ""
                 raise UserError(f"{path}, line {line}, column {source}: {what} must be a fraction in [0, 1], got "
                                 f"{loss:g}{advice}")
             loss = 1 - loss if from_accuracy else loss
         shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
-        if state not in FINISHED:
+        if not finished:
             result.left_out.append(LeftOut(line, state, **shown))
             continue
         needed: dict[str, float | None] = {"N": n, "D": d, target: loss}
@@ -176,7 +188,8 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             continue
         assert n is not None and d is not None and loss is not None
         epochs = numbers.get("epochs")
-        compute = n * d * epochs if epochs is not None else (numbers.get("C") or n * d)
+        compute = n * d * epochs if epochs is not None else numbers.get("C", n * d)
+        assert compute is not None
         if _usable(compute) is None:
             result.left_out.append(LeftOut(line, f"N * D * epochs is {_spelled(compute)}", **shown))
             continue
@@ -209,7 +222,7 @@ def _of_one_set(path: Path, header: list[str], rows: list[Row], wanted: str | No
     present = sorted({row[column].strip() for _, row in rows})
     if wanted is None and len(present) > 1:
         raise UserError(f"{path}: rows of several data sets ({', '.join(present)}), which follow no common law; choose one "
-                        f"with --dataset {present[0]}")
+                        f"with --dataset {next(name for name in present if name)}")
     chosen = present[0] if wanted is None else wanted
     if chosen not in present:
         raise UserError(f"{path}: --dataset {wanted}: no such rows{closest(chosen, present)} (there: {', '.join(present)})")
@@ -236,12 +249,13 @@ def _note(result: Runs, repeated: list[str]) -> None:
 def _read(path: Path) -> tuple[list[str], list[Row]]:
     """The header and the rows, each with its line in the file; a `;` or a tab is taken for the comma it stands for."""
     if not path.is_file():
-        raise UserError(f"{path}: there is no such file; expected a CSV with columns for N, D and the loss")
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path}: {what}; expected a CSV with columns for N, D and the loss")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8, so no CSV (byte {error.start})") from error
-    first = text.partition("\n")[0]
+    first = text.lstrip().partition("\n")[0]
     delimiter = next((mark for mark in (",", ";", "\t") if mark in first), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     header: list[str] = []
@@ -268,18 +282,25 @@ def _read(path: Path) -> tuple[list[str], list[Row]]:
     return header, rows
 
 
-def _alias(header: list[str], role: str) -> str | None:
-    by_lower = {name.lower(): name for name in header}
-    return next((by_lower[alias] for alias in ALIASES[role] if alias in by_lower), None)
+def _alias(path: Path, header: list[str], role: str, advice: str) -> str | None:
+    """The column for a role, under the first of its usual names that is there."""
+    return next((found for alias in ALIASES[role] if (found := _named(path, header, alias, role, advice))), None)
+
+
+def _named(path: Path, header: list[str], name: str, role: str, advice: str) -> str | None:
+    """The column of a name, in whatever case; of several the one that is spelled as the role is, or so."""
+    alike = [column for column in header if column.lower() == name.lower()]
+    if len(alike) > 1 and name not in alike and role not in alike:
+        raise UserError(f"{path}: the columns {' and '.join(alike)} differ in case alone; {advice}")
+    return next((column for column in (role, name, *alike) if column in alike), None)
 
 
 def _column(path: Path, header: list[str], role: str, named: str | None, flag: str) -> str:
     if named is not None:
-        by_lower = {name.lower(): name for name in header}
-        if named.lower() not in by_lower:
-            raise UserError(f"{path}: {flag} {named!r} is not in it{closest(named, header)} (columns: {', '.join(header)})")
-        return by_lower[named.lower()]
-    if found := _alias(header, role):
+        if own := _named(path, header, named, named, f"spell {flag} as the column is"):
+            return own
+        raise UserError(f"{path}: {flag} {named!r} is not in it{closest(named, header)} (columns: {', '.join(header)})")
+    if found := _alias(path, header, role, f"choose one with {flag}"):
         return found
     near = next((match for alias in (role, *ALIASES[role]) if len(alias) > 2 and (match := closest(alias, header))), "")
     raise UserError(f"{path}: no column for {role}{near} (columns: {', '.join(header)}); name it with {flag}")
@@ -293,22 +314,26 @@ def _target_column(path: Path, header: list[str], target: str, named: str | None
             raise UserError(f"--accuracy_column {accuracy}: goes with --target error and without --loss_column")
         return _column(path, header, "accuracy", accuracy, "--accuracy_column"), True
     if target == "error" and named is None:
-        if found := _alias(header, "accuracy"):
+        if found := _alias(path, header, "accuracy", "choose one with --accuracy_column"):
             return found, True
-        return _alias(header, "error") or _column(path, header, "accuracy", None, "--accuracy_column, or that of the error "
-                                                  "rate with --loss_column"), False
+        if found := _alias(path, header, "error", "choose one with --loss_column"):
+            return found, False
+        flags = "--accuracy_column, or that of the error rate with --loss_column"
+        return _column(path, header, "accuracy", None, flags), True  # which is not there, and says so
     column = _column(path, header, target, named, "--loss_column")
     return column, target == "error" and "acc" in column.lower()
 
 
-def _number(path: Path, line: int, column: str, cell: str) -> float | None:
-    """A cell's number; None for an empty cell."""
+def _number(path: Path, line: int, column: str, cell: str, strict: bool) -> float | None:
+    """A cell's number; None for a cell that is empty or says that it has none, and, unless strict, for any other text."""
     text = cell.strip().replace("_", "")
-    if not text:
+    if text.lower() in MISSING:
         return None
     try:
         return float(text)
     except ValueError as error:
+        if not strict:
+            return None
         raise UserError(f"{path}, line {line}, column {column}: expected a number, got {cell.strip()!r}") from error
 
 
