@@ -22,6 +22,7 @@ class FormName(StrEnum):
     additive = "additive"
     bounded = "bounded"
     kaplan = "kaplan"
+    overfitting = "overfitting"
 
 
 TargetOption = Annotated[Target, typer.Option("--target", help="error is 1 - accuracy, a fraction")]

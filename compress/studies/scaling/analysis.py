@@ -16,7 +16,7 @@ from compress.studies.scaling.table import Runs
 from metadata.closest import closest
 from model_loader import UserError
 
-JOINT = ("additive", "bounded", "kaplan")
+JOINT = ("additive", "bounded", "kaplan", "overfitting")
 
 
 @dataclass

@@ -28,12 +28,13 @@ START_EXPONENTS = np.geomspace(0.04, 2.4, 10)
 
 @dataclass(frozen=True)
 class Frontier:
-    """The two falling powers that a form trades against each other: exp(log_x) N^-x + exp(log_y) D^-y; fields (sets,)."""
+    """The two terms that a form trades against each other: exp(log_x) N^-x + exp(log_y) N^cross D^-y; fields (sets,)."""
 
     log_x: Array
     x: Array
     log_y: Array
     y: Array
+    cross: Array
 
 
 class Form:
@@ -190,7 +191,62 @@ class PowerSum(Form):
     def frontier(self, theta: Array) -> Frontier:
         # Both forms grow with h, so they are least where h is.
         values = self.reported(theta)[:, int(self.floor):]
-        return Frontier(values[:, 0], values[:, 2], values[:, 1], values[:, 3])
+        return Frontier(values[:, 0], values[:, 2], values[:, 1], values[:, 3], np.zeros(len(theta)))
+
+
+class Overfitting(Form):
+    """E + A/N^alpha + B N^gamma/D^beta: what too few data cost grows with the network, gamma >= 0.
+
+    The other forms fall with N at every D. A cross-entropy does not where a network is trained on few images until it knows
+    them by heart: it gets ever surer of its mistakes. This is the least that lets the error of too few data depend on the
+    size of what is fitted, as a variance does; with gamma = 0 it is the additive form.
+    """
+
+    name, formula, variables = "overfitting", "E + A/N^alpha + B N^gamma/D^beta", ("N", "D")
+    inner = ("E", "log A", "log B", "alpha", "beta", "gamma")
+    names = ("E", "A", "B", "alpha", "beta", "gamma")
+    log_scale = frozenset({"A", "B"})
+    GAMMAS = (0.0, 0.1, 0.3, 0.7)
+
+    def __init__(self, values: dict[str, Array], log_loss: Array) -> None:
+        self.centre = np.array([float(np.log(values[name]).mean()) for name in self.variables])
+        low, high = self._amplitude_bounds(log_loss)
+        self.lower = np.array([0.0, low, low, EXPONENTS[0], EXPONENTS[0], 0.0])
+        self.upper = np.array([math.inf, high, high, EXPONENTS[1], EXPONENTS[1], 1.0])
+
+    @property
+    def needed(self) -> int:
+        """More than parameters alone ask for: on so few points, holding some out would leave nothing to fit."""
+        return 2 * len(self.inner)
+
+    def evaluate(self, theta: Array, inputs: Array) -> tuple[Array, Array]:
+        n, d = inputs[..., 0], inputs[..., 1]  # (points,) or (sets, points)
+        floor, log_a, log_b, alpha, beta, gamma = (theta[:, index, None] for index in range(6))
+        a = np.exp(np.clip(log_a - alpha * n, -700, 300))
+        b = np.exp(np.clip(log_b - beta * d + gamma * n, -700, 300))
+        loss = np.maximum(floor + a + b, 1e-300)
+        a, b = a / loss, b / loss
+        return np.log(loss), np.stack([1 / loss, a, b, -n * a, -d * b, n * b], axis=2)
+
+    def reported(self, theta: Array) -> Array:
+        result = theta.copy()
+        result[:, 1] += theta[:, 3] * self.centre[0]
+        result[:, 2] += theta[:, 4] * self.centre[1] - theta[:, 5] * self.centre[0]
+        return result
+
+    def starts(self, inputs: Array, log_loss: Array) -> Array:
+        # Given the exponents, the loss is linear in E, A and B.
+        loss, found = np.exp(log_loss), []
+        n, d = inputs[:, 0], inputs[:, 1]
+        for alpha, beta, gamma in itertools.product(START_EXPONENTS[::2], START_EXPONENTS[::2], self.GAMMAS):
+            columns = np.stack([np.ones(len(loss)), np.exp(-alpha * n), np.exp(gamma * n - beta * d)], axis=1)
+            floor, *amplitudes = _non_negative(columns / loss[:, None], np.ones(len(loss)))
+            found.append([floor, *np.log(np.maximum(amplitudes, 1e-4 * loss.mean())), alpha, beta, gamma])
+        return np.clip(np.array(found), self.lower, self.upper)
+
+    def frontier(self, theta: Array) -> Frontier:
+        values = self.reported(theta)
+        return Frontier(values[:, 1], values[:, 3], values[:, 2], values[:, 4], values[:, 5])
 
 
 class Kaplan(Form):
@@ -243,7 +299,7 @@ class Kaplan(Form):
     def frontier(self, theta: Array) -> Frontier:
         values = self.reported(theta)
         ratio = theta[:, 2] / theta[:, 3]
-        return Frontier(ratio * values[:, 0], ratio, values[:, 1], np.ones(len(theta)))
+        return Frontier(ratio * values[:, 0], ratio, values[:, 1], np.ones(len(theta)), np.zeros(len(theta)))
 
 
 def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None) -> list[Form]:
@@ -257,7 +313,7 @@ def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None
     forms: list[Form] = [PowerSum("additive", ("N", "D"), values, log_loss, floor=True)]
     if ceiling is not None:
         forms.append(PowerSum("bounded", ("N", "D"), values, log_loss, floor=True, ceiling=ceiling))
-    return [*forms, Kaplan(values, log_loss)]
+    return [*forms, Kaplan(values, log_loss), Overfitting(values, log_loss)]
 
 
 def single_forms(variable: str, values: dict[str, Array], log_loss: Array) -> list[Form]:

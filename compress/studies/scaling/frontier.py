@@ -32,9 +32,10 @@ class Optimum:
 def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
     """N* and D* that minimise the form at N * D * epochs = C.
 
-    Every joint form falls with X N^-x + Y D^-y, so that N* = G (C / epochs)^(y / (x + y)), G = (x X / (y Y))^(1 / (x + y)).
+    Every joint form falls with X N^-x + Y N^c D^-y, so that N* = G (C / epochs)^(y / (x + y + c)) with
+    G = (x X / ((y + c) Y))^(1 / (x + y + c)).
 
-    Source: Hoffmann et al. 2022, equation 4.
+    Source: Hoffmann et al. 2022, equation 4, for c = 0.
 
     Args:
         best: whose form is used.
@@ -43,9 +44,10 @@ def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
         epochs: passes over the data.
     """
     terms = best.form.frontier(theta)
-    total = (terms.x + terms.y)[:, None]
+    rising = terms.y + terms.cross  # with N, where D = C / (N epochs)
+    total = (terms.x + rising)[:, None]
     budget = np.log(compute / epochs)[None]
-    log_gain = (np.log(terms.x) + terms.log_x - np.log(terms.y) - terms.log_y)[:, None] / total
+    log_gain = (np.log(terms.x) + terms.log_x - np.log(rising) - terms.log_y)[:, None] / total
     log_n = log_gain + terms.y[:, None] / total * budget
     log_d = budget - log_n
     inputs = np.stack([log_n, log_d], axis=2) - best.form.centre  # (sets, budgets, 2)
@@ -57,7 +59,7 @@ def exponents(best: Fit) -> tuple[Interval, Interval]:
     """The exponents p and 1 - p of N* ~ C^p and D* ~ C^(1 - p), with profile intervals."""
     def share(theta: Array) -> Array:
         terms = best.form.frontier(theta)
-        return np.asarray(terms.y / (terms.x + terms.y))
+        return np.asarray(terms.y / (terms.x + terms.y + terms.cross))
     first = profile(best, [share])[0]
     return first, Interval(1 - first.value, None if first.high is None else 1 - first.high,
                            None if first.low is None else 1 - first.low)
