@@ -12,6 +12,9 @@ import pytest
 from tests.conftest import PROJECT, SMALL, draw_folder
 
 
+STATIC = ["quantize_static.max_drop=0.5", "quantize_static.portable=false", "quantize_static.budget_seconds=0.01"]
+
+
 def commands() -> list[str]:
     """Every line of the README's shell blocks."""
     blocks = re.findall(r"```sh\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
@@ -48,7 +51,7 @@ def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, requ
     words = [re.sub(r"\b(" + "|".join(filled) + r")\b", lambda match: filled[match[0]], word) for word in words]
     assert words[0] == "python", command
     if "run" in words and any(word.startswith("slim_resnet18_digits") for word in words):
-        words += [f"run_dir={tmp_path}", *SMALL, *(["quantize_static.max_drop=0.05"] if "static" in command else [])]
+        words += [f"run_dir={tmp_path}", *SMALL, *(STATIC if "static" in command else [])]
     elif "train" in words or "mnist_challenge" in words:
         if "MNIST" in words:
             words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
