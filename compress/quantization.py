@@ -256,7 +256,7 @@ def _type_and_reason(layer: nn.Module) -> tuple[str, str]:
     if isinstance(layer, (nn.Conv2d, nn.Linear)):
         return "float32", "excluded by the recipe"
     if layer.activations == "float32":
-        return "int8", "weights only: it computes in float32, which is faster here"
+        return "int8", "weights only, float is faster here"
     return "int8", "dynamic, per channel"
 
 
