@@ -34,14 +34,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from architectures.describe import describe
 from compress.export import export
-from compress.quantization import quantize
+from compress.quantization import as_graph, quantize, without_stochastic_depth
 from compress.static_quantization import Calibration, Settings, build
 from loaders import load
 from loaders.arrays import Request, Splits
+from loaders.augment import examples
 from metadata.files import write_figure
-from model_loader import (Architecture, UserError, first_line, import_openvino, machine, measure_accuracy, normalize,
+from model_loader import (Architecture, UserError, first_line, import_openvino, machine, measure_accuracy,
                           open_model, read_json, versions, write_atomically, write_json)
-from model_loader import build as build_graph
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 CALIBRATION = 64  # images
@@ -62,17 +62,10 @@ class Subject:
     threads: int = 1
 
     def graph(self) -> tuple[fx.GraphModule, Architecture]:
-        """The network in the layer table; what does nothing in evaluation is left out."""
-        if isinstance(self.model, fx.GraphModule):
-            return self.model, describe(self.model, tuple(self.images.shape[1:]), self.name)  # type: ignore[arg-type]
-        plain = copy.deepcopy(self.model)
-        for name, module in self.model.named_modules():
-            if isinstance(module, torchvision.ops.StochasticDepth):
-                plain.set_submodule(name, nn.Identity())
-        architecture = describe(plain, tuple(self.images.shape[1:]), self.name)  # type: ignore[arg-type]
-        graph = build_graph(architecture)
-        graph.load_state_dict(plain.state_dict())
-        return graph.eval(), architecture
+        """The network in the layer table."""
+        channels, height, width = self.images.shape[1:]
+        graph = as_graph(without_stochastic_depth(self.model), (channels, height, width))
+        return graph, describe(graph, (channels, height, width), self.name)
 
     def onnx_file(self) -> Path:
         """The float network as ONNX, written once."""
@@ -268,25 +261,11 @@ def measure(subject: Subject, sides: Sequence[str], test_images: int | None) -> 
     if subject.splits is not None:
         split, preprocessing = subject.splits.open_test(), subject.splits.card.preprocessing
         for side, call in calls.items():
-            count = min(len(split), test_images or len(split))
-            batches = ((images, labels) for number, (images, labels) in enumerate(split.batches(1)) if number < count)
-            with torch.no_grad():
-                result = measure_accuracy(_Served(call), batches, preprocessing, count)
+            ids = torch.arange(min(len(split), test_images or len(split)))
+            result = measure_accuracy(call, split.batches(1, ids), preprocessing, len(ids))
             rows[side]["accuracy"] = {"correct": result.correct, "images": result.total}
             print(f"  {side}: {result.correct}/{result.total}", flush=True)
     return rows
-
-
-class _Served(nn.Module):
-    """Any side as a module, for `measure_accuracy`."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-        self.register_buffer("device", torch.zeros(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.call(images)
 
 
 def random_subject(name: str, folder: Path, threads: int) -> Subject:
@@ -304,8 +283,7 @@ def trained_subject(stage: Path, dataset: str, data_root: Path, folder: Path, th
     architecture = read_json(stage / "architecture.json", Architecture)
     model = open_model(architecture, stage / "weights.pth")
     splits = load(Request(dataset, data_root))
-    ids = torch.linspace(0, len(splits.train) - 1, CALIBRATION * 4).long()
-    images = normalize(splits.train.images.batch(ids), splits.card.preprocessing)
+    images = examples(splits, CALIBRATION * 4)
     return Subject(f"{architecture.model_type}, {splits.card.name}", model, images, splits, folder, threads)
 
 

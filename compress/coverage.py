@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+
+from model_loader import UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ def decibels(signal: float, noise: float) -> float:
     if noise <= signal * 1e-20:
         return 200.0
     return 10 * math.log10(max(signal, 1e-300) / noise)
+
+
+def check_excluded(stage: str, exclude: Collection[str], layers: Collection[str]) -> None:
+    """Raises UserError for a layer that is to stay float and that the network does not have."""
+    unknown = next((name for name in exclude if name not in layers), None)
+    if unknown is not None:
+        raise UserError(f"{stage}.exclude: {unknown!r} is no Conv2d or Linear layer of the model ({', '.join(layers)})")
 
 
 def show(rows: Sequence[Coverage], console: Console) -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torchvision.ops import StochasticDepth
 
 from architectures.describe import describe
-from compress.coverage import Coverage, sqnr_db
+from compress.coverage import Coverage, check_excluded, sqnr_db
 from model_loader import (Program, Quantized, Step, UserError, build, first_line, int8_graph, int8_layers,
                           no_int8_kernels)
 
@@ -104,17 +104,33 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"quantize_dynamic: the model does not take inputs of shape {list(example_input.shape)}, "
                         f"{example_input.dtype}: {first_line(error)}") from error
-    evaluated = copy.deepcopy(model).eval()
-    for name, module in model.named_modules():
-        if isinstance(module, StochasticDepth):  # does nothing in evaluation, and would keep the model out of the table
-            evaluated.set_submodule(name, nn.Identity())
+    evaluated = without_stochastic_depth(model)
     try:
         _, channels, height, width = example_input.shape
-        graph = build(describe(evaluated, (channels, height, width)))
-        graph.load_state_dict(evaluated.state_dict())
+        graph = as_graph(evaluated, (channels, height, width))
     except (UserError, ValueError):  # not images, or not of the layer table: what is around the layers stays as it is
         return _quantize_in_place(evaluated, example_input, exclude)
     return quantize_graph(graph, exclude, example_input)
+
+
+def without_stochastic_depth(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without what does nothing there and would keep the model out of the layer table."""
+    evaluated = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticDepth):
+            evaluated.set_submodule(name, nn.Identity())
+    return evaluated
+
+
+def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+    """The model as a graph of the layer table, in eval mode, with copies of its weights.
+
+    Raises:
+        UserError: it is not of the layer table.
+    """
+    graph = build(describe(model, input_shape))
+    graph.load_state_dict(model.state_dict())
+    return graph.eval()
 
 
 def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
@@ -168,10 +184,7 @@ def _alone(layer: nn.Module) -> fx.GraphModule:
 
 def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
     """Puts int8 layers into a copy of the model, and returns their names."""
-    for name in exclude:
-        if name not in layers:
-            raise UserError(f"quantize_dynamic.exclude: {name!r} is no Conv2d or Linear layer of the model "
-                            f"({', '.join(layers)})")
+    check_excluded("quantize_dynamic", exclude, layers)
     chosen = [name for name in layers if name not in exclude]
     if not chosen:
         raise UserError("quantize_dynamic: nothing became int8; the model has no Conv2d or Linear that is not excluded")

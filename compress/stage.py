@@ -22,11 +22,11 @@ from compress.schedules import Schedule
 from compress.trackers import Tracker
 from compress.training import Data
 from loaders.arrays import Splits
-from loaders.augment import Augmenter, center_crop
+from loaders.augment import Augmenter, examples
 from metadata.closest import closest
 from metadata.files import write_json, write_tensors
 from metadata.schemas import Architecture, DatasetCard, ModelReference
-from model_loader import (Strict, UserError, int8_layers, normalize, open_model, read_json, read_weights,
+from model_loader import (Strict, UserError, int8_layers, open_model, read_json, read_weights,
                           write_atomically)
 
 ARCHITECTURE, WEIGHTS, REFERENCE, ONNX = "architecture.json", "weights.pth", "model.json", "model.onnx"
@@ -178,10 +178,8 @@ class Context:
         return next((output for output in reversed(self.outputs) if isinstance(output, kinds)), None)
 
     def examples(self, count: int) -> torch.Tensor:
-        """So many training images at most, drawn at random: (N, C, H, W) float32, preprocessed, on the CPU."""
-        card, train = self.splits.card, self.splits.train
-        images = center_crop(train.images.batch(train.sample(count, self.seed)).cpu(), card.input_shape[1:])
-        return normalize(images, card.preprocessing).contiguous()
+        """Training images by the run's seed; see `loaders.augment.examples`."""
+        return examples(self.splits, count, self.seed)
 
     def data(self, train: TrainConfig) -> Data:
         """The splits on the device, with the training's augmentation."""

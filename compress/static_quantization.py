@@ -7,7 +7,7 @@ histograms, corrected biases, equalised layers, and a file without the bytes tha
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal
@@ -56,6 +56,10 @@ class Settings:
     correct: bool = True
     equalise: bool = False
     float_ends: bool = False
+
+    def ends(self, names: Sequence[str]) -> set[str]:
+        """Of a network's layers, in order, those that stay float by `float_ends`."""
+        return {names[0], names[-1]} if self.float_ends and names else set()
 
     def __str__(self) -> str:
         parts = ["U8S8" if self.activations == "uint8" else "S8S8", self.method, self.operators]
@@ -144,7 +148,7 @@ def build(calibration: Calibration, settings: Settings, kept_float: Collection[s
     network = calibration.network(settings.equalise)
     found = calibration.histograms(settings.equalise, settings.images)
     names = [node.name for node in layers_of(network)]
-    stay = set(kept_float) | ({names[0], names[-1]} if settings.float_ends and names else set())
+    stay = set(kept_float) | settings.ends(names)
     if not set(names) - stay:
         raise UserError("quantize_static: no Conv2d or Linear layer is left to become int8")
     ranges = TensorsData(CalibrationMethod.MinMax, {

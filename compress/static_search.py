@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compress.assessment import times_in_turns
 from compress.calibration import RANGES, session
+from compress.coverage import check_excluded
 from compress.portability import Backend, verify_portability
 from compress.static_quantization import OPERATORS, Calibration, Operators, Quantized, Settings, build, layers_of
 from loaders.arrays import Split
@@ -41,6 +42,7 @@ class Candidate:
         settings: how it was made.
         kept_float: layers that returned to float for accuracy's sake.
         quantized: the network.
+        content: its file.
         correct: right answers on the validation images.
         latency_ms: at batch 1 on one thread, in turns with the others; None until it was measured.
         portability: see compress/portability.py; None where it was not looked at.
@@ -49,14 +51,10 @@ class Candidate:
     settings: Settings
     kept_float: tuple[str, ...]
     quantized: Quantized
+    content: bytes
     correct: int
     latency_ms: float | None = None
     portability: dict[str, Any] | None = None
-
-    @cached_property
-    def content(self) -> bytes:
-        """The file."""
-        return bytes(self.quantized.model.SerializeToString())
 
     @property
     def name(self) -> str:
@@ -145,8 +143,9 @@ class Search:
                  backends: Sequence[Backend], wanted: Wanted, folder: Path, say: Callable[[str], None]) -> None:
         self.calibration, self.split, self.preprocessing, self.wanted = calibration, split, preprocessing, wanted
         self.ids, self.folder, self.say = split.sample(images), folder, say
+        self.floats: bytes = calibration.model.SerializeToString()
         self.images, self.names = len(self.ids), [node.name for node in layers_of(calibration.model)]
-        check_names(wanted.exclude, self.names)
+        check_excluded("quantize_static", wanted.exclude, self.names)
         channels, height, width = calibration.images.shape[1:]
         self.input_shape = channels, height, width
         self.deadline = time.monotonic() + wanted.budget_seconds
@@ -157,7 +156,7 @@ class Search:
     def run(self) -> Found:
         """Searches; see the module."""
         operators, times = self._choose_operators()
-        self.float_correct = self._measure(self.calibration.model.SerializeToString())
+        self.float_correct = self._measure(self.floats)
         first = Settings(operators)
         self._try(first)
         base = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
@@ -184,13 +183,12 @@ class Search:
 
     def _choose_operators(self) -> tuple[Operators, list[dict[str, Any]]]:
         """The operators and the runtime of the fastest network; of those that are as fast the first."""
-        floats = self.calibration.model.SerializeToString()
-        self._drop_broken_backends(floats)
+        self._drop_broken_backends()
         sides: list[tuple[Operators | None, Backend]] = [
             (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
         files = {operators: build(self.calibration, Settings(operators), self.wanted.exclude).model.SerializeToString()
                  for operators in OPERATORS}
-        answers = [self._open(files[operators] if operators else floats, backend) for operators, backend in sides]
+        answers = [self._open(files[operators] if operators else self.floats, backend) for operators, backend in sides]
         taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
         int8 = {(operators, backend): ms for (operators, backend), ms in taken.items() if operators}
         (chosen, self.backend), ms = next(item for item in int8.items() if item[1] <= AS_FAST * min(int8.values()))
@@ -199,11 +197,11 @@ class Search:
         return chosen, [{"operators": operators or "float", "backend": backend, "latency_ms": ms}
                         for (operators, backend), ms in taken.items()]
 
-    def _drop_broken_backends(self, floats: bytes) -> None:
+    def _drop_broken_backends(self) -> None:
         """Leaves out a runtime that cannot even serve the float network, unless it is the only one."""
         for backend in list(self.backends):
             try:
-                self._open(floats, backend)
+                self._open(self.floats, backend)
             except (UserError, VerificationError) as error:
                 if len(self.backends) == 1:
                     raise
@@ -219,11 +217,12 @@ class Search:
             self.not_tried.append(_name(settings, kept_float))
             return None
         stay = {*kept_float, *self.wanted.exclude}
-        if len(stay | ({self.names[0], self.names[-1]} if settings.float_ends else set())) == len(self.names):
+        if len(stay | settings.ends(self.names)) == len(self.names):
             return None  # nothing would be int8
         quantized = build(self.calibration, settings, stay)
-        correct = self._measure(quantized.model.SerializeToString())
-        candidate = Candidate(settings, kept_float, quantized, correct)
+        content = quantized.model.SerializeToString()
+        correct = self._measure(content)
+        candidate = Candidate(settings, kept_float, quantized, content, correct)
         self.candidates.append(candidate)
         self.say(f"  {candidate.name}: {correct}/{self.images} ({correct / self.images:.2%})")
         return candidate
@@ -258,7 +257,7 @@ class Search:
         expected = self._logits(network, images)
         scale = float(np.square(expected - expected.mean(axis=1, keepdims=True)).mean())
         found = {}
-        floats = {*self.wanted.exclude, *((self.names[0], self.names[-1]) if settings.float_ends else ())}
+        floats = {*self.wanted.exclude, *settings.ends(self.names)}
         for name in self.names:
             if name not in floats:
                 got = self._logits(build(self.calibration, replace(settings, float_ends=False), only=[name]).model, images)
@@ -286,7 +285,7 @@ class Search:
     def _time(self) -> None:
         """The latency of the candidates that may be chosen, or have none yet, in turns with each other."""
         timed = [candidate for candidate in self.candidates if candidate.latency_ms is None or self._meets(candidate)]
-        files = [self.calibration.model.SerializeToString(), *(candidate.content for candidate in timed)]
+        files = [self.floats, *(candidate.content for candidate in timed)]
         answers = [self._open(content, self.backend) for content in files]
         self.float_ms, *taken = times_in_turns(answers, self.input_shape)
         for candidate, ms in zip(timed, taken, strict=True):
@@ -329,12 +328,3 @@ class Search:
         """Where none is as asked: the most accurate, of those that hold everywhere if that was asked and there are any."""
         holding = [candidate for candidate in self.candidates if self.wanted.portable and self._holds(candidate)]
         return max(holding or self.candidates, key=lambda candidate: candidate.correct)
-
-
-def check_names(exclude: Sequence[str], names: Sequence[str]) -> None:
-    """Raises UserError for an excluded layer that the network does not have."""
-    unknown = next((name for name in exclude if name not in names), None)
-    if unknown is not None:
-        raise UserError(f"quantize_static.exclude: {unknown!r} is no Conv2d or Linear layer of the model "
-                        f"({', '.join(names)})")
-

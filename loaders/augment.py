@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
+from loaders.arrays import Splits
+from model_loader import normalize
+
 # Uniform numbers a sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
 DRAWS = 12
 
@@ -171,3 +174,12 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     """The central window, as `model_loader.decode_image` takes it."""
     top, left = round((images.shape[2] - size[0]) / 2), round((images.shape[3] - size[1]) / 2)
     return images[:, :, top:top + size[0], left:left + size[1]]
+
+
+def examples(splits: Splits, count: int, seed: int = 0) -> Tensor:
+    """So many training images at most, drawn at random: (N, C, H, W) float32, preprocessed, on the CPU.
+
+    Files are read larger than a network sees them, so that training can shift its window; here it is the central one.
+    """
+    images = splits.train.images.batch(splits.train.sample(count, seed)).cpu()
+    return normalize(center_crop(images, splits.card.input_shape[1:]), splits.card.preprocessing).contiguous()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -12,13 +11,14 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 from architectures.describe import carry_over, describe
+from compress.assessment import ROUNDS, RUNS, times_in_turns
 from compress.config import TrainConfig
 from compress.distillation import cross_entropy
 from compress.pruning import NEEDS_GRADIENTS, accumulate_gradients, prune, widths
 from compress.stage import CompressingStage, Context, Sketch, TorchModel, training_recipe
 from compress.training import Data, seeded, train
 from loaders.augment import center_crop
-from model_loader import count_macs, count_parameters, measure_latency, normalize
+from model_loader import count_macs, count_parameters, normalize
 
 
 class Prune(CompressingStage):
@@ -95,7 +95,5 @@ class Prune(CompressingStage):
 def _interleaved_latency(before: nn.Module, after: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Both models timed in turns, so that a slow moment of the machine hits both; in the same memory format."""
     before, after = (copy.deepcopy(model).to(memory_format=torch.contiguous_format) for model in (before, after))
-    rounds = [[measure_latency(module, shape, runs=20, warmup=5) for module in (before, after)] for _ in range(5)]
-    medians = [sorted(latency.median_ms for latency in column)[2] for column in zip(*rounds, strict=True)]
-    return {"before_ms": medians[0], "after_ms": medians[1], "ratio": medians[1] / medians[0], "rounds": len(rounds),
-            "runs_a_round": dataclasses.asdict(rounds[0][0])["runs"]}
+    earlier, now = times_in_turns((before, after), shape)
+    return {"before_ms": earlier, "after_ms": now, "ratio": now / earlier, "rounds": ROUNDS, "runs_a_round": RUNS}

@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from architectures.describe import carry_over, describe
-from compress.coverage import Coverage, show
+from compress.coverage import Coverage, check_excluded, show
 from compress.export import export
 from compress.layer_times import layer_times
 from compress.portability import Backend
 from compress.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
 from compress.static_quantization import Calibration, coverage, layers_of
-from compress.static_search import Found, Search, Wanted, check_names
+from compress.static_search import Found, Search, Wanted
 from metadata.files import write_atomically, write_json
 from model_loader import UserError, VerificationError
 
@@ -52,7 +52,7 @@ class QuantizeStatic(CompressingStage):
         sketch.is_static_int8 = True
         if sketch.model is not None:
             network, _ = export(sketch.model, describe(sketch.model, sketch.card.input_shape))
-            check_names(self.exclude, [node.name for node in layers_of(network)])
+            check_excluded("quantize_static", self.exclude, [node.name for node in layers_of(network)])
         sketch.lines.append(f"candidates on {' and '.join(self._backends())}, at most {self.max_drop:.2%} of accuracy lost")
 
     def _backends(self) -> list[Backend]:
@@ -93,8 +93,7 @@ class QuantizeStatic(CompressingStage):
         image, threads = calibration.images[:1], 1
         before = layer_times(calibration.model, found.backend, image, threads)
         after = layer_times(found.best.quantized.model, found.backend, image, threads)
-        names = [node.name for node in layers_of(calibration.model)]
-        ends = (names[0], names[-1]) if found.best.settings.float_ends else ()
+        ends = found.best.settings.ends([node.name for node in layers_of(calibration.model)])
         why = dict.fromkeys(found.best.kept_float, "returned to float for its effect on the logits") | dict.fromkeys(
             ends, "first or last layer, float in this candidate")
         return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
