@@ -1516,19 +1516,14 @@ class OpenvinoRuntime(OnnxFileRuntime):
 
     def __init__(self, files: SubmissionFiles, threads: int) -> None:
         super().__init__("openvino", files)
-        self.core = import_openvino().Core()
-        self.options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-                        "INFERENCE_PRECISION_HINT": "f32"}  # its default may compute in less than float32
-        self.path, self.shape = files.weights, files.input_shape
+        self.threads, self.path, self.shape = threads, files.weights, files.input_shape
         self.content = files.weights.read_bytes()  # the file may be gone when another number of images comes
         self.compiled: dict[int, Any] = {}
         self._compile(1)
 
     def _compile(self, images: int) -> Any:
         try:
-            model = self.core.read_model(self.content)
-            model.reshape([images, *self.shape])
-            self.compiled[images] = self.core.compile_model(model, "CPU", self.options)
+            self.compiled[images] = compile_for_openvino(self.content, [images, *self.shape], self.threads)
         except RuntimeError as error:
             raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
         return self.compiled[images]
@@ -1536,6 +1531,22 @@ class OpenvinoRuntime(OnnxFileRuntime):
     def __call__(self, images: np.ndarray) -> np.ndarray:
         model = self.compiled.get(len(images)) or self._compile(len(images))
         return next(iter(model(images).values()))
+
+
+def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:
+    """A model, or an ONNX file's bytes, compiled for OpenVINO's CPU plugin: for inputs of one shape, at short latency.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+        RuntimeError: it cannot compile the model.
+    """
+    core = import_openvino().Core()
+    if isinstance(model, bytes):
+        model = core.read_model(model)
+    model.reshape(list(shape))
+    return core.compile_model(model, "CPU", {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32", **options})  # its default may compute in less than float32
 
 
 def import_openvino() -> Any:

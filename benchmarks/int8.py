@@ -40,8 +40,8 @@ from loaders import load
 from loaders.arrays import Request, Splits
 from loaders.augment import examples
 from metadata.files import write_figure
-from model_loader import (Architecture, UserError, first_line, import_openvino, machine, measure_accuracy,
-                          open_model, read_json, versions, write_atomically, write_json)
+from model_loader import (Architecture, UserError, compile_for_openvino, first_line, import_openvino, machine,
+                          measure_accuracy, open_model, read_json, versions, write_atomically, write_json)
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 CALIBRATION = 64  # images
@@ -115,12 +115,7 @@ def on_onnxruntime(path: Path, threads: int) -> Call:
 
 def on_openvino(model: Any, threads: int, input_shape: Sequence[int]) -> Call:
     """A model or file on OpenVINO's CPU plugin, for batch 1."""
-    core = import_openvino().Core()
-    if isinstance(model, Path):
-        model = core.read_model(str(model))
-    model.reshape([1, *input_shape])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1,
-                                                 "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_for_openvino(model.read_bytes() if isinstance(model, Path) else model, [1, *input_shape], threads)
     return lambda x: torch.from_numpy(next(iter(compiled(x.numpy()).values())))
 
 

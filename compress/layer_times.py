@@ -14,7 +14,7 @@ import onnxruntime
 
 from compress.calibration import Images
 from compress.static_quantization import layers_and_products
-from model_loader import import_openvino, onnxruntime_options
+from model_loader import compile_for_openvino, onnxruntime_options
 
 PASSES, WARMUP = 25, 3
 ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"}
@@ -76,12 +76,7 @@ def _on_onnxruntime(model: onnx.ModelProto, image: Images, threads: int) -> dict
 
 
 def _on_openvino(model: onnx.ModelProto, image: Images, threads: int) -> dict[str, list[float]]:
-    core = import_openvino().Core()
-    network = core.read_model(model.SerializeToString())
-    network.reshape(list(image.shape))
-    compiled = core.compile_model(network, "CPU", {
-        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERF_COUNT": True, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32"})
+    compiled = compile_for_openvino(model.SerializeToString(), image.shape, threads, PERF_COUNT=True)
     request = compiled.create_infer_request()
     times: dict[str, list[float]] = {}
     for _ in range(WARMUP + PASSES):
