@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import model_loader
 from compress.packaging import Contents
 from metadata.files import write_atomically, write_json
-from metadata.schemas import DatasetCard
-from model_loader import ARCHITECTURE_FILE, METADATA_FILE, Architecture, read_onnx
+from model_loader import ARCHITECTURE_FILE, METADATA_FILE, read_onnx
 
 REQUIREMENTS = "onnx>=1.17\nonnxruntime>=1.20\ntorch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 
@@ -21,35 +18,23 @@ class OnnxPackage(Contents):
     """An ONNX model's submission.
 
     Args:
-        content: the file's bytes.
         architecture: the float network that the file was exported from; it goes along to be read, and is not needed.
-        card: the data that it was trained on.
-        name: of the weights file, `compressed_<name>.onnx`.
-        measured: the pipeline's latest ledger row of this model.
+        content: the file's bytes.
         scheme, layers: what is int8, layer by layer.
         backend: the runtime that the numbers were measured on.
         portability: whether the accuracy holds on CPUs whose int8 products saturate; None where that was not asked.
     """
 
     content: bytes
-    architecture: Architecture
-    card: DatasetCard
-    name: str
-    measured: dict[str, Any]
     scheme: str = "none"
     layers: dict[str, str] = field(default_factory=dict)
     backend: str = "onnxruntime"
     portability: dict[str, Any] | None = None
-
-    @property
-    def weights_file(self) -> str:  # type: ignore[override]
-        return f"compressed_{self.name}.onnx"
+    SUFFIX: ClassVar[str] = ".onnx"
 
     def _write_files(self, folder: Path) -> None:
         write_atomically(folder / self.weights_file, self.content)
         file = read_onnx(folder / self.weights_file, self.architecture.input_shape)
-        write_json(folder / ARCHITECTURE_FILE, self.architecture.to_json())
-        shutil.copyfile(model_loader.__file__, folder / "model_loader.py")
         requirements = REQUIREMENTS + ("openvino>=2024.6\n" if self.backend == "openvino" else "")
         write_atomically(folder / "requirements.txt", requirements.encode())
         card = self._model_card(len(self.content), file.parameters, file.macs or 0, self._use(file.input_name),

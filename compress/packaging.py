@@ -6,7 +6,7 @@ import io
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -25,15 +25,27 @@ DYNAMIC_INT8_PORTABLE = {  # see model_loader.no_int8_kernels
     "verdict": "holds: where int8 kernels are missing or saturate, the layers compute the same in float, slower"}
 
 
+@dataclass(frozen=True)
 class Contents:
-    """What goes into a submission, whatever its format: architecture with history, card of the data that it was trained
-    on, and the pipeline's latest ledger row of this model.
+    """What goes into a submission, whatever its format.
+
+    Args:
+        architecture: with its history.
+        card: the data that the model was trained on.
+        name: of the weights file, `compressed_<name>`.
+        measured: the pipeline's latest ledger row of this model.
     """
 
     architecture: Architecture
     card: DatasetCard
+    name: str
     measured: dict[str, Any]
-    weights_file: str
+    SUFFIX: ClassVar[str]
+
+    @property
+    def weights_file(self) -> str:
+        """The name of the file with the weights."""
+        return f"compressed_{self.name}{self.SUFFIX}"
 
     def write(self, folder: Path) -> None:
         """Writes the folder; it appears when it is complete.
@@ -45,9 +57,12 @@ class Contents:
         if folder.exists():
             raise UserError(f"{folder}: already there; choose another folder, or remove it first")
         with appearing(folder) as partial:
+            write_json(partial / ARCHITECTURE_FILE, self.architecture.to_json())
+            shutil.copyfile(model_loader.__file__, partial / "model_loader.py")
             self._write_files(partial)
 
     def _write_files(self, folder: Path) -> None:
+        """Adds the weights and what else the format has; the metadata comes last, for it holds the others' hashes."""
         raise NotImplementedError
 
     def _metadata(self, folder: Path, **own: Any) -> dict[str, Any]:
@@ -110,32 +125,23 @@ class Package(Contents):
 
     Args:
         model: on the CPU, as `architecture` describes it.
-        architecture: with its history.
-        card: the data that it was trained on.
-        name: of the weights file, `compressed_<name>.pth`.
-        measured: the pipeline's latest ledger row of this model.
         layout: "toolkit", or "challenge" for the harness of the public ResNet18 compression challenge.
         challenge: its metadata.json, for that layout.
     """
 
     model: nn.Module
-    architecture: Architecture
-    card: DatasetCard
-    name: str
-    measured: dict[str, Any]
     layout: Layout = "toolkit"
     challenge: dict[str, str] = field(default_factory=dict)
+    SUFFIX: ClassVar[str] = ".pth"
 
     @property
-    def weights_file(self) -> str:  # type: ignore[override]
-        return "model.pth" if self.layout == "challenge" else f"compressed_{self.name}.pth"
+    def weights_file(self) -> str:
+        return "model.pth" if self.layout == "challenge" else super().weights_file
 
     def _write_files(self, folder: Path) -> None:
         buffer = io.BytesIO()
         torch.save(self.model.state_dict(), buffer)
         write_atomically(folder / self.weights_file, buffer.getvalue())
-        write_json(folder / ARCHITECTURE_FILE, self.architecture.to_json())
-        shutil.copyfile(model_loader.__file__, folder / "model_loader.py")
         write_atomically(folder / "requirements.txt", REQUIREMENTS.encode())
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)

@@ -46,6 +46,6 @@ class Package(Stage):
         name = self.weights_name or model.architecture.model_type.lower()
         if isinstance(model, OnnxModel):
             self._refuse_challenge()
-            return OnnxPackage(model.content, model.architecture, card, name, measured, **model.card.model_dump())
+            return OnnxPackage(model.architecture, card, name, measured, model.content, **model.card.model_dump())
         challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
-        return TorchPackage(model.module.cpu().eval(), model.architecture, card, name, measured, self.layout, challenge)
+        return TorchPackage(model.architecture, card, name, measured, model.module.cpu().eval(), self.layout, challenge)
