@@ -15,33 +15,21 @@ import argparse
 import statistics
 from pathlib import Path
 
-from architectures import make
+from compress.studies.scaling.experiment import flops_an_image
+from compress.studies.scaling.plans import JointSweep, read_plan
 from metadata.files import read_csv
-from model_loader import count_macs
 
 WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 SIZES = (1000, 1500, 2500, 4000, 6000, 10_000, 15_000, 25_000, 35_000, 50_000)
 SEEDS = 10
-EPOCHS = {1000: 200, 2500: 125, 5000: 75, 10_000: 50, 25_000: 25}
-LOOKS, TEST_IMAGES, BATCH = 25, 10_000, 128
+LOOKS, TEST_IMAGES = 25, 10_000
+NETWORK = 1, (3, 32, 32), 10  # depth, images, classes
 GPU_STEP_MS, GPU_FLOPS = 2.0, 20e12  # assumed: some hundred kernels are launched a step; far below a large GPU's peak
-
-
-def flops_an_image(width: int) -> int:
-    """Of training, forward and backward; see compress.studies.scaling.experiment.total_flops."""
-    model = make("scaling_cnn", num_classes=10, width=width, depth=1, in_channels=3).eval()
-    first = count_macs(model.get_submodule("stage1.0.conv"), (3, 32, 32))
-    return 2 * (3 * count_macs(model, (3, 32, 32)) - first)
 
 
 def equivalent_images(size: int, epochs: int) -> float:
     """Training images of a point, with its looks at the test split."""
     return size * epochs + LOOKS * TEST_IMAGES / 3
-
-
-def epochs_of(size: int) -> int:
-    """The recorded plan's rule."""
-    return EPOCHS[max(start for start in EPOCHS if start <= size)]
 
 
 def main() -> None:
@@ -50,25 +38,27 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="final_data.csv")
     rows = [row for row in read_csv(parser.parse_args().data) if row["status"] == "done" and row["seconds"]]
     rates: dict[int, float] = {}
+    flops_of = {width: flops_an_image(width, *NETWORK) for width in {*WIDTHS, *(int(row["width"]) for row in rows)}}
     print("| width | points | images/s a core | GFLOP/s a core |\n| ---: | ---: | ---: | ---: |")
     for width in sorted({int(row["width"]) for row in rows}):
         own = [row for row in rows if int(row["width"]) == width]
         rates[width] = statistics.median(equivalent_images(int(row["D"]), int(row["epochs"])) / float(row["seconds"])
                                          for row in own)
-        print(f"| {width} | {len(own)} | {rates[width]:,.0f} | {rates[width] * flops_an_image(width) / 1e9:.1f} |")
+        print(f"| {width} | {len(own)} | {rates[width]:,.0f} | {rates[width] * flops_of[width] / 1e9:.1f} |")
     hours = sum(float(row["seconds"]) for row in rows) / 3600
     done = sum(float(row["total_flops"]) for row in rows)
     print(f"\nThe study: {len(rows)} points, {done:.2e} FLOPs, {hours:.1f} core hours.\n")
     widest = max(rates)
-    points = [(width, size, epochs_of(size)) for width in WIDTHS for size in SIZES]
+    plan = read_plan("cifar10")  # its epochs and batch size
+    sweep = JointSweep(kind="joint", widths=list(WIDTHS), depths=[NETWORK[0]], dataset_sizes=list(SIZES), seeds=[0])
     core_seconds = flops = steps = 0.0
-    for width, size, epochs in points:
-        images = equivalent_images(size, epochs)
+    for point in plan.changed(sweeps=[sweep]).points(lambda width, depth: 0):
+        width, images = point.width, equivalent_images(point.dataset_size, point.num_epochs)
         nearest = min(rates, key=lambda known: abs(known - width))
-        rate = (rates[nearest] if width <= widest else rates[widest] * flops_an_image(widest) / flops_an_image(width))
+        rate = (rates[nearest] if width <= widest else rates[widest] * flops_of[widest] / flops_of[width])
         core_seconds += SEEDS * images / rate
-        flops += SEEDS * images * flops_an_image(width)
-        steps += SEEDS * epochs * -(-size // BATCH)
+        flops += SEEDS * images * flops_of[width]
+        steps += SEEDS * point.num_epochs * -(-point.dataset_size // point.batch_size)
     gpu = steps * GPU_STEP_MS / 1000 + flops / GPU_FLOPS
     hours = core_seconds / 3600
     print(f"A thousand points: {flops:.2e} FLOPs in {steps:.2e} steps. One core: {hours:,.0f} h; a Ray cluster of eight "

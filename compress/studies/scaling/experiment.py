@@ -214,11 +214,17 @@ def total_flops(point: Point, images: Images) -> int:
     weights and that of its input cost the same each; the first layer's input, the image, needs none. Measuring on the test
     split is not in it. Source: what torch.utils.flop_counter counts.
     """
-    _, macs, first = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
     recipe = training_recipe(point)
     batch_size, steps = recipe.steps(0, point.dataset_size)
     trained = min(point.dataset_size, batch_size * steps)  # one image alone that is left over is left out
-    return trained * point.num_epochs * 2 * (3 * macs - first)
+    return trained * point.num_epochs * flops_an_image(point.width, point.depth, images.card.input_shape,
+                                                       images.card.num_classes)
+
+
+def flops_an_image(width: int, depth: int, shape: tuple[int, int, int], classes: int) -> int:
+    """Of training on one image; see `total_flops`."""
+    _, macs, first = _network_facts(width, depth, shape, classes)
+    return 2 * (3 * macs - first)
 
 
 def measuring_flops(point: Point, images: Images) -> int:
