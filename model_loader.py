@@ -1540,13 +1540,19 @@ def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **optio
         UserError: OpenVINO is not installed.
         RuntimeError: it cannot compile the model.
     """
-    core = import_openvino().Core()
+    core = _core(import_openvino())
     if isinstance(model, bytes):
         model = core.read_model(model)
     model.reshape(list(shape))
     return core.compile_model(model, "CPU", {
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32", **options})  # its default may compute in less than float32
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """OpenVINO's runtime, which is to live as long as what it compiled: one for the process."""
+    return openvino.Core()
 
 
 def import_openvino() -> Any:
