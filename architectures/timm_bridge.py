@@ -20,7 +20,8 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
         num_classes: width of the head; pretrained weights of another head are left out.
         pretrained: fetch the zoo's weights (a download unless they are cached).
         known: other names for the "did you mean" of an unknown one.
-        stem: "small" keeps the image's size up to a ResNet's first stage: 3x3 convolutions of stride 1, no max-pool.
+        stem: "small" keeps the image's size up to the first stage: 3x3 convolutions of stride 1, no max-pool; of ResNets,
+            MobileNets and EfficientNets.
         options: keyword arguments of the zoo's own builder.
 
     Raises:
@@ -90,10 +91,14 @@ def _cannot_fetch(name: str, error: Exception) -> UserError:
 
 
 def _use_small_stem(model: nn.Module, name: str) -> None:
-    """Exchanges a 7x7 convolution for a fresh 3x3 one; a deep stem is 3x3 already and keeps its weights."""
+    """Exchanges a 7x7 convolution for a fresh 3x3 one; where the stem is 3x3 already it keeps its weights."""
+    if (strided := _strided_convolution(model)) is not None:
+        strided.stride = (1, 1)
+        return
     stem = getattr(model, "conv1", None)
     if not isinstance(stem, nn.Conv2d | nn.Sequential) or not hasattr(model, "maxpool") or not hasattr(model, "layer1"):
-        raise UserError(f"model {name}: the small stem is for ResNets with conv1, maxpool and layer1, which it is not")
+        raise UserError(f"model {name}: the small stem is for ResNets, which have conv1, maxpool and layer1, and for "
+                        "MobileNets and EfficientNets, which begin with a 3x3 convolution of stride 2; it is neither")
     if isinstance(stem, nn.Conv2d):
         model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=stem.bias is not None)
         nn.init.kaiming_normal_(torch.as_tensor(model.conv1.weight), mode="fan_out", nonlinearity="relu")
@@ -102,3 +107,10 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
             if isinstance(layer, nn.Conv2d):
                 layer.stride = (1, 1)
     model.maxpool = nn.Identity()
+
+
+def _strided_convolution(model: nn.Module) -> nn.Conv2d | None:
+    """The stem of a MobileNet or an EfficientNet, in torchvision's spelling or in timm's: a single 3x3 of stride 2."""
+    parts = dict(model.named_modules())
+    stem = parts.get("features.0.0", parts.get("conv_stem"))
+    return stem if isinstance(stem, nn.Conv2d) and (stem.kernel_size, stem.stride) == ((3, 3), (2, 2)) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,6 +282,21 @@ def test_small_stem_keeps_a_deep_stems_weights() -> None:
     torch.manual_seed(0)
     again = make("timm:resnet18d", num_classes=7, stem="small").state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "options", "stem"), [
+    ("torchvision:mobilenet_v2", {"width_mult": 0.25}, "features.0.0"), ("torchvision:efficientnet_b0", {}, "features.0.0"),
+    ("timm:mobilenetv3_small_050", {}, "conv_stem")])
+def test_small_stem_of_a_depthwise_network_is_its_own_without_the_stride(name: str, options: dict[str, Any],
+                                                                         stem: str) -> None:
+    plain, small = (make(name, num_classes=7, stem=size, **options).eval() for size in ("imagenet", "small"))
+    small.load_state_dict(plain.state_dict(), strict=True)
+    image, sizes = torch.zeros(2, 3, 32, 32), []
+    for model in (plain, small):
+        model.get_submodule(stem).register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[2:]))
+        with torch.inference_mode():
+            assert model(image).shape == (2, 7)
+    assert [tuple(size) for size in sizes] == [(16, 16), (32, 32)]
 
 
 def test_mlp_that_gets_another_image_says_so() -> None:
