@@ -105,6 +105,12 @@ def layers_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in constants]
 
 
+def layer_weights(model: onnx.ModelProto) -> dict[str, int]:
+    """How many weights each of these layers has, without its bias."""
+    constants = _constants(model.graph)
+    return {node.name: int(np.prod(constants[node.input[1]].dims)) for node in layers_of(model)}
+
+
 def _with_what_follows(network: onnx.ModelProto, floats: Collection[str]) -> set[str]:
     """Float layers, and the operators without weights that read anything float: rounding there would gain nothing."""
     layers = {node.name for node in layers_of(network)}
@@ -281,11 +287,10 @@ def coverage(calibration: Calibration, quantized: Quantized, images: Images, why
         times: each layer's milliseconds as float and as int8, where they were measured.
     """
     network, graph = quantized.network, quantized.model.graph
-    layers, found, constants = layers_of(network), calibration.histograms(), _constants(network.graph)
+    layers, found, weights = layers_of(network), calibration.histograms(), layer_weights(network)
     restored = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
     now = {node.name: node for node in layers_and_products(graph)}
     noise = _noise(calibration, quantized, images)
-    weights = {node.name: int(np.prod(constants[node.input[1]].dims)) for node in layers}
     macs = {node.name: _macs(node, weights[node.name], found[node.output[0]].shape) for node in layers}
     rows = []
     for node in layers:

@@ -1,8 +1,9 @@
 """The search for a static int8 form of a network: candidates are built, and chosen by what was measured of them.
 
 First the operators that get integers and the runtime are chosen by time, for neither changes the accuracy by much. Then
-ways to calibrate and to correct are tried one after another. If none keeps the accuracy, layers return to float, those
-first whose rounding alone disturbs the logits most. Whatever happens, the best candidate is there at the end.
+ways to calibrate and to correct are tried one after another, and one in which layers stay float that int8 makes slower.
+If none keeps the accuracy, layers return to float, those first whose rounding alone disturbs the logits most. Whatever
+happens, the best candidate is there at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor
 from compress.assessment import times_in_turns
 from compress.calibration import RANGES, session
 from compress.coverage import check_excluded
+from compress.layer_times import layer_times
 from compress.portability import Backend, verify_portability
-from compress.static_quantization import OPERATORS, Calibration, Operators, Quantized, Settings, build, layers_of
+from compress.static_quantization import (OPERATORS, Calibration, Operators, Quantized, Settings, build, layer_weights,
+                                          layers_of)
 from loaders.arrays import Split
 from model_loader import (Preprocessing, UserError, VerificationError, answering, measure_accuracy, normalize, open_onnx,
                           write_atomically)
@@ -32,6 +35,8 @@ BATCH = 64
 SENSITIVITY_IMAGES = 64
 PORTABILITY_IMAGES, PORTABILITY_BYTES = 2048, 2**29  # at most, of the validation images
 AS_FAST = 1.03  # times the fastest: nobody can tell them apart on a shared machine
+FLOAT_SHARE = 0.02  # of the weights, at most, stay float for speed: the file is to be a quarter
+SENSITIVE, SLOWER = "returned to float for its effect on the logits", "faster in float"
 
 
 @dataclass
@@ -40,7 +45,8 @@ class Candidate:
 
     Args:
         settings: how it was made.
-        kept_float: layers that returned to float for accuracy's sake.
+        kept_float: layers that stay float, beside those that the settings or the user named.
+        reason: why they do.
         quantized: the network.
         content: its file.
         correct: right answers on the validation images.
@@ -50,6 +56,7 @@ class Candidate:
 
     settings: Settings
     kept_float: tuple[str, ...]
+    reason: str
     quantized: Quantized
     content: bytes
     correct: int
@@ -59,7 +66,7 @@ class Candidate:
     @property
     def name(self) -> str:
         """The settings in words."""
-        return _name(self.settings, self.kept_float)
+        return _name(self.settings, self.kept_float, self.reason)
 
     @property
     def milliseconds(self) -> float:
@@ -70,14 +77,15 @@ class Candidate:
     def row(self, images: int) -> dict[str, Any]:
         """For the record."""
         return {"name": self.name, **asdict(self.settings), "kept_float": list(self.kept_float),
+                "kept_float_reason": self.reason if self.kept_float else None,
                 "size_bytes": len(self.content), "correct": self.correct, "images": images,
                 "accuracy": self.correct / images, "latency_ms": self.latency_ms,
                 "portable": None if self.portability is None else self.portability["holds"]}
 
 
-def _name(settings: Settings, kept_float: Sequence[str]) -> str:
-    count = len(kept_float)
-    return str(settings) + (f", {count} layer{'s' * (count > 1)} float again" if count else "")
+def _name(settings: Settings, kept_float: Sequence[str], reason: str) -> str:
+    count, how = len(kept_float), "for speed" if reason == SLOWER else "again"
+    return str(settings) + (f", {count} layer{'s' * (count > 1)} float {how}" if count else "")
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,7 @@ class Search:
                          replace(base, float_ends=True), replace(base, activations="int8"),
                          replace(base, images=max(1, len(self.calibration.images) // 8))):
             self._try(settings)
+        self._try_for_speed(base)
         self._time()
         sensitivity: dict[str, float] = {}
         chosen = self._acceptable()
@@ -208,13 +217,13 @@ class Search:
                 self.backends.remove(backend)
                 self.say(f"  {backend} is left out: {error}")
 
-    def _try(self, settings: Settings, kept_float: tuple[str, ...] = ()) -> Candidate | None:
+    def _try(self, settings: Settings, kept_float: tuple[str, ...] = (), reason: str = SENSITIVE) -> Candidate | None:
         """A candidate, measured; None when there is no time left for it."""
         for known in self.candidates:
             if (known.settings, known.kept_float) == (settings, kept_float):
                 return known
         if self.candidates and time.monotonic() > self.deadline:
-            self.not_tried.append(_name(settings, kept_float))
+            self.not_tried.append(_name(settings, kept_float, reason))
             return None
         stay = {*kept_float, *self.wanted.exclude}
         if len(stay | settings.ends(self.names)) == len(self.names):
@@ -222,7 +231,7 @@ class Search:
         quantized = build(self.calibration, settings, stay)
         content = quantized.model.SerializeToString()
         correct = self._measure(content)
-        candidate = Candidate(settings, kept_float, quantized, content, correct)
+        candidate = Candidate(settings, kept_float, reason, quantized, content, correct)
         self.candidates.append(candidate)
         self.say(f"  {candidate.name}: {correct}/{self.images} ({correct / self.images:.2%})")
         return candidate
@@ -231,6 +240,31 @@ class Search:
         """The most accurate of them; of equals the first."""
         candidates = [candidate for settings in tried if (candidate := self._try(settings))]
         return max(candidates, key=lambda candidate: candidate.correct).settings
+
+    def _try_for_speed(self, settings: Settings) -> None:
+        """A candidate that leaves those layers float that the runtime's own profile finds slower in int8.
+
+        They are the layers that save most time for their weights. What it takes to change to and fro between the types is
+        in no layer's time; the candidate's own latency tells.
+        """
+        if time.monotonic() > self.deadline:
+            return
+        tried = self._try(settings)
+        assert tried is not None  # it is the best of those that were tried
+        image = self.calibration.images[:1]
+        as_float, as_int8 = (layer_times(model, self.backend, image)
+                             for model in (self.calibration.model, tried.quantized.model))
+        floats = {*self.wanted.exclude, *settings.ends(self.names)}
+        weights = layer_weights(self.calibration.model)
+        saved = {name: (as_int8[name] - as_float[name]) / weights[name] for name in self.names if name not in floats
+                 and name in as_float and AS_FAST * as_float[name] < as_int8.get(name, 0.0)}
+        left, slower = FLOAT_SHARE * sum(weights.values()), []
+        for name in sorted(saved, key=saved.__getitem__, reverse=True):
+            if weights[name] <= left:
+                left -= weights[name]
+                slower.append(name)
+        if slower:
+            self._try(settings, tuple(slower), SLOWER)
 
     def _return_layers(self) -> dict[str, float]:
         """Candidates with ever more layers in float, and the sensitivities by which they were chosen."""

@@ -94,7 +94,7 @@ class QuantizeStatic(CompressingStage):
         before = layer_times(calibration.model, found.backend, image, threads)
         after = layer_times(found.best.quantized.model, found.backend, image, threads)
         ends = found.best.settings.ends([node.name for node in layers_of(calibration.model)])
-        why = dict.fromkeys(found.best.kept_float, "returned to float for its effect on the logits") | dict.fromkeys(
+        why = dict.fromkeys(found.best.kept_float, found.best.reason) | dict.fromkeys(
             ends, "first or last layer, float in this candidate")
         return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
                         {name: (before.get(name), after.get(name)) for name in before.keys() | after.keys()})
