@@ -785,16 +785,22 @@ class Program:
                 step.dead.append(register)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) float32 -> (N, classes), image by image: each has ranges of its own."""
+        """(N, C, H, W) float32 -> (N, classes), image by image: each has ranges of its own.
+
+        Raises:
+            NotFiniteError: an image, or what an int8 layer reads, holds NaN or infinite values.
+        """
         import torch
         with torch.no_grad():
+            if not math.isfinite(images.sum().item()):  # fused activations take NaN for 0
+                raise NotFiniteError
             rows = [self.one(images[index:index + 1]) for index in range(len(images))]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def one(self, image: Tensor, watch: Callable[[Step, Quantized], None] = lambda step, source: None) -> Tensor:
         """One image; `watch` is told before each call which it is and what it is about to read."""
         values: list[Any] = [None] * self.size
-        values[0] = Quantized(image.contiguous(memory_format=self.channels_last))
+        values[0] = Quantized(image.contiguous(memory_format=self.channels_last) if image.dim() == 4 else image)
         for step in self.steps:
             sources = [values[source] for source in step.sources]
             watch(step, sources[0])
@@ -827,6 +833,13 @@ def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
     def only_user(node: Any) -> Any | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
+    def latest(node: Any) -> int:
+        """Where a layer's kernel runs at the latest: in the place of the last node that may be fused with it."""
+        last, following = node, only_user(node)
+        if following is not None and kinds[following] == "Add":
+            last, following = following, only_user(following)
+        return order[following if following is not None and kinds[following] in FUSED else last]
+
     adders = {}  # the addition -> the convolution whose kernel does it: the later of the two
     for node in nodes:
         if kinds[node] == "Add" and len(set(_inputs(node))) == 2:
@@ -835,10 +848,10 @@ def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
             able.sort(key=order.__getitem__)
             if able:
                 other, = (source for source in _inputs(node) if source is not able[-1])
-                # It is overwritten with the sum: it must be a tensor of its own that nobody reads afterwards.
+                # It is overwritten with the sum: it must be a tensor of its own that no other kernel reads afterwards.
                 owned = kinds[other] in weighted | set(FUSED) | {"Add", "MaxPool2d", "AvgPool2d", "Multiply", "Concat"}
-                readers = all(kinds[user] in weighted or user is node for user in other.users)
-                if owned and readers and all(order[user] <= order[node] for user in other.users):
+                if owned and all(user in (node, able[-1]) or (kinds[user] in weighted and latest(user) < order[node])
+                                 for user in other.users):
                     adders[able[-1]] = node
     for node in nodes:
         if kinds[node] not in weighted:
@@ -890,17 +903,32 @@ def int8_graph() -> type[torch.fx.GraphModule]:
         """
 
         program: Program | None = None
+        packed: tuple[list[Tensor], int] = ([], 0)  # the program's weights, and how often they had been changed in place
+
+        def is_current(self) -> bool:
+            """Whether the program has packed the weights as they are."""
+            tensors, changes = self.packed
+            return self.program is not None and changes == sum(tensor._version for tensor in tensors)
+
+        def takes(self, images: Any) -> bool:
+            """Whether they are images, or rows for a linear layer that is alone in its graph."""
+            return type(images) is torch.Tensor and len(images) > 0 and (images.dim() == 4 or (
+                images.dim() > 1 and all(isinstance(layer, int8_layers().Int8Linear) for layer in self.children())))
 
         def layer_by_layer(self, images: Tensor) -> Tensor:
             """What the layers themselves compute, which defines the result."""
             return super().__call__(images)  # type: ignore[no-any-return]
 
         def __call__(self, *inputs: Any, **options: Any) -> Any:
-            images = inputs[0] if len(inputs) == 1 and not options else None
-            if (type(images) is torch.Tensor and images.dtype == torch.float32 and images.device.type == "cpu"
-                    and images.dim() == 4 and len(images) and not self.training and not torch.compiler.is_compiling()
+            images: Any = inputs[0] if len(inputs) == 1 and not options else None
+            if (self.takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
+                    and not self.training and not torch.compiler.is_compiling()
                     and _get_current_dispatch_mode() is None and not no_int8_kernels()):
-                self.program = self.program or Program(self)
+                if not self.is_current():
+                    tensors = [tensor for tensor in (*self.parameters(), *self.buffers()) if not tensor.is_inference()]
+                    self.packed = tensors, sum(tensor._version for tensor in tensors)
+                    self.program = Program(self)
+                assert self.program is not None
                 with contextlib.suppress(NotFiniteError):  # fused activations could hide it
                     return self.program(images)
             return super().__call__(*inputs, **options)
@@ -908,6 +936,10 @@ def int8_graph() -> type[torch.fx.GraphModule]:
         def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
             self.program = None  # it has packed the weights of before
             return super().load_state_dict(*arguments, **options)
+
+        def set_submodule(self, *arguments: Any, **options: Any) -> None:
+            self.program = None
+            super().set_submodule(*arguments, **options)
 
         def _apply(self, *arguments: Any, **options: Any) -> Any:
             self.program = None
@@ -918,7 +950,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
             return super().recompile()
 
         def __deepcopy__(self, memo: Any) -> Any:
-            self.program = None  # packed weights cannot be copied
+            self.program, self.packed = None, ([], 0)  # packed weights cannot be copied
             return super().__deepcopy__(memo)
 
     return Int8Graph

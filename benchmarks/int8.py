@@ -5,9 +5,10 @@
     python -m benchmarks.int8 --trained runs/NAME/04-finetune --dataset cifar10 --data_root DIR
 
 Writes benchmarks/results/int8.json, .md and, where accuracies were measured, .png; other networks' rows that are there
-already are kept. torchvision's networks have random weights here (batch norms set by random images): their time and size
-do not depend on them, and nothing is said of their accuracy. A trained network is a stage's folder of a run; where that
-run goes on to quantize_static, what its search chose is our static side. Its test split is opened once.
+already are kept, and a file of another machine or number of threads is refused. torchvision's networks have random weights
+here (batch norms set by random images): their time and size do not depend on them, and nothing is said of their accuracy. A
+trained network is a stage's folder of a run; where that run goes on to quantize_static, what its search chose is our static
+side. Its test split is opened once.
 
 Peers: pip install -r benchmarks/requirements-peers.txt; one that is not installed is left out, and the table says so.
 """
@@ -172,9 +173,11 @@ def _table(model: dict[str, Any], rates: dict[str, float]) -> list[str]:
 
 def _line(name: str, model: dict[str, Any]) -> str:
     rows = {side: row for side, row in model["sides"].items() if "latency_ms" in row}
-    side, best = min(((side, row) for side, row in rows.items() if row["kind"] == "torch float"),
-                     key=lambda item: float(item[1]["latency_ms"]["median"]))
-    ours = rows["ours, dynamic"]
+    floats = [(side, row) for side, row in rows.items() if row["kind"] == "torch float"]
+    ours = rows.get("ours, dynamic")
+    if not floats or ours is None:
+        return f"| {name} | {model['macs'] / 1e6:,.0f} | measured in part, see the JSON file | | | | | |"
+    side, best = min(floats, key=lambda item: float(item[1]["latency_ms"]["median"]))
     times = ours["latency_ms"]
     return (f"| {name} | {model['macs'] / 1e6:,.0f} | "
             f"{best['latency_ms']['median']:.2f} ({side}) | {times['median']:.2f} | "
@@ -221,10 +224,13 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     path = arguments.output.with_suffix(".json")
     before = json.loads(path.read_text()) if path.is_file() else {}
-    same = all(before.get(key) == value for key, value in (
-        ("schema", SCHEMA), ("threads", arguments.threads), ("machine", machine())))
-    result: dict[str, Any] = {"schema": SCHEMA, "threads": arguments.threads, "machine": machine(), "versions": versions(),
-                              "limits": limits(arguments.threads), "models": before["models"] if same else {}}
+    told = {"schema": SCHEMA, "threads": arguments.threads, "machine": machine()}
+    if before and any(before.get(key) != value for key, value in told.items()):
+        print(f"error: {path} holds another machine's results, or of other threads or an older form; name another --output",
+              file=sys.stderr)
+        return 2
+    result: dict[str, Any] = {**told, "versions": versions(), "limits": limits(arguments.threads),
+                              "models": before.get("models", {})}
     names = arguments.models if arguments.models is not None else [] if arguments.trained else list(MODELS)
     if names == ["all"]:
         names = [*MODELS, *(name for name in torchvision.models.list_models(module=torchvision.models)

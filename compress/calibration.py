@@ -1,7 +1,7 @@
 """What the tensors of a float ONNX network hold on some images, and the ranges that int8 should cover of it.
 
-Two passes over the images and one histogram a tensor: memory does not grow with the number of images, and every way of
-choosing ranges works on the same histograms.
+Two passes over the images and one histogram a tensor: no memory but that of the images themselves grows with their number,
+and every way of choosing ranges works on the same histograms.
 """
 
 from __future__ import annotations

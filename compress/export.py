@@ -62,21 +62,27 @@ class _Writer:
             self.tensors[layer.name] = LAYERS[layer.type](self, layer, inputs, shape)
 
 
+def _bias(writer: _Writer, layer: Any, outputs: int) -> str:
+    """A layer's bias, zeros where it has none.
+
+    OpenVINO 2026 gives wrong int8 sums for small batches behind a Gemm without one; and calibration may correct it.
+    """
+    return writer.parameter(layer, "bias") if layer.bias else writer.constant(f"{layer.name}.bias", np.zeros(outputs))
+
+
 def _convolution(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
-    inputs = [*inputs, writer.parameter(layer, "weight"), *([writer.parameter(layer, "bias")] if layer.bias else [])]
+    inputs = [*inputs, writer.parameter(layer, "weight"), _bias(writer, layer, layer.out_channels)]
     return writer.node("Conv", layer.name, inputs, kernel_shape=layer.kernel_size, strides=layer.stride,
                        pads=[*layer.padding, *layer.padding], dilations=layer.dilation, group=layer.groups)
 
 
 def _linear(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
     if len(shape) == 1:  # (N, features)
-        inputs = [*inputs, writer.parameter(layer, "weight"), *([writer.parameter(layer, "bias")] if layer.bias else [])]
+        inputs = [*inputs, writer.parameter(layer, "weight"), _bias(writer, layer, layer.out_features)]
         return writer.node("Gemm", layer.name, inputs, transB=1)
     weight = writer.constant(f"{layer.name}.weight", writer.weights[f"{layer.name}.weight"].detach().cpu().numpy().T)
-    if not layer.bias:
-        return writer.node("MatMul", layer.name, [*inputs, weight])
     product = writer.node("MatMul", f"{layer.name}.product", [*inputs, weight])
-    return writer.node("Add", layer.name, [product, writer.parameter(layer, "bias")])
+    return writer.node("Add", layer.name, [product, _bias(writer, layer, layer.out_features)])
 
 
 def _batch_norm(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
@@ -129,13 +135,37 @@ def _gelu(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]
     return writer.node("Mul", name, [writer.node("Mul", f"{name}.gated", [*inputs, gate]), half])
 
 
-def _pool(op: str, **options: str) -> Callable[..., str]:
-    def write(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
-        attributes = {name: getattr(layer, key) for name, key in options.items()}
-        return writer.node(op, layer.name, inputs, kernel_shape=layer.kernel_size, strides=layer.stride,
-                           pads=[*layer.padding, *layer.padding], ceil_mode=int(layer.ceil_mode),
-                           **{key: int(value) if isinstance(value, bool) else value for key, value in attributes.items()})
-    return write
+def _beyond(layer: Any, shape: tuple[int, ...], dilation: Sequence[int]) -> list[int]:
+    """How far the last windows of a pool reach beyond the image, by axis: its padding, or more by ceil_mode.
+
+    ONNX runtimes do not agree on ceil_mode (ONNX keeps a last window that begins in the padding, PyTorch does not), so it
+    is written out as padding.
+    """
+    ends = []
+    for size, kernel, stride, pad, step in zip(shape[1:], layer.kernel_size, layer.stride, layer.padding, dilation,
+                                               strict=True):
+        reach = step * (kernel - 1) + 1
+        windows = -(-(size + 2 * pad - reach) // stride) + 1
+        if (windows - 1) * stride >= size + pad:  # as PyTorch's pooling_output_shape
+            windows -= 1
+        ends.append(max(pad, (windows - 1) * stride + reach - size - pad) if layer.ceil_mode else pad)
+    return ends
+
+
+def _max_pool(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
+    return writer.node("MaxPool", layer.name, inputs, kernel_shape=layer.kernel_size, strides=layer.stride,
+                       dilations=layer.dilation, pads=[*layer.padding, *_beyond(layer, shape, layer.dilation)])
+
+
+def _average_pool(writer: _Writer, layer: Any, inputs: list[str], shape: tuple[int, ...]) -> str:
+    pads, ends = list(layer.padding), _beyond(layer, shape, (1, 1))
+    if ends != pads and layer.count_include_pad and any(pads):  # padding counts, what ceil_mode adds does not
+        zeros = writer.constant(f"{layer.name}.pads", [0, 0, *pads, 0, 0, *pads], np.int64)
+        inputs = [writer.node("Pad", f"{layer.name}.padded", [*inputs, zeros])]
+        pads, ends = [0, 0], [end - pad for end, pad in zip(ends, pads, strict=True)]
+    counts = layer.count_include_pad and ends == pads
+    return writer.node("AveragePool", layer.name, inputs, kernel_shape=layer.kernel_size, strides=layer.stride,
+                       pads=[*pads, *ends], count_include_pad=int(counts))
 
 
 def _adaptive_pool(kind: str) -> Callable[..., str]:
@@ -175,8 +205,7 @@ LAYERS: dict[str, Callable[..., str]] = {
                                                                     beta=0.5),
     "LeakyReLU": lambda writer, layer, inputs, shape: writer.node("LeakyRelu", layer.name, inputs,
                                                                   alpha=layer.negative_slope),
-    "MaxPool2d": _pool("MaxPool", dilations="dilation"),
-    "AvgPool2d": _pool("AveragePool", count_include_pad="count_include_pad"),
+    "MaxPool2d": _max_pool, "AvgPool2d": _average_pool,
     "AdaptiveAvgPool2d": _adaptive_pool("Average"), "AdaptiveMaxPool2d": _adaptive_pool("Max"),
     "Flatten": _flatten, "Mean": _mean,
     "Concat": lambda writer, layer, inputs, shape: writer.node("Concat", layer.name, inputs, axis=layer.dim)}

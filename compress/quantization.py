@@ -11,7 +11,9 @@ import copy
 import itertools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,8 @@ from model_loader import (Program, Quantized, Step, UserError, build, first_line
 
 PASSES = 25  # timed ones of each form of a network, in turns
 GAIN = 1.03  # int8 arithmetic must be so many times faster than float to be worth its error
+FLOAT_LAYER = "weights only, float is faster here"
+FLOAT_NETWORK = "weights only, the network as a whole is faster in float"
 
 
 def fold_batch_norm(model: fx.GraphModule) -> fx.GraphModule:
@@ -101,7 +105,7 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
     try:
         with torch.no_grad():
             copy.deepcopy(model).eval()(example_input)
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise UserError(f"quantize_dynamic: the model does not take inputs of shape {list(example_input.shape)}, "
                         f"{example_input.dtype}: {first_line(error)}") from error
     evaluated = without_stochastic_depth(model)
@@ -153,23 +157,51 @@ def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example
     quantized = copy.deepcopy(folded)
     chosen = _replace(quantized, layers, exclude)
     measured = example_input is not None and not no_int8_kernels()
-    times = _choose(quantized, folded, chosen, example_input[:1], choose) if measured else {}  # type: ignore[index]
-    coverage = _coverage(quantized, folded, layers, example_input, times)
+    times: dict[str, tuple[float, float]] = {}
+    as_float = FLOAT_LAYER
+    if measured:
+        times, as_float = _choose(quantized, folded, chosen, example_input[:1], choose)  # type: ignore[index]
+    coverage = _coverage(quantized, folded, layers, example_input, times, as_float)
     return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), coverage
 
 
 def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str],
                        ) -> tuple[nn.Module, list[Coverage]]:
-    candidates = {name: module for name, module in model.named_modules() if type(module) in (nn.Conv2d, nn.Linear)}
-    called = _observe(model, example_input, candidates)
-    layers = {name: module for name, module in candidates.items() if name in called}
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention))}
+    check_excluded("quantize_dynamic", exclude, layers)
+    left = _left_float(layers, _observe(model, example_input, layers))
     quantized = copy.deepcopy(model)
-    chosen = _replace(quantized, layers, exclude)
+    chosen = _replace(quantized, layers, {*exclude, *left})
     times = {} if no_int8_kernels() else _choose_in_place(quantized, model, chosen, example_input[:1])
-    coverage = _coverage(quantized, model, layers, example_input, times)
+    silent = {name: reason for name, reason in left.items() if name not in exclude}
+    coverage = [replace(row, reason=silent.get(row.layer, row.reason))
+                for row in _coverage(quantized, model, layers, example_input, times)]
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
     for name in chosen:
-        quantized.set_submodule(name, _alone(quantized.get_submodule(name)))
+        alone = _alone(quantized.get_submodule(name))
+        for alias in names[id(layers[name])]:
+            quantized.set_submodule(alias, alone)
+    if silent:
+        warnings.warn("quantize_dynamic: float stays " + "; ".join(f"{name} ({why})" for name, why in silent.items()),
+                      UserWarning, stacklevel=3)
     return quantized, coverage
+
+
+def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[str, str]:
+    """Those of the layers that have no int8 form where they stand, and why."""
+    left = {}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.MultiheadAttention):
+            left[name] = "its projections' weights are its own, not a layer's"
+        elif type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+            left[name] = f"a {type(layer).__name__} with a forward of its own"
+        elif name not in called:
+            left[name] = "not called by itself: another module may use its weights"
+    return left
 
 
 def _alone(layer: nn.Module) -> fx.GraphModule:
@@ -194,22 +226,25 @@ def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collec
 
 
 def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[str], image: Tensor, choose: bool,
-            ) -> dict[str, tuple[float, float]]:
-    """Each layer's milliseconds as float and as int8; if asked, lets layers compute in float where that is faster."""
+            ) -> tuple[dict[str, tuple[float, float]], str]:
+    """Each layer's milliseconds as float and as int8; if asked, lets layers compute in float where that is faster, and why.
+    """
     as_float, as_int8 = _medians((Program(folded), Program(quantized)), image)
 
     def keep_float(name: str) -> None:
         quantized.get_submodule(name).activations = "float32"  # type: ignore[assignment]
 
+    why = FLOAT_LAYER
     if choose:
         for name in chosen:
             if as_float[name] < GAIN * as_int8[name]:
                 keep_float(name)
         whole_float, whole_mixed = (row[""] for row in _medians((Program(folded), Program(quantized)), image))
         if GAIN * whole_float < whole_mixed:  # switching to and fro costs more than the layers save
+            why = FLOAT_NETWORK
             for name in chosen:
                 keep_float(name)
-    return {name: (as_float[name], as_int8[name]) for name in chosen}
+    return {name: (as_float[name], as_int8[name]) for name in chosen}, why
 
 
 class _Timed(nn.Module):
@@ -249,27 +284,28 @@ def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[st
 
 
 def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
-              times: dict[str, tuple[float, float]]) -> list[Coverage]:
+              times: dict[str, tuple[float, float]], as_float: str = FLOAT_LAYER) -> list[Coverage]:
     """The table; `quantized` still computes layer by layer, so that each can be watched."""
     before = {} if images is None else _observe(model, images, layers)
     after = {} if images is None else _observe(quantized, images, {
         name: quantized.get_submodule(name) for name in layers})
-    weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
+    weights = {name: next(iter(layer.parameters(recurse=False))) for name, layer in layers.items()}
     macs = {name: _macs(weight, before.get(name)) for name, weight in weights.items()}
     rows = []
     for name, layer in layers.items():
-        dtype, reason = _type_and_reason(quantized.get_submodule(name))
+        dtype, reason = _type_and_reason(quantized.get_submodule(name), as_float)
         rows.append(Coverage(name, type(layer).__name__, dtype, reason, weights[name].numel(),
                              macs[name] / max(sum(macs.values()), 1),
-                             sqnr_db(before[name], after[name]) if name in after else None, *times.get(name, (None, None))))
+                             sqnr_db(before[name], after[name]) if name in after and name in before else None,
+                             *times.get(name, (None, None))))
     return rows
 
 
-def _type_and_reason(layer: nn.Module) -> tuple[str, str]:
-    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+def _type_and_reason(layer: nn.Module, as_float: str) -> tuple[str, str]:
+    if isinstance(layer, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
         return "float32", "excluded by the recipe"
     if layer.activations == "float32":
-        return "int8", "weights only, float is faster here"
+        return "int8", as_float
     return "int8", "dynamic, per channel"
 
 
@@ -280,7 +316,7 @@ def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> 
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in seen:
+            if name not in seen and isinstance(output, Tensor):  # an attention gives its weights, too
                 seen[name] = output.clone()
         return observe
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]

@@ -24,6 +24,7 @@ from compress.coverage import Coverage, decibels
 from compress.equalization import equalize
 from model_loader import ONNX_CONVOLUTIONS, ONNX_PRODUCTS, UserError
 
+NOT_QUANTIZED = "the quantizer left it float"
 WEIGHTED = ["Conv", "Gemm", "MatMul"]
 _FEW = [*WEIGHTED, "Relu", "Clip"]  # these two become part of the layer before them
 _SUMS = [*_FEW, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Flatten"]
@@ -295,7 +296,7 @@ def coverage(calibration: Calibration, quantized: Quantized, images: Images, why
     rows = []
     for node in layers:
         int8, kind = set(now[node.name].input[:2]) <= restored, "Conv2d" if node.op_type == "Conv" else "Linear"
-        reason = "static, per channel" if int8 else why_float.get(node.name, "excluded by the recipe")
+        reason = "static, per channel" if int8 else why_float.get(node.name, NOT_QUANTIZED)
         rows.append(Coverage(node.name, kind, "int8" if int8 else "float32", reason, weights[node.name],
                              macs[node.name] / max(sum(macs.values()), 1), noise[node.name],
                              *times.get(node.name, (None, None))))

@@ -119,6 +119,21 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
         check_same(expected, swapped)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("pool", [
+    nn.MaxPool2d(2, 3, 1, ceil_mode=True), nn.MaxPool2d(1, 2, ceil_mode=True),
+    nn.MaxPool2d(3, 2, ceil_mode=True, dilation=2), nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    nn.AvgPool2d(2, 2, ceil_mode=True), nn.AvgPool2d(2, 3, 1, ceil_mode=True)], ids=str)
+def test_windows_that_reach_beyond_the_image(pool: nn.Module, backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for size in (5, 8, 9):
+        shape = (3, size, size)
+        features = pool(some(shape)).flatten(1).shape[1]
+        graph, architecture = trained(nn.Sequential(pool, nn.Flatten(), nn.Linear(features, 5)), shape)
+        with torch.no_grad():
+            check_same(graph(some(shape)), logits(export(graph, architecture)[0], some(shape), tmp_path, backend), 1e-5)
+
+
 @pytest.mark.parametrize(("model", "said"), [
     (lambda: nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(147, 5)), "pools 16x16 to 7x7")])
 def test_what_has_no_onnx_form_is_named(model: Callable[[], nn.Module], said: str) -> None:

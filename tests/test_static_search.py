@@ -19,7 +19,7 @@ from compress.export import export
 from compress.static_quantization import Calibration, layers_of
 from compress.static_search import AS_FAST, SLOWER, Search, Wanted
 from loaders.arrays import ArrayImages, Split
-from model_loader import Preprocessing, UserError, build, normalize, read_onnx
+from model_loader import Preprocessing, UserError, VerificationError, build, normalize, read_onnx
 from tests.conftest import SMALL, Compress, assert_one_line_error, draw_folder
 
 PLAIN = Preprocessing(resize=None, crop=None, mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
@@ -65,7 +65,7 @@ def test_the_fastest_of_those_that_keep_the_accuracy(searching: SlowSearch) -> N
     assert (found.best.latency_ms or 0) <= AS_FAST * fastest
     assert all(candidate.correct <= found.best.correct for candidate in good
                if (candidate.latency_ms or 0) <= AS_FAST * fastest)
-    assert found.best.row(256)["accuracy"] == found.best.correct / 256 and found.float_ms > 0
+    assert found.best.row()["accuracy"] == found.best.correct / 256 and found.float_ms > 0
 
 
 def test_layers_return_to_float_until_the_accuracy_is_there(searching: SlowSearch, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_layers_that_int8_makes_slower_stay_float_in_one_candidate(searching: Sl
     one, = (candidate for candidate in found.candidates if candidate.kept_float)
     # Not the one whose times nobody can tell apart, nor the one that would make the file larger.
     assert set(one.kept_float) == {"conv1", "layer2.0.downsample.0"} and one.reason == SLOWER
-    assert one.name.endswith("2 layers float for speed") and one.row(256)["kept_float_reason"] == "faster in float"
+    assert one.name.endswith("2 layers float for speed") and one.row()["kept_float_reason"] == "faster in float"
     plain = next(candidate for candidate in found.candidates if candidate.settings == one.settings)
     assert one.latency_ms and len(one.content) < 1.05 * len(plain.content)
     path = search.folder / "it.onnx"
@@ -108,6 +108,63 @@ def test_when_time_is_out_the_best_so_far_is_there_and_the_rest_is_named(searchi
     assert not found.reached and len(found.candidates) == 1 and found.best is found.candidates[0]
     assert len(found.not_tried) == 9 and "U8S8, entropy" in " ".join(found.not_tried) and found.sensitivity == {}
     assert found.best.content and found.best.latency_ms
+
+
+def test_when_time_is_out_what_is_as_asked_is_taken(searching: SlowSearch) -> None:
+    found = searching(replace(ASKED, portable=True, max_drop=0.3, budget_seconds=1e-3)).run()
+    assert len(found.candidates) == 1 and found.best.portability is not None
+    assert found.reached == found.best.portability["holds"] and found.reached
+
+
+def test_a_candidate_that_fails_is_named_and_the_search_goes_on(searching: SlowSearch,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    search, kept = searching(ASKED), list[list[str]]()
+    search.keep = lambda candidates: kept.append([candidate.name for candidate in candidates])
+    measure = Search._measure
+
+    def failing(self: Search, content: bytes) -> int:
+        if len(self.candidates) == 1 and not self.failed:
+            raise VerificationError("no kernel")
+        return measure(self, content)
+
+    monkeypatch.setattr(Search, "_measure", failing)
+    found = search.run()
+    assert found.reached and list(found.failed.values()) == ["no kernel"]
+    assert not set(found.failed) & {candidate.name for candidate in found.candidates}
+    assert [len(names) for names in kept] == list(range(1, len(found.candidates) + 1))
+
+    def broken(self: Search, content: bytes) -> int:
+        if content != self.floats:
+            raise VerificationError("no kernel at all")
+        return measure(self, content)
+
+    monkeypatch.setattr(Search, "_measure", broken)
+    with pytest.raises(VerificationError, match=r"no candidate can be built and run: U8S8.*no kernel at all"):
+        searching(ASKED).run()
+
+
+def test_a_runtime_whose_float_answers_are_others_is_left_out(searching: SlowSearch,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Search._open
+
+    def other(self: Search, content: bytes, backend: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        answer = opened(self, content, backend)
+        return (lambda images: 1.1 * answer(images)) if backend == "openvino" else answer
+
+    monkeypatch.setattr(Search, "_open", other)
+    assert searching(ASKED, backends=("openvino", "onnxruntime")).run().backend == "onnxruntime"
+    with pytest.raises(VerificationError, match="logits differ"):
+        searching(ASKED, backends=("openvino",)).run()
+
+
+def test_what_saturation_and_int8_lose_together_must_be_tolerated(searching: SlowSearch,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    search = searching(replace(ASKED, portable=True))
+    monkeypatch.setattr("compress.static_search.verify_portability", lambda *_: {
+        "holds": True, "verdict": "holds", "accuracy": 0.9, "accuracy_saturating": 0.71})
+    found = search.run()
+    assert not found.reached and found.best.portability is not None
+    assert "with what int8 loses anyway" in found.best.portability["verdict"]
 
 
 def test_a_search_on_openvino_alone(searching: SlowSearch) -> None:

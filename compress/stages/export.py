@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Export(Stage):
         sketch.is_onnx = True
 
     def run(self, model: TorchModel, context: Context) -> OnnxModel:
-        module, card = model.module.cpu().eval(), context.splits.card
+        module, card = copy.deepcopy(model.module).cpu().eval(), context.splits.card
         exported, architecture = export(module, model.architecture)
         content = exported.SerializeToString()
         split = context.splits.validation

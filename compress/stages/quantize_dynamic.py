@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Literal
 
@@ -11,7 +12,7 @@ from architectures.describe import carry_over, describe
 from compress.coverage import show
 from compress.quantization import quantize_graph
 from compress.stage import CompressingStage, Context, Sketch, TorchModel
-from model_loader import torch_threads
+from model_loader import no_int8_kernels, torch_threads
 
 EXAMPLES = 8  # training images that layers are measured on
 
@@ -36,13 +37,15 @@ class QuantizeDynamic(CompressingStage):
     def run(self, model: TorchModel, context: Context) -> TorchModel:
         examples = context.examples(EXAMPLES)
         with torch_threads(1):
-            quantized, coverage = quantize_graph(model.module.cpu(), self.exclude, examples,
+            quantized, coverage = quantize_graph(copy.deepcopy(model.module).cpu(), self.exclude, examples,
                                                  choose=self.arithmetic == "measured")
         show(coverage, context.tracker.console)
         weights_only = sum(row.reason.startswith("weights only") for row in coverage)
         int8 = sum(row.dtype == "int8" for row in coverage)
         context.tracker.say(f"  {int8} of {len(coverage)} layers are int8" + (
             f", {weights_only} of them for their weights alone" if weights_only else ""))
+        if reason := no_int8_kernels():
+            context.warn(f"on this machine the int8 layers compute in float32, with the same results to rounding: {reason}")
         if weights_only == int8:
             context.warn("int8 arithmetic makes no layer of this network faster on this machine: it is smaller, not faster")
         context.note("coverage", [dataclasses.asdict(row) for row in coverage])

@@ -21,8 +21,8 @@ from compress.export import export
 from compress.layer_times import layer_times
 from compress.portability import Backend
 from compress.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
-from compress.static_quantization import Calibration, coverage, layers_of
-from compress.static_search import Found, Search, Wanted
+from compress.static_quantization import NOT_QUANTIZED, Calibration, coverage, layers_of
+from compress.static_search import Candidate, Found, Search, Wanted
 from metadata.files import write_atomically, write_json
 from model_loader import UserError, VerificationError
 
@@ -52,7 +52,10 @@ class QuantizeStatic(CompressingStage):
         sketch.is_static_int8 = True
         if sketch.model is not None:
             network, _ = export(sketch.model, describe(sketch.model, sketch.card.input_shape))
-            check_excluded("quantize_static", self.exclude, [node.name for node in layers_of(network)])
+            names = [node.name for node in layers_of(network)]
+            check_excluded("quantize_static", self.exclude, names)
+            if set(self.exclude) >= set(names):
+                raise UserError("quantize_static.exclude names all layers: nothing would become int8")
         sketch.lines.append(f"candidates on {' and '.join(self._backends())}, at most {self.max_drop:.2%} of accuracy lost")
 
     def _backends(self) -> list[Backend]:
@@ -66,10 +69,15 @@ class QuantizeStatic(CompressingStage):
         images = context.examples(self.calibration_images).numpy()
         calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
         wanted = Wanted(self.max_drop, self.portable, self.budget_seconds, tuple(self.exclude))
+
+        def keep(candidates: list[Candidate]) -> None:
+            write_atomically(context.folder / BEST, candidates[0].content)
+            write_json(context.folder / CANDIDATES, [candidate.row() for candidate in candidates])
+
         with tempfile.TemporaryDirectory() as folder:
             found = Search(calibration, context.splits.validation, self.validation_images,
                            context.splits.card.preprocessing, self._backends(), wanted, Path(folder),
-                           context.tracker.say).run()
+                           context.tracker.say, keep).run()
         rows = self._coverage(calibration, found)
         self._note(context, found, rows)
         result = OnnxModel(found.best.content, carry_over(
@@ -77,7 +85,10 @@ class QuantizeStatic(CompressingStage):
             compression_steps=[*model.architecture.compression_steps, self.history]), OnnxCard(
                 scheme="static_int8", layers={row.layer: f"{row.dtype}: {row.reason}" for row in rows},
                 backend=found.backend, portability=found.best.portability))
-        if not found.reached:
+        if found.reached:
+            for name in (BEST, CANDIDATES):
+                (context.folder / name).unlink()
+        else:
             write_atomically(context.folder / BEST, found.best.content)
             write_json(context.folder / CANDIDATES, context.notes)
             assert found.best.portability is not None
@@ -86,16 +97,19 @@ class QuantizeStatic(CompressingStage):
                 f"{found.best.correct}/{found.images} against the float model's {found.float_correct}, and without VNNI "
                 f"{found.best.portability['verdict']}; it is {context.folder / BEST}, and all candidates are in "
                 f"{CANDIDATES} there. Raise quantize_static.max_drop or budget_seconds, or set portable=false")
+        if missed := [row.layer for row in rows if row.reason == NOT_QUANTIZED]:
+            raise VerificationError(f"quantize_static: {', '.join(missed)} stayed float though int8 was asked for; name "
+                                    "them in quantize_static.exclude if that is meant")
         return result
 
     def _coverage(self, calibration: Calibration, found: Found) -> list[Coverage]:
-        """Layer by layer, on the runtime that was chosen."""
+        """Layer by layer: times on the runtime that was chosen, noise on ONNX Runtime, which shows every tensor."""
         image, threads = calibration.images[:1], 1
         before = layer_times(calibration.model, found.backend, image, threads)
         after = layer_times(found.best.quantized.model, found.backend, image, threads)
         ends = found.best.settings.ends([node.name for node in layers_of(calibration.model)])
         why = dict.fromkeys(found.best.kept_float, found.best.reason) | dict.fromkeys(
-            ends, "first or last layer, float in this candidate")
+            ends, "first or last layer, float in this candidate") | dict.fromkeys(self.exclude, "excluded by the recipe")
         return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
                         {name: (before.get(name), after.get(name)) for name in before.keys() | after.keys()})
 
@@ -110,12 +124,16 @@ class QuantizeStatic(CompressingStage):
             f"{found.best.milliseconds:.3f} ms against {found.float_ms:.3f}")
         assert found.best.portability is not None
         say(f"  without VNNI: {found.best.portability['verdict']}")
+        if found.failed:
+            context.warn(f"quantize_static: {len(found.failed)} candidates could not be built or run: "
+                         + "; ".join(f"{name}: {reason}" for name, reason in found.failed.items()))
         if found.not_tried:
             context.warn(f"quantize_static: no time was left for {len(found.not_tried)} candidates "
                          f"({'; '.join(found.not_tried)}); raise budget_seconds")
-        context.note("candidates", [candidate.row(found.images) | {"chosen": candidate is found.best}
+        context.note("candidates", [candidate.row() | {"chosen": candidate is found.best}
                                     for candidate in found.candidates])
         context.note("not_tried", found.not_tried)
+        context.note("failed", found.failed)
         context.note("operators", found.times)
         context.note("float", {"correct": found.float_correct, "images": found.images, "latency_ms": found.float_ms})
         context.note("sensitivity", found.sensitivity)

@@ -1,0 +1,159 @@
+"""What quantization-aware finetuning wins back of what post-training quantization loses, with a control in float.
+
+    python -m benchmarks.quantization_aware runs/NAME/02-distill --dataset cifar10 --data_root DIR [--seeds 3]
+
+A run's float student is made int8 as it is ("post-training"), after further training in float ("finetuned in float", the
+control), and after as much training with fake quantization ("quantization-aware"). Each becomes ONNX files by every way to
+choose ranges, with 8-bit weights and with 7-bit ones (which answer alike on CPUs without VNNI); what is measured on the
+test split is the file that is best on the validation split. Writes benchmarks/results/quantization_aware.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compress.assessment import accuracy_of
+from compress.calibration import RANGES
+from compress.config import TrainConfig
+from compress.export import export
+from compress.stage import Context, TorchModel
+from compress.stages.finetune import Finetune
+from compress.static_quantization import Calibration, Settings, build
+from compress.trackers import Tracker
+from loaders import load
+from loaders.arrays import Request, Split, Splits
+from model_loader import (Preprocessing, UserError, answering, machine, measure_accuracy, open_onnx, versions,
+                          write_atomically, write_json)
+
+CALIBRATION, BATCH = 512, 64  # images
+WEIGHTS = {"8-bit weights": False, "7-bit weights": True}
+
+
+def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: int) -> dict[str, dict[str, Any]]:
+    """By the bits of the weights: how ranges were chosen, and the validation and test accuracy on ONNX Runtime."""
+    context = _context(splits, folder, 0)
+    network, _ = export(model.module, model.architecture)
+    calibration = Calibration(network, context.examples(CALIBRATION).numpy(), threads)
+    found: dict[str, dict[str, Any]] = {}
+    for bits, reduced in WEIGHTS.items():
+        tried = {}
+        for method in RANGES:
+            path = folder / f"{method}.onnx"
+            write_atomically(path, build(calibration, Settings(method=method, reduced=reduced)).model.SerializeToString())
+            tried[method] = _accuracy(path, splits, splits.validation)
+        best = max(tried, key=tried.__getitem__)
+        found[bits] = {"ranges": best, "validation": tried[best],
+                       "test": _accuracy(folder / f"{best}.onnx", splits, splits.open_test())}
+    return found
+
+
+def _accuracy(path: Path, splits: Splits, split: Split) -> float:
+    preprocessing: Preprocessing = splits.card.preprocessing
+    answer = answering(open_onnx(path, splits.card.input_shape, preprocessing, "onnxruntime"))
+    result = measure_accuracy(answer, split.batches(BATCH), preprocessing, len(split))
+    return result.correct / result.total
+
+
+def _context(splits: Splits, folder: Path, seed: int) -> Context:
+    return Context(splits, torch.device("cpu"), seed, folder, folder, Tracker(Console()), [], {})
+
+
+def float_accuracies(model: TorchModel, splits: Splits) -> dict[str, float]:
+    """Before anything is rounded."""
+    preprocessing = splits.card.preprocessing
+    return {"validation": accuracy_of(model.module, splits.validation, preprocessing),
+            "test": accuracy_of(model.module, splits.open_test(), preprocessing)}
+
+
+def compare(student: TorchModel, splits: Splits, train: TrainConfig, seeds: int, threads: int) -> dict[str, Any]:
+    """A row for each way and seed."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+
+    def measured(name: str, model: TorchModel) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"float": float_accuracies(model, splits), **int8_accuracies(model, splits, Path(folder), threads)}
+        rows.setdefault(name, []).append(row)
+        print(name, row, flush=True)
+
+    measured("post-training", student)
+    for seed in range(seeds):
+        for name, aware in (("finetuned in float", False), ("quantization-aware", True)):
+            with tempfile.TemporaryDirectory() as folder:
+                stage = Finetune(quantization_aware=aware, train=train)
+                measured(name, stage.run(student, _context(splits, Path(folder), seed)))
+    before = rows["post-training"][0]
+    recovered = {}
+    for bits in WEIGHTS:
+        lost = before["float"]["test"] - before[bits]["test"]
+        recovered[bits] = {"lost_points": 100 * lost, "recovered": {
+            name: [(row[bits]["test"] - before[bits]["test"]) / lost if lost > 0 else None for row in rows[name]]
+            for name in ("finetuned in float", "quantization-aware")}}
+    return {"rows": rows, "on_test": recovered}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table: test accuracies in percent, mean and standard deviation over the seeds."""
+    def cell(values: list[float]) -> str:
+        text = f"{100 * statistics.mean(values):.2f}"
+        return text + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+    lines = [f"# {result['student']['name']}: training for int8\n",
+             f"Test accuracy in percent, {result['student']['parameters']:,} parameters, {result['train']['epochs']} "
+             f"epochs of finetuning, {result['seeds']} seeds; int8 on ONNX Runtime, ranges by the validation split.\n",
+             "| | float | " + " | ".join(WEIGHTS) + " |", "|---|---|" + "---|" * len(WEIGHTS)]
+    for name, rows in result["rows"].items():
+        cells = [cell([row["float"]["test"] for row in rows]),
+                 *(cell([row[bits]["test"] for row in rows]) for bits in WEIGHTS)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for bits, said in result["on_test"].items():
+        for name, shares in said["recovered"].items():
+            known = [share for share in shares if share is not None]
+            if known:
+                lines.append(f"\n{bits}: {name} recovers {statistics.mean(known):.2f} of the {said['lost_points']:.2f} "
+                             f"points lost ({', '.join(f'{share:.2f}' for share in known)}).")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """Trains, measures, writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", type=Path, help="a stage's folder with a float student")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data_root", type=Path)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "quantization_aware")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    try:
+        student = TorchModel.load(arguments.stage)
+        splits = load(Request(arguments.dataset, arguments.data_root))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    train = TrainConfig(epochs=arguments.epochs, lr=arguments.lr)
+    result = {"schema": 1, "machine": machine(), "versions": versions(), "threads": arguments.threads,
+              "seeds": arguments.seeds, "train": train.model_dump(mode="json"), "dataset": splits.card.name,
+              "student": {"name": student.architecture.model_type,
+                          "parameters": sum(parameter.numel() for parameter in student.module.parameters())},
+              **compare(student, splits, train, arguments.seeds, arguments.threads)}
+    write_json(arguments.output.with_suffix(".json"), result)
+    write_atomically(arguments.output.with_suffix(".md"), markdown(result).encode())
+    print(markdown(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
