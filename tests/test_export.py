@@ -122,7 +122,8 @@ def test_a_wrong_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("pool", [
     nn.MaxPool2d(2, 3, 1, ceil_mode=True), nn.MaxPool2d(1, 2, ceil_mode=True),
-    nn.MaxPool2d(3, 2, ceil_mode=True, dilation=2), nn.AvgPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    nn.MaxPool2d(3, 2, ceil_mode=True, dilation=2), nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+    nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     nn.AvgPool2d(2, 2, ceil_mode=True), nn.AvgPool2d(2, 3, 1, ceil_mode=True)], ids=str)
 def test_windows_that_reach_beyond_the_image(pool: nn.Module, backend: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
