@@ -602,7 +602,7 @@ class NotFiniteError(ArithmeticError):
     """A tensor has no range to be quantized in."""
 
 
-class Quantized:
+class QuantizedTensor:
     """A tensor, and its integers with their scale and zero point once somebody asks: all who use it share them.
 
     Args:
@@ -660,7 +660,7 @@ class Kernel:
         self.int8 = getattr(layer, "activations", "float32") == "int8"
         self.call: Callable[..., Tensor] | None = None
 
-    def __call__(self, value: Quantized, other: Tensor | None = None) -> Tensor:
+    def __call__(self, value: QuantizedTensor, other: Tensor | None = None) -> Tensor:
         """The layer's output; `other` may be overwritten with it."""
         if self.call is None:
             self.call = self._packed(value.tensor, other)
@@ -797,10 +797,10 @@ class Program:
             rows = [self.one(images[index:index + 1]) for index in range(len(images))]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def one(self, image: Tensor, watch: Callable[[Step, Quantized], None] = lambda step, source: None) -> Tensor:
+    def one(self, image: Tensor, watch: Callable[[Step, QuantizedTensor], None] = lambda step, source: None) -> Tensor:
         """One image; `watch` is told before each call which it is and what it is about to read."""
         values: list[Any] = [None] * self.size
-        values[0] = Quantized(image.contiguous(memory_format=self.channels_last) if image.dim() == 4 else image)
+        values[0] = QuantizedTensor(image.contiguous(memory_format=self.channels_last) if image.dim() == 4 else image)
         for step in self.steps:
             sources = [values[source] for source in step.sources]
             watch(step, sources[0])
@@ -808,7 +808,7 @@ class Program:
                 output = step.function(*[source.tensor for source in sources])
             else:
                 output = step.function(sources[0], sources[1].tensor) if len(sources) > 1 else step.function(sources[0])
-            values[step.target] = Quantized(output, step.nonnegative)
+            values[step.target] = QuantizedTensor(output, step.nonnegative)
             for register in step.dead:
                 values[register] = None
         return values[self.output].tensor  # type: ignore[no-any-return]

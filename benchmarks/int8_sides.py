@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from architectures.describe import describe
 from compress.export import export
 from compress.quantization import as_graph, quantize, without_stochastic_depth
-from compress.static_quantization import Calibration, Settings, build
+from compress.static_quantization import Calibration, Settings, quantize_static
 from loaders.arrays import Splits
 from model_loader import Architecture, compile_for_openvino, import_openvino
 
@@ -163,7 +163,7 @@ def _static_file(subject: Subject) -> Path:
     path = subject.folder / "ours_static.onnx"
     if not path.exists():
         model, _ = export(*subject.graph())
-        candidate = build(Calibration(model, subject.images.numpy(), subject.threads), Settings())
+        candidate = quantize_static(Calibration(model, subject.images.numpy(), subject.threads), Settings())
         path.write_bytes(candidate.model.SerializeToString())
     return path
 

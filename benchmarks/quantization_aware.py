@@ -28,7 +28,7 @@ from compress.config import TrainConfig
 from compress.export import export
 from compress.stage import Context, TorchModel
 from compress.stages.finetune import Finetune
-from compress.static_quantization import Calibration, Settings, build
+from compress.static_quantization import Calibration, Settings, quantize_static
 from compress.trackers import Tracker
 from loaders import load
 from loaders.arrays import Request, Split, Splits
@@ -49,7 +49,8 @@ def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: in
         tried = {}
         for method in RANGES:
             path = folder / f"{method}.onnx"
-            write_atomically(path, build(calibration, Settings(method=method, reduced=reduced)).model.SerializeToString())
+            int8 = quantize_static(calibration, Settings(method=method, reduced=reduced))
+            write_atomically(path, int8.model.SerializeToString())
             tried[method] = _accuracy(path, splits, splits.validation)
         best = max(tried, key=tried.__getitem__)
         found[bits] = {"ranges": best, "validation": tried[best],

@@ -23,7 +23,7 @@ from torchvision.ops import StochasticDepth
 
 from architectures.describe import describe
 from compress.coverage import Coverage, check_excluded, sqnr_db
-from model_loader import (Program, Quantized, Step, UserError, build, first_line, int8_graph, int8_layers,
+from model_loader import (Program, QuantizedTensor, Step, UserError, build, first_line, int8_graph, int8_layers,
                           no_int8_kernels)
 
 PASSES = 25  # timed ones of each form of a network, in turns
@@ -341,9 +341,9 @@ def _layer_times(program: Program, image: Tensor) -> dict[str, float]:
     marks: list[tuple[str | None, int]] = []
     readers: dict[int, list[str]] = {}
     quantizing: dict[int, float] = {}
-    held: list[Quantized] = []  # so that no two have the same id
+    held: list[QuantizedTensor] = []  # so that no two have the same id
 
-    def watch(step: Step, source: Quantized) -> None:
+    def watch(step: Step, source: QuantizedTensor) -> None:
         if step.layer is not None and getattr(step.function, "int8", False):
             held.append(source)
             readers.setdefault(id(source), []).append(step.layer)

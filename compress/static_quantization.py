@@ -124,7 +124,7 @@ def _with_what_follows(network: onnx.ModelProto, floats: Collection[str]) -> set
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Int8Network:
     """An int8 network.
 
     Args:
@@ -139,8 +139,8 @@ class Quantized:
     network: onnx.ModelProto
 
 
-def build(calibration: Calibration, settings: Settings, kept_float: Collection[str] = (),
-          only: Collection[str] = ()) -> Quantized:
+def quantize_static(calibration: Calibration, settings: Settings, kept_float: Collection[str] = (),
+                    only: Collection[str] = ()) -> Int8Network:
     """The int8 network.
 
     Args:
@@ -177,7 +177,7 @@ def build(calibration: Calibration, settings: Settings, kept_float: Collection[s
         correct_biases(network, quantized, found)
     outputs = {node.name: node.output[0].removesuffix("_QuantizeLinear_Input")
                for node in layers_and_products(quantized.graph)}
-    return Quantized(compacted(quantized), outputs, network)
+    return Int8Network(compacted(quantized), outputs, network)
 
 
 # -------------------------------------------------------------------------------------------------- following a graph
@@ -276,13 +276,13 @@ def layers_and_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 # ------------------------------------------------------------------------------------------------- what became of it
 
 
-def coverage(calibration: Calibration, quantized: Quantized, images: Images, why_float: dict[str, str],
+def coverage(calibration: Calibration, quantized: Int8Network, images: Images, why_float: dict[str, str],
              times: dict[str, tuple[float | None, float | None]]) -> list[Coverage]:
     """The table, layer by layer.
 
     Args:
         calibration: the float network.
-        quantized: as `build` made it.
+        quantized: as `quantize_static` made it.
         images: (N, C, H, W), on which the outputs are compared.
         why_float: the reason for each layer that stayed float.
         times: each layer's milliseconds as float and as int8, where they were measured.
@@ -303,7 +303,7 @@ def coverage(calibration: Calibration, quantized: Quantized, images: Images, why
     return rows
 
 
-def _noise(calibration: Calibration, quantized: Quantized, images: Images) -> dict[str, float]:
+def _noise(calibration: Calibration, quantized: Int8Network, images: Images) -> dict[str, float]:
     """The signal-to-noise ratio of each layer's output in decibels, on all images, of which one at a time is in memory."""
     graph = quantized.model.graph
     restoring = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}

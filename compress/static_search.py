@@ -26,8 +26,8 @@ from compress.coverage import check_excluded
 from compress.export import check_same
 from compress.layer_times import layer_times
 from compress.portability import Backend, verify_portability
-from compress.static_quantization import (OPERATORS, Calibration, Operators, Quantized, Settings, build, layer_weights,
-                                          layers_of)
+from compress.static_quantization import (OPERATORS, Calibration, Int8Network, Operators, Settings, layer_weights,
+                                          layers_of, quantize_static)
 from loaders.arrays import Split
 from model_loader import (Preprocessing, UserError, VerificationError, answering, first_line, measure_accuracy, normalize,
                           open_onnx, write_atomically)
@@ -58,7 +58,7 @@ class Candidate:
     settings: Settings
     kept_float: tuple[str, ...]
     reason: str
-    quantized: Quantized
+    quantized: Int8Network
     content: bytes
     correct: int
     images: int
@@ -204,8 +204,9 @@ class Search:
         self._drop_broken_backends()
         sides: list[tuple[Operators | None, Backend]] = [
             (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
-        files = {operators: build(self.calibration, Settings(operators), self.wanted.exclude).model.SerializeToString()
-                 for operators in OPERATORS}
+        networks = {operators: quantize_static(self.calibration, Settings(operators), self.wanted.exclude)
+                    for operators in OPERATORS}
+        files = {operators: network.model.SerializeToString() for operators, network in networks.items()}
         answers = [self._open(files[operators] if operators else self.floats, backend) for operators, backend in sides]
         taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
         int8 = {(operators, backend): ms for (operators, backend), ms in taken.items() if operators}
@@ -241,7 +242,7 @@ class Search:
         if len(stay | settings.ends(self.names)) == len(self.names):
             return None  # nothing would be int8
         try:
-            quantized = build(self.calibration, settings, stay)
+            quantized = quantize_static(self.calibration, settings, stay)
             content = quantized.model.SerializeToString()
             correct = self._measure(content)
         except (UserError, VerificationError, RuntimeError) as error:  # the runtimes' own are RuntimeErrors
@@ -316,7 +317,8 @@ class Search:
         floats = {*self.wanted.exclude, *settings.ends(self.names)}
         for name in self.names:
             if name not in floats and (not found or time.monotonic() < self.deadline):
-                got = self._logits(build(self.calibration, replace(settings, float_ends=False), only=[name]).model, images)
+                alone = quantize_static(self.calibration, replace(settings, float_ends=False), only=[name])
+                got = self._logits(alone.model, images)
                 found[name] = float(np.square(got - expected).mean()) / max(scale, 1e-30)
         return found
 

@@ -21,8 +21,8 @@ from architectures.describe import describe
 from architectures.source import source
 from compress.coverage import sqnr_db
 from compress.quantization import quantize, quantize_dynamic, quantize_graph
-from model_loader import (Program, Quantized, UserError, build, int8_arithmetic, int8_graph, layer_by_layer, load_verified,
-                          no_int8_kernels)
+from model_loader import (Program, QuantizedTensor, UserError, build, int8_arithmetic, int8_graph, layer_by_layer,
+                          load_verified, no_int8_kernels)
 
 PROJECT = Path(__file__).parents[1]
 needs_kernels = pytest.mark.skipif(bool(no_int8_kernels()), reason=no_int8_kernels() or "there are int8 kernels")
@@ -136,7 +136,7 @@ def test_linear_layers_take_rows_and_planes(start_dim: int) -> None:
 def test_integers_of_a_tensor_are_those_of_the_layers(low: float, high: float) -> None:
     from model_loader import int8_layers
     tensor = torch.empty(1, 8, 9, 9).uniform_(low, high) if low < high else torch.full((1, 8, 9, 9), low)
-    levels, scale, zero_point = Quantized(tensor).parts()
+    levels, scale, zero_point = QuantizedTensor(tensor).parts()
     expected, expected_scale = int8_layers().quantize_activations(tensor)
     assert levels.dtype == torch.uint8 and 0 <= zero_point <= 255
     assert scale == pytest.approx(float(expected_scale), rel=1e-6)

@@ -21,9 +21,9 @@ from compress.coverage import sqnr_db
 from compress.equalization import equalize
 from compress.export import export
 from compress.layer_times import layer_times
-from compress.static_quantization import Calibration, Quantized, Settings, build, correct_biases, coverage, layers_of
-from model_loader import Preprocessing, UserError, answering, count_macs, open_onnx, read_onnx
-from model_loader import build as build_graph
+from compress.static_quantization import (Calibration, Int8Network, Settings, correct_biases, coverage, layers_of,
+                                          quantize_static)
+from model_loader import Preprocessing, UserError, answering, build, count_macs, open_onnx, read_onnx
 
 SHAPE = (3, 32, 32)
 
@@ -37,7 +37,7 @@ def float_file(model: nn.Module) -> tuple[onnx.ModelProto, torch.fx.GraphModule]
     with torch.no_grad():
         for _ in range(5):
             model.train()(torch.randn(16, *SHAPE))
-    graph = build_graph(describe(model.eval(), SHAPE))
+    graph = build(describe(model.eval(), SHAPE))
     graph.load_state_dict(model.state_dict())
     return export(graph.eval(), describe(graph, SHAPE))[0], graph
 
@@ -181,7 +181,7 @@ VARIANTS = [Settings(), Settings("weighted"), Settings("all"), Settings(method="
 def test_candidates_answer_alike_on_both_runtimes(slim: tuple[Calibration, torch.fx.GraphModule], settings: Settings,
                                                   tmp_path: Path) -> None:
     model, graph = slim
-    quantized = build(model, settings)
+    quantized = quantize_static(model, settings)
     expected = exact(graph, images(8, seed=2))
     for backend in ("onnxruntime", "openvino"):
         assert sqnr_db(expected, answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 22
@@ -196,15 +196,15 @@ def test_candidates_answer_alike_on_both_runtimes(slim: tuple[Calibration, torch
 def test_layers_that_stay_float(slim: tuple[Calibration, torch.fx.GraphModule], tmp_path: Path) -> None:
     model, _ = slim
     names = [node.name for node in layers_of(model.model)]
-    quantized = build(model, Settings(float_ends=True), ["layer2.0.conv1"])
+    quantized = quantize_static(model, Settings(float_ends=True), ["layer2.0.conv1"])
     path = tmp_path / "model.onnx"
     path.write_bytes(quantized.model.SerializeToString())
     floats = {name for name, int8 in read_onnx(path, SHAPE).layers.items() if not int8}
     assert floats == {names[0], names[-1], "layer2.0.conv1"}
-    path.write_bytes(build(model, Settings(), only=["fc"]).model.SerializeToString())
+    path.write_bytes(quantize_static(model, Settings(), only=["fc"]).model.SerializeToString())
     assert [name for name, int8 in read_onnx(path, SHAPE).layers.items() if int8] == ["fc"]
     with pytest.raises(UserError, match="no Conv2d or Linear layer is left"):
-        build(model, Settings(), names)
+        quantize_static(model, Settings(), names)
 
 
 def test_biases_take_off_the_mean_error_of_rounding(mobile: tuple[Calibration, torch.fx.GraphModule]) -> None:
@@ -212,7 +212,7 @@ def test_biases_take_off_the_mean_error_of_rounding(mobile: tuple[Calibration, t
     layer = "features.2.conv.2"
     outputs = {}
     for correct in (False, True):  # the network up to this layer is float: what is measured is its own weights' error
-        quantized = build(model, Settings("weighted", correct=correct), only=[layer]).model
+        quantized = quantize_static(model, Settings("weighted", correct=correct), only=[layer]).model
         node = next(node for node in quantized.graph.node if node.name == layer)
         outputs[correct] = calibrating.session(calibrating.watched(quantized, [node.output[0]]), 1).run(
             None, {"input": model.images})[0]
@@ -242,7 +242,7 @@ def test_linear_layers_without_a_bias_answer_alike_for_every_batch(backend: str,
     torch.manual_seed(0)
     file, graph = float_file(nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 64, bias=biased), nn.ReLU(),
                                            nn.Linear(64, 10, bias=False)))
-    quantized = build(Calibration(file, images(64)), Settings()).model
+    quantized = quantize_static(Calibration(file, images(64)), Settings()).model
     inputs = images(16, seed=2)
     singly = torch.cat([answers(quantized, image[None], tmp_path, backend) for image in inputs])
     assert sqnr_db(exact(graph, inputs), singly) > 25
@@ -254,7 +254,7 @@ def test_linear_layers_on_planes_and_layers_with_names_like_ours(backend: str, t
     torch.manual_seed(2)
     file, graph = float_file(Planes())
     model = Calibration(file, images(64))
-    quantized = build(model, Settings())
+    quantized = quantize_static(model, Settings())
     assert sqnr_db(exact(graph, images(8, seed=2)), answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 25
     rows = coverage(model, quantized, model.images[:4], {}, {})
     assert [row.layer for row in rows] == ["n3", "conv", "square.product", "mixed.product", "t5"]
@@ -264,7 +264,7 @@ def test_linear_layers_on_planes_and_layers_with_names_like_ours(backend: str, t
 
 def test_biases_that_are_corrected_are_counted(slim: tuple[Calibration, Any]) -> None:
     model, _ = slim
-    changed = build(model, Settings(correct=False)).model
+    changed = quantize_static(model, Settings(correct=False)).model
     before = changed.SerializeToString()
     assert correct_biases(model.model, changed, model.histograms()) == len(layers_of(model.model))
     assert changed.SerializeToString() != before
@@ -274,7 +274,7 @@ def test_biases_that_are_corrected_are_counted(slim: tuple[Calibration, Any]) ->
 def test_files_are_a_quarter_and_load_without_vnni(network: str, request: pytest.FixtureRequest) -> None:
     """The option is what the evaluator sets on CPUs without VNNI: weights become unsigned, and products stay exact."""
     model, _ = request.getfixturevalue(network)
-    content = build(model, Settings()).model.SerializeToString()
+    content = quantize_static(model, Settings()).model.SerializeToString()
     assert len(content) <= 0.27 * len(model.model.SerializeToString())
     results = []
     for precise in ("0", "1"):
@@ -288,7 +288,7 @@ def test_files_are_a_quarter_and_load_without_vnni(network: str, request: pytest
 
 def test_the_coverage_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> None:
     model, graph = slim
-    quantized = build(model, Settings(), ["fc"])
+    quantized = quantize_static(model, Settings(), ["fc"])
     times = layer_times(model.model, "onnxruntime", model.images[:1])
     assert set(times) == {node.name for node in layers_of(model.model)} and min(times.values()) >= 0
     after = layer_times(quantized.model, "onnxruntime", model.images[:1])
@@ -300,12 +300,12 @@ def test_the_coverage_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> N
     assert (rows[0].before_ms, rows[0].after_ms, rows[1].before_ms) == (0.5, 0.25, None)
     assert sum(row.macs_share for row in rows) == pytest.approx(1)
     assert rows[0].macs_share == pytest.approx(16 * 27 * 1024 / count_macs(graph, SHAPE))
-    equalised = coverage(model, build(model, Settings(equalise=True)), model.images[:8], {}, {})
+    equalised = coverage(model, quantize_static(model, Settings(equalise=True)), model.images[:8], {}, {})
     assert min(row.sqnr_db or 0 for row in equalised) > 18  # against the equalised network
     assert [row for row in rows if row.dtype == "int8" and not 18 < (row.sqnr_db or 0) < 60] == []
 
 
 def test_outputs_are_named_by_what_they_stand_for(slim: tuple[Calibration, Any]) -> None:
-    quantized: Quantized = build(slim[0], Settings())
+    quantized: Int8Network = quantize_static(slim[0], Settings())
     assert quantized.outputs["conv1"] == "relu" and quantized.outputs["fc"] == "fc"
     assert quantized.outputs["layer1.0.conv2"] == "layer1.0.conv2"
