@@ -35,6 +35,9 @@ def record(folder: Path, remarks: list[str]) -> dict[str, Any]:
     results = json.loads((folder / "results.json").read_text())
     run, card = json.loads((folder / "run.json").read_text()), json.loads((folder / "card.json").read_text())
     run["config"]["data"]["root"] = run["config"]["run_dir"] = None  # where they lay on that machine says nothing
+    for settings in (settings for entry in run["config"]["stages"] for settings in entry.values()):
+        if settings.get("checkpoint"):
+            settings["checkpoint"] = Path(settings["checkpoint"]).name
     claims = {
         "teacher_bytes_over_package_bytes": by_stage["teacher"]["size_bytes"] / by_stage["evaluate"]["size_bytes"],
         "int8_minus_float_points": 100 * (stage_rows[int8]["accuracy"] - stage_rows[int8 - 1]["accuracy"]),

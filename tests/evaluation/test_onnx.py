@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -47,7 +48,9 @@ def test_both_runtimes_score_what_pytorch_scores(backend: str, onnx_submission: 
     assert details["accuracy"]["correct"] == int((expected.argmax(1) == labels).sum())
 
 
-def test_openvino_reports_to_nobody() -> None:
+@pytest.mark.parametrize("nncf", [False, pytest.param(True, marks=pytest.mark.skipif(
+    importlib.util.find_spec("nncf") is None, reason="NNCF is a peer of the benchmark, not a part of the product"))])
+def test_openvino_reports_to_nobody(nncf: bool) -> None:
     """Its import posts to an analytics server unless that is prevented: no connection and no name may be asked for."""
     script = """
 import sys
@@ -58,12 +61,17 @@ openvino = model_loader.import_openvino()
 import time
 openvino.Core().available_devices
 time.sleep(1)
+if sys.argv[1] == "True":
+    import nncf
+    assert not isinstance(nncf.telemetry.telemetry, nncf.telemetry.wrapper.NNCFTelemetry), nncf.telemetry.telemetry
+    time.sleep(1)
 from openvino.tools.ovc import telemetry_utils
 assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm
 assert not calls, calls
 print("quiet")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(nncf)], cwd=PROJECT, capture_output=True, text=True,
+                          check=False)
     assert done.stdout.strip() == "quiet", done.stderr
 
 
