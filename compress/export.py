@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
 from architectures.describe import carry_over, describe
-from compress.quantization import fold_batch_norm
+from compress.folding import fold_batch_norm
 from model_loader import Architecture, Layer, UserError, VerificationError, check_shapes
 
 OPSET = 17

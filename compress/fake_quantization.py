@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from compress.quantization import norm_behind
+from compress.folding import norm_behind
 from model_loader import UserError, int8_layers
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers

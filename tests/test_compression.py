@@ -11,7 +11,8 @@ from torch import fx, nn
 from architectures import make
 from architectures.describe import carry_over, describe
 from compress.pruning import CRITERIA, NEEDS_GRADIENTS, accumulate_gradients, prune, widths
-from compress.quantization import fold_batch_norm, quantize_graph, quantize_weight
+from compress.folding import fold_batch_norm
+from compress.quantization import quantize_graph, quantize_weight
 from model_loader import Architecture, UserError, build, count_macs, count_parameters, int8_layers, load_verified
 
 

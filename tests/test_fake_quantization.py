@@ -28,7 +28,8 @@ from compress.coverage import sqnr_db
 from compress.distillation import cross_entropy
 from compress.export import export
 from compress.fake_quantization import FakeQuantizedActivation, FakeQuantizedLayer, prepare, restored
-from compress.quantization import fold_batch_norm, quantize_graph, quantize_weight
+from compress.folding import fold_batch_norm
+from compress.quantization import quantize_graph, quantize_weight
 from compress.recipe import Recipe
 from compress.schedules import Schedule
 from compress.stage import Context, TorchModel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
-             "fake_quantization", "coverage", "packaging", "report", "assessment", "averaging", "batches",
+             "fake_quantization", "folding", "coverage", "packaging", "report", "assessment", "averaging", "batches",
              "compiling", "distributed", "loggers", "memory", "recipe", "export", "onnx_packaging",
              "calibration", "equalization", "static_quantization", "static_search", "layer_times", "portability"}
 
