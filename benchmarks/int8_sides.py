@@ -40,11 +40,11 @@ class Subject:
         """The network in the layer table."""
         channels, height, width = self.images.shape[1:]
         graph = as_graph(without_stochastic_depth(self.model), (channels, height, width))
-        return graph, describe(graph, (channels, height, width), self.name)
+        return graph, describe(graph, (channels, height, width))
 
     def onnx_file(self) -> Path:
         """The float network as ONNX, written once."""
-        path = self.folder / f"{self.name}.onnx"
+        path = self.folder / "float.onnx"
         if not path.exists():
             path.write_bytes(export(*self.graph())[0].SerializeToString())
         return path
