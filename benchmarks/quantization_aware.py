@@ -3,8 +3,8 @@
     python -m benchmarks.quantization_aware runs/NAME/02-distill --dataset cifar10 --data_root DIR [--seeds 3]
 
 A run's float student is made int8 as it is ("post-training"), after further training in float ("finetuned in float", the
-control), and after as much training with fake quantization ("quantization-aware"). Each becomes ONNX files by every way to
-choose ranges, with 8-bit weights and with 7-bit ones (which answer alike on CPUs without VNNI); what is measured on the
+control), and after as much training with fake quantization of 8-bit or 7-bit weights. Each becomes ONNX files by every way
+to choose ranges, with 8-bit weights and with 7-bit ones (which answer alike on CPUs without VNNI); what is measured on the
 test split is the file that is best on the validation split. Writes benchmarks/results/quantization_aware.json and .md.
 """
 
@@ -87,10 +87,12 @@ def compare(student: TorchModel, splits: Splits, train: TrainConfig, seeds: int,
         print(name, row, flush=True)
 
     measured("post-training", student)
+    stages = {"finetuned in float": Finetune(train=train)} | {
+        f"quantization-aware, {bits}-bit": Finetune(quantization_aware=True, weight_bits=bits, train=train)
+        for bits in (8, 7)}
     for seed in range(seeds):
-        for name, aware in (("finetuned in float", False), ("quantization-aware", True)):
+        for name, stage in stages.items():
             with tempfile.TemporaryDirectory() as folder:
-                stage = Finetune(quantization_aware=aware, train=train)
                 measured(name, stage.run(student, _context(splits, Path(folder), seed)))
     before = rows["post-training"][0]
     recovered = {}
@@ -98,7 +100,7 @@ def compare(student: TorchModel, splits: Splits, train: TrainConfig, seeds: int,
         lost = before["float"]["test"] - before[bits]["test"]
         recovered[bits] = {"lost_points": 100 * lost, "recovered": {
             name: [(row[bits]["test"] - before[bits]["test"]) / lost if lost > 0 else None for row in rows[name]]
-            for name in ("finetuned in float", "quantization-aware")}}
+            for name in stages}}
     return {"rows": rows, "on_test": recovered}
 
 

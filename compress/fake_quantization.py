@@ -86,7 +86,7 @@ class FakeQuantizedLayer(nn.Module):
         norm: its batch norm or None; stays as it is and is trained.
         norm_name: its name in the original network.
         freeze_after: training passes.
-        weight_bits: 8 or less; the integers are -127..127 for 8 bits.
+        weight_bits: 8 or less; the integers are -127..127 for 8 bits, and -64..64 for 7, as in files of reduced range.
         per_channel: a scale an output channel, else one for all.
     """
 
@@ -95,7 +95,7 @@ class FakeQuantizedLayer(nn.Module):
         super().__init__()
         self.layer, self.norm, self.norm_name = layer, norm, norm_name
         self.freeze_after, self.per_channel, self.calibrating = freeze_after, per_channel, False
-        self.largest = 2 ** (weight_bits - 1) - 1
+        self.largest = 64 if weight_bits == 7 else 2 ** (weight_bits - 1) - 1
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 

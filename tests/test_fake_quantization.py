@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -34,6 +35,8 @@ from compress.recipe import Recipe
 from compress.schedules import Schedule
 from compress.stage import Context, TorchModel
 from compress.stages.finetune import Finetune
+from compress.static_quantization import Calibration, Settings
+from compress.static_quantization import quantize_static as static_file
 from compress.trackers import Tracker
 from compress.training import Data, train
 from loaders import load
@@ -167,6 +170,20 @@ def test_eval_mode_is_onnx_runtimes_static_int8(kind: str, tmp_path: Path) -> No
     assert float((got - expected).abs().max()) < 4.1 * steps[-1][0]  # logits are on a grid; a value on an edge moves some
     assert float(((got - expected).abs() < 0.01 * steps[-1][0]).float().mean()) > 0.75
     assert sqnr_db(expected, got) > 40 and sqnr_db(exact, got) > 35
+
+
+def test_seven_bits_are_those_of_reduced_range() -> None:
+    model = network("plain")
+    exported, _ = export(model, describe(model, SHAPE))
+    file = static_file(Calibration(exported, some()[0].numpy()), Settings(reduced=True, correct=False)).model
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
+    stored = [constants[node.input[0]] * constants[node.input[1]].reshape(-1, *[1] * (constants[node.input[0]].ndim - 1))
+              for node in file.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    with torch.no_grad(), Weights() as weights:
+        prepare(model, some(), weight_bits=7)(some()[0])
+    matched = [min(float(np.abs(got.numpy() - levels).max()) / float(np.abs(levels).max()) for levels in stored
+                   if levels.shape == tuple(got.shape)) for got in weights.seen[-len(stored):]]
+    assert len(matched) == len(stored) > 2 and max(matched) < 1e-5
 
 
 def test_what_cannot_be_prepared_gets_one_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 from torch import fx
@@ -30,6 +31,8 @@ class Finetune(Stage):
     temperature: float = Field(4.0, gt=0, description="with the teacher")
     alpha: float = Field(0.9, ge=0, le=1, description="with the teacher")
     quantization_aware: bool = Field(False, description="train with weights and activations rounded as static int8 does")
+    weight_bits: Literal[8, 7] = Field(8, description="quantization-aware: of the weights; 7 for files that answer alike "
+                                       "on CPUs without VNNI")
     freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: share of the steps after which batch "
                                 "norm statistics and activation ranges stay as they are")
     train: TrainConfig = TrainConfig(epochs=5, lr=0.01)
@@ -40,7 +43,7 @@ class Finetune(Stage):
             raise UserError("finetune.train.precision: bfloat16 cannot hold the values of the 8-bit grids; with "
                             "quantization_aware it is auto or float32")
         sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else "")
-                            + (", quantization-aware" if self.quantization_aware else ""))
+                            + (f", quantization-aware, {self.weight_bits}-bit weights" if self.quantization_aware else ""))
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
         recipe = training_recipe(self.train, context.device)
@@ -75,7 +78,7 @@ class Finetune(Stage):
         passes = min(passes, recipe.max_steps or passes) * (2 if recipe.optimizer.name == "sam" else 1)
         rounded = prepare(copy.deepcopy(model).to(context.device),
                           context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
-                          freeze_after=round(self.freeze_after * passes))
+                          freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
         before = accuracy_of(rounded, data.validation, data.preprocessing)
         self._train(rounded, data, loss, recipe, context)
         context.note("simulated_int8", {  # of the validation split
