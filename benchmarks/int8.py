@@ -190,21 +190,29 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
     trained = {name: model["sides"] for name, model in result["models"].items()
                if any("accuracy" in row for row in model["sides"].values())}
     if not trained:
         return
-    colours = {"torch float": "C7", "float": "C0", "peer": "C1", "ours": "C2"}
-    figure, axes = plt.subplots(1, len(trained), figsize=(7 * len(trained), 5), layout="constrained", squeeze=False)
+    colours, markers = {"torch float": "C7", "float": "C0", "peer": "C1", "ours": "C2"}, "osD^vP"
+    figure, axes = plt.subplots(1, len(trained), figsize=(5 * len(trained) + 3, 5), layout="constrained", squeeze=False)
     for axis, (name, rows) in zip(axes[0], trained.items(), strict=True):
+        drawn: dict[str, int] = {}
         for side, row in rows.items():
             if "accuracy" not in row:
                 continue
-            point = row["latency_ms"]["median"], 100 * row["accuracy"]["correct"] / row["accuracy"]["images"]
-            axis.scatter(*point, color=colours[row["kind"]], s=40)
-            axis.annotate(side, point, textcoords="offset points", xytext=(5, 3), fontsize=8)
-        axis.set(xlabel="milliseconds an image, batch 1", ylabel="test accuracy (%)", title=name, xscale="log")
+            number = drawn[row["kind"]] = drawn.get(row["kind"], -1) + 1
+            axis.plot(row["latency_ms"]["median"], 100 * row["accuracy"]["correct"] / row["accuracy"]["images"],
+                      markers[number], color=colours[row["kind"]], markersize=8, alpha=0.8, linestyle="none", label=side)
+        low, high = axis.get_ylim()
+        middle, half = (low + high) / 2, max(1.0, high - low) / 2  # a few images of thousands are no distance
+        axis.set(xlabel="milliseconds an image, batch 1", ylabel="test accuracy (%)", title=name, xscale="log",
+                 ylim=(middle - half, middle + half))
+        for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            formatted(ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
         axis.grid(alpha=0.3, which="both")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     write_figure(path, figure)
 
 
