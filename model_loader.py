@@ -486,11 +486,11 @@ def int8_layers() -> Int8Layers:
     """The int8 layers, defined on first use because they need torch.
 
     Weights are int8 with one scale an output channel; activations are quantized to 8 bits at run time, with one range
-    an image, so that a prediction never depends on the other images of its batch. A layer whose activations are
-    "float32" is int8 on disk alone. These modules are the definition, and what runs where there are no int8 kernels: the
-    products are summed in float32, which is exact for integers up to 2^24. `Int8Graph` computes the same, fast. Source:
-    Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-    eq. 1-7.
+    an image (the first dimension), so that a prediction never depends on the others of its batch. A layer whose
+    activations are "float32" is int8 on disk alone. These modules are the definition, and what runs where there are no
+    int8 kernels: the products are summed in float32, which is exact for integers up to 2^24. `Int8Graph` computes the
+    same, fast. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference", eq. 1-7.
     """
     import torch
     import torch.nn.functional as F
@@ -525,6 +525,9 @@ def int8_layers() -> Int8Layers:
             self.bias = nn.Parameter(torch.zeros(out_channels))
 
         def forward(self, input: Tensor) -> Tensor:
+            if input.dim() == 3:  # an image without a batch
+                image: Tensor = self.forward(input[None])[0]
+                return image
             levels, scale = quantize_activations(input) if self.activations == "int8" else (input, 1.0)
             output = F.conv2d(levels, self.weight.to(levels.dtype), None, self.stride, self.padding, self.dilation,
                               self.groups)
@@ -659,12 +662,24 @@ class Kernel:
         self.attribute = FUSED[activation] if activation else ("none", [])
         self.int8 = getattr(layer, "activations", "float32") == "int8"
         self.call: Callable[..., Tensor] | None = None
+        self.any_size: Callable[..., Tensor] | None = None
+        self.shapes: tuple[torch.Size, torch.Size | None] | None = None
 
     def __call__(self, value: QuantizedTensor, other: Tensor | None = None) -> Tensor:
         """The layer's output; `other` may be overwritten with it."""
         if self.call is None:
             self.call = self._packed(value.tensor, other)
+            self.shapes = _shapes(value, other)
+        elif other is not None and _shapes(value, other) != self.shapes:  # with another size of image it may broadcast
+            self.any_size = self.any_size or self._broadcasting()
+            return self.any_size(value, other)
         return self.call(value, other)
+
+    def _broadcasting(self) -> Callable[..., Tensor]:
+        """The layer, then the addition for itself, of whatever shapes."""
+        import torch
+        alone, act = Kernel(self.layer), torch.relu_ if self.attribute[0] == "relu" else lambda x: x
+        return lambda value, other: act(alone(value) + other)
 
     def _packed(self, tensor: Tensor, other: Tensor | None) -> Callable[..., Tensor]:
         import torch
@@ -689,8 +704,7 @@ class Kernel:
         sizes = [(size + 2 * pad - reach * (kernel - 1) - 1) // step + 1 for size, pad, reach, kernel, step in
                  zip(shape[2:], padding, dilation, layer.kernel_size, stride, strict=True)]
         if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: nothing to overwrite
-            alone, act = Kernel(layer), torch.relu_ if self.attribute[0] == "relu" else lambda x: x
-            return lambda value, other: act(alone(value) + other)
+            return self._broadcasting()
         if self.int8:
             scale, ops = layer.weight_scale, torch.ops.onednn
             packed = ops.qconv_prepack(weight, scale, 1.0, 0, stride, padding, dilation, groups, shape)
@@ -714,6 +728,10 @@ class Kernel:
                                                1.0, after, scalars, "")
         plain = torch.ops.mkldnn._convolution_pointwise.default
         return lambda value, other: plain(value.tensor, packed, bias, padding, stride, dilation, groups, name, scalars, "")
+
+
+def _shapes(value: QuantizedTensor, other: Tensor | None) -> tuple[torch.Size, torch.Size | None]:
+    return value.tensor.shape, None if other is None else other.shape
 
 
 @dataclasses.dataclass
@@ -889,6 +907,37 @@ def _call_function(node: Any, *tensors: Tensor) -> Tensor:
     return node.target(*tensors, *node.args[len(tensors):], **node.kwargs)  # type: ignore[no-any-return]
 
 
+class Contents:
+    """What a model holds now, to tell later whether any of it was replaced or changed.
+
+    What is written through a tensor's `.data` is not seen: torch keeps no account of that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        import torch
+        modules = list(model.modules())
+        self.places = [(held, key, value) for module in modules for held in (module._modules, module._parameters,
+                                                                             module._buffers)
+                       for key, value in held.items()]
+        self.places += [(module.__dict__, "activations", module.activations) for module in modules
+                        if "activations" in module.__dict__]
+        self.tensors = [value for _, _, value in self.places if isinstance(value, torch.Tensor)]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.state = self._state()
+
+    def _state(self) -> list[tuple[int, int]]:
+        """Where each tensor lies, and how often it was changed in place, where torch counts that."""
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self.tensors]
+
+    def are_as_before(self) -> bool:
+        """Whether the same modules and tensors stand in the same places, unchanged."""
+        return all(held.get(key) is value for held, key, value in self.places) and self._state() == self.state
+
+    def are_watched(self) -> bool:
+        """Whether a module has hooks, which are to be called."""
+        return any(self.hooks)
+
+
 @functools.cache
 def int8_graph() -> type[torch.fx.GraphModule]:
     """The class of graphs with int8 layers, defined on first use because it needs torch."""
@@ -899,16 +948,11 @@ def int8_graph() -> type[torch.fx.GraphModule]:
     class Int8Graph(fx.GraphModule):
         """A graph whose int8 layers run on int8 kernels where there are any: evaluation of float32 images on the CPU.
 
-        Everything else, such as training mode, other devices and counting or tracing, takes the layers' own way.
+        Everything else, such as training mode, other devices, hooks and counting or tracing, takes the layers' own way.
         """
 
         program: Program | None = None
-        packed: tuple[list[Tensor], int] = ([], 0)  # the program's weights, and how often they had been changed in place
-
-        def is_current(self) -> bool:
-            """Whether the program has packed the weights as they are."""
-            tensors, changes = self.packed
-            return self.program is not None and changes == sum(tensor._version for tensor in tensors)
+        contents: Contents | None = None  # of which the program was made
 
         def takes(self, images: Any) -> bool:
             """Whether they are images, or rows for a linear layer that is alone in its graph."""
@@ -922,35 +966,22 @@ def int8_graph() -> type[torch.fx.GraphModule]:
         def __call__(self, *inputs: Any, **options: Any) -> Any:
             images: Any = inputs[0] if len(inputs) == 1 and not options else None
             if (self.takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
-                    and not self.training and not torch.compiler.is_compiling()
+                    and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
                     and _get_current_dispatch_mode() is None and not no_int8_kernels()):
-                if not self.is_current():
-                    tensors = [tensor for tensor in (*self.parameters(), *self.buffers()) if not tensor.is_inference()]
-                    self.packed = tensors, sum(tensor._version for tensor in tensors)
-                    self.program = Program(self)
-                assert self.program is not None
-                with contextlib.suppress(NotFiniteError):  # fused activations could hide it
-                    return self.program(images)
+                if self.contents is None or not self.contents.are_as_before():
+                    self.program, self.contents = None, Contents(self)
+                if not self.contents.are_watched():
+                    self.program = self.program or Program(self)
+                    with contextlib.suppress(NotFiniteError):  # fused activations could hide it
+                        return self.program(images)
             return super().__call__(*inputs, **options)
-
-        def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-            self.program = None  # it has packed the weights of before
-            return super().load_state_dict(*arguments, **options)
-
-        def set_submodule(self, *arguments: Any, **options: Any) -> None:
-            self.program = None
-            super().set_submodule(*arguments, **options)
-
-        def _apply(self, *arguments: Any, **options: Any) -> Any:
-            self.program = None
-            return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
         def recompile(self) -> Any:
             self.program = None
             return super().recompile()
 
         def __deepcopy__(self, memo: Any) -> Any:
-            self.program, self.packed = None, ([], 0)  # packed weights cannot be copied
+            self.program = self.contents = None  # packed weights cannot be copied
             return super().__deepcopy__(memo)
 
     return Int8Graph

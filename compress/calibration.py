@@ -116,7 +116,12 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1) -> dict
 
 
 def range_of(histogram: Histogram, method: Method) -> tuple[float, float]:
-    """The least and the greatest value that 8 bits should cover; the rest is clipped. It holds 0, as padding needs."""
+    """The least and the greatest value that 8 bits should cover; the rest is clipped. It holds 0, as padding needs.
+
+    Of a tensor of zeros it is 0 to 1: what a dead ReLU gives must not become negative, and (0, 0) would have no such end.
+    """
+    if histogram.low == histogram.high == 0:
+        return 0.0, 1.0
     if histogram.low == histogram.high:
         return min(histogram.low, 0.0), max(histogram.high, 0.0)
     low, high = RANGES[method](histogram)

@@ -46,17 +46,17 @@ def layer_times(model: onnx.ModelProto, backend: str, image: Images, threads: in
 
 def _owners(model: onnx.ModelProto) -> dict[str, str]:
     """The layer for each name that a fused kernel of it may bear."""
-    owner = {}
+    owner: dict[str, str] = {}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     layers = layers_and_products(model.graph)
     for node in layers:
-        owner[node.name] = node.name
+        owner |= dict.fromkeys((node.name, node.output[0]), node.name)  # some kernels bear their output's name
         reading = readers.get(node.output[0], [])
         if len(reading) == 1 and reading[0].op_type in ACTIVATIONS:
-            owner[reading[0].name] = node.name
+            owner |= dict.fromkeys((reading[0].name, reading[0].output[0]), node.name)
     return owner
 
 

@@ -1,8 +1,9 @@
 """Dynamic int8: BatchNorm is folded, then every Conv2d and Linear gets int8 weights and quantizes its input as it runs.
 
 PyTorch's own dynamic quantization skips every Conv2d without a word. Here a coverage table says for each layer whether
-it is int8 and why, how exact it is and what it takes; a layer that was asked for and stayed float is an error. A layer that
-int8 arithmetic would make slower is int8 on disk alone, and says so with both times.
+it is int8 and why, how exact it is and what it takes; a layer that was asked for and stayed float is an error, or a warning
+in a model outside the layer table. A layer that int8 arithmetic would make slower is int8 on disk alone, and says so with
+both times.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +56,7 @@ def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collectio
 
 def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Coverage]]:
     """As `quantize_dynamic`, with the coverage table."""
+    _check_numbers(model, example_input)
     try:
         with torch.no_grad():
             copy.deepcopy(model).eval()(example_input)
@@ -68,6 +70,16 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
     except (UserError, ValueError):  # not images, or not of the layer table: what is around the layers stays as it is
         return _quantize_in_place(evaluated, example_input, exclude)
     return quantize_graph(graph, exclude, example_input)
+
+
+def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
+    """Raises UserError for numbers of which no ranges can be taken."""
+    if example_input.dtype not in (torch.float32, torch.float64) or not len(example_input):
+        raise UserError(f"quantize_dynamic: the example must be one image or more in float32, not "
+                        f"{list(example_input.shape)} in {example_input.dtype}")
+    for name, tensor in (("the example", example_input), *model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"quantize_dynamic: {name} holds NaN or infinite values")
 
 
 def without_stochastic_depth(model: nn.Module) -> nn.Module:
@@ -242,7 +254,8 @@ def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Modul
     before = {} if images is None else _observe(model, images, layers)
     after = {} if images is None else _observe(quantized, images, {
         name: quantized.get_submodule(name) for name in layers})
-    weights = {name: next(iter(layer.parameters(recurse=False))) for name, layer in layers.items()}
+    weights = {name: layer.weight if isinstance(layer, (nn.Conv2d, nn.Linear)) else next(layer.parameters())
+               for name, layer in layers.items()}  # not the first parameter of a layer whose weight is computed
     macs = {name: _macs(weight, before.get(name)) for name, weight in weights.items()}
     rows = []
     for name, layer in layers.items():
@@ -267,17 +280,20 @@ def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> 
     """The first outputs of those of the layers that are called."""
     seen: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def observe(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def observed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def observe(*inputs: Any, **options: Any) -> Any:
+            output = forward(*inputs, **options)
             if name not in seen and isinstance(output, Tensor):  # an attention gives its weights, too
                 seen[name] = output.clone()
+            return output
         return observe
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    for name, layer in layers.items():  # not by hooks: with these, a TransformerEncoderLayer calls what it never calls else
+        layer.forward = observed(name, layer.forward)
     try:
         model.eval()(images)
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in layers.values():
+            del layer.forward
     return seen
 
 

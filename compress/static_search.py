@@ -1,6 +1,7 @@
 """The search for a static int8 form of a network: candidates are built, and chosen by what was measured of them.
 
-First the operators that get integers and the runtime are chosen by time, for neither changes the accuracy by much. Then
+First the operators that get integers and the runtime are chosen by time, for neither changes the accuracy by much where
+the runtime does what the file says, to which it is held. Then
 ways to calibrate and to correct are tried one after another, and one in which layers stay float that int8 makes slower.
 If none keeps the accuracy, layers return to float, those first whose rounding alone disturbs the logits most. Whatever
 happens, the best candidate is there at the end.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from compress.coverage import check_excluded
 from compress.export import check_same
 from compress.layer_times import layer_times
 from compress.portability import Backend, verify_portability
+from compress.static_candidates import SENSITIVE, SLOWER, Candidate, Found, Wanted, name_of
 from compress.static_quantization import (OPERATORS, Calibration, Int8Network, Operators, Settings, layer_weights,
                                           layers_of, quantize_static)
 from loaders.arrays import Split
@@ -35,107 +37,9 @@ from model_loader import (Preprocessing, UserError, VerificationError, answering
 SENSITIVITY_IMAGES, FLOAT_IMAGES = 64, 32
 PORTABILITY_IMAGES, PORTABILITY_BYTES = 2048, 2**29  # at most, of the validation images
 AS_FAST = 1.03  # times the fastest: nobody can tell them apart on a shared machine
+OTHER_NOISE = 4  # times the power of ONNX Runtime's own rounding noise: a runtime with more computes something else
 FLOAT_SHARE = 0.02  # of the weights, at most, stay float for speed: the file is to be a quarter
-SENSITIVE, SLOWER = "returned to float for its effect on the logits", "faster in float"
-
-
-@dataclass
-class Candidate:
-    """An int8 file, and what was measured of it.
-
-    Args:
-        settings: how it was made.
-        kept_float: layers that stay float, beside those that the settings or the user named.
-        reason: why they do.
-        quantized: the network.
-        content: its file.
-        correct: right answers on the validation images.
-        images: so many.
-        latency_ms: at batch 1 on one thread, in turns with the others; None until it was measured.
-        portability: see compress/portability.py; None where it was not looked at.
-    """
-
-    settings: Settings
-    kept_float: tuple[str, ...]
-    reason: str
-    quantized: Int8Network
-    content: bytes
-    correct: int
-    images: int
-    latency_ms: float | None = None
-    portability: dict[str, Any] | None = None
-
-    @property
-    def name(self) -> str:
-        """The settings in words."""
-        return _name(self.settings, self.kept_float, self.reason)
-
-    @property
-    def milliseconds(self) -> float:
-        """Its latency, which must have been measured."""
-        assert self.latency_ms is not None
-        return self.latency_ms
-
-    def row(self) -> dict[str, Any]:
-        """For the record."""
-        return {"name": self.name, **asdict(self.settings), "kept_float": list(self.kept_float),
-                "kept_float_reason": self.reason if self.kept_float else None,
-                "size_bytes": len(self.content), "correct": self.correct, "images": self.images,
-                "accuracy": self.correct / self.images, "latency_ms": self.latency_ms,
-                "portable": None if self.portability is None else self.portability["holds"]}
-
-
-def _name(settings: Settings, kept_float: Sequence[str], reason: str) -> str:
-    count, how = len(kept_float), "for speed" if reason == SLOWER else "again"
-    return str(settings) + (f", {count} layer{'s' * (count > 1)} float {how}" if count else "")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asked for.
-
-    Args:
-        max_drop: of validation accuracy against the float network, a fraction.
-        portable: the accuracy must also hold on CPUs without VNNI.
-        budget_seconds: for the search; what was begun is ended, and the portability of those that would be chosen is looked
-            at in any case.
-        exclude: layers that stay float.
-    """
-
-    max_drop: float
-    portable: bool
-    budget_seconds: float
-    exclude: tuple[str, ...] = ()
-
-
-@dataclass
-class Found:
-    """The outcome of a search.
-
-    Args:
-        best: the candidate to take.
-        reached: whether it has the accuracy, and the portability, that was asked for.
-        candidates: all, in the order in which they were tried.
-        not_tried: names of settings for which there was no time.
-        failed: of candidates that could not be built or run, the reasons by their names.
-        float_correct, images: the float network's right answers on the validation images.
-        float_ms: its latency on the chosen runtime.
-        times: of operators and runtimes, from which the search chose first.
-        sensitivity: of each layer, where it was measured: mean squared error of the logits, relative to the float ones',
-            when that layer alone is int8.
-    """
-
-    best: Candidate
-    reached: bool
-    candidates: list[Candidate]
-    not_tried: list[str]
-    failed: dict[str, str]
-    float_correct: int
-    images: int
-    float_ms: float
-    backend: Backend
-    times: list[dict[str, Any]]
-    sensitivity: dict[str, float] = field(default_factory=dict)
+Side = tuple[Operators | None, Backend]  # which operators get integers (None: a float network), and who computes
 
 
 class Search:
@@ -202,19 +106,36 @@ class Search:
     def _choose_operators(self) -> tuple[Operators, list[dict[str, Any]]]:
         """The operators and the runtime of the fastest network; of those that are as fast the first."""
         self._drop_broken_backends()
-        sides: list[tuple[Operators | None, Backend]] = [
+        sides: list[Side] = [
             (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
         networks = {operators: quantize_static(self.calibration, Settings(operators), self.wanted.exclude)
                     for operators in OPERATORS}
         files = {operators: network.model.SerializeToString() for operators, network in networks.items()}
         answers = [self._open(files[operators] if operators else self.floats, backend) for operators, backend in sides]
         taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
-        int8 = {(operators, backend): ms for (operators, backend), ms in taken.items() if operators}
+        wrong = self._wrong(networks, dict(zip(sides, answers, strict=True)))
+        int8 = {(operators, backend): ms for (operators, backend), ms in taken.items()
+                if operators and (operators, backend) not in wrong}
         (chosen, self.backend), ms = next(item for item in int8.items() if item[1] <= AS_FAST * min(int8.values()))
         self.say(f"  {self.backend}, integers for operators {chosen!r}: {ms:.3f} ms; float "
                  f"{taken[None, self.backend]:.3f} ms")
-        return chosen, [{"operators": operators or "float", "backend": backend, "latency_ms": ms}
-                        for (operators, backend), ms in taken.items()]
+        return chosen, [{"operators": operators or "float", "backend": backend, "latency_ms": ms,
+                         "exact": (operators, backend) not in wrong} for (operators, backend), ms in taken.items()]
+
+    def _wrong(self, networks: dict[Operators, Int8Network], answers: dict[Side, Callable[[Tensor], Tensor]]) -> set[Side]:
+        """Runtimes whose int8 answers are much farther from the float network's than ONNX Runtime's; not if it is all."""
+        images = self.calibration.images[:FLOAT_IMAGES]
+        expected, wrong = self._logits(self.calibration.model, images), set[Side]()
+        for (operators, backend), answer in answers.items():
+            if operators:
+                own = np.concatenate([answer(torch.from_numpy(image[None])).numpy() for image in images])
+                noise, allowed = (float(np.square(logits - expected).mean()) for logits in (
+                    own, self._logits(networks[operators].model, images)))
+                if not noise <= OTHER_NOISE * allowed + 1e-12 * float(np.square(expected).mean()):
+                    wrong.add((operators, backend))
+                    self.say(f"  {backend}, integers for operators {operators!r}: {noise / max(allowed, 1e-30):.0f} times "
+                             "ONNX Runtime's rounding noise")
+        return wrong if len(wrong) < len(networks) * len(self.backends) else set()
 
     def _drop_broken_backends(self) -> None:
         """Leaves out a runtime that cannot even serve the float network as it is, unless it is the only one."""
@@ -236,7 +157,7 @@ class Search:
             if (known.settings, known.kept_float) == (settings, kept_float):
                 return known
         if self.candidates and time.monotonic() > self.deadline:
-            self.not_tried.append(_name(settings, kept_float, reason))
+            self.not_tried.append(name_of(settings, kept_float, reason))
             return None
         stay = {*kept_float, *self.wanted.exclude}
         if len(stay | settings.ends(self.names)) == len(self.names):
@@ -246,7 +167,7 @@ class Search:
             content = quantized.model.SerializeToString()
             correct = self._measure(content)
         except (UserError, VerificationError, RuntimeError) as error:  # the runtimes' own are RuntimeErrors
-            name = _name(settings, kept_float, reason)
+            name = name_of(settings, kept_float, reason)
             self.failed[name] = first_line(error)
             self.say(f"  {name}: fails: {first_line(error)}")
             return None
@@ -286,8 +207,8 @@ class Search:
             if weights[name] <= left:
                 left -= weights[name]
                 slower.append(name)
-        if slower:
-            self._try(settings, tuple(slower), SLOWER)
+        if slower and (candidate := self._try(settings, tuple(slower), SLOWER)):
+            candidate.int8_ms = {name: as_int8[name] for name in slower}
 
     def _return_layers(self) -> dict[str, float]:
         """Candidates with ever more layers in float, and the sensitivities by which they were chosen."""

@@ -183,16 +183,58 @@ def test_weights_that_are_changed_in_place_are_used() -> None:
     torch.manual_seed(5)
     model, _ = quantize_graph(graph_of(Residual(nn.ReLU())), ["conv", "fc"])
     images = torch.randn(1, 3, 16, 16)
+    wrapped = nn.Sequential(model)
+
+    def assign() -> None:
+        wrapped.load_state_dict({name: -3 * tensor if tensor.is_floating_point() else tensor
+                                 for name, tensor in wrapped.state_dict().items()}, assign=True)
     changes: list[Callable[[], Any]] = [
         lambda: model.get_submodule("fc").load_state_dict(nn.Linear(96, 5).state_dict()),
         lambda: model.get_parameter("conv.weight").detach().mul_(-2),
-        lambda: model.set_submodule("fc", nn.Linear(96, 5))]
+        lambda: model.set_submodule("fc", nn.Linear(96, 5)), assign,
+        lambda: setattr(model.get_submodule("fc"), "bias", nn.Parameter(torch.full((5,), 100.0))),
+        lambda: setattr(model.get_parameter("fc.bias"), "data", torch.full((5,), -100.0))]
     for change in changes:
         before = model(images)
         change()
         with torch.no_grad():
             assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
             assert sqnr_db(before, model(images)) < 20
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["", "stem", "fc"])
+def test_hooks_are_called(name: str) -> None:
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU())))
+    images, called = torch.randn(1, 3, 16, 16), []
+    without = model(images)
+    handles = [model.get_submodule(name).register_forward_pre_hook(lambda *_: called.append("before")),
+               model.get_submodule(name).register_forward_hook(lambda *_: called.append("after"))]
+    assert sqnr_db(without, model(images)) > 40 and called == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(images), without) and len(called) == 2
+
+
+@needs_kernels
+def test_what_broadcasts_at_one_size_of_image_alone() -> None:
+    """At 1x1 the pooled branch has the shape of the other, and is added by the convolution's kernel."""
+    torch.manual_seed(3)
+    model, _ = quantize_graph(graph_of(Residual(nn.ReLU(), squeeze=True)))
+    for size in (1, 16, 1, 5):
+        images = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
+
+
+def test_an_image_without_a_batch() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 128, 3)).eval()  # int8 is faster
+    images = torch.randn(1, 128, 28, 28)
+    quantized = quantize_dynamic(model, images)
+    with torch.no_grad():
+        assert sqnr_db(quantized(images)[0], quantized(images[0])) > 40
+        assert sqnr_db(model(images[0]), quantized(images[0])) > 30
 
 
 @needs_kernels
@@ -291,9 +333,47 @@ def test_what_cannot_be_int8_where_it_stands_is_said() -> None:
     quantize_dynamic(model, images, ["own", "attention", "attention.out_proj"])  # no warning: it was asked for
 
 
+class Encoder(nn.Module):
+    """Patches, and an encoder layer whose fast path reads the weights of its layers instead of calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, stride=4)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_layers_whose_weights_another_module_reads_stay_float() -> None:
+    torch.manual_seed(8)
+    model, images = Encoder().eval(), torch.randn(2, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"layer.linear1 \(not called by itself"):
+        quantized, coverage = quantize(model, images)
+    assert {row.layer for row in coverage if row.dtype == "int8"} == {"patches", "fc"}
+    with torch.no_grad():
+        assert sqnr_db(model(images), quantized(images)) > 25
+
+
+def test_the_coverage_of_a_layer_whose_weight_is_computed() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 32, 3, bias=False))
+    model = nn.Sequential(layer, nn.Upsample(scale_factor=2), nn.Conv2d(32, 4, 1)).eval()
+    assert [row.weights for row in quantize(model, torch.randn(1, 3, 12, 12))[1]] == [864, 128]
+
+
 def test_inputs_that_the_model_does_not_take_are_one_line() -> None:
     with pytest.raises(UserError, match=r"does not take inputs of shape \[1, 1, 8, 8\]"):
         quantize_dynamic(make("slim_resnet18", num_classes=3), torch.randn(1, 1, 8, 8))
+    broken = make("slim_resnet18", num_classes=3)
+    with torch.no_grad():
+        broken.get_parameter("fc.bias")[1] = float("nan")
+    for model, images, said in ((broken, torch.randn(1, 3, 8, 8), "fc.bias holds NaN"),
+                                (nn.Conv2d(3, 8, 1), torch.full((1, 3, 8, 8), torch.inf), "the example holds NaN"),
+                                (nn.Conv2d(3, 8, 1), torch.randn(0, 3, 8, 8), "one image or more in float32, not .0, 3"),
+                                (nn.Conv2d(3, 8, 1), torch.randn(1, 3, 8, 8).half(), "in torch.float16")):
+        with pytest.raises(UserError, match=said):
+            quantize_dynamic(model, images)
 
 
 @pytest.mark.parametrize("activations", ["int8", "float32"])

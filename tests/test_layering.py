@@ -10,7 +10,8 @@ PROJECT = Path(__file__).parents[1]
 MECHANICS = {"training", "optimizers", "schedules", "losses", "trackers", "distillation", "pruning", "quantization",
              "fake_quantization", "folding", "coverage", "packaging", "report", "assessment", "averaging", "batches",
              "compiling", "distributed", "loggers", "memory", "recipe", "export", "onnx_packaging",
-             "calibration", "equalization", "static_quantization", "static_search", "layer_times", "portability"}
+             "calibration", "equalization", "static_quantization", "static_candidates", "static_search",
+             "layer_times", "portability"}
 
 
 def level(module: str) -> int:

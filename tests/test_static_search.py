@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from architectures import make
 from architectures.describe import describe
 from compress.calibration import RANGES
 from compress.export import export
 from compress.static_quantization import Calibration, layers_of
-from compress.static_search import AS_FAST, SLOWER, Search, Wanted
+from compress.static_candidates import SLOWER, Wanted
+from compress.static_search import AS_FAST, Search
 from loaders.arrays import ArrayImages, Split
 from model_loader import Preprocessing, UserError, VerificationError, build, normalize, read_onnx
 from tests.conftest import SMALL, Compress, assert_one_line_error, draw_folder
@@ -68,6 +70,23 @@ def test_the_fastest_of_those_that_keep_the_accuracy(searching: SlowSearch) -> N
     assert found.best.row()["accuracy"] == found.best.correct / 256 and found.float_ms > 0
 
 
+def test_a_runtime_that_computes_something_else_is_not_chosen(searching: SlowSearch) -> None:
+    said: list[str] = []
+    search = searching(replace(ASKED, budget_seconds=1e-3), backends=("onnxruntime", "openvino"))
+    opened, search.say = search._open, said.append  # type: ignore[method-assign]
+
+    def wrong(content: bytes, backend: str) -> Callable[[Tensor], Tensor]:
+        answer = opened(content, backend)
+        return answer if backend == "onnxruntime" or content == search.floats else lambda image: answer(image).flip(1)
+
+    search._open = wrong  # type: ignore[method-assign]
+    found = search.run()
+    assert found.backend == "onnxruntime" and sum("rounding noise" in line for line in said) == 3
+    assert {(row["operators"], row["backend"]): row["exact"] for row in found.times} == {
+        (name, backend): backend == "onnxruntime" or name == "float"
+        for name in ("float", "weighted", "sums", "all") for backend in ("onnxruntime", "openvino")}
+
+
 def test_layers_return_to_float_until_the_accuracy_is_there(searching: SlowSearch, tmp_path: Path) -> None:
     search = searching(replace(ASKED, max_drop=0.01))
     found = search.run()
@@ -96,6 +115,7 @@ def test_layers_that_int8_makes_slower_stay_float_in_one_candidate(searching: Sl
     # Not the one whose times nobody can tell apart, nor the one that would make the file larger.
     assert set(one.kept_float) == {"conv1", "layer2.0.downsample.0"} and one.reason == SLOWER
     assert one.name.endswith("2 layers float for speed") and one.row()["kept_float_reason"] == "faster in float"
+    assert one.int8_ms == {"conv1": 1.5, "layer2.0.downsample.0": 1.5}
     plain = next(candidate for candidate in found.candidates if candidate.settings == one.settings)
     assert one.latency_ms and len(one.content) < 1.05 * len(plain.content)
     path = search.folder / "it.onnx"

@@ -39,6 +39,9 @@ class Finetune(Stage):
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("finetune")
+        for key in ("weight_bits", "freeze_after"):
+            if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
+                raise UserError(f"finetune.{key}: it does nothing without quantization_aware: true")
         if self.quantization_aware and self.train.precision == "bfloat16":
             raise UserError("finetune.train.precision: bfloat16 cannot hold the values of the 8-bit grids; with "
                             "quantization_aware it is auto or float32")

@@ -21,8 +21,9 @@ from compress.export import export
 from compress.layer_times import layer_times
 from compress.portability import Backend
 from compress.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
+from compress.static_candidates import Candidate, Found, Wanted
 from compress.static_quantization import NOT_QUANTIZED, Calibration, coverage, layers_of
-from compress.static_search import Candidate, Found, Search, Wanted
+from compress.static_search import AS_FAST, Search
 from metadata.files import write_atomically, write_json
 from model_loader import UserError, VerificationError
 
@@ -110,8 +111,9 @@ class QuantizeStatic(CompressingStage):
         ends = found.best.settings.ends([node.name for node in layers_of(calibration.model)])
         why = dict.fromkeys(found.best.kept_float, found.best.reason) | dict.fromkeys(
             ends, "first or last layer, float in this candidate") | dict.fromkeys(self.exclude, "excluded by the recipe")
-        return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why,
-                        {name: (before.get(name), after.get(name)) for name in before.keys() | after.keys()})
+        as_int8 = {name: ms for name, ms in after.items() if name not in why} | found.best.int8_ms
+        times = {name: (before.get(name), as_int8.get(name)) for name in before.keys() | after.keys()}
+        return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why, times)
 
     def _note(self, context: Context, found: Found, rows: list[Coverage]) -> None:
         """The tables, on screen and for stage.json."""
@@ -124,6 +126,9 @@ class QuantizeStatic(CompressingStage):
             f"{found.best.milliseconds:.3f} ms against {found.float_ms:.3f}")
         assert found.best.portability is not None
         say(f"  without VNNI: {found.best.portability['verdict']}")
+        if found.best.milliseconds > AS_FAST * found.float_ms:
+            context.warn(f"quantize_static: int8 is slower here, {found.best.milliseconds:.3f} ms against "
+                         f"{found.float_ms:.3f} in float; it is the file that becomes smaller")
         if found.failed:
             context.warn(f"quantize_static: {len(found.failed)} candidates could not be built or run: "
                          + "; ".join(f"{name}: {reason}" for name, reason in found.failed.items()))
