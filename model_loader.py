@@ -915,27 +915,34 @@ class Contents:
 
     def __init__(self, model: nn.Module) -> None:
         import torch
-        modules = list(model.modules())
-        self.places = [(held, key, value) for module in modules for held in (module._modules, module._parameters,
-                                                                             module._buffers)
-                       for key, value in held.items()]
-        self.places += [(module.__dict__, "activations", module.activations) for module in modules
-                        if "activations" in module.__dict__]
-        self.tensors = [value for _, _, value in self.places if isinstance(value, torch.Tensor)]
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.modules = list(model.modules())
+        places = [(held, key, value) for module in self.modules for held in (module._modules, module._parameters,
+                                                                              module._buffers)
+                  for key, value in held.items()]
+        places += [(module.__dict__, "activations", module.activations) for module in self.modules
+                   if "activations" in module.__dict__]
+        self.held, self.keys, self.values = zip(*places, strict=True)
+        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.state = self._state()
+        self.hooks, self.watched = -1, False
 
-    def _state(self) -> list[tuple[int, int]]:
+    def _state(self) -> tuple[list[int], list[int]]:
         """Where each tensor lies, and how often it was changed in place, where torch counts that."""
-        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self.tensors]
+        import torch
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(operator.attrgetter("_version"), self.counted))
 
     def are_as_before(self) -> bool:
         """Whether the same modules and tensors stand in the same places, unchanged."""
-        return all(held.get(key) is value for held, key, value in self.places) and self._state() == self.state
+        return all(map(operator.is_, map(dict.get, self.held, self.keys), self.values)) and self._state() == self.state
 
     def are_watched(self) -> bool:
         """Whether a module has hooks, which are to be called."""
-        return any(self.hooks)
+        from torch.utils.hooks import RemovableHandle
+        if self.watched or self.hooks != RemovableHandle.next_id:  # it counts all hooks there have ever been
+            self.hooks = RemovableHandle.next_id
+            self.watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
+        return self.watched
 
 
 @functools.cache
