@@ -162,7 +162,7 @@ def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[s
     for name, layer in layers.items():
         if isinstance(layer, nn.MultiheadAttention):
             left[name] = "its projections' weights are its own, not a layer's"
-        elif type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+        elif "forward" in vars(layer) or type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
             left[name] = f"a {type(layer).__name__} with a forward of its own"
         elif name not in called:
             left[name] = "not called by itself: another module may use its weights"
@@ -287,13 +287,16 @@ def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> 
                 seen[name] = output.clone()
             return output
         return observe
+    own = [(layer, vars(layer).get("forward")) for layer in layers.values()]
     for name, layer in layers.items():  # not by hooks: with these, a TransformerEncoderLayer calls what it never calls else
         layer.forward = observed(name, layer.forward)
     try:
         model.eval()(images)
     finally:
-        for layer in layers.values():
-            del layer.forward
+        for layer, forward in own:
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
     return seen
 
 

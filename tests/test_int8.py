@@ -356,6 +356,17 @@ def test_layers_whose_weights_another_module_reads_stay_float() -> None:
         assert sqnr_db(model(images), quantized(images)) > 25
 
 
+def test_a_forward_that_was_put_on_a_layer_is_kept() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Upsample(scale_factor=2), nn.Conv2d(16, 4, 1)).eval()
+    put = model[2].forward = lambda x: x[:, :4] * 2
+    images = torch.randn(1, 3, 12, 12)
+    with pytest.warns(UserWarning, match="float stays 2 .a Conv2d with a forward of its own"):
+        quantized = quantize_dynamic(model, images)
+    assert model[2].forward is put and vars(model[0]).get("forward") is None
+    with torch.no_grad():
+        assert sqnr_db(model(images), quantized(images)) > 25
+
+
 def test_the_coverage_of_a_layer_whose_weight_is_computed() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 32, 3, bias=False))
     model = nn.Sequential(layer, nn.Upsample(scale_factor=2), nn.Conv2d(32, 4, 1)).eval()
