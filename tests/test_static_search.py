@@ -17,8 +17,8 @@ from architectures import make
 from architectures.describe import describe
 from compress.calibration import RANGES
 from compress.export import export
-from compress.static_quantization import Calibration, layers_of
 from compress.static_candidates import SLOWER, Wanted
+from compress.static_quantization import Calibration, Settings, layers_of
 from compress.static_search import AS_FAST, Search
 from loaders.arrays import ArrayImages, Split
 from model_loader import Preprocessing, UserError, VerificationError, build, normalize, read_onnx
@@ -67,7 +67,9 @@ def test_the_fastest_of_those_that_keep_the_accuracy(searching: SlowSearch) -> N
     assert (found.best.latency_ms or 0) <= AS_FAST * fastest
     assert all(candidate.correct <= found.best.correct for candidate in good
                if (candidate.latency_ms or 0) <= AS_FAST * fastest)
-    assert found.best.row()["accuracy"] == found.best.correct / 256 and found.float_ms > 0
+    row = found.best.row()
+    assert row["accuracy"] == found.best.correct / 256 and row["images"] == 256 and found.float_ms > 0
+    assert Settings(**row["settings"]) == found.best.settings
 
 
 def test_a_runtime_that_computes_something_else_is_not_chosen(searching: SlowSearch) -> None:
