@@ -662,19 +662,18 @@ class Kernel:
         self.attribute = FUSED[activation] if activation else ("none", [])
         self.int8 = getattr(layer, "activations", "float32") == "int8"
         self.call: Callable[..., Tensor] | None = None
-        self.any_size: Callable[..., Tensor] | None = None
-        self.shapes: tuple[torch.Size, torch.Size | None] | None = None
+        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of what is added to each other, at the first call
 
     def __call__(self, value: QuantizedTensor, other: Tensor | None = None) -> Tensor:
         """The layer's output; `other` may be overwritten with it."""
+        shapes = None if other is None else (value.tensor.shape, other.shape)
         if self.call is None:
-            self.call = self._packed(value.tensor, other)
-            self.shapes = _shapes(value, other)
-        elif other is not None and _shapes(value, other) != self.shapes:  # with another size of image it may broadcast
-            self.any_size = self.any_size or self._broadcasting()
-            return self.any_size(value, other)
+            self.call, self.shapes = self._packed(value.tensor, other), shapes
+        elif shapes != self.shapes:  # with another size of image it may broadcast
+            return self._broadcasting(value, other)
         return self.call(value, other)
 
+    @functools.cached_property
     def _broadcasting(self) -> Callable[..., Tensor]:
         """The layer, then the addition for itself, of whatever shapes."""
         import torch
@@ -704,7 +703,7 @@ class Kernel:
         sizes = [(size + 2 * pad - reach * (kernel - 1) - 1) // step + 1 for size, pad, reach, kernel, step in
                  zip(shape[2:], padding, dilation, layer.kernel_size, stride, strict=True)]
         if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: nothing to overwrite
-            return self._broadcasting()
+            return self._broadcasting
         if self.int8:
             scale, ops = layer.weight_scale, torch.ops.onednn
             packed = ops.qconv_prepack(weight, scale, 1.0, 0, stride, padding, dilation, groups, shape)
@@ -728,10 +727,6 @@ class Kernel:
                                                1.0, after, scalars, "")
         plain = torch.ops.mkldnn._convolution_pointwise.default
         return lambda value, other: plain(value.tensor, packed, bias, padding, stride, dilation, groups, name, scalars, "")
-
-
-def _shapes(value: QuantizedTensor, other: Tensor | None) -> tuple[torch.Size, torch.Size | None]:
-    return value.tensor.shape, None if other is None else other.shape
 
 
 @dataclasses.dataclass
@@ -910,7 +905,7 @@ def _call_function(node: Any, *tensors: Tensor) -> Tensor:
 class Contents:
     """What a model holds now, to tell later whether any of it was replaced or changed.
 
-    What is written through a tensor's `.data` is not seen: torch keeps no account of that.
+    A tensor that is put in the place of a `.data` is seen; what is written into one is not: torch keeps no account of that.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -925,7 +920,7 @@ class Contents:
         self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
         self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.state = self._state()
-        self.hooks, self.watched = -1, False
+        self.hooks_ever, self.watched = -1, False
 
     def _state(self) -> tuple[list[int], list[int]]:
         """Where each tensor lies, and how often it was changed in place, where torch counts that."""
@@ -939,8 +934,8 @@ class Contents:
     def are_watched(self) -> bool:
         """Whether a module has hooks, which are to be called."""
         from torch.utils.hooks import RemovableHandle
-        if self.watched or self.hooks != RemovableHandle.next_id:  # it counts all hooks there have ever been
-            self.hooks = RemovableHandle.next_id
+        if self.watched or self.hooks_ever != RemovableHandle.next_id:  # the process's count; walking all modules is slow
+            self.hooks_ever = RemovableHandle.next_id
             self.watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
         return self.watched
 
@@ -978,7 +973,8 @@ def int8_graph() -> type[torch.fx.GraphModule]:
                 if self.contents is None or not self.contents.are_as_before():
                     self.program, self.contents = None, Contents(self)
                 if not self.contents.are_watched():
-                    self.program = self.program or Program(self)
+                    if self.program is None:  # a module's attributes are slow to set
+                        self.program = Program(self)
                     with contextlib.suppress(NotFiniteError):  # fused activations could hide it
                         return self.program(images)
             return super().__call__(*inputs, **options)

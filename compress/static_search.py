@@ -124,27 +124,32 @@ class Search:
 
     def _wrong(self, networks: dict[Operators, Int8Network], answers: dict[Side, Callable[[Tensor], Tensor]]) -> set[Side]:
         """Runtimes whose int8 answers are much farther from the float network's than ONNX Runtime's; not if it is all."""
-        images = self.calibration.images[:FLOAT_IMAGES]
-        expected, wrong = self._logits(self.calibration.model, images), set[Side]()
+        images, expected = self._probe
+        exact = {operators: torch.from_numpy(self._logits(network.model, images.numpy()))
+                 for operators, network in networks.items()}
+        least, wrong = 1e-12 * float(expected.square().mean()), set[Side]()
         for (operators, backend), answer in answers.items():
             if operators:
-                own = np.concatenate([answer(torch.from_numpy(image[None])).numpy() for image in images])
-                noise, allowed = (float(np.square(logits - expected).mean()) for logits in (
-                    own, self._logits(networks[operators].model, images)))
-                if not noise <= OTHER_NOISE * allowed + 1e-12 * float(np.square(expected).mean()):
+                noise, allowed = (float((logits - expected).square().mean())
+                                  for logits in (_singly(answer, images), exact[operators]))
+                if not noise <= OTHER_NOISE * allowed + least:
                     wrong.add((operators, backend))
                     self.say(f"  {backend}, integers for operators {operators!r}: {noise / max(allowed, 1e-30):.0f} times "
                              "ONNX Runtime's rounding noise")
         return wrong if len(wrong) < len(networks) * len(self.backends) else set()
 
+    @cached_property
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Some calibration images, and the float network's logits for them on ONNX Runtime, to hold runtimes to."""
+        images = self.calibration.images[:FLOAT_IMAGES]
+        return torch.from_numpy(images), torch.from_numpy(self._logits(self.calibration.model, images))
+
     def _drop_broken_backends(self) -> None:
         """Leaves out a runtime that cannot even serve the float network as it is, unless it is the only one."""
-        images = torch.from_numpy(self.calibration.images[:FLOAT_IMAGES])
-        expected = torch.from_numpy(self._logits(self.calibration.model, images.numpy()))
+        images, expected = self._probe
         for backend in list(self.backends):
             try:
-                answer = self._open(self.floats, backend)
-                check_same(expected, torch.cat([answer(image[None]) for image in images]))
+                check_same(expected, _singly(self._open(self.floats, backend), images))
             except (UserError, VerificationError) as error:
                 if len(self.backends) == 1:
                     raise
@@ -313,3 +318,8 @@ class Search:
         """Where none is as asked: the most accurate, of those that hold everywhere if that was asked and there are any."""
         holding = [candidate for candidate in self.candidates if self.wanted.portable and self._holds(candidate)]
         return max(holding or self.candidates, key=lambda candidate: candidate.correct)
+
+
+def _singly(answer: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, classes), one image at a time, as they will be served."""
+    return torch.cat([answer(image[None]) for image in images])
