@@ -1,4 +1,4 @@
-"""nn.Module -> Architecture: the inverse of `model_loader.build`.
+"""nn.Module -> Architecture: the inverse of `architectures.build.build`.
 
 `describe(build(describe(model))) == describe(model)` holds for every model that can be described.
 """
@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import fx, nn
 
-from model_loader import (LAYER_TABLE, Architecture, Layer, PruningInfo, UserError,
-                          build, describe_validation_error, first_line, int8_layers)
+from architectures.build import build
+from architectures.int8 import int8_layers
+from architectures.layers import Architecture, LAYER_TABLE, Layer
+from metadata.errors import UserError, describe_validation_error, first_line
+from metadata.schemas import PruningInfo
 
 Lowered = tuple[str, list[fx.Node], dict[str, Any]]  # layer type, its inputs, its options
 

@@ -7,7 +7,8 @@ import re
 import textwrap
 from typing import Any
 
-from model_loader import LAYER_TABLE, Architecture, FunctionLayer, Layer, int8_layers
+from architectures.int8 import int8_layers
+from architectures.layers import Architecture, FunctionLayer, LAYER_TABLE, Layer
 
 Tree = dict[str, Any]  # module name -> Layer or a subtree
 

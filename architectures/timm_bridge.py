@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from metadata.closest import closest
-from model_loader import UserError, first_line
+from metadata.errors import UserError, first_line
 
 
 def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str], stem: str = "imagenet",

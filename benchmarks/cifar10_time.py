@@ -22,11 +22,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.assessment import accuracy_of
-from loaders import load
-from loaders.arrays import Request
-from metadata.files import read_csv, write_figure
-from model_loader import Architecture, machine, open_model, read_json, versions, write_json
+from architectures.layers import Architecture
+from architectures.weights import open_model
+from compress.training.assessment import accuracy_of
+from loaders.catalog import load
+from loaders.request import Request
+from metadata.files import read_json, write_json
+from metadata.formats import read_csv, write_figure
+from metadata.machine import machine, versions
 
 
 class Mirrored(nn.Module):

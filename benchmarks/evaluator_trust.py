@@ -21,7 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compress.evaluation.compare import MARGIN, SAME
-from model_loader import Settings, evaluate_submission, machine, versions, write_json
+from compress.evaluation.evaluate import evaluate_submission
+from compress.evaluation.runtimes import EvaluationSettings
+from metadata.files import write_json
+from metadata.machine import machine, versions
 
 
 def as_code(submission: Path, folder: Path) -> Path:
@@ -37,7 +40,7 @@ def as_code(submission: Path, folder: Path) -> Path:
 
 def compare(one: Path, two: Path, data: Path) -> dict[str, Any]:
     """The verdicts of one comparison."""
-    result = evaluate_submission(one, data, settings=Settings(allow_code=True), compare=two)
+    result = evaluate_submission(one, data, settings=EvaluationSettings(allow_code=True), compare=two)
     return result["details"]["compare"]  # type: ignore[no-any-return]
 
 

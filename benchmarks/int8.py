@@ -32,14 +32,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from architectures.counting import count_macs
+from architectures.layers import Architecture
+from architectures.weights import open_model
 from benchmarks.int8_sides import CALIBRATION, SIDES, Call, Subject
 from benchmarks.limits import limits
-from loaders import load
-from loaders.arrays import Request
+from compress.evaluation.measure import measure_accuracy
 from loaders.augment import examples
-from metadata.files import write_figure
-from model_loader import (Architecture, UserError, count_macs, first_line, machine, measure_accuracy, open_model, read_json,
-                          versions, write_atomically, write_json)
+from loaders.catalog import load
+from loaders.request import Request
+from metadata.errors import UserError, first_line
+from metadata.files import read_json, write_atomically, write_json
+from metadata.formats import write_figure
+from metadata.machine import machine, versions
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
 FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")  # with MODELS, all that dynamic int8 is to make faster

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from architectures.describe import describe
-from compress.export import export
-from compress.quantization import as_graph, quantize, without_stochastic_depth
-from compress.static_quantization import Calibration, Settings, quantize_static
+from architectures.layers import Architecture
+from compress.evaluation.runtimes import compile_for_openvino, import_openvino
+from compress.packaging.export import export
+from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth
+from compress.quantization.static import Calibration, StaticSettings, quantize_static
 from loaders.arrays import Splits
-from model_loader import Architecture, compile_for_openvino, import_openvino
 
 CALIBRATION = 64  # images
 
@@ -163,7 +164,7 @@ def _static_file(subject: Subject) -> Path:
     path = subject.folder / "ours_static.onnx"
     if not path.exists():
         model, _ = export(*subject.graph())
-        candidate = quantize_static(Calibration(model, subject.images.numpy(), subject.threads), Settings())
+        candidate = quantize_static(Calibration(model, subject.images.numpy(), subject.threads), StaticSettings())
         path.write_bytes(candidate.model.SerializeToString())
     return path
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_loader import no_int8_kernels, torch_threads
+from architectures.kernels import no_int8_kernels
+from metadata.machine import torch_threads
 
 SHAPES = ((256, 1, 56), (512, 1, 28), (256, 3, 14), (128, 3, 28))  # channels, kernel, size: 0.1 to 0.2 G multiply-adds
 TURNS, WARMUP = 25, 3

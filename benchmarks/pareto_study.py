@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from compress.evaluation.synthetic import Problem, mixture_problem, prototype_problem
 from compress.studies.pareto_solution import Solution
-from loaders.synthetic import Problem, mixture_problem, prototype_problem
-from model_loader import machine, versions, write_json
+from metadata.files import write_json
+from metadata.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_DRAW = 8000  # draws 3000 to 7059 served to find the method

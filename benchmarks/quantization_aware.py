@@ -22,18 +22,23 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from compress.assessment import accuracy_of
-from compress.calibration import RANGES
-from compress.config import TrainConfig
-from compress.export import export
-from compress.stage import Context, TorchModel
-from compress.stages.finetune import Finetune
-from compress.static_quantization import Calibration, Settings, quantize_static
-from compress.trackers import Tracker
-from loaders import load
-from loaders.arrays import Request, Split, Splits
-from model_loader import (Preprocessing, UserError, answering, machine, measure_accuracy, open_onnx, versions,
-                          write_atomically, write_json)
+from compress.evaluation.measure import measure_accuracy
+from compress.evaluation.runtimes import answering, open_onnx
+from compress.packaging.export import export
+from compress.pipeline.config import TrainConfig
+from compress.pipeline.stage import Context, TorchModel
+from compress.pipeline.stages.finetune import Finetune
+from compress.quantization.calibration import RANGES
+from compress.quantization.static import Calibration, StaticSettings, quantize_static
+from compress.training.assessment import accuracy_of
+from compress.training.trackers import Tracker
+from loaders.arrays import Split, Splits
+from loaders.catalog import load
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.files import write_atomically, write_json
+from metadata.machine import machine, versions
+from metadata.schemas import Preprocessing
 
 CALIBRATION, BATCH = 512, 64  # images
 WEIGHTS = {"8-bit weights": False, "7-bit weights": True}
@@ -49,7 +54,7 @@ def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: in
         tried = {}
         for method in RANGES:
             path = folder / f"{method}.onnx"
-            int8 = quantize_static(calibration, Settings(method=method, reduced=reduced))
+            int8 = quantize_static(calibration, StaticSettings(method=method, reduced=reduced))
             write_atomically(path, int8.model.SerializeToString())
             tried[method] = _accuracy(path, splits, splits.validation)
         best = max(tried, key=tried.__getitem__)

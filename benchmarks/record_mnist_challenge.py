@@ -13,14 +13,16 @@ import json
 import shutil
 from pathlib import Path
 
-from architectures import make
 from architectures.describe import describe
-from compress.assessment import learned_parameters
+from architectures.weights import read_weights
+from architectures.zoo import make
+from compress.evaluation.measure import measure_accuracy
 from compress.studies.mnist_challenge import WEIGHTS
-from loaders import load
-from loaders.arrays import Request
-from metadata.files import write_tensors
-from model_loader import measure_accuracy, read_weights, write_json
+from compress.training.assessment import learned_parameters
+from loaders.catalog import load
+from loaders.request import Request
+from metadata.files import write_json
+from metadata.formats import write_tensors
 
 RESULTS = Path(__file__).parent / "results" / "mnist_challenge"
 OURS = ("mnist_under_8k", "mnist_under_4k")

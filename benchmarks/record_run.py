@@ -13,7 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from model_loader import UserError, write_json
+from metadata.errors import UserError
+from metadata.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from compress.studies.scaling.experiment import flops_an_image
 from compress.studies.scaling.plans import JointSweep, read_plan
-from metadata.files import read_csv
+from metadata.formats import read_csv
 
 WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 SIZES = (1000, 1500, 2500, 4000, 6000, 10_000, 15_000, 25_000, 35_000, 50_000)

@@ -25,18 +25,19 @@ import torch
 from rich.console import Console
 
 from benchmarks.spread import spread
-from compress.distillation import cross_entropy
-from compress.memory import keep_freed_memory
-from compress.studies import sweep
-from compress.studies.scaling import experiment
-from compress.studies.scaling import images as study_images
+from compress.studies.scaling import experiment, images as study_images
 from compress.studies.scaling.images import Images
 from compress.studies.scaling.plans import Point
 from compress.studies.scaling.rows import Results, Row
 from compress.studies.scaling.sweeps import Task, work
-from compress.trackers import Tracker
-from compress.training import train
-from model_loader import UserError, machine, versions, write_json
+from compress.studies.workers import TaskOutcome, run_local
+from compress.training.distillation import cross_entropy
+from compress.training.loop import train
+from compress.training.malloc import keep_freed_memory
+from compress.training.trackers import Tracker
+from metadata.errors import UserError
+from metadata.files import write_json
+from metadata.machine import machine, versions
 
 CPU = torch.device("cpu")
 
@@ -47,12 +48,12 @@ def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_fol
              for number in range(workers)]
     ends: list[float] = []
 
-    def ended(outcome: sweep.Outcome[Task, Row]) -> None:
+    def ended(outcome: TaskOutcome[Task, Row]) -> None:
         if outcome.result is None:
             raise UserError(f"{outcome.task.point.id}: {outcome.failure}")
         ends.append(time.perf_counter())
 
-    sweep.run_local(work, [Task(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
+    run_local(work, [Task(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
     images = sum(point.dataset_size * point.num_epochs for point in points)
     return images / (ends[-1] - ends[workers - 1])
 

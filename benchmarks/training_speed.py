@@ -28,18 +28,23 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from architectures import make
+from architectures.zoo import make
 from benchmarks.spread import spread
-from compress import optimizers
-from compress.distillation import cross_entropy
-from compress.memory import keep_freed_memory
-from compress.recipe import Recipe
-from compress.trackers import Tracker
-from compress.training import Data, train
-from loaders import load
-from loaders.arrays import ArrayImages, Request, Split, Splits
+from compress.training import optimizers
+from compress.training.distillation import cross_entropy
+from compress.training.loop import Data, train
+from compress.training.malloc import keep_freed_memory
+from compress.training.recipe import Recipe
+from compress.training.trackers import Tracker
+from loaders.arrays import ArrayImages, Split, Splits
 from loaders.augment import Affine, Augmenter
-from model_loader import Preprocessing, UserError, machine, normalize, versions, write_json
+from loaders.catalog import load
+from loaders.images import normalize
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.files import write_json
+from metadata.machine import machine, versions
+from metadata.schemas import Preprocessing
 
 BATCH = 128
 

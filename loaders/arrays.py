@@ -16,45 +16,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from metadata.files import appearing
-from metadata.schemas import DatasetCard
-from model_loader import Preprocessing, UserError, decode_image, describe_validation_error, first_line, usable_cores
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a caller asks of `loaders.load`.
-
-    Args:
-        name: the data set.
-        root: where its files are, for the sets that have files.
-        download: fetch a missing set (torchvision's); never done unasked.
-        validation_fraction: share of the training split that is held out, class by class; 0 leaves validation empty,
-            except where a folder gives it apart.
-        seed: decides which images are held out.
-        num_classes: refuse a folder with another number of classes.
-        preprocessing: replaces keys of the set's own preprocessing.
-        skip_unreadable: leave damaged images out and count them, instead of stopping at the first.
-        memory_limit_gb: decoded sets above this stream from disk.
-        workers: threads or processes that decode.
-        on_progress: called with (done, total) while images are decoded.
-        channels: 3 repeats the pixels of a grey set; an RGB set is not turned into a grey one.
-        image_size: side of the model's square input; the set's own resize keeps its proportion to the crop.
-    """
-
-    name: str
-    root: Path | None = None
-    download: bool = False
-    validation_fraction: float = 0.1
-    seed: int = 0
-    num_classes: int | None = None
-    preprocessing: dict[str, object] = field(default_factory=dict)
-    skip_unreadable: bool = False
-    memory_limit_gb: float = 4.0
-    workers: int = 2
-    on_progress: Callable[[int, int], None] | None = None
-    channels: int | None = None
-    image_size: int | None = None
+from loaders.images import decode_image
+from loaders.request import Request
+from metadata.errors import UserError, describe_validation_error, first_line
+from metadata.locks import appearing
+from metadata.machine import usable_cores
+from metadata.records import DatasetCard
+from metadata.schemas import Preprocessing
 
 
 Arrays = tuple[Tensor, Tensor]  # (N, C, H, W) uint8 pixels and (N,) int64 labels
@@ -91,7 +59,7 @@ class ArrayImages:
 class ResizedImages:
     """Square images in memory that get their size and channels when they are asked for.
 
-    The pixels are those that `model_loader.decode_image` makes of the same images' files, to the bit: the resize is PIL's.
+    The pixels are those that `decode_image` makes of the same images' files, to the bit: the resize is PIL's.
     """
 
     pixels: Tensor  # (N, 1 or 3, S, S) uint8

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
 from loaders.arrays import Splits
-from model_loader import normalize
+from loaders.images import normalize
 
 # Uniform numbers a sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
 DRAWS = 12
@@ -171,7 +171,7 @@ class Augmenter:
 
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The central window, as `model_loader.decode_image` takes it."""
+    """The central window, as `loaders.images.decode_image` takes it."""
     top, left = round((images.shape[2] - size[0]) / 2), round((images.shape[3] - size[1]) / 2)
     return images[:, :, top:top + size[0], left:left + size[1]]
 

@@ -1,83 +1,113 @@
-"""Schemas of what a run writes down, beside the loader's own (architecture, model metadata), re-exported here."""
+"""Schemas of a submission's metadata, and the field types that the layer table shares with them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
-from metadata.files import packaged_json
-from model_loader import Architecture, ModelMetadata, Preprocessing, Strict
-
-__all__ = ["Architecture", "Baselines", "DatasetCard", "LedgerRow", "ModelMetadata", "ModelReference", "Preprocessing",
-           "StageRecord", "baselines", "dataset_cards"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-class DatasetCard(Strict):
-    """What a data set is: its classes, its images, and how an image becomes the model's input."""
+ARCHITECTURE_FILE = "trained_pruned_architecture.json"
+METADATA_FILE = "model_metadata.json"
 
-    name: str
+
+class Strict(BaseModel):
+    """Base of what we write ourselves: an unknown key or a missing one is an error."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
+Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, Field(ge=0, le=2**16)]],
+                    BeforeValidator(_pair)]
+# A path inside the submission; that it does not leave it through ".." or a link is checked when it is opened.
+FileName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_./ -]*\z", max_length=200)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=200)]
+# Layer names become attribute paths of generated code (torch.fx), hence the tight alphabet.
+LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z",
+                                  max_length=200)]
+
+
+class Preprocessing(Strict):
+    """How an image file becomes the model's input: resize (shorter side), centre crop, scale to [0, 1], normalise."""
+
+    mode: Literal["RGB", "L"] = "RGB"
+    resize: Size | None = Field(256, description="pixels of the shorter side, bilinear with antialiasing; null: as is")
+    crop: Size | None = Field(224, description="pixels of the central square; null: as is")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="a channel, after scaling to [0, 1]")
+    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], description="a channel")
+
+    @model_validator(mode="after")
+    def _channels(self) -> Preprocessing:
+        channels = 3 if self.mode == "RGB" else 1
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise ValueError(f"mode {self.mode} needs {channels} values in mean and in std")
+        return self
+
+
+class PruningInfo(Strict):
+    """What structured pruning took from a layer; `remaining_channels` must equal the weights' first dimension."""
+
+    type: Literal["structured"] = "structured"
+    num_channels_pruned: Annotated[int, Field(ge=0)]
+    remaining_channels: Size
+
+
+class FileRecord(Strict):
+    """A file of the submission."""
+
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
+    bytes: Annotated[int, Field(ge=0)]
+
+
+class Quantization(Strict):
+    """The scheme and, layer by layer, what is int8 and what stayed float and why."""
+
+    scheme: Literal["none", "dynamic_int8", "static_int8"]
+    layers: dict[str, str] = {}
+
+
+class ModelMetadata(BaseModel):
+    """`model_metadata.json`. Keys that we do not know are kept: submissions carry notes of their own.
+
+    `parameters` counts every stored number; of an ONNX file those of its initializers. `runtime` is where an ONNX file is
+    at its best, `portability` whether its accuracy also holds on CPUs whose int8 products saturate.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    schema_version: Literal[1] = Field(1, alias="schema")
+    model_format: Literal["pytorch", "onnx"]
+    architecture: str
+    num_classes: Size
     class_names: list[str]
-    input_shape: tuple[int, int, int] = Field(description="(C, H, W) after preprocessing")
+    architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for ONNX, whose graph is its own")
+    weights_file: FileName
+    input_shape: tuple[Size, Size, Size]
     preprocessing: Preprocessing
-    counts: dict[str, int] = Field({}, description="images a split")
-    fingerprint: str = Field("", description="changes when the images on disk change")
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-
-class Baselines(Strict):
-    """What the scores divide by."""
-
-    size_mb: float = Field(50.0, gt=0, description="MB (2^20 bytes)")
-    latency_ms: float = Field(10.0, gt=0, description="milliseconds at batch 1")
-    accuracy: float = Field(80.0, gt=0, description="percent")
-
-
-class ModelReference(Strict):
-    """A model by name, for teachers: they may be anything that can be built, traceable or not."""
-
-    name: str
-    num_classes: int
-    options: dict[str, Any] = {}
-
-
-class LedgerRow(Strict):
-    """What the pipeline measured after a stage. Accuracy is a fraction of the split."""
-
-    stage: str
-    split: Literal["validation", "test"] = "validation"
+    quantization: Quantization
     parameters: int
     macs: int
-    size_bytes: int
-    latency_ms: float = Field(description="median at batch 1, one thread")
-    latency_p5_ms: float
-    latency_p95_ms: float
-    accuracy: float
-    correct: int
-    images: int
-    seconds: float = Field(description="wall clock of the stage itself, all sittings of an interrupted one")
+    files: dict[FileName, FileRecord]
+    accuracy: dict[str, Any] = {}
+    latency: dict[str, Any] = {}
+    runtime: Literal["onnxruntime", "openvino"] | None = None
+    portability: dict[str, Any] | None = None
+    versions: dict[str, str] = {}
 
-
-class StageRecord(Strict):
-    """`stage.json`: written last, so a stage folder that holds it is complete."""
-
-    schema_version: Literal[1] = 1
-    stage: str
-    key: str = Field(description="hash of the stage's settings, its parent's key and its source")
-    config: dict[str, Any]
-    notes: dict[str, Any] = {}
-    warnings: list[str] = []
-    rows: list[LedgerRow] = []
-
-
-def dataset_cards() -> dict[str, dict[str, Any]]:
-    """What `datasets.json` knows of the built-in data sets."""
-    return packaged_json("datasets.json")
-
-
-def baselines() -> dict[str, Baselines]:
-    """The named baselines of `baselines.json`."""
-    return {name: Baselines.model_validate(values) for name, values in packaged_json("baselines.json").items()}
+    @model_validator(mode="after")
+    def _names_match(self) -> ModelMetadata:
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names, num_classes is {self.num_classes}")
+        if self.model_format == "pytorch" and not self.architecture_file:
+            raise ValueError("model_format pytorch needs an architecture_file")
+        for name in (self.architecture_file, self.weights_file):
+            if name and name not in self.files:
+                raise ValueError(f"files does not state the hash of {name}")
+        return self

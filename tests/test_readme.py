@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import PROJECT, SMALL, draw_folder
+from tests.helpers.commands import PROJECT, SMALL
+from tests.helpers.folders import draw_folder
 
 
 STATIC = ["quantize_static.max_drop=0.5", "quantize_static.portable=false", "quantize_static.budget_seconds=0.01"]

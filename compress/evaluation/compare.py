@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from model_loader import Answers
+from compress.evaluation.serve import Answers
 
 RESAMPLES = 2000
 BLOCK = 8  # neighbouring calls share the machine's mood, so at least so many are drawn together

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
-from model_loader import (MAX_FILE_BYTES, FileName, Preprocessing, Size, SubmissionFiles, VerificationError, inside,
-                          read_json, submission_files)
+from compress.evaluation.submission import MAX_FILE_BYTES, SubmissionFiles, submission_files
+from metadata.errors import VerificationError
+from metadata.files import inside, read_json
+from metadata.schemas import FileName, Preprocessing, Size
 
 
 def _original_format(value: Any) -> Any:

@@ -15,9 +15,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.sandbox import Child
-from loaders.synthetic import prototype_problem
-from model_loader import Settings, UserError, VerificationError, machine, sha256, versions, wilson
+from compress.evaluation.score import wilson
+from compress.evaluation.synthetic import prototype_problem
+from metadata.errors import UserError, VerificationError
+from metadata.files import sha256
+from metadata.machine import machine, versions
 
 TASK = "imagenet_pareto_2_5m"
 BASELINE_ACCURACY = 0.85
@@ -33,7 +37,7 @@ def task_score(accuracy: float, baseline_accuracy: float) -> float:
 
 
 def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float | None, data_seed: int, threads: int,
-                      settings: Settings) -> dict[str, Any]:
+                      settings: EvaluationSettings) -> dict[str, Any]:
     """Trains and scores a solution; the result is what `results.json` holds.
 
     Args:

@@ -28,9 +28,14 @@ from typing import Any
 import numpy as np
 from pydantic import RootModel
 
+from architectures.counting import count_numbers
+from architectures.weights import check_tensors, load_tensors
 from compress.evaluation.child import REPLY, REQUEST, state_dict_in
-from model_loader import (Runtime, Settings, SubmissionFiles, UserError, VerificationError, check_tensors,
-                          count_numbers, inside, load_tensors, read_json, status_mb, submission_files)
+from compress.evaluation.runtimes import Runtime, EvaluationSettings
+from compress.evaluation.submission import SubmissionFiles, submission_files
+from metadata.errors import UserError, VerificationError
+from metadata.files import inside, read_json
+from metadata.machine import status_mb
 
 MAX_REPLY_BYTES = 2**24
 MAX_SCRATCH_BYTES = 2**28
@@ -76,7 +81,7 @@ class Child:
         where: for messages.
     """
 
-    def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: Settings, threads: int, where: str,
+    def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: EvaluationSettings, threads: int, where: str,
                  capacity: int, content: bytes = b"") -> None:
         if not hasattr(os, "memfd_create"):
             raise UserError(f"{where}: foreign code runs in a Linux sandbox; this is {sys.platform}")
@@ -293,7 +298,7 @@ def folder_bytes(folder: Path) -> int:
 class CodeRuntime(Runtime):
     """A submission with its own model.py, behind a channel."""
 
-    def __init__(self, files: SubmissionFiles, settings: Settings, classes: int) -> None:
+    def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
         stored = check_weights(files)
         where = str(files.folder / "model.py")
         copied = {str(path.relative_to(files.folder)): path for path in submission_files(files.folder)}
@@ -377,7 +382,7 @@ def pruning_claims(path: Path) -> dict[str, int]:
     return claims
 
 
-def open_code(files: SubmissionFiles, settings: Settings, classes: int, data_dir: Path) -> Runtime:
+def open_code(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
     """Starts a submission in the original style.
 
     Raises:

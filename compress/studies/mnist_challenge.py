@@ -19,26 +19,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from compress.assessment import learned_parameters
-from compress.distillation import cross_entropy
-from compress.loggers import draw_curves
-from compress.memory import keep_freed_memory
-from compress.trackers import Tracker
-from compress.training import Data, train
-from compress.training_config import TrainingConfig, validated
-from compress.training_run import (CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, training_data,
+from architectures.counting import count_macs
+from architectures.layers import Architecture
+from architectures.weights import open_model
+from compress.evaluation.measure import measure_accuracy
+from compress.training.assessment import learned_parameters
+from compress.training.distillation import cross_entropy
+from compress.training.loggers import draw_curves
+from compress.training.loop import Data, train
+from compress.training.malloc import keep_freed_memory
+from compress.training.run import (CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, training_data,
                                    training_recipe, write_settings)
+from compress.training.trackers import Tracker
+from compress.training.train_config import TrainingConfig, validated
 from metadata.closest import closest
-from metadata.files import read_csv, write_atomically, write_csv, write_figure, write_json, write_tensors
-from model_loader import (Architecture, UserError, VerificationError, count_macs, machine, measure_accuracy, open_model,
-                          read_json, usable_cores, versions)
+from metadata.errors import UserError, VerificationError
+from metadata.files import read_json, write_atomically, write_json
+from metadata.formats import read_csv, write_csv, write_figure, write_tensors
+from metadata.machine import machine, usable_cores, versions
 
 EPOCHS, PARAMETERS, ACCURACY, LAST = 15, 8000, 0.994, 5  # the rules
 WEIGHTS = Path(__file__).parent / "mnist_weights"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ChallengeModel:
     """A model of the challenge with its way of training.
 
     Args:
@@ -67,12 +72,12 @@ OUR_WAY: dict[str, Any] = {
 
 MILD_AFFINE = {"affine_degrees": 8.0, "affine_scale": 0.08, "affine_shear": 0.08, "affine_shift": 1.5}
 
-ENTRIES: dict[str, Entry] = {
-    "mnist_model_ll": Entry(PUBLISHED_WAY, 99.36, 3),
-    "mnist_model_gap": Entry(PUBLISHED_WAY, 99.36, 3, "its logits pass a ReLU, as published"),
-    "mnist_model_final": Entry(PUBLISHED_WAY, 99.40, 3),
-    "mnist_under_8k": Entry({**OUR_WAY, **MILD_AFFINE}),
-    "mnist_under_4k": Entry({**OUR_WAY, **MILD_AFFINE, "lr": 0.012}),
+ENTRIES: dict[str, ChallengeModel] = {
+    "mnist_model_ll": ChallengeModel(PUBLISHED_WAY, 99.36, 3),
+    "mnist_model_gap": ChallengeModel(PUBLISHED_WAY, 99.36, 3, "its logits pass a ReLU, as published"),
+    "mnist_model_final": ChallengeModel(PUBLISHED_WAY, 99.40, 3),
+    "mnist_under_8k": ChallengeModel({**OUR_WAY, **MILD_AFFINE}),
+    "mnist_under_4k": ChallengeModel({**OUR_WAY, **MILD_AFFINE, "lr": 0.012}),
 }
 
 
@@ -104,7 +109,7 @@ class Result:
                 "minimum": min(self.test_accuracies), "rules": self.rules, "passed": all(self.rules.values())}
 
 
-def run(models: Sequence[str], seeds: Sequence[int] | None, data_root: Path | None, download: bool, folder: Path,
+def run_challenge(models: Sequence[str], seeds: Sequence[int] | None, data_root: Path | None, download: bool, folder: Path,
         threads: int, epochs: int, console: Console) -> list[Result]:
     """Trains each model with each seed, or what is left of it, and writes the comparison.
 
@@ -266,8 +271,8 @@ def verify(data_root: Path | None, download: bool, console: Console) -> None:
         VerificationError: the parameters or the right answers are not those recorded.
         UserError: MNIST is not there.
     """
-    from loaders import load
-    from loaders.arrays import Request
+    from loaders.catalog import load
+    from loaders.request import Request
 
     with flags_named():
         splits = load(Request("mnist", data_root, download))

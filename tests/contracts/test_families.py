@@ -11,10 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from architectures import make, names
+from architectures.build import build, check_shapes
 from architectures.describe import describe
+from architectures.layers import Architecture
 from architectures.source import source
-from model_loader import Architecture, UserError, build, check_shapes, load_verified
+from architectures.weights import load_verified
+from architectures.zoo import make, names
+from metadata.errors import UserError
 
 JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),

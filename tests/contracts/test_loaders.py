@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders import load, sets
-from loaders.arrays import FileImages, Request, Split, hold_out, prefetched, write_image_folder
-from model_loader import Preprocessing, UserError, decode_image, list_images, normalize, read_images
-from tests.conftest import draw_folder
+from loaders.arrays import FileImages, Split, hold_out, prefetched, write_image_folder
+from loaders.catalog import load, sets
+from loaders.images import decode_image, list_images, normalize, read_images
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.schemas import Preprocessing
+from tests.helpers.folders import draw_folder
 
 
 def write_mnist(root: Path, folder: str) -> None:

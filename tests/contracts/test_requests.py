@@ -9,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders import load
-from loaders.arrays import (ArrayImages, FileImages, Request, ResizedImages, Split, in_memory, prefetched,
-                            write_image_folder)
-from model_loader import Preprocessing, UserError, decode_image, list_images, measure_accuracy
-from tests.conftest import draw_folder
+from compress.evaluation.measure import measure_accuracy
+from loaders.arrays import ArrayImages, FileImages, ResizedImages, Split, in_memory, prefetched, write_image_folder
+from loaders.catalog import load
+from loaders.images import decode_image, list_images
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.schemas import Preprocessing
+from tests.helpers.folders import draw_folder
 from tests.contracts.test_loaders import write_mnist
 
 

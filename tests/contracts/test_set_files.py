@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from loaders import load
-from loaders.arrays import FileImages, Request, write_image_folder
-from model_loader import UserError, decode_image, list_images
-from tests.conftest import draw_folder
+from loaders.arrays import FileImages, write_image_folder
+from loaders.catalog import load
+from loaders.images import decode_image, list_images
+from loaders.request import Request
+from metadata.errors import UserError
+from tests.helpers.folders import draw_folder
 from tests.contracts.test_loaders import write_mnist
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

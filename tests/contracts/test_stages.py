@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compress.config import RECIPES, Config, recipe_names, resolve
-from compress.pipeline import parse_stages
-from compress.stage import KINDS, Stage, signature, stage_class, stage_names
+from compress.pipeline.config import resolve
+from compress.pipeline.run import parse_stages
+from compress.pipeline.stage import KINDS, Stage, signature, stage_class, stage_names
+from compress.settings import Config, RECIPES, recipe_names
 
 
 @pytest.mark.parametrize("name", stage_names())

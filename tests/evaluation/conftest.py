@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import model_loader
-from compress.stage import TorchModel
+from compress.evaluation.score import RESULT_KEYS
+from compress.pipeline.stage import TorchModel
 
 QUICK = ["--runs", "20", "--warmup", "2"]
 Evaluate = Callable[..., tuple[int, dict[str, Any], str]]
@@ -47,7 +48,7 @@ def assert_refused(outcome: tuple[int, dict[str, Any], str], said: str, code: in
     """One line on stderr, zeros in the result, and the reason in its status."""
     got, result, error = outcome
     assert got == code and said in error and len(error.strip().splitlines()) == 1, error
-    assert all(result[key] == 0 for key in model_loader.RESULT_KEYS) and result["details"]["guarded_score"] == 0
+    assert all(result[key] == 0 for key in RESULT_KEYS) and result["details"]["guarded_score"] == 0
     assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
 
 

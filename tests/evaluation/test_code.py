@@ -17,7 +17,10 @@ import pytest
 import torch
 
 from compress.evaluation import confine, sandbox
-from model_loader import Settings, VerificationError, evaluate_submission, read_submission
+from compress.evaluation.evaluate import evaluate_submission
+from compress.evaluation.runtimes import EvaluationSettings
+from compress.evaluation.submission import read_submission
+from metadata.errors import VerificationError
 from tests.evaluation.conftest import Evaluate, assert_refused
 
 ALLOW = "--allow_code"
@@ -255,7 +258,7 @@ HARMLESS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
 @pytest.fixture(scope="session")
 def honest(submission: Path, few: Path) -> dict[str, Any]:
     """The result of the package that the original was made from."""
-    return evaluate_submission(submission, few, settings=Settings(runs=20, warmup=2))
+    return evaluate_submission(submission, few, settings=EvaluationSettings(runs=20, warmup=2))
 
 
 @pytest.mark.parametrize("trick", HARMLESS)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-import model_loader
 from compress.evaluation.compare import SAME, latency_ratio_interval, mcnemar, verdicts
-from model_loader import (Answers, Preprocessing, Runtime, Settings, VerificationError, accuracy_details, latency_details,
-                          repeats_ratio, serve, wilson)
+from compress.evaluation.runtimes import Runtime, EvaluationSettings
+from compress.evaluation.score import PERCENTILES, accuracy_details, latency_details, wilson
+from compress.evaluation.serve import Answers, _same, repeats_ratio, serve
+from metadata.errors import VerificationError
+from metadata.schemas import Preprocessing
 from tests.evaluation.conftest import Evaluate, assert_refused
 
 # ------------------------------------------------------------------------------------------------------ closed forms
@@ -28,8 +30,8 @@ def test_wilson_interval_is_scipys(correct: int, total: int) -> None:
                                              (130, {"p5_ms", "p90_ms", "p95_ms"}), (661, {"p5_ms", "p90_ms", "p95_ms"}),
                                              (662, {"p5_ms", "p90_ms", "p95_ms", "p99_ms"})])
 def test_percentiles_need_their_runs(runs: int, given: set[str]) -> None:
-    details = latency_details(list(range(runs)), Settings())
-    keys = set(model_loader.PERCENTILES)
+    details = latency_details(list(range(runs)), EvaluationSettings())
+    keys = set(PERCENTILES)
     assert {key for key in keys if details[key] is not None} == given
     assert set(details["not_given"]) == keys - given and details["runs"] == runs
     assert all(f"got {runs}" in reason for reason in details["not_given"].values())
@@ -100,7 +102,7 @@ PLAIN = Preprocessing(resize=None, crop=None, mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def ask(runtime: Runtime, pictures: list[Path], **settings: Any) -> Answers:
-    return serve([runtime], [PLAIN], pictures, 3, Settings(**settings))[0]
+    return serve([runtime], [PLAIN], pictures, 3, EvaluationSettings(**settings))[0]
 
 
 def test_every_image_is_asked_in_another_order_each_time(pictures: list[Path]) -> None:
@@ -127,9 +129,9 @@ def test_answers_that_change_or_do_not_fit_are_refused(pictures: list[Path]) -> 
 
 def test_answers_may_differ_by_rounding_and_not_by_class() -> None:
     one = np.array([-1e6, 1.0, 2.0], np.float32)
-    assert model_loader._same(one, one + np.float32(1e-5)) and not model_loader._same(one, one[[0, 2, 1]])
+    assert _same(one, one + np.float32(1e-5)) and not _same(one, one[[0, 2, 1]])
     tie = np.array([1.0, 1.0000001, 0.0], np.float32)
-    assert model_loader._same(tie, tie[[1, 0, 2]])
+    assert _same(tie, tie[[1, 0, 2]])
 
 
 def test_warm_up_shows_no_test_image(pictures: list[Path]) -> None:

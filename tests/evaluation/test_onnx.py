@@ -18,9 +18,15 @@ import pytest
 from onnx import TensorProto, helper
 
 import model_loader
-from compress.stage import TorchModel
-from model_loader import OnnxRuntime, OpenvinoRuntime, count_macs, read_images, read_onnx, read_submission
-from tests.conftest import PROJECT
+from architectures.counting import count_macs
+from compress.evaluation.onnx_files import read_onnx
+from compress.evaluation.runtimes import OnnxRuntime, OpenvinoRuntime
+from compress.evaluation.submission import read_submission
+from compress.pipeline.stage import TorchModel
+from loaders.images import list_images, read_images
+from metadata.errors import UserError
+from metadata.files import sha256
+from tests.helpers.commands import PROJECT
 from tests.evaluation.conftest import Evaluate, assert_refused
 
 META = "model_metadata.json"
@@ -37,14 +43,14 @@ def test_both_runtimes_score_what_pytorch_scores(backend: str, onnx_submission: 
     student = TorchModel.load(small_run / "04-finetune")
     assert details["macs"] == count_macs(student.module, student.architecture.input_shape)
     files = read_submission(onnx_submission)
-    paths = [path for path, _ in model_loader.list_images(few)[1]]
+    paths = [path for path, _ in list_images(few)[1]]
     pixels = read_images(paths, files.preprocessing)
     import torch
     with torch.no_grad():
         expected = student.module.eval()(torch.from_numpy(pixels)).numpy()
     runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, 1)
     assert np.allclose(runtime(pixels), expected, atol=1e-3)
-    labels = np.array([label for _, label in model_loader.list_images(few)[1]])
+    labels = np.array([label for _, label in list_images(few)[1]])
     assert details["accuracy"]["correct"] == int((expected.argmax(1) == labels).sum())
 
 
@@ -86,7 +92,7 @@ def test_batches_shuffle_and_agree_with_single_images(onnx_submission: Path, eva
 
 def test_torch_cannot_run_onnx(onnx_submission: Path, evaluate: Evaluate) -> None:
     assert_refused(evaluate(onnx_submission, "--backend", "torch"), "runs on onnxruntime or openvino", code=2)
-    with pytest.raises(model_loader.UserError, match="can be evaluated, not loaded"):
+    with pytest.raises(UserError, match="can be evaluated, not loaded"):
         model_loader.load_model(onnx_submission)
 
 
@@ -219,7 +225,7 @@ def test_packaged_metadata_holds_an_onnx_file_to_its_claims(onnx_submission: Pat
     metadata = json.loads((submission / "model_metadata.json").read_text())
     metadata |= {"model_format": "onnx", "weights_file": "model.onnx", "architecture_file": None,
                  "parameters": file.parameters, "macs": file.macs, "quantization": {"scheme": "none", "layers": {}},
-                 "files": {"model.onnx": {"sha256": model_loader.sha256(folder / "model.onnx"),
+                 "files": {"model.onnx": {"sha256": sha256(folder / "model.onnx"),
                                           "bytes": (folder / "model.onnx").stat().st_size}}}
     (folder / "model_metadata.json").write_text(json.dumps(metadata))
     code, result, error = evaluate(folder)

@@ -11,7 +11,8 @@ import torch
 
 import model_loader
 from compress.evaluation import child
-from loaders.synthetic import prototype_problem
+from compress.evaluation.score import TASK_KEYS
+from compress.evaluation.synthetic import prototype_problem
 
 MEANS = """
 import torch
@@ -179,7 +180,7 @@ def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> Non
     code, said = FAILS[failure]
     exit_code, result, error = run(code, "--time_limit_s", "4" if failure == "for ever" else "60")
     assert exit_code == 1 and said in error and len(error.strip().splitlines()) == 1, error
-    assert all(result[key] == 0 for key in model_loader.TASK_KEYS)
+    assert all(result[key] == 0 for key in TASK_KEYS)
     assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import PROJECT, SMALL, Compress, assert_one_line_error, draw_folder, run_compress
+from tests.helpers.commands import Compress, PROJECT, SMALL, assert_one_line_error, run_compress
+from tests.helpers.folders import draw_folder
 
 STAGES = ["teacher", "distill", "prune", "finetune", "quantize_dynamic", "package", "evaluate"]
 
@@ -260,7 +261,7 @@ def test_a_stage_that_occurs_twice_is_addressed_by_its_place(compress: Compress,
 
 
 def test_teacher_with_other_classes_is_refused(small_run: Path, compress: Compress, tmp_path: Path) -> None:
-    from architectures import make
+    from architectures.zoo import make
     path = tmp_path / "teacher.pth"
     model = make("slim_resnet18", num_classes=12, width=8, stem="small")
     torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in model.state_dict().items()}}, path)
@@ -327,7 +328,7 @@ def test_packaged_accuracy_that_differs_fails_the_run(small_run: Path, compress:
     """Tamper with the packaged weights as a bug would (hashes restated), and run only the evaluation again."""
     import shutil
 
-    from tests.test_model_loader import edit_weights, restate
+    from tests.evaluation.test_evaluator import edit_weights, restate
     shutil.copytree(small_run, tmp_path / "small")
     shutil.rmtree(tmp_path / "small" / "07-evaluate")
     edit_weights(tmp_path / "small" / "submission", lambda weights: weights["fc.bias"].add_(torch.arange(10) * 0.5))

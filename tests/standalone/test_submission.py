@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import model_loader
-from compress.stage import TorchModel
-from tests.conftest import Compress, assert_one_line_error
+from compress.pipeline.stage import TorchModel
+from tests.helpers.commands import Compress, assert_one_line_error
 
 FILES = {"compressed_slimresnet18.pth", "trained_pruned_architecture.json", "model_metadata.json", "model.py",
          "model_loader.py", "requirements.txt", "README.md"}
@@ -165,14 +165,14 @@ def test_package_verb_refuses_what_it_cannot_do(compress: Compress, small_run: P
 
 def test_float_package_loads_too(small_run: Path, tmp_path: Path) -> None:
     """A package of the float student: model.py and the loader agree to 1e-5."""
-    from compress.packaging import Package
-    from metadata.schemas import DatasetCard
-    from model_loader import read_json
+    from compress.packaging.package import TorchPackage
+    from metadata.files import read_json
+    from metadata.records import DatasetCard
 
     student = TorchModel.load(small_run / "04-finetune")
     card = read_json(small_run / "card.json", DatasetCard)
     row = json.loads((small_run / "04-finetune" / "stage.json").read_text())["rows"][0]
-    Package(student.architecture, card, "float", row, student.module).write(tmp_path / "float")
+    TorchPackage(student.architecture, card, "float", row, student.module).write(tmp_path / "float")
     images = torch.randn(3, 3, 8, 8)
     namespace: dict[str, type[torch.nn.Module]] = {}
     exec((tmp_path / "float" / "model.py").read_text(), namespace)

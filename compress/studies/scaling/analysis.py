@@ -11,10 +11,10 @@ from compress.studies.scaling import frontier
 from compress.studies.scaling.fitting import Fit, Observations
 from compress.studies.scaling.forms import Array, Form, joint_forms, single_forms
 from compress.studies.scaling.intervals import Interval, bootstrap, parameter_intervals
-from compress.studies.scaling.judging import SPLITS, Judged, Ranking, judge, rank
+from compress.studies.scaling.judging import Judged, Ranking, SPLITS, judge, rank
 from compress.studies.scaling.table import Runs
 from metadata.closest import closest
-from model_loader import UserError
+from metadata.errors import UserError
 
 JOINT = ("additive", "bounded", "kaplan", "overfitting")
 

@@ -14,19 +14,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from compress.assessment import assess
-from compress.distillation import cross_entropy
-from compress.memory import keep_freed_memory
-from compress.studies import sweep
-from compress.studies.scaling import experiment
-from compress.studies.scaling import images as study_images
+from compress.studies.scaling import experiment, images as study_images
 from compress.studies.scaling.images import Images
-from compress.studies.scaling.plans import Plan, Point
+from compress.studies.scaling.plans import SweepPlan, Point
 from compress.studies.scaling.rows import OVER
 from compress.studies.scaling.sweeps import Study, Task, check_workers, duration, open_study
-from compress.trackers import Tracker
-from compress.training import train
-from model_loader import UserError
+from compress.studies.workers import Report, TaskOutcome, run_local
+from compress.training.assessment import assess
+from compress.training.distillation import cross_entropy
+from compress.training.loop import train
+from compress.training.malloc import keep_freed_memory
+from compress.training.trackers import Tracker
+from metadata.errors import UserError
 
 TRIAL_IMAGES, TRIAL_SECONDS = 2048, 0.5  # of a calibration; one that is over sooner is done again, longer
 
@@ -42,7 +41,7 @@ class Speed:
 Kind = tuple[int, int, int]  # width, depth, batch_size
 
 
-def estimate(plan: Plan, console: Console, workers: int | None = None) -> tuple[Study, dict[str, float]]:
+def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> tuple[Study, dict[str, float]]:
     """Prints a plan's points with their state and the time that they will take, which is returned too.
 
     The time comes from training each network for a few steps, by as many processes at once as the sweep will have. The
@@ -62,14 +61,14 @@ def estimate(plan: Plan, console: Console, workers: int | None = None) -> tuple[
     speeds: dict[Kind, Speed] = {}
     failures = []
 
-    def take(outcome: sweep.Outcome[Task, Speed]) -> None:
+    def take(outcome: TaskOutcome[Task, Speed]) -> None:
         if outcome.result is None:
             failures.append(f"{outcome.task.point.shape}: {outcome.failure}")
         else:
             speeds[_kind(outcome.task.point)] = outcome.result
 
     if kinds:
-        sweep.run_local(calibrate, [study.task(point) for point in kinds.values()], workers, take)
+        run_local(calibrate, [study.task(point) for point in kinds.values()], workers, take)
     if failures:
         raise UserError(f"calibration of {failures[0]}")
     seconds = {point.id: _seconds(point, study.images, speeds[_kind(point)]) for point in left}
@@ -81,7 +80,7 @@ def estimate(plan: Plan, console: Console, workers: int | None = None) -> tuple[
     return study, seconds
 
 
-def calibrate(task: Task, report: sweep.Report) -> Speed:
+def calibrate(task: Task, report: Report) -> Speed:
     """Trains a point's network for a few steps by the engine's own loop, and measures it on a few test images."""
     keep_freed_memory()
     images, device = study_images.read(task.images_folder), experiment.chosen_device(task.device)

@@ -14,25 +14,29 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from architectures import make
-from architectures.scaling_cnn import ScalingCNN
-from compress import optimizers
-from compress.assessment import learned_parameters
-from compress.distillation import cross_entropy
-from compress.memory import keep_freed_memory
-from compress.recipe import Recipe
-from compress.schedules import Schedule
+from architectures.counting import count_macs
+from architectures.families.scaling_cnn import ScalingCNN
+from architectures.zoo import make
 from compress.studies.scaling import images as study_images
 from compress.studies.scaling.images import Images
-from compress.studies.scaling.plans import TRAINING, Point, make_point
+from compress.studies.scaling.plans import Point, TRAINING, make_point
 from compress.studies.scaling.rows import CURVE, OVER, Results, Row
-from compress.trackers import Tracker
-from compress.training import Data, DivergedError, seeded, train
-from compress.training_run import NO_FLIP
-from loaders import set_name
+from compress.training import optimizers
+from compress.training.assessment import learned_parameters
+from compress.training.distillation import cross_entropy
+from compress.training.loop import Data, DivergedError, seeded, train
+from compress.training.malloc import keep_freed_memory
+from compress.training.recipe import Recipe
+from compress.training.run import NO_FLIP
+from compress.training.schedules import Schedule
+from compress.training.trackers import Tracker
 from loaders.augment import Augmenter
-from metadata.files import read_csv, remove_leftovers, write_atomically, write_csv
-from model_loader import UserError, count_macs, usable_cores
+from loaders.catalog import set_name
+from metadata.errors import UserError
+from metadata.files import write_atomically
+from metadata.formats import read_csv, write_csv
+from metadata.locks import remove_leftovers
+from metadata.machine import usable_cores
 
 CHECKPOINT, METRICS = "checkpoint.pth", "metrics.csv"
 LAST = 5  # measured epochs of which the final figures are the mean

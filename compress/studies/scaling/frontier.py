@@ -10,7 +10,7 @@ from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, Observations
 from compress.studies.scaling.forms import Array, Numbers
-from compress.studies.scaling.intervals import LEVEL, Interval, profile
+from compress.studies.scaling.intervals import Interval, LEVEL, profile
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from compress.studies.scaling.rows import Results
-from compress.trackers import Tracker
-from compress.training_run import flags_named
-from loaders import load, set_name
-from loaders.arrays import ArrayImages, Request, Split, Splits, fingerprint, prefetched
+from compress.training.run import flags_named
+from compress.training.trackers import Tracker
+from loaders.arrays import ArrayImages, Split, Splits, fingerprint, prefetched
 from loaders.augment import derive_seed
-from metadata.files import appearing, remove_leftovers, waiting_lock, write_json
-from metadata.schemas import DatasetCard
-from model_loader import UserError
+from loaders.catalog import load, set_name
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.files import write_json
+from metadata.locks import appearing, remove_leftovers, waiting_lock
+from metadata.records import DatasetCard
 
 CARD, KNOWN = "card.json", "data.json"
 SPLITS = ("train", "test")

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from compress.config import RECIPES, Config, read_mapping, settings_error
+from compress.settings import Config, RECIPES, read_mapping, settings_error
 from metadata.closest import closest
-from model_loader import UserError
+from metadata.errors import UserError
 
 PLANS = RECIPES / "scaling"
 
@@ -120,7 +120,7 @@ class _Sweep(Config):
         """(width, depth, dataset_size) of its points."""
         raise NotImplementedError
 
-    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
         """Passes over the subset."""
         raise NotImplementedError
 
@@ -128,7 +128,7 @@ class _Sweep(Config):
 class _WithEpochs(_Sweep):
     num_epochs: Rule | None = Field(None, description="passes over the subset")
 
-    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
         return _ruled(self.num_epochs or plan.num_epochs, size, "num_epochs")
 
 
@@ -190,7 +190,7 @@ class ComputeSweep(_Grid):
     compute: float = Field(gt=0, description="N * D * epochs")
     tolerance: float = Field(0.05, gt=0, lt=1, description="by what share of `compute` a point may miss it")
 
-    def epochs(self, plan: Plan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
         one = parameters(width, depth) * size
         epochs = max(1, round(self.compute / one))
         if abs(epochs * one / self.compute - 1) > self.tolerance:
@@ -206,7 +206,7 @@ KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep, "dat
                                   "constant_compute": ComputeSweep}
 
 
-class Plan(Config):
+class SweepPlan(Config):
     """A study: common keys, and sweeps that may have their own seeds, batch_size, num_epochs and test_freq."""
 
     dataset: str = Field("cifar10", description="see loaders/")
@@ -255,7 +255,7 @@ def _ruled(rule: dict[int, int], size: int, key: str) -> int:
     return number
 
 
-def read_plan(name: str) -> Plan:
+def read_plan(name: str) -> SweepPlan:
     """A packaged plan by its name, or a YAML file.
 
     Raises:
@@ -263,13 +263,13 @@ def read_plan(name: str) -> Plan:
     """
     _, content = read_mapping(name, PLANS, "plan")
     if "kind" in content:  # one sweep alone: its keys may stand among the common ones
-        own = {key: content.pop(key) for key in list(content) if key not in Plan.model_fields}
+        own = {key: content.pop(key) for key in list(content) if key not in SweepPlan.model_fields}
         others = content.get("sweeps") or []
         if not isinstance(others, list):
             raise UserError(f"plan {name}: sweeps: expected a list of sweeps, got {others!r}")
         content["sweeps"] = [own, *others]
     try:
-        return Plan.model_validate(content)
+        return SweepPlan.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "union_tag_not_found":
@@ -279,7 +279,7 @@ def read_plan(name: str) -> Plan:
             raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, KINDS)} (known: "
                             f"{', '.join(KINDS)})") from error
         kind = next((found["loc"][2] for found in error.errors() if len(found["loc"]) > 3), None)  # sweeps.0.KIND.key
-        raise settings_error(f"plan {name}", error, KINDS.get(str(kind), Plan).model_fields) from error
+        raise settings_error(f"plan {name}", error, KINDS.get(str(kind), SweepPlan).model_fields) from error
 
 
 def _place(location: tuple[int | str, ...]) -> str:

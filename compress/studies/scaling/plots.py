@@ -13,8 +13,8 @@ import numpy as np
 from compress.studies.scaling.analysis import Analysis, Section
 from compress.studies.scaling.forms import Array
 from compress.studies.scaling.frontier import band, optimum
-from compress.studies.scaling.judging import SPLITS, Judged
-from metadata.files import write_figure
+from compress.studies.scaling.judging import Judged, SPLITS
+from metadata.formats import write_figure
 
 NAMES = {"N": "parameters N", "D": "training examples D"}
 CURVES = 6  # of levels of the other variable; more cannot be told apart

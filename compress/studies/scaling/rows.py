@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from metadata.files import read_csv, remove_leftovers, waiting_lock, write_csv
-from model_loader import UserError
+from metadata.errors import UserError
+from metadata.formats import read_csv, write_csv
+from metadata.locks import remove_leftovers, waiting_lock
 
 COLUMNS = ("width", "depth", "seed", "batch_size", "N", "D", "epochs", "steps", "C_proxy", "total_flops",
            "final_test_loss_avg_last5", "final_test_acc_avg_last5", "best_test_loss", "best_test_acc",

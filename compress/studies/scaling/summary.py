@@ -17,7 +17,7 @@ from compress.studies.scaling.fitting import Fit
 from compress.studies.scaling.forms import Array
 from compress.studies.scaling.frontier import band, predict
 from compress.studies.scaling.intervals import Interval
-from compress.studies.scaling.judging import SPLITS, Judged, Ranking
+from compress.studies.scaling.judging import Judged, Ranking, SPLITS
 from compress.studies.scaling.table import Runs
 from metadata.files import write_atomically, write_json
 

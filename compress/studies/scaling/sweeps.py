@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from compress.studies import sweep
-from compress.studies.scaling import experiment
-from compress.studies.scaling import images as study_images
+from compress.studies.scaling import experiment, images as study_images
 from compress.studies.scaling.images import Images
-from compress.studies.scaling.plans import Plan, Point
-from compress.studies.scaling.rows import OVER, BusyError, Results, Row
-from compress.trackers import Advance, Tracker
-from loaders import set_name
-from model_loader import UserError, usable_cores
+from compress.studies.scaling.plans import SweepPlan, Point
+from compress.studies.scaling.rows import BusyError, OVER, Results, Row
+from compress.studies.workers import Report, TaskOutcome, run_local, run_ray
+from compress.training.trackers import Advance, Tracker
+from loaders.catalog import set_name
+from metadata.errors import UserError
+from metadata.machine import usable_cores
 
 PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice that it is lost
 
@@ -44,7 +44,7 @@ class Task:
 class Study:
     """An opened plan: its points in the plan's order, and its images."""
 
-    plan: Plan
+    plan: SweepPlan
     results: Results
     images_folder: Path
     images: Images
@@ -71,7 +71,7 @@ class Study:
         return work * (1 + 16 / point.width)
 
 
-def open_study(plan: Plan, console: Console) -> Study:
+def open_study(plan: SweepPlan, console: Console) -> Study:
     """Decodes the images if need be, and expands the plan; everything that is wrong with it is found here.
 
     Raises:
@@ -106,7 +106,7 @@ def check_workers(workers: int | None, device: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ sweep
 
 
-def run(plan: Plan, console: Console, workers: int | None = None, ray: str | None = None) -> list[Row]:
+def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray: str | None = None) -> list[Row]:
     """Runs what is left of a plan, and returns the rows of all its points that have one.
 
     Args:
@@ -133,9 +133,9 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
             if ray is not None:
                 waiting = [replace(task, patience_seconds=PATIENCE_SECONDS) for task in tasks]
                 on_gpu = None if plan.device == "auto" else plan.device == "cuda"
-                sweep.run_ray(work, waiting, ray, board.outcome, on_gpu)
+                run_ray(work, waiting, ray, board.outcome, on_gpu)
             else:
-                sweep.run_local(work, tasks, workers, board.outcome, board.progress)
+                run_local(work, tasks, workers, board.outcome, board.progress)
     rows = study.results.rows()
     mine: list[Row] = [dict(rows[point.id]) for point in study.points if point.id in rows]
     print_rows(console, mine)
@@ -145,7 +145,7 @@ def run(plan: Plan, console: Console, workers: int | None = None, ray: str | Non
     return mine
 
 
-def work(task: Task, report: sweep.Report) -> Row:
+def work(task: Task, report: Report) -> Row:
     """Runs a point in a worker process; one that another process runs comes back with the status busy."""
     try:
         return experiment.run_point(task.point, Results(task.base_dir), task.images_folder,
@@ -159,7 +159,7 @@ def work(task: Task, report: sweep.Report) -> Row:
 class _Reporting(Tracker):
     """Passes on what share of the training is done."""
 
-    report: sweep.Report = field(default=lambda share: None)
+    report: Report = field(default=lambda share: None)
 
     @contextmanager
     def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
@@ -199,7 +199,7 @@ class _Board:
         self.shares[task.point.id] = share
         self._update()
 
-    def outcome(self, outcome: sweep.Outcome[Task, Row]) -> None:
+    def outcome(self, outcome: TaskOutcome[Task, Row]) -> None:
         """A point is over: a row of its own if it failed, and a line."""
         point = outcome.task.point
         row = outcome.result

@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.studies.scaling.fitting import Observations, pooled_noise
 from metadata.closest import closest
-from model_loader import UserError
+from metadata.errors import UserError
 
 ALIASES = {
     "N": ("n", "params", "parameters", "n_params", "num_params", "n_parameters", "num_parameters", "model_size"),

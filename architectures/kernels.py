@@ -1,0 +1,186 @@
+"""One int8 or float layer on oneDNN's kernels, packed, with the activation and the addition behind it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
+
+from architectures.int8 import int8_layers
+from metadata.errors import first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@functools.cache
+def no_int8_kernels() -> str:
+    """Why the int8 layers of this process compute in float32; empty where oneDNN's int8 kernels serve them exactly.
+
+    The kernels are tried on the largest values there are: without VNNI instructions, pairs of products saturate at 16 bits,
+    and a model would answer differently from what was measured elsewhere.
+    """
+    import torch
+    levels = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight, scale = torch.full((16, 64, 3, 3), 127, dtype=torch.int8), torch.ones(16)
+    one, zero_points = [1, 1], torch.zeros(16, dtype=torch.long)
+    try:
+        ops = torch.ops.onednn
+        packed = ops.qconv_prepack(weight, scale, 1.0, 0, one, one, one, 1, list(levels.shape))
+        convolved = ops.qconv2d_pointwise(levels, 1.0, 0, packed, scale, zero_points, None, one, one, one, 1, 1.0, 0,
+                                          torch.float32, "none", [], "")
+        total = torch.ones_like(convolved)
+        added = ops.qconv2d_pointwise.binary(levels, 1.0, 0, packed, scale, zero_points, total, None, one, one, one, 1, 1.0,
+                                             0, torch.float32, 1.0, 0, "sum", 1.0, "none", [], "")
+        row = levels[:, :, 0, 0].contiguous()
+        packed = ops.qlinear_prepack(weight[:, :, 0, 0].contiguous(), list(row.shape))
+        product = ops.qlinear_pointwise(row, 1.0, 0, packed, scale, zero_points, None, 1.0, 0, torch.float32, "none", [],
+                                        "")
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+        return f"this PyTorch has no int8 kernels for this CPU ({first_line(error)})"
+    expected = torch.nn.functional.conv2d(levels.float(), weight.float(), padding=1)
+    if not (torch.equal(convolved, expected) and torch.equal(added, expected + 1)
+            and bool((product == 64 * 255 * 127).all())):
+        return "this CPU's int8 kernels saturate (it has no VNNI instructions)"
+    return ""
+
+
+def int8_arithmetic(model: nn.Module) -> str | None:
+    """How the model's int8 layers compute in this process, for reports; None where it has none."""
+    kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
+    if not any(isinstance(module, kinds) for module in model.modules()):
+        return None
+    reason = no_int8_kernels()
+    return f"in float32, with the same results to rounding: {reason}" if reason else "on oneDNN's int8 kernels"
+
+
+def layer_by_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model as its layers define it: without int8 kernels, where it would run on them."""
+    return getattr(model, "layer_by_layer", model)
+
+
+class NotFiniteError(ArithmeticError):
+    """A tensor has no range to be quantized in."""
+
+
+class QuantizedTensor:
+    """A tensor, and its integers with their scale and zero point once somebody asks: all who use it share them.
+
+    Args:
+        tensor: (1, ...) float32.
+        nonnegative: known to hold nothing below zero, such as a ReLU's output.
+    """
+
+    __slots__ = ("_parts", "nonnegative", "tensor")
+
+    def __init__(self, tensor: Tensor, nonnegative: bool = False) -> None:
+        self.tensor, self.nonnegative = tensor, nonnegative
+        self._parts: tuple[Tensor, float, int] | None = None
+
+    def parts(self) -> tuple[Tensor, float, int]:
+        """Unsigned 8-bit integers of the tensor's shape, scale, zero point; see `Int8Layers.quantize_activations`.
+
+        Raises:
+            NotFiniteError: the tensor holds NaN or infinite values.
+        """
+        import torch
+        if self._parts is None:
+            high = max(self.tensor.amax().item(), 0.0)
+            low = 0.0 if self.nonnegative else min(self.tensor.amin().item(), 0.0)
+            if not math.isfinite(high - low):
+                raise NotFiniteError
+            scale = max((high - low) / 255, 1e-12)
+            zero_point = round(-low / scale)
+            scale = max(scale, high / max(255 - zero_point, 1), -low / max(zero_point, 1))
+            # Beside 1.5 * 2^23 a float has no bits left for a fraction: adding it rounds, half to even, and the lowest
+            # byte of the sum is the integer. Two passes over the tensor, both vectorised.
+            shifted = torch.add(torch.tensor(12582912.0 + zero_point), self.tensor, alpha=1 / scale)
+            self._parts = shifted.view(torch.int32).to(torch.uint8), scale, zero_point
+        return self._parts
+
+
+FUSED = {"ReLU": ("relu", []), "ReLU6": ("hardtanh", [0.0, 6.0]), "SiLU": ("swish", []), "Hardswish": ("hardswish", [])}
+FUSED_WITH_ADD = {"ReLU": FUSED["ReLU"]}
+
+
+class Kernel:
+    """A convolution or linear layer on oneDNN, packed for the shape of its first input, with what is fused behind it.
+
+    Args:
+        layer: Conv2d, Linear, Int8Conv2d or Int8Linear, on the CPU.
+        activation: of `FUSED`, or None.
+        adds: whether a second tensor is added, before the activation.
+    """
+
+    def __init__(self, layer: nn.Module, activation: str | None = None, adds: bool = False) -> None:
+        self.layer, self.adds = layer, adds
+        self.attribute = FUSED[activation] if activation else ("none", [])
+        self.int8 = getattr(layer, "activations", "float32") == "int8"
+        self.call: Callable[..., Tensor] | None = None
+        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of what is added to each other, at the first call
+
+    def __call__(self, value: QuantizedTensor, other: Tensor | None = None) -> Tensor:
+        """The layer's output; `other` may be overwritten with it."""
+        shapes = None if other is None else (value.tensor.shape, other.shape)
+        if self.call is None:
+            self.call, self.shapes = self._packed(value.tensor, other), shapes
+        elif shapes != self.shapes:  # with another size of image it may broadcast
+            return self._broadcasting(value, other)
+        return self.call(value, other)
+
+    @functools.cached_property
+    def _broadcasting(self) -> Callable[..., Tensor]:
+        """The layer, then the addition for itself, of whatever shapes."""
+        import torch
+        alone, act = Kernel(self.layer), torch.relu_ if self.attribute[0] == "relu" else lambda x: x
+        return lambda value, other: act(alone(value) + other)
+
+    def _packed(self, tensor: Tensor, other: Tensor | None) -> Callable[..., Tensor]:
+        import torch
+        layer: Any = self.layer
+        shape = list(tensor.shape)
+        bias = None if layer.bias is None else layer.bias.detach()
+        name, scalars = self.attribute
+        weight = layer.weight.detach()
+        if not self.int8 and weight.dtype == torch.int8:
+            weight = weight.float() * layer.weight_scale.view(-1, *[1] * (weight.dim() - 1))
+        float32, zero_points = torch.float32, torch.zeros(len(weight), dtype=torch.long)
+        if weight.dim() == 2:
+            if not self.int8:
+                function = {"none": lambda x: x, "relu": torch.relu_}[name]
+                return lambda value, other: function(torch.nn.functional.linear(value.tensor, weight, bias))
+            scale, product = layer.weight_scale, torch.ops.onednn.qlinear_pointwise.default
+            packed = torch.ops.onednn.qlinear_prepack(weight, shape)
+            return lambda value, other: product(*value.parts(), packed, scale, zero_points, bias, 1.0, 0, float32, name,
+                                                scalars, "")
+        stride, padding, dilation = (list(pair) for pair in (layer.stride, layer.padding, layer.dilation))
+        groups = layer.groups
+        sizes = [(size + 2 * pad - reach * (kernel - 1) - 1) // step + 1 for size, pad, reach, kernel, step in
+                 zip(shape[2:], padding, dilation, layer.kernel_size, stride, strict=True)]
+        if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: nothing to overwrite
+            return self._broadcasting
+        if self.int8:
+            scale, ops = layer.weight_scale, torch.ops.onednn
+            packed = ops.qconv_prepack(weight, scale, 1.0, 0, stride, padding, dilation, groups, shape)
+            if self.adds:
+                convolve_and_add = ops.qconv2d_pointwise.binary
+                return lambda value, other: convolve_and_add(
+                    *value.parts(), packed, scale, zero_points, other, bias, stride, padding, dilation, groups, 1.0, 0,
+                    float32, 1.0, 0, "sum", 1.0, name, scalars, "")
+            convolve = ops.qconv2d_pointwise.default
+            return lambda value, other: convolve(*value.parts(), packed, scale, zero_points, bias, stride, padding,
+                                                 dilation, groups, 1.0, 0, float32, name, scalars, "")
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
+        if self.adds:
+            after = name if name != "none" else None
+            if other is tensor:  # it is still being read
+                add = torch.ops.mkldnn._convolution_pointwise.binary
+                return lambda value, other: add(value.tensor, other, packed, bias, padding, stride, dilation, groups, "add",
+                                                1.0, after, scalars, "")
+            add_to = torch.ops.mkldnn._convolution_pointwise_.binary
+            return lambda value, other: add_to(other, value.tensor, packed, bias, padding, stride, dilation, groups, "add",
+                                               1.0, after, scalars, "")
+        plain = torch.ops.mkldnn._convolution_pointwise.default
+        return lambda value, other: plain(value.tensor, packed, bias, padding, stride, dilation, groups, name, scalars, "")

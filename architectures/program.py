@@ -1,0 +1,283 @@
+"""A graph of layers as a list of calls on oneDNN's kernels, which is how dynamic int8 runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
+
+from architectures.int8 import int8_layers
+from architectures.kernels import FUSED, FUSED_WITH_ADD, Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+NONNEGATIVE = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid"}
+KEEPS_SIGN = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Flatten", "Mean", "Add", "Multiply",
+              "Concat"}
+
+
+@dataclasses.dataclass
+class Step:
+    """One call of a `Program`: registers in, register out, and the registers that nobody reads any more.
+
+    `layer` names the layer with weights that the call is for, where it is for one.
+    """
+
+    function: Callable[..., Tensor]
+    sources: list[int]
+    target: int
+    nonnegative: bool
+    layer: str | None
+    dead: list[int] = dataclasses.field(default_factory=list)
+
+
+class Program:
+    """A graph as a list of calls on oneDNN: convolutions with what follows them fused, channels last throughout.
+
+    Args:
+        model: as `build` makes them; its weights are packed at the first call.
+    """
+
+    def __init__(self, model: torch.fx.GraphModule) -> None:
+        import torch
+        from torch import fx, nn
+        self.channels_last = torch.channels_last
+        modules = dict(model.named_modules())
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        for node in list(graph.nodes):  # what evaluation passes on as it is would only stand between what can be fused
+            if node.op == "call_module" and type(modules[node.target]) in (nn.Dropout, nn.Identity):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        nodes = list(graph.nodes)
+        kinds = {node: type(modules[node.target]).__name__ if node.op == "call_module" else _function_name(node)
+                 for node in nodes}
+        fused = _fuse(nodes, kinds)
+        inner = {part for parts in fused.values() for part in (parts.layer, *parts.between)} - fused.keys()
+        registers: dict[Any, int] = {}
+        nonnegative: dict[Any, bool] = {}
+        self.steps: list[Step] = []
+        for node in nodes:
+            if node.op == "output":
+                self.output = registers[node.args[0]]
+            elif node.op == "placeholder":
+                registers[node], nonnegative[node] = 0, False
+            elif node not in inner:
+                registers[node] = len(registers)
+                inputs = _inputs(node)
+                nonnegative[node] = kinds[node] in NONNEGATIVE or (
+                    node not in fused and kinds[node] in KEEPS_SIGN and all(nonnegative[source] for source in inputs))
+                if node in fused:
+                    parts = fused[node]
+                    inputs = [parts.layer.args[0], *([] if parts.other is None else [parts.other])]
+                    function: Callable[..., Tensor] = Kernel(modules[parts.layer.target], parts.activation,
+                                                             parts.other is not None)
+                elif node.op == "call_module":
+                    function = modules[node.target]
+                else:
+                    function = functools.partial(_call_function, node)
+                self.steps.append(Step(function, [registers[source] for source in inputs], registers[node],
+                                       nonnegative[node], str(fused[node].layer.target) if node in fused else None))
+        self.size = len(registers)
+        last = {register: step for step in self.steps for register in step.sources}
+        for register, step in last.items():
+            if register != self.output:
+                step.dead.append(register)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) float32 -> (N, classes), image by image: each has ranges of its own.
+
+        Raises:
+            NotFiniteError: an image, or what an int8 layer reads, holds NaN or infinite values.
+        """
+        import torch
+        with torch.no_grad():
+            if not math.isfinite(images.sum().item()):  # fused activations take NaN for 0
+                raise NotFiniteError
+            rows = [self.one(images[index:index + 1]) for index in range(len(images))]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def one(self, image: Tensor, watch: Callable[[Step, QuantizedTensor], None] = lambda step, source: None) -> Tensor:
+        """One image; `watch` is told before each call which it is and what it is about to read."""
+        values: list[Any] = [None] * self.size
+        values[0] = QuantizedTensor(image.contiguous(memory_format=self.channels_last) if image.dim() == 4 else image)
+        for step in self.steps:
+            sources = [values[source] for source in step.sources]
+            watch(step, sources[0])
+            if step.layer is None:
+                output = step.function(*[source.tensor for source in sources])
+            else:
+                output = step.function(sources[0], sources[1].tensor) if len(sources) > 1 else step.function(sources[0])
+            values[step.target] = QuantizedTensor(output, step.nonnegative)
+            for register in step.dead:
+                values[register] = None
+        return values[self.output].tensor  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A layer with weights and the nodes that one kernel does with it."""
+
+    layer: Any
+    between: tuple[Any, ...]  # nodes after the layer and before the last one
+    other: Any | None  # what is added
+    activation: str | None
+
+
+def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
+    """Groups of nodes that are one kernel, by their last node."""
+    weighted = {"Conv2d", "Linear", "Int8Conv2d", "Int8Linear"}
+    order = {node: index for index, node in enumerate(nodes)}
+    fused: dict[Any, Fused] = {}
+
+    def only_user(node: Any) -> Any | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def latest(node: Any) -> int:
+        """Where a layer's kernel runs at the latest: in the place of the last node that may be fused with it."""
+        last, following = node, only_user(node)
+        if following is not None and kinds[following] == "Add":
+            last, following = following, only_user(following)
+        return order[following if following is not None and kinds[following] in FUSED else last]
+
+    adders = {}  # the addition -> the convolution whose kernel does it: the later of the two
+    for node in nodes:
+        if kinds[node] == "Add" and len(set(_inputs(node))) == 2:
+            able = [source for source in _inputs(node) if kinds[source] in ("Conv2d", "Int8Conv2d")
+                    and only_user(source) is node]
+            able.sort(key=order.__getitem__)
+            if able:
+                other, = (source for source in _inputs(node) if source is not able[-1])
+                # It is overwritten with the sum: it must be a tensor of its own that no other kernel reads afterwards.
+                owned = kinds[other] in weighted | set(FUSED) | {"Add", "MaxPool2d", "AvgPool2d", "Multiply", "Concat"}
+                if owned and all(user in (node, able[-1]) or (kinds[user] in weighted and latest(user) < order[node])
+                                 for user in other.users):
+                    adders[able[-1]] = node
+    for node in nodes:
+        if kinds[node] not in weighted:
+            continue
+        chain, other = [node], None
+        if node in adders:
+            chain.append(adders[node])
+            other, = (source for source in _inputs(adders[node]) if source is not node)
+        following = only_user(chain[-1])
+        allowed = FUSED_WITH_ADD if other is not None or kinds[node].endswith("Linear") else FUSED
+        activation = kinds[following] if following is not None and kinds[following] in allowed else None
+        if activation:
+            chain.append(following)
+        fused[chain[-1]] = Fused(node, tuple(chain[1:-1]), other, activation)
+    return fused
+
+
+def _function_name(node: Any) -> str:
+    """The layer table's name of a function's node."""
+    import torch
+    names = {operator.add: "Add", operator.mul: "Multiply", torch.mean: "Mean", torch.cat: "Concat"}
+    return names.get(node.target, str(node.op))
+
+
+def _inputs(node: Any) -> list[Any]:
+    """The nodes that a node reads, in the order of its arguments, one that stands twice twice."""
+    return list(node.args[0]) if isinstance(node.args[0], list | tuple) else [
+        argument for argument in node.args if hasattr(argument, "all_input_nodes")]
+
+
+def _call_function(node: Any, *tensors: Tensor) -> Tensor:
+    """A function's node on other tensors than its own arguments, in their order."""
+    if isinstance(node.args[0], list | tuple):
+        return node.target(list(tensors), *node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
+    return node.target(*tensors, *node.args[len(tensors):], **node.kwargs)  # type: ignore[no-any-return]
+
+
+class Contents:
+    """What a model holds now, to tell later whether any of it was replaced or changed.
+
+    A tensor that is put in the place of a `.data` is seen; what is written into one is not: torch keeps no account of that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        import torch
+        self.modules = list(model.modules())
+        places = [(held, key, value) for module in self.modules for held in (module._modules, module._parameters,
+                                                                              module._buffers)
+                  for key, value in held.items()]
+        places += [(module.__dict__, "activations", module.activations) for module in self.modules
+                   if "activations" in module.__dict__]
+        self.held, self.keys, self.values = zip(*places, strict=True)
+        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self.state = self._state()
+        self.hooks_ever, self.watched = -1, False
+
+    def _state(self) -> tuple[list[int], list[int]]:
+        """Where each tensor lies, and how often it was changed in place, where torch counts that."""
+        import torch
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(operator.attrgetter("_version"), self.counted))
+
+    def are_as_before(self) -> bool:
+        """Whether the same modules and tensors stand in the same places, unchanged."""
+        return all(map(operator.is_, map(dict.get, self.held, self.keys), self.values)) and self._state() == self.state
+
+    def are_watched(self) -> bool:
+        """Whether a module has hooks, which are to be called."""
+        from torch.utils.hooks import RemovableHandle
+        if self.watched or self.hooks_ever != RemovableHandle.next_id:  # the process's count; walking all modules is slow
+            self.hooks_ever = RemovableHandle.next_id
+            self.watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
+        return self.watched
+
+
+@functools.cache
+def int8_graph() -> type[torch.fx.GraphModule]:
+    """The class of graphs with int8 layers, defined on first use because it needs torch."""
+    import torch
+    from torch import fx
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    class Int8Graph(fx.GraphModule):
+        """A graph whose int8 layers run on int8 kernels where there are any: evaluation of float32 images on the CPU.
+
+        Everything else, such as training mode, other devices, hooks and counting or tracing, takes the layers' own way.
+        """
+
+        program: Program | None = None
+        contents: Contents | None = None  # of which the program was made
+
+        def takes(self, images: Any) -> bool:
+            """Whether they are images, or rows for a linear layer that is alone in its graph."""
+            return type(images) is torch.Tensor and len(images) > 0 and (images.dim() == 4 or (
+                images.dim() > 1 and all(isinstance(layer, int8_layers().Int8Linear) for layer in self.children())))
+
+        def layer_by_layer(self, images: Tensor) -> Tensor:
+            """What the layers themselves compute, which defines the result."""
+            return super().__call__(images)  # type: ignore[no-any-return]
+
+        def __call__(self, *inputs: Any, **options: Any) -> Any:
+            images: Any = inputs[0] if len(inputs) == 1 and not options else None
+            if (self.takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
+                    and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
+                    and _get_current_dispatch_mode() is None and not no_int8_kernels()):
+                if self.contents is None or not self.contents.are_as_before():
+                    self.program, self.contents = None, Contents(self)
+                if not self.contents.are_watched():
+                    if self.program is None:  # a module's attributes are slow to set
+                        self.program = Program(self)
+                    with contextlib.suppress(NotFiniteError):  # fused activations could hide it
+                        return self.program(images)
+            return super().__call__(*inputs, **options)
+
+        def recompile(self) -> Any:
+            self.program = None
+            return super().recompile()
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            self.program = self.contents = None  # packed weights cannot be copied
+            return super().__deepcopy__(memo)
+
+    return Int8Graph

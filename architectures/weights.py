@@ -1,0 +1,116 @@
+"""Weights files, opened as data alone and held to the architecture that they are for."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+from architectures.build import build, check_shapes
+from architectures.counting import count_macs
+from architectures.layers import Architecture
+from metadata.errors import VerificationError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; more than this is an attack or a mistake
+
+
+def load_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors in plain containers (`weights_only`, so no code can run).
+
+    Raises:
+        VerificationError: missing, truncated, or it holds objects other than tensors and plain values.
+    """
+    import torch
+    if not path.is_file():
+        raise VerificationError(f"{path}: there is no such file")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise VerificationError(f"{path}: its members are compressed, which torch.save never does")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about tensors that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, struct.error,
+            torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
+        raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
+                                f"{first_line(error)}") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict: named dense tensors with finite values, and nothing else.
+
+    Raises:
+        VerificationError: not readable, see `load_tensors`, or not a state dict.
+    """
+    return check_tensors(load_tensors(path), str(path))
+
+
+def check_tensors(weights: Any, where: str) -> dict[str, Tensor]:
+    """Holds what was read to be a state dict.
+
+    Raises:
+        VerificationError: something is no tensor, not in memory, not dense, or not finite.
+    """
+    import torch
+    if not isinstance(weights, dict) or not all(
+            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+        raise VerificationError(f"{where}: expected a state dict (names to tensors), got {type(weights).__name__}")
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise VerificationError(f"{where}: tensor {name} is no plain dense tensor ({tensor.layout}, {tensor.device})")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise VerificationError(f"{where}: tensor {name} holds NaN or infinite values")
+    return dict(weights)  # an OrderedDict's attributes are not data
+
+
+def load_verified(architecture: Architecture, weights: dict[str, Tensor], where: str) -> torch.fx.GraphModule:
+    """Builds the architecture around the weights, after checking every name, shape, dtype and value.
+
+    Raises:
+        VerificationError: the weights do not bear out the architecture; the first tensor at fault is named.
+    """
+    import torch
+    with torch.device("meta"):
+        model = build(architecture)
+    expected = model.state_dict()
+    for name in expected.keys() - weights.keys():
+        raise VerificationError(f"{where}: tensor {name} is missing")
+    for name in weights.keys() - expected.keys():
+        raise VerificationError(f"{where}: tensor {name} belongs to no layer of the architecture")
+    for name, tensor in weights.items():
+        want = expected[name]
+        if tensor.shape != want.shape:
+            raise VerificationError(f"{where}: tensor {name} is {list(tensor.shape)}, the architecture says "
+                                    f"{list(want.shape)}")
+        if tensor.dtype != want.dtype:
+            raise VerificationError(f"{where}: tensor {name} is {tensor.dtype}, expected {want.dtype}")
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()
+
+
+def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModule:
+    """The verified model of an architecture and a weights file, whose sizes are checked before the file is read.
+
+    Raises:
+        VerificationError: the weights do not bear out the architecture, or one image would take absurdly long.
+    """
+    import torch
+    check_shapes(architecture)
+    with torch.device("meta"):
+        empty = build(architecture).eval()
+        if not empty.state_dict():
+            raise VerificationError(f"{weights}: the architecture has no layer with weights")
+        macs = count_macs(empty, architecture.input_shape)
+    if macs > MAX_MACS:
+        raise VerificationError(f"{weights}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in empty.state_dict().values())
+    if weights.is_file() and weights.stat().st_size > 2 * needed + 2**20:
+        raise VerificationError(f"{weights}: the file has {weights.stat().st_size:,} bytes, its tensors need {needed:,}")
+    return load_verified(architecture, read_weights(weights), str(weights))

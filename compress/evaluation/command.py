@@ -1,0 +1,144 @@
+"""The evaluator's command line, and the results file that is written whatever happens."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.evaluation.evaluate import evaluate_submission, failed_result
+from compress.evaluation.extras import toolkit
+from compress.evaluation.measure import Progress
+from compress.evaluation.runtimes import EvaluationSettings
+from metadata.errors import UserError, first_line
+from metadata.files import write_json
+from metadata.machine import usable_cores
+
+
+def terminal_progress() -> Progress | None:
+    """A counter with the time left on stderr, where a person is looking; None elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    start: float | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal start
+        start = start or time.monotonic()  # at the first image: loading and timing the model came before
+        left = (time.monotonic() - start) / done * (total - done)
+        end = "\n" if done == total else ""
+        if end or done % max(1, total // 200) == 0:
+            print(f"\rclassified {done}/{total} images, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's flags."""
+    plain = EvaluationSettings()
+    parser = argparse.ArgumentParser(description="Scores a compressed image classifier: size, latency and accuracy.")
+    parser.add_argument("--submission_dir", help="folder with model_metadata.json and what it names")
+    parser.add_argument("--data_dir", help="test images, one folder a class")
+    parser.add_argument("--baseline_size", type=float, default=50.0, help="MB (2^20 bytes); default 50")
+    parser.add_argument("--baseline_latency", type=float, default=10.0, help="milliseconds at batch 1; default 10")
+    parser.add_argument("--baseline_accuracy", type=float, help="percent, default 80; of --task a fraction, default 0.85")
+    parser.add_argument("--output_file", default="results.json", help="where the result is written")
+    parser.add_argument("--runs", type=int, default=plain.runs, help=f"timed calls; default {plain.runs}")
+    parser.add_argument("--warmup", type=int, default=plain.warmup, help=f"calls before them; default {plain.warmup}")
+    parser.add_argument("--threads", type=int, help="of one inference; default 1, of --task all cores")
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "onnxruntime", "openvino"])
+    parser.add_argument("--batch_size", type=int, default=1, help="for the accuracy alone; default 1")
+    parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
+    parser.add_argument("--allow_code", action="store_true", help="run a submission's model.py, in a process with limits")
+    parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s, help="of all that is asked")
+    parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb, help="that a submission may take")
+    parser.add_argument("--compare", metavar="SUBMISSION", help="measure this one in turns with the first, and judge")
+    parser.add_argument("--task", choices=["imagenet_pareto_2_5m"], help="instead: evaluate a solution of a synthetic task")
+    parser.add_argument("--solution", help="of --task: a Python file with a Solution class")
+    parser.add_argument("--param_limit", type=int, default=2_500_000, help="of --task: trainable parameters")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of what broke down")
+    parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed, a fresh draw")
+    options = parser.parse_args(arguments)
+    required = ("solution",) if options.task else ("submission_dir", "data_dir")
+    missing = [f"--{name}" for name in required if not getattr(options, name)]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    foreign = [name for name in (("submission_dir", "data_dir", "compare") if options.task else ("solution",))
+               if getattr(options, name)]
+    if foreign:
+        parser.error(f"--{foreign[0]} does not go {'with' if options.task else 'without'} --task")
+    return options
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """What the flags ask for. Raises what the evaluation raises."""
+    settings = EvaluationSettings(
+        runs=options.runs, warmup=options.warmup, threads=1 if options.threads is None else options.threads,
+        backend=options.backend, batch_size=options.batch_size, min_accuracy=options.min_accuracy,
+        allow_code=options.allow_code, time_limit_s=options.time_limit_s, memory_limit_mb=options.memory_limit_mb)
+    if options.task:
+        task = toolkit("--task", "pareto_task")
+        return task.evaluate_solution(  # type: ignore[no-any-return]
+            Path(options.solution), options.param_limit, options.baseline_accuracy, options.data_seed,
+            options.threads or usable_cores(), settings)
+    percent = 80.0 if options.baseline_accuracy is None else options.baseline_accuracy
+    return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,
+                               percent, settings, options.compare, terminal_progress())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0 scored, 1 the submission fails verification, 2 a user's mistake.
+
+    The output file is written in every case but one: when it cannot be.
+    """
+    options = parse(arguments)
+    output = Path(options.output_file)
+    try:
+        if not output.resolve().parent.is_dir():
+            raise UserError(f"--output_file {output}: there is no folder {output.resolve().parent}")
+        if output.exists() and not output.is_file():
+            raise UserError(f"--output_file {output}: this is not a plain file")
+    except (UserError, OSError, ValueError, RuntimeError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    code, line, result = 0, "", {}
+    try:
+        result = evaluate(options)
+    except UserError as error:
+        code, line = error.exit_code, first_line(error)
+    except OSError as error:
+        code, line = 2, first_line(error)
+    except Exception as error:  # the edge: what nobody foresaw must still end in one line and a result
+        if options.debug:
+            raise
+        code, line = 1, f"the evaluation broke down ({type(error).__name__}: {first_line(error)}); --debug shows where"
+    try:
+        write_json(output, result or failed_result(line, options.task))
+    except OSError as error:
+        code, line = 2, f"{output}: {error.strerror or error}"
+    if code:
+        print(f"error: {line}", file=sys.stderr)
+        return code
+    try:
+        print_result(result, output)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough; nothing is left to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def print_result(result: dict[str, Any], output: Path) -> None:
+    """The scores, the verdicts and the warnings, for a person."""
+    details = result["details"]
+    shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
+    shown |= {key: details[key] for key in ("guarded_score",) if key in details}
+    for key, value in shown.items():
+        print(f"{key:20} {value:14,.4f}" if isinstance(value, float) else f"{key:20} {value:14,}")
+    for verdict in details.get("compare", {}).get("lines", []):
+        print(verdict)
+    for warning in details["warnings"]:
+        print(f"warning: {warning}")
+    print(f"written to {output}")

@@ -1,0 +1,159 @@
+"""ONNX files, checked without running them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from architectures.build import MAX_ACTIVATION_ELEMENTS, MAX_TOTAL_ELEMENTS
+from architectures.weights import MAX_MACS
+from metadata.errors import UserError, VerificationError, first_line
+
+# The operators of image classifiers. Others stay out: a runtime's rarer kernels are where hostile files crash it.
+_OPERATORS = """
+    Abs Add ArgMax AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger
+    DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather Gelu
+    Gemm GlobalAveragePool GlobalMaxPool Greater GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization
+    LayerNormalization LeakyRelu Less Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mish Mul Neg PRelu Pad Pow
+    QLinearConv QLinearMatMul QuantizeLinear Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
+    Resize Round Selu Shape Sigmoid Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Transpose
+    Unsqueeze Where"""
+_CONTRIBUTED = """
+    DynamicQuantizeMatMul FusedConv FusedGemm FusedMatMul MatMulIntegerToFloat QGemm QLinearAdd QLinearAveragePool
+    QLinearConcat QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearSigmoid"""
+ONNX_OPERATORS = {"": _OPERATORS.split(), "ai.onnx": _OPERATORS.split(), "com.microsoft": _CONTRIBUTED.split()}
+# Which input's shape holds the factors of one output's products: a weight (out, in/groups, ...), or rows of a matrix.
+ONNX_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "FusedConv": 1, "QLinearConv": 3}
+ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "FusedMatMul"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFile:
+    """What a checked ONNX file holds.
+
+    Args:
+        macs: None where a shape that counts is not known before running.
+        layers: the convolutions and matrix products, by name, and whether both their factors are 8-bit integers.
+    """
+
+    input_name: str
+    parameters: int
+    macs: int | None
+    layers: dict[str, bool]
+
+
+def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
+    """Checks an ONNX file without running it: one image (C, H, W) in, one row of logits out, nothing outside the file.
+
+    Raises:
+        UserError: the packages that it takes are not installed.
+        VerificationError: not ONNX, external data, operators outside the tables above, several inputs or outputs, NaN or
+            infinite weights, absurd sizes.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise UserError(f"{path}: an ONNX submission needs the packages onnx and onnxruntime; "
+                        "pip install onnx onnxruntime") from error
+    from google.protobuf.message import DecodeError
+
+    if path.stat().st_size >= 2**31:
+        raise VerificationError(f"{path}: {path.stat().st_size:,} bytes; an ONNX file without external data has under 2 GB")
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except (DecodeError, RecursionError, ValueError, TypeError) as error:
+        raise VerificationError(f"{path}: not an ONNX file: {first_line(error)}") from error
+    graph = model.graph
+    tensors = [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute
+                                     if attribute.type == onnx.AttributeProto.TENSOR)]
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise VerificationError(f"{path}: tensor {tensor.name!r} lies in another file; store all data in this one")
+    if model.functions or graph.sparse_initializer:
+        raise VerificationError(f"{path}: local functions and sparse weights are not supported; export plain operators")
+    for node in graph.node:
+        complete = node.output and (node.input or node.op_type == "Constant")
+        if node.op_type not in ONNX_OPERATORS.get(node.domain, ()) or not complete:
+            raise VerificationError(f"{path}: operator {node.op_type} of node {node.name!r} (domain {node.domain!r}) is "
+                                    "not one of those that image classifiers are made of")
+        if node.op_type == "Constant" and any(attribute.name != "value" for attribute in node.attribute):
+            raise VerificationError(f"{path}: node {node.name!r}: store a Constant's numbers as its tensor 'value'")
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in weights]
+    if len(inputs) != 1 or len(graph.output) != 1:
+        raise VerificationError(f"{path}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
+    for tensor in tensors:
+        try:
+            values = onnx.numpy_helper.to_array(tensor)
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
+            raise VerificationError(f"{path}: tensor {tensor.name!r} is not what it says: {first_line(error)}") from error
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise VerificationError(f"{path}: tensor {tensor.name!r} holds NaN or infinite values")
+    declared = inputs[0].type.tensor_type
+    if declared.elem_type != onnx.TensorProto.FLOAT or len(declared.shape.dim) != 4:
+        raise VerificationError(f"{path}: the input must be float32 (N, C, H, W)")
+    if graph.output[0].type.tensor_type.elem_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+        raise VerificationError(f"{path}: the output must be float logits (N, classes)")
+    # One image of the stated size, so that every later shape can be inferred; the file itself stays as it is.
+    for dim, size in zip(declared.shape.dim, (1, *input_shape), strict=True):
+        if not dim.dim_value or size == 1:
+            dim.dim_value = size
+    del graph.value_info[:]
+    try:
+        onnx.checker.check_model(model)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
+        raise VerificationError(f"{path}: not a valid ONNX graph: {first_line(error)}") from error
+    shapes, total = {tensor.name: list(tensor.dims) for tensor in graph.initializer}, 0
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        dims = value.type.tensor_type.shape.dim
+        if all(dim.HasField("dim_value") for dim in dims) and value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = [dim.dim_value for dim in dims]
+            elements = math.prod(shapes[value.name])
+            total += elements
+            if elements > MAX_ACTIVATION_ELEMENTS or total > MAX_TOTAL_ELEMENTS:
+                raise VerificationError(f"{path}: {value.name!r} has {elements:,} elements, {total:,} with those before, "
+                                        f"over the limits of {MAX_ACTIVATION_ELEMENTS:,} and {MAX_TOTAL_ELEMENTS:,}")
+    macs = _onnx_macs(graph.node, shapes)
+    if macs is not None and macs > MAX_MACS:
+        raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
+    return OnnxFile(inputs[0].name, sum(math.prod(tensor.dims) for tensor in tensors), macs, _onnx_layers(graph))
+
+
+def _onnx_layers(graph: Any) -> dict[str, bool]:
+    """The convolutions and matrix products, by the name of the node: True where integers are multiplied."""
+    from onnx import TensorProto
+    integers = {tensor.name for tensor in graph.initializer if tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)}
+    restored: set[str] = set()  # tensors that come out of 8-bit integers
+    layers = {}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            integers.add(node.output[0])
+        elif node.op_type == "DequantizeLinear" and node.input[0] in integers:
+            restored.add(node.output[0])
+        elif node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS:
+            by_itself = node.op_type not in ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
+            layers[node.name] = by_itself or set(node.input[:2]) <= restored
+    return layers
+
+
+def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
+    total = 0
+    for node in nodes:
+        if node.op_type not in ONNX_CONVOLUTIONS and node.op_type not in ONNX_PRODUCTS:
+            continue
+        factors = shapes.get(node.input[ONNX_CONVOLUTIONS.get(node.op_type, 0)])
+        output = shapes.get(node.output[0])
+        if factors is None or output is None:
+            return None
+        if node.op_type in ONNX_CONVOLUTIONS:
+            total += math.prod(output) * math.prod(factors[1:])
+        else:
+            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            total += math.prod(output) * factors[-2 if transposed else -1]
+    return total

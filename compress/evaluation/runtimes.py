@@ -1,0 +1,273 @@
+"""What a submission runs on: PyTorch, ONNX Runtime, OpenVINO, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from architectures.counting import count_macs, count_parameters
+from architectures.kernels import int8_arithmetic, no_int8_kernels
+from compress.evaluation.extras import toolkit
+from compress.evaluation.onnx_files import read_onnx
+from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission
+from metadata.errors import UserError, VerificationError, first_line
+from metadata.machine import machine
+from metadata.schemas import METADATA_FILE, Preprocessing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """How a submission is measured.
+
+    Args:
+        runs: timed calls at batch 1.
+        warmup: calls before them.
+        threads: of one inference; 1 is the most comparable between machines.
+        batch_size: for the accuracy alone.
+        min_accuracy: percent; below it the guarded score is zero.
+        time_limit_s: for everything that is asked of a submission.
+        memory_limit_mb: beyond what the evaluator has before it opens the submission.
+    """
+
+    runs: int = 130  # what a p95 needs
+    warmup: int = 10
+    threads: int = 1
+    backend: str = "auto"
+    batch_size: int = 1
+    min_accuracy: float = 0.0
+    allow_code: bool = False
+    time_limit_s: float = 3600.0
+    memory_limit_mb: int = 4096
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be meant."""
+        for name, low, high in (("runs", 1, 10**6), ("warmup", 0, 10**6), ("threads", 1, 1024), ("batch_size", 1, 4096),
+                                ("memory_limit_mb", 256, 2**20)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name}: expected {low} to {high}, got {getattr(self, name)}")
+        if not 0 <= self.min_accuracy <= 100:
+            raise UserError(f"--min_accuracy: expected a percentage, got {self.min_accuracy}")
+        if not 0 < self.time_limit_s <= 10**7:
+            raise UserError(f"--time_limit_s: expected a positive number of seconds up to 10^7, got {self.time_limit_s}")
+
+
+class Runtime:
+    """A submission that answers: (N, C, H, W) float32 -> (N, classes) logits.
+
+    Attributes:
+        backend: "torch", "onnxruntime" or "openvino".
+        parameters: "all" stored numbers, and the "trainable" ones where that is known.
+        macs: multiply-adds an image, where known.
+        errors: what a call may raise when the model cannot answer.
+        details, warnings: for the result.
+    """
+
+    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError)
+
+    def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
+        self.backend, self.parameters, self.macs = backend, parameters, macs
+        self.name = "the model"  # for messages
+        self.details: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends what was started, and notes what can only be known at the end."""
+
+
+class TorchRuntime(Runtime):
+    """A graph of ours."""
+
+    def __init__(self, files: SubmissionFiles) -> None:
+        import torch
+        self.model = open_submission(files)
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        super().__init__("torch", {"all": count_parameters(self.model), "trainable": trainable},
+                         count_macs(self.model, files.input_shape))
+        if computed := int8_arithmetic(self.model):
+            self.details["int8_arithmetic"] = computed
+            if no_int8_kernels():
+                self.warnings.append(f"the int8 layers were computed {computed}")
+        self._mode, self._tensor = torch.inference_mode, torch.from_numpy
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        with self._mode():
+            return self.model(self._tensor(images)).numpy()  # type: ignore[no-any-return]
+
+
+class OnnxFileRuntime(Runtime):
+    """What both runtimes of an ONNX file begin with: the file is checked, and its claims."""
+
+    def __init__(self, backend: str, files: SubmissionFiles) -> None:
+        self.file = read_onnx(files.weights, files.input_shape)
+        check_claims(files, self.file.parameters, self.file.macs)
+        if files.metadata and files.metadata.quantization.scheme == "static_int8":
+            stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
+            odd = min((name for name in stated.keys() | self.file.layers.keys()
+                       if stated.get(name) != self.file.layers.get(name)), default=None)
+            if odd is not None:
+                raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
+                                        f"({odd})")
+        super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
+
+
+class OnnxRuntime(OnnxFileRuntime):
+    """An ONNX file on ONNX Runtime's CPU provider."""
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        super().__init__("onnxruntime", files)
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
+                                                   if isinstance(kind, type) and issubclass(kind, Exception)))
+        try:
+            self.session = onnxruntime.InferenceSession(str(files.weights), onnxruntime_options(threads),
+                                                        ["CPUExecutionProvider"])
+        except self.errors as error:
+            raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.file.input_name: images})[0]  # type: ignore[no-any-return]
+
+
+def onnxruntime_options(threads: int) -> Any:
+    """ONNX Runtime's session options: so many threads, silent, and integer products that are exact on every CPU.
+
+    Without VNNI instructions its fast kernel saturates in 16 bits. An option makes it take the exact one there; it is not
+    set elsewhere, for it halves the speed where the fast one is exact anyway.
+    """
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    if not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+class OpenvinoRuntime(OnnxFileRuntime):
+    """An ONNX file on OpenVINO's CPU plugin, compiled for the number of images in a call: fixed shapes are faster."""
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        super().__init__("openvino", files)
+        self.threads, self.path, self.shape = threads, files.weights, files.input_shape
+        self.content = files.weights.read_bytes()  # the file may be gone when another number of images comes
+        self.compiled: dict[int, Any] = {}
+        self._compile(1)
+
+    def _compile(self, images: int) -> Any:
+        try:
+            self.compiled[images] = compile_for_openvino(self.content, [images, *self.shape], self.threads)
+        except RuntimeError as error:
+            raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
+        return self.compiled[images]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        model = self.compiled.get(len(images)) or self._compile(len(images))
+        return next(iter(model(images).values()))
+
+
+def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:
+    """A model, or an ONNX file's bytes, compiled for OpenVINO's CPU plugin: for inputs of one shape, at short latency.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+        RuntimeError: it cannot compile the model.
+    """
+    core = _core(import_openvino())
+    if isinstance(model, bytes):
+        model = core.read_model(model)
+    model.reshape(list(shape))
+    return core.compile_model(model, "CPU", {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32", **options})  # its default may compute in less than float32
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """OpenVINO's runtime, which is to live as long as what it compiled: one for the process."""
+    return openvino.Core()
+
+
+def import_openvino() -> Any:
+    """The openvino package, with its telemetry off: on import it would report to an analytics server.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # openvino falls back to a stub
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise UserError("backend openvino: the package is not installed; pip install openvino") from error
+
+
+BACKENDS = {"graph": ("torch",), "onnx": ("onnxruntime", "openvino"), "code": ("torch",)}
+
+
+def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
+    """Starts a submission on the backend that was asked for.
+
+    Raises:
+        UserError: a backend that cannot run this kind, or code without --allow_code.
+        VerificationError: the submission does not hold what it claims, or cannot be loaded.
+    """
+    known = BACKENDS[files.kind]
+    backend = preferred_backend(files) if settings.backend == "auto" else settings.backend
+    if backend not in known:
+        raise UserError(f"--backend {backend}: {files.weights.name} runs on {' or '.join(known)}")
+    if files.kind == "graph":
+        return TorchRuntime(files)
+    if files.kind == "onnx":
+        return (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, settings.threads)
+    if not settings.allow_code:
+        raise UserError(f"{files.folder}: this submission is code (model.py); it runs, in a process with limits, only with "
+                        "--allow_code")
+    if settings.batch_size != 1:
+        raise UserError(f"--batch_size {settings.batch_size}: code is graded at batch 1, so that its timed calls and its "
+                        "graded ones cannot be told apart")
+    return toolkit("--allow_code", "sandbox").open_code(files, settings, classes, data_dir)  # type: ignore[no-any-return]
+
+
+def preferred_backend(files: SubmissionFiles) -> str:
+    """The backend that a submission names as its own, where that is installed; else the first of its kind."""
+    named = files.metadata.runtime if files.metadata else None
+    if files.kind == "onnx" and named and (named != "openvino" or importlib.util.find_spec("openvino")):
+        return named
+    return BACKENDS[files.kind][0]
+
+
+def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Preprocessing, backend: str = "onnxruntime",
+              threads: int = 1) -> Runtime:
+    """An ONNX file that is not packaged yet, on a runtime: the same one that will serve the package.
+
+    Raises:
+        UserError: the backend is not installed.
+        VerificationError: the file cannot be loaded, see `read_onnx`.
+    """
+    files = SubmissionFiles(path.parent, "onnx", path, input_shape, preprocessing, "the pipeline")
+    runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, threads)
+    runtime.name = str(path)
+    return runtime
+
+
+def answering(runtime: Runtime) -> Callable[[Tensor], Tensor]:
+    """A runtime as a function of tensors, for `measure_accuracy` and `measure_latency`."""
+    import torch
+
+    def answer(images: Tensor) -> Tensor:
+        return torch.from_numpy(runtime(images.numpy()))
+
+    return answer

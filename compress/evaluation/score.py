@@ -1,0 +1,89 @@
+"""From answers and times to scores: intervals, percentiles, the plain total and the guarded one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from compress.evaluation.runtimes import EvaluationSettings
+
+RATIO_CAP = 10.0  # no single ratio may buy more than this in the guarded score
+PERCENTILES = {"p5_ms": (5, 130), "p90_ms": (90, 64), "p95_ms": (95, 130), "p99_ms": (99, 662)}
+
+
+def latency_details(durations: Sequence[float] | np.ndarray, settings: EvaluationSettings) -> dict[str, Any]:
+    """Mean, median and those percentiles that so many runs can tell, as point estimates.
+
+    Source: MLPerf Inference rules, early stopping: with 64, 130 or 662 runs the second largest bounds p90, p95 or p99 from
+    above at 99 % confidence; with fewer none of them is given.
+    """
+    n = len(durations)
+    details: dict[str, Any] = {"mean_ms": float(np.mean(durations)), "median_ms": float(np.median(durations))}
+    missing = {}
+    for key, (percentile, needed) in PERCENTILES.items():
+        details[key] = float(np.percentile(durations, percentile)) if n >= needed else None
+        if n < needed:
+            missing[key] = f"needs {needed} runs, got {n}"
+    return details | {"not_given": missing, "runs": n, "warmup": settings.warmup, "threads": settings.threads,
+                      "batch_size": 1}
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a fraction. Source: Wilson 1927, "Probable Inference, the Law of Succession, and
+    Statistical Inference"."""
+    z = 1.959963984540054
+    centre = (correct + z * z / 2) / (total + z * z)
+    half = z / (total + z * z) * math.sqrt(correct * (total - correct) / total + z * z / 4)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def accuracy_details(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """Counts, interval, top-5 and every class; ties count against the model in the top 5."""
+    predictions = logits.argmax(1)
+    right = predictions == labels
+    per_class = {name: {"correct": int(right[labels == index].sum()), "total": int((labels == index).sum())}
+                 for index, name in enumerate(class_names)}
+    worst = min(per_class, key=lambda name: per_class[name]["correct"] / max(1, per_class[name]["total"]))
+    rank = (logits >= logits[np.arange(len(labels)), labels][:, None]).sum(1)
+    correct, total = int(right.sum()), len(labels)
+    return {"correct": correct, "total": total, "fraction": correct / total, "wilson_95": list(wilson(correct, total)),
+            "top5_fraction": float((rank <= 5).mean()) if len(class_names) > 5 else None,
+            "worst_class": {"name": worst, **per_class[worst]}, "per_class": per_class, "batch_size": batch_size,
+            "predictions_sha256": hashlib.sha256(bytes(str(predictions.tolist()), "ascii")).hexdigest()}
+
+
+def score(size_mb: float, latency_ms: float, accuracy_percent: float, baseline_size: float, baseline_latency: float,
+          baseline_accuracy: float) -> dict[str, float]:
+    """The four scores: ratios to the baselines, and 0.3 size + 0.3 latency + 0.4 accuracy."""
+    size, latency = baseline_size / size_mb, baseline_latency / latency_ms
+    accuracy = accuracy_percent / baseline_accuracy
+    return {"size_score": size, "latency_score": latency, "accuracy_score": accuracy,
+            "total_score": 0.3 * size + 0.3 * latency + 0.4 * accuracy}
+
+
+def guarded_score(scores: dict[str, float], accuracy: float, baseline_accuracy: float, chance: float, floor: float = 0.0,
+                  lower: float | None = None) -> float:
+    """The score that a useless model cannot win: small and fast count only as far as the model is right.
+
+        skill = (accuracy - chance) / (max(baseline_accuracy, chance + (1 - chance) / 10) - chance)
+        guarded = min(skill, 1) * (0.3 min(size, cap) + 0.3 min(latency, cap)) + 0.4 min(skill, cap)
+
+    The plain ratios are unbounded, and a public competition was won by a tiny network that guessed. So each ratio is
+    capped at RATIO_CAP; size and latency are worth what is left of the baseline's accuracy above chance; and the score is
+    zero where `lower`, the lower end of the accuracy's interval, is not above chance, or the accuracy is below `floor`.
+    All accuracies are fractions. `chance` is what the best constant answer reaches.
+    """
+    if (accuracy if lower is None else lower) <= chance or accuracy < floor:
+        return 0.0
+    reference = max(baseline_accuracy, chance + (1 - chance) / 10)  # a baseline that guesses is no yardstick
+    skill = (accuracy - chance) / max(reference - chance, 1e-9)
+    size, latency = min(scores["size_score"], RATIO_CAP), min(scores["latency_score"], RATIO_CAP)
+    return min(skill, 1.0) * (0.3 * size + 0.3 * latency) + 0.4 * min(skill, RATIO_CAP)
+
+
+RESULT_KEYS = ("model_size", "latency", "accuracy", "size_score", "latency_score", "accuracy_score", "total_score")
+TASK_KEYS = ("score", "score_unbounded", "accuracy", "parameters_trainable", "parameters_all", "train_time_seconds")

@@ -1,0 +1,1 @@
+"""What leaves the house: ONNX files, submission folders, the bundled evaluator. Imports the evaluator and below."""

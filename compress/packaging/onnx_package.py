@@ -1,0 +1,66 @@
+"""The submission folder of an ONNX model: the file, its metadata with what is int8 and where that holds, a model card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from compress.evaluation.onnx_files import read_onnx
+from compress.packaging.package import SubmissionContents
+from metadata.files import write_atomically, write_json
+from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE
+
+REQUIREMENTS = "onnx>=1.17\nonnxruntime>=1.20\ntorch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
+
+
+@dataclass(frozen=True)
+class OnnxPackage(SubmissionContents):
+    """An ONNX model's submission.
+
+    Args:
+        architecture: the float network that the file was exported from; it goes along to be read, and is not needed.
+        content: the file's bytes.
+        scheme, layers: what is int8, layer by layer.
+        backend: the runtime that the numbers were measured on.
+        portability: whether the accuracy holds on CPUs whose int8 products saturate; None where that was not asked.
+    """
+
+    content: bytes
+    scheme: str = "none"
+    layers: dict[str, str] = field(default_factory=dict)
+    backend: str = "onnxruntime"
+    portability: dict[str, Any] | None = None
+    SUFFIX: ClassVar[str] = ".onnx"
+
+    def _write_files(self, folder: Path) -> None:
+        write_atomically(folder / self.weights_file, self.content)
+        file = read_onnx(folder / self.weights_file, self.architecture.input_shape)
+        requirements = REQUIREMENTS + ("openvino>=2024.6\n" if self.backend == "openvino" else "")
+        write_atomically(folder / "requirements.txt", requirements.encode())
+        card = self._model_card(len(self.content), file.parameters, file.macs or 0, self._use(file.input_name),
+                                self._notes())
+        write_atomically(folder / "README.md", card.encode())
+        write_json(folder / METADATA_FILE, self._metadata(
+            folder, model_format="onnx", architecture_file=None, parameters=file.parameters, macs=file.macs or 0,
+            runtime=self.backend, portability=self.portability,
+            quantization={"scheme": self.scheme, "layers": self.layers}))
+
+    def _notes(self) -> str:
+        """Rows of the model card's table that only an ONNX file has."""
+        int8 = sum(text.startswith("int8") for text in self.layers.values())
+        rows = f"| runtime | {self.backend} |\n"
+        if self.scheme != "none":
+            rows += f"| int8 | {int8} of {len(self.layers)} layers with weights (`quantization` in {METADATA_FILE}) |\n"
+        if self.portability:
+            rows += f"| on CPUs without VNNI | {self.portability['verdict']} |\n"
+        return rows
+
+    def _use(self, input_name: str) -> str:
+        return f"""Use it, on ONNX Runtime or any other runtime of ONNX files (`{ARCHITECTURE_FILE}` describes the float
+network that the file was exported from; nothing needs it):
+
+    import onnxruntime
+    session = onnxruntime.InferenceSession("{self.weights_file}")
+    logits = session.run(None, {{"{input_name}": images}})[0]  # (N, C, H, W) float32, preprocessed, to (N, classes)
+"""

@@ -1,0 +1,199 @@
+"""The submission folder: weights, architecture and metadata JSON, readable source, the evaluator and a model card."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from architectures.counting import count_macs, count_parameters
+from architectures.kernels import layer_by_layer
+from architectures.layers import Architecture, Layer
+from architectures.source import source
+from compress.packaging.bundle import bundle
+from metadata.errors import UserError
+from metadata.files import sha256, write_atomically, write_json
+from metadata.locks import appearing
+from metadata.machine import machine, versions
+from metadata.records import DatasetCard
+from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata
+
+REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
+Layout = Literal["toolkit", "challenge"]
+DYNAMIC_INT8_PORTABLE = {  # see architectures.kernels.no_int8_kernels
+    "holds": True, "method": "int8 kernels are tried on the largest values before they are used",
+    "verdict": "holds: where int8 kernels are missing or saturate, the layers compute the same in float, slower"}
+
+
+@dataclass(frozen=True)
+class SubmissionContents:
+    """What goes into a submission, whatever its format.
+
+    Args:
+        architecture: with its history.
+        card: the data that the model was trained on.
+        name: of the weights file, `compressed_<name>`.
+        measured: the pipeline's latest ledger row of this model.
+    """
+
+    architecture: Architecture
+    card: DatasetCard
+    name: str
+    measured: dict[str, Any]
+    SUFFIX: ClassVar[str]
+
+    @property
+    def weights_file(self) -> str:
+        """The name of the file with the weights."""
+        return f"compressed_{self.name}{self.SUFFIX}"
+
+    def write(self, folder: Path) -> None:
+        """Writes the folder; it appears when it is complete.
+
+        Raises:
+            UserError: the folder is there already.
+            OSError: the disk is full or read-only; nothing is left behind.
+        """
+        if folder.exists():
+            raise UserError(f"{folder}: already there; choose another folder, or remove it first")
+        with appearing(folder) as partial:
+            write_json(partial / ARCHITECTURE_FILE, self.architecture.to_json())
+            (partial / "model_loader.py").write_bytes(bundle())
+            self._write_files(partial)
+
+    def _write_files(self, folder: Path) -> None:
+        """Adds the weights and what else the format has; the metadata comes last, for it holds the others' hashes."""
+        raise NotImplementedError
+
+    def _metadata(self, folder: Path, **own: Any) -> dict[str, Any]:
+        """model_metadata.json: what every format states, and what a format adds."""
+        files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+                 for path in sorted(folder.iterdir()) if path.is_file()}
+        metadata = {
+            "schema": 1, "architecture": self.architecture.model_type,
+            "num_classes": self.card.num_classes, "class_names": self.card.class_names, "weights_file": self.weights_file,
+            "input_shape": list(self.architecture.input_shape), "preprocessing": self.card.preprocessing.model_dump(),
+            "pruning_rate": self.architecture.pruning_rate, "compression_steps": self.architecture.compression_steps,
+            "files": files,
+            "accuracy": {"split": "validation", "correct": self.measured["correct"], "images": self.measured["images"],
+                         "fraction": self.measured["accuracy"]},
+            "latency": {key: self.measured[key] for key in ("latency_ms", "latency_p5_ms", "latency_p95_ms")}
+            | {"batch": 1, "threads": 1} | machine(),
+            "versions": versions(), **own,
+        }
+        ModelMetadata.model_validate(metadata)
+        return metadata
+
+    def _model_card(self, size_bytes: int, parameters: int, macs: int, use: str, notes: str = "") -> str:
+        """README.md: a model card with the measured numbers."""
+        here, measured, card = machine(), self.measured, self.card
+        kind, shape = self.architecture.model_type, " x ".join(map(str, self.architecture.input_shape))
+        history = ", ".join(step.replace("_", " ") for step in self.architecture.compression_steps)
+        details = "".join(f"- {key}: {value}\n" for key, value in self.architecture.training_details.items())
+        return f"""# {kind}, compressed
+
+An image classifier for {card.num_classes} classes ({card.name}), made small by {history or "training alone"}.
+
+| | |
+| --- | --- |
+| input | {shape}, {"RGB" if card.preprocessing.mode == "RGB" else "grey"} |
+| size of the weights | {size_bytes / 2**20:.3f} MB ({size_bytes:,} bytes) |
+| stored numbers | {parameters:,} |
+| multiply-adds an image | {macs:,} |
+| validation accuracy | {measured["correct"]} of {measured["images"]} ({measured["accuracy"]:.2%}) |
+| latency, batch 1, one thread | {measured["latency_ms"]:.2f} ms median ({measured["latency_p5_ms"]:.2f} to """ \
+f"""{measured["latency_p95_ms"]:.2f}, p5 to p95) on {here["cpu"]} ({", ".join(here["flags"])}) |
+{notes}
+The validation images were held out of the training images. Score the folder on a test set of your own, one folder a
+class:
+
+    pip install -r requirements.txt
+    python model_loader.py --submission_dir . --data_dir TEST_IMAGES
+
+{use}
+Images go in as `model_metadata.json` says under `preprocessing`: other sizes, means or deviations cost accuracy.
+
+Training:
+
+{details or "- not recorded"}
+"""
+
+
+@dataclass(frozen=True)
+class TorchPackage(SubmissionContents):
+    """A PyTorch model's submission.
+
+    Args:
+        model: on the CPU, as `architecture` describes it.
+        layout: "toolkit", or "challenge" for the harness of the public ResNet18 compression challenge.
+        challenge: its metadata.json, for that layout.
+    """
+
+    model: nn.Module
+    layout: Layout = "toolkit"
+    challenge: dict[str, str] = field(default_factory=dict)
+    SUFFIX: ClassVar[str] = ".pth"
+
+    @property
+    def weights_file(self) -> str:
+        return "model.pth" if self.layout == "challenge" else super().weights_file
+
+    def _write_files(self, folder: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(self.model.state_dict(), buffer)
+        write_atomically(folder / self.weights_file, buffer.getvalue())
+        write_atomically(folder / "requirements.txt", REQUIREMENTS.encode())
+        if self.layout == "challenge":
+            write_json(folder / "metadata.json", self.challenge)
+        parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
+        if self.layout != "challenge":  # whose harness takes the first match of model.* for the weights
+            write_atomically(folder / "model.py", self._checked_source().encode())
+            notes = f"| on CPUs without VNNI | {DYNAMIC_INT8_PORTABLE['verdict']} |\n" if self.architecture.is_int8 else ""
+            text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
+            write_atomically(folder / "README.md", text.encode())
+        layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
+                  if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
+        write_json(folder / METADATA_FILE, self._metadata(
+            folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
+            portability=DYNAMIC_INT8_PORTABLE if self.architecture.is_int8 else None,
+            quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
+
+    def _checked_source(self) -> str:
+        """The text of model.py, after running it once: it must be the same network."""
+        text = source(self.architecture, self.weights_file)
+        namespace: dict[str, Any] = {}
+        exec(compile(text, "model.py", "exec"), namespace)
+        again = namespace[self.architecture.model_type]().eval()
+        again.load_state_dict(self.model.state_dict(), strict=True)
+        images = torch.randn(2, *self.architecture.input_shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            same = torch.allclose(again(images), layer_by_layer(self.model)(images), rtol=1e-4, atol=1e-5)
+        assert same, "model.py is another network"
+        return text
+
+    def _use(self) -> str:
+        kind = self.architecture.model_type
+        return f"""Use it (`load_model` checks every tensor against the architecture first):
+
+    from compress.evaluation.submission import load_model
+    model = load_model("{self.weights_file}")
+
+or with torch alone, through the readable source in `model.py`:
+
+    import torch
+    from model import {kind}
+    model = {kind}()
+    model.load_state_dict(torch.load("{self.weights_file}", weights_only=True))
+    model.eval()
+"""
+
+
+def _precision(layer: Layer, int8_model: bool) -> str:
+    if layer.type.startswith("Int8"):
+        activations = "at run time" if layer.options()["activations"] == "int8" else "stay float32, which is faster"
+        return f"int8: weights a scale an output channel, activations {activations}"
+    return "float32: excluded by the recipe" if int8_model else "float32: not quantized"

@@ -1,0 +1,1 @@
+"""Recipes, stages, runs and their ledger. Imports everything but studies and the command line."""

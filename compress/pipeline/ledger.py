@@ -1,0 +1,91 @@
+"""The ledger's measurements: whatever its format, an artifact is opened as it will be served, and measured the same way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from architectures.counting import count_macs, count_parameters
+from compress.evaluation.measure import measure_accuracy, measure_latency
+from compress.evaluation.runtimes import Runtime, EvaluationSettings, answering, open_onnx, open_runtime
+from compress.evaluation.submission import open_submission, read_submission
+from compress.pipeline.stage import Artifact, ONNX, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
+from compress.training.trackers import Tracker
+from loaders.arrays import Splits
+from metadata.machine import torch_threads
+from metadata.records import DatasetCard, LedgerRow
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model as a function of images, and what is known of it without running it.
+
+    Args:
+        answer: (N, C, H, W) float32, preprocessed, to (N, classes) logits; a module on the CPU, or a runtime.
+        singly: it is validated one image at a time on one thread, as panels do, for its answers or its speed need that.
+    """
+
+    answer: Callable[[Tensor], Tensor]
+    parameters: int
+    macs: int
+    size_bytes: int
+    singly: bool
+
+
+def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
+    """What a stage left in its folder, opened as it will be served."""
+    if isinstance(artifact, Submission):
+        files = read_submission(artifact.folder)
+        size = files.weights.stat().st_size
+        if files.kind == "onnx":
+            return _on_runtime(open_runtime(files, EvaluationSettings(), card.num_classes, artifact.folder), size)
+        return _in_torch(open_submission(files), card, size, files.architecture is not None and files.architecture.is_int8)
+    if isinstance(artifact, OnnxModel):
+        runtime = open_onnx(folder / ONNX, card.input_shape, card.preprocessing, artifact.card.backend)
+        return _on_runtime(runtime, (folder / ONNX).stat().st_size)
+    assert isinstance(artifact, TorchModel | TeacherModel)
+    int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8
+    return _in_torch(artifact.module, card, (folder / WEIGHTS).stat().st_size, int8)
+
+
+def _on_runtime(runtime: Runtime, size_bytes: int) -> Served:
+    return Served(answering(runtime), runtime.parameters["all"] or 0, runtime.macs or 0, size_bytes, True)
+
+
+def _in_torch(module: nn.Module, card: DatasetCard, size_bytes: int, int8: bool) -> Served:
+    module = module.cpu().eval()
+    return Served(module, count_parameters(module), count_macs(module, card.input_shape), size_bytes, int8)
+
+
+def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device: torch.device,
+               tracker: Tracker) -> LedgerRow:
+    """Latency at batch 1 on one CPU thread, accuracy on the validation split (float modules on `device`)."""
+    latency = measure_latency(model.answer, splits.card.input_shape)
+    split, preprocessing = splits.validation, splits.card.preprocessing
+    with tracker.progress(f"validating {stage}") as advance:
+        if isinstance(model.answer, nn.Module) and not model.singly:
+            module = copy.deepcopy(model.answer).to(device)
+            result = measure_accuracy(module, split.batches(128), preprocessing, len(split), advance)
+        else:
+            with torch_threads(1):
+                result = measure_accuracy(model.answer, split.batches(1), preprocessing, len(split), advance)
+    return LedgerRow(stage=stage, parameters=model.parameters, macs=model.macs, size_bytes=model.size_bytes,
+                     latency_ms=latency.median_ms, latency_p5_ms=latency.p5_ms, latency_p95_ms=latency.p95_ms,
+                     accuracy=result.correct / result.total, correct=result.correct, images=result.total,
+                     seconds=round(seconds, 2))
+
+
+def evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> LedgerRow:
+    """The ledger's row of what the evaluator measured on the test split."""
+    details = results["details"]
+    return LedgerRow(stage=stage, split="test", parameters=details["parameters"]["all"], macs=details["macs"],
+                     size_bytes=details["bytes"]["weights"], latency_ms=details["latency"]["median_ms"],
+                     latency_p5_ms=details["latency"]["p5_ms"], latency_p95_ms=details["latency"]["p95_ms"],
+                     accuracy=results["accuracy"] / 100, correct=details["accuracy"]["correct"],
+                     images=details["accuracy"]["total"], seconds=round(seconds, 2))

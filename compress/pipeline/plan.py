@@ -1,0 +1,103 @@
+"""Plans: a recipe's settings checked, its stages chained, its data opened, before anything trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from compress.pipeline.config import DataConfig, RunConfig
+from compress.pipeline.stage import KINDS, Sketch, Stage, signature, stage_class
+from compress.settings import settings_error
+from compress.training.trackers import Tracker
+from loaders.arrays import Splits
+from loaders.catalog import load
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.machine import usable_cores
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that can be expected to work: settings checked, stages that chain, data that is there."""
+
+    config: RunConfig
+    stages: list[tuple[str, Stage]]  # folder name, stage
+    splits: Splits
+    sketch: Sketch
+
+
+def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
+    """The stages with their settings, each with its folder's name.
+
+    Raises:
+        UserError: unknown stages or settings (with the closest match), or stages that do not chain; all at once.
+    """
+    problems: list[str] = []
+    stages: list[tuple[str, Stage]] = []
+    carried: Any = type(None)
+    for index, entry in enumerate(config.stages):
+        (name, options), = entry.items()
+        try:
+            kind = stage_class(name)
+            takes, gives = signature(kind)
+            if carried not in takes:
+                problems.append(f"stage {name} takes {' or '.join(KINDS[kind] for kind in takes)}, but what comes before "
+                                f"it gives {KINDS[carried]}")
+            carried = gives
+            stages.append((f"{index + 1:02d}-{name}", kind.model_validate(options)))
+        except ValidationError as error:
+            problems.append(str(settings_error(f"stage {name}", error, _keys(kind))))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    return stages
+
+
+def _keys(kind: type[Stage]) -> list[str]:
+    """Every key below a stage, for the closest match."""
+    keys = list(kind.model_fields)
+    for info in kind.model_fields.values():
+        keys += list(getattr(info.annotation, "model_fields", {}))
+    return keys
+
+
+def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
+    """Checks everything that can be checked before training.
+
+    Raises:
+        UserError: whatever is wrong, in one line.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device; use device=cpu or auto")
+    stages = parse_stages(config)
+    with tracker.progress("reading images") as advance:
+        splits = load(request(config.data, config.seed, threads(config), advance))
+    sketch = Sketch(splits.card, config.seed)
+    problems = []
+    for _, stage in stages:
+        drawn = len(sketch.lines)
+        try:
+            stage.check(sketch)
+        except UserError as error:
+            problems.append(str(error))
+        if len(sketch.lines) == drawn:
+            sketch.lines.append("")
+    if problems:
+        raise UserError("; ".join(problems))
+    return RunPlan(config, stages, splits, sketch)
+
+
+def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
+    """The data settings as the loaders take them."""
+    preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
+    return Request(data.name, data.root, data.download, data.validation_fraction, seed, data.num_classes, preprocessing,
+                   data.skip_unreadable, data.memory_limit_gb, workers, on_progress, data.channels, data.image_size)
+
+
+def threads(config: RunConfig) -> int:
+    """CPU threads of a run."""
+    return config.threads or usable_cores()

@@ -1,0 +1,113 @@
+"""What a person gets at the end of a run: the table, a page in Markdown and the plot beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from metadata.files import write_atomically
+from metadata.formats import read_csv, write_figure
+from metadata.records import LedgerRow
+
+HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds")
+
+
+def terminal() -> Console:
+    """Where the verbs print; a file or a pipe gets lines of 120 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def cells(row: LedgerRow) -> tuple[str, ...]:
+    """A ledger row as a person reads it."""
+    stage = row.stage + (" (test)" if row.split == "test" else "")
+    return (stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
+            f"{row.latency_ms:.2f} ms", f"{row.accuracy:.2%}", f"{row.seconds:,.1f}")
+
+
+def print_table(console: Console, rows: list[LedgerRow]) -> None:
+    """The ledger on a terminal."""
+    table = Table(title="what each stage left (validation accuracy; latency: batch 1, one thread)", box=box.SIMPLE_HEAD,
+                  pad_edge=False, collapse_padding=True)  # fits 80 columns
+    for index, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+
+
+def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> None:
+    """What a training came to, and where it is."""
+    table = Table(title=f"{summary['model']['name']}: {summary['parameters']:,} parameters, {summary['macs'] / 1e6:,.2f} M "
+                        "MACs", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("split", "images", "right", "accuracy", "loss"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for name in ("validation", "test"):
+        if name in summary:
+            found = summary[name]
+            table.add_row(name, f"{found['images']:,}", f"{found['correct']:,}", f"{found['accuracy']:.2%}",
+                          f"{found['loss']:.4f}")
+    console.print(table)
+    console.print(f"weights of epoch {summary['kept_epoch']} of {summary['epochs']}, {summary['seconds']:,.1f} s of "
+                  f"training, {summary['images_per_second']:,.0f} images/s", highlight=False)
+    for what, name in (("weights", "weights.pth"), ("metrics", "metrics.csv"), ("curves", "curves.png"),
+                       ("summary", "summary.json")):
+        console.print(f"{what + ':':12}{folder / name}", highlight=False, soft_wrap=True)
+
+
+def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: list[str],
+                 results: dict[str, Any] | None) -> None:
+    """Writes report.md and plot.png into a run's folder."""
+    lines = [f"# {run_name}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", "Accuracy is of the validation split unless it says test. Latency is the median at batch 1 on one "
+              "thread. Parameters are all stored numbers."]
+    if results:
+        counted = results["details"]["accuracy"]
+        machine = results["details"]["machine"]
+        lines += ["", f"The package, scored in a clean process on {counted['total']} test images: "
+                  f"{counted['correct']} right ({results['accuracy']:.2f} %), {results['model_size']:.3f} MB, "
+                  f"{results['latency']:.2f} ms (mean); total score {results['total_score']:.3f}, guarded "
+                  f"{results['details']['guarded_score']:.3f}. Machine: {machine['cpu']}, {machine['cores']} cores."]
+    lines += [""] + [f"Warning: {text}" for text in warnings] + ["", "![accuracy against size](plot.png)", ""]
+    write_atomically(folder / "report.md", "\n".join(lines).encode())
+    draw(folder, run_name, rows)
+
+
+def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
+    """plot.png: accuracy against size along the stages, and validation accuracy over the epochs of each training."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    models = [row for row in rows if row.split == "validation" and row.stage != "package"]  # the same model again
+    sizes = [row.size_bytes / 2**20 for row in models]
+    main = [index for index, row in enumerate(models) if "(control)" not in row.stage]
+    left.plot([sizes[i] for i in main], [100 * models[i].accuracy for i in main], color="0.75", zorder=1)
+    for index, (row, size) in enumerate(zip(models, sizes, strict=True)):
+        left.scatter(size, 100 * row.accuracy, s=50, zorder=2, color=f"C{index}",
+                     label=f"{row.stage}: {size:.3g} MB, {row.accuracy:.2%}")
+    left.set(xscale="log", xlabel="size of the weights (MB, log)", ylabel="validation accuracy (%)",
+             title="accuracy against size")
+    left.legend(fontsize=8, loc="best")
+    left.grid(alpha=0.3)
+
+    for path in sorted(folder.glob("[0-9][0-9]-*/metrics.csv")):
+        by_training: dict[str, list[dict[str, str]]] = {}
+        for epoch in read_csv(path):
+            by_training.setdefault(epoch["training"], []).append(epoch)
+        for name, epochs in by_training.items():
+            right.plot([int(epoch["epoch"]) for epoch in epochs],
+                       [100 * float(epoch["validation_accuracy"]) for epoch in epochs],
+                       marker="." if len(epochs) < 40 else None, label=name)
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="training")
+    if right.lines:
+        right.legend(fontsize=8)
+    right.grid(alpha=0.3)
+    figure.suptitle(title)
+    write_figure(folder / "plot.png", figure, dpi=120)

@@ -1,0 +1,268 @@
+"""What stages are, what passes between them, and what they may use while they run."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import torch
+from pydantic import Field
+from torch import fx, nn
+
+import compress.pipeline.stages
+from architectures.int8 import int8_layers
+from architectures.layers import Architecture
+from architectures.weights import open_model, read_weights
+from architectures.zoo import make
+from compress.pipeline.config import TrainConfig
+from compress.settings import Config
+from compress.training import optimizers
+from compress.training.loop import Data
+from compress.training.recipe import Recipe
+from compress.training.schedules import Schedule
+from compress.training.trackers import Tracker
+from loaders.arrays import Splits
+from loaders.augment import Augmenter, examples
+from metadata.closest import closest
+from metadata.errors import UserError
+from metadata.files import read_json, write_atomically, write_json
+from metadata.formats import write_tensors
+from metadata.records import DatasetCard, ModelReference
+from metadata.schemas import Strict
+
+ARCHITECTURE, WEIGHTS, REFERENCE, ONNX = "architecture.json", "weights.pth", "model.json", "model.onnx"
+
+
+# ------------------------------------------------------------------------------------ what passes between stages
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """A trained model by name: anything that can be built, traceable or not."""
+
+    module: nn.Module
+    reference: ModelReference
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / REFERENCE, self.reference.model_dump())
+        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        reference: ModelReference = read_json(folder / REFERENCE, ModelReference)
+        module = make(reference.name, num_classes=reference.num_classes, **reference.options)
+        module.load_state_dict(read_weights(folder / WEIGHTS))
+        return cls(module.eval(), reference)
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """A model that its architecture describes wholly."""
+
+    module: fx.GraphModule
+    architecture: Architecture
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / ARCHITECTURE, self.architecture.to_json())
+        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
+        return cls(open_model(architecture, folder / WEIGHTS), architecture)
+
+
+class OnnxCard(Strict):
+    """`onnx.json`: what is known of an ONNX file beside its graph."""
+
+    scheme: Literal["none", "static_int8"] = "none"
+    layers: dict[str, str] = {}  # by name: "int8: ..." or "float32: why"
+    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # where it is measured and served
+    portability: dict[str, Any] | None = None  # see compress/quantization/portability.py
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """An ONNX file, which runs on ONNX Runtime or OpenVINO; there is no torch module of it.
+
+    Args:
+        content: the file's bytes.
+        architecture: the float network that it was exported from, BatchNorm folded, with its history.
+    """
+
+    content: bytes
+    architecture: Architecture
+    card: OnnxCard = field(default_factory=OnnxCard)
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / ARCHITECTURE, self.architecture.to_json())
+        write_json(folder / "onnx.json", self.card.model_dump())
+        write_atomically(folder / ONNX, self.content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
+        return cls((folder / ONNX).read_bytes(), architecture, read_json(folder / "onnx.json", OnnxCard))
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A packaged folder."""
+
+    folder: Path
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "submission.json", {"folder": str(self.folder.relative_to(folder.parent))})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        import json
+        return cls(folder.parent / json.loads((folder / "submission.json").read_text())["folder"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A scored submission: the content of its results.json."""
+
+    results: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / "results.json", self.results)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        import json
+        return cls(json.loads((folder / "results.json").read_text()))
+
+
+Artifact = TeacherModel | TorchModel | OnnxModel | Submission | Evaluation
+SomeArtifact = TypeVar("SomeArtifact", bound=Artifact)
+KINDS: dict[Any, str] = {type(None): "nothing", TeacherModel: "a teacher", TorchModel: "a student",
+                         OnnxModel: "an ONNX model", Submission: "a submission", Evaluation: "an evaluation"}
+
+
+def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------- what stages work with
+
+
+@dataclass
+class Context:
+    """What a stage may use, and where it leaves notes."""
+
+    splits: Splits
+    device: torch.device
+    seed: int
+    folder: Path  # the stage's own
+    run_folder: Path
+    tracker: Tracker
+    outputs: list[Artifact]  # of the earlier stages
+    measurements: dict[str, Any]  # the latest ledger row, as numbers by name
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    extra_models: dict[str, tuple[TorchModel, float]] = field(default_factory=dict)  # by label, with seconds; own rows
+    training_seconds: float = 0.0  # of all sittings
+
+    def note(self, key: str, value: Any) -> None:
+        """Writes something worth knowing into stage.json."""
+        self.notes[key] = value
+
+    def warn(self, text: str) -> None:
+        """Warns the user now and at the end, and keeps the warning with the stage."""
+        self.warnings.append(text)
+        self.tracker.warn(text)
+
+    def latest(self, *kinds: type[SomeArtifact]) -> SomeArtifact | None:
+        """The last earlier output of one of the kinds."""
+        return next((output for output in reversed(self.outputs) if isinstance(output, kinds)), None)
+
+    def examples(self, count: int) -> torch.Tensor:
+        """Training images by the run's seed; see `loaders.augment.examples`."""
+        return examples(self.splits, count, self.seed)
+
+    def data(self, train: TrainConfig) -> Data:
+        """The splits on the device, with the training's augmentation."""
+        card = self.splits.card
+        split = self.splits.train.to(self.device)
+        augmenter = Augmenter(list(train.augment), card.input_shape[1:], train.padding, self.seed, len(split))
+        return Data(split, self.splits.validation.to(self.device), augmenter, card.preprocessing)
+
+
+def training_recipe(train: TrainConfig, device: torch.device, views: int = 0) -> Recipe:
+    """A stage's settings as the training loop takes them."""
+    bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
+    return Recipe(
+        train.epochs, train.batch_size, optimizers.Settings(train.optimizer, train.lr, train.momentum, train.weight_decay),
+        Schedule(train.schedule, train.warmup), train.clip, views, torch.bfloat16 if bfloat16 else None, train.max_steps,
+        train.checkpoint_seconds, ema=train.ema)
+
+
+class Stage(Config):
+    """One step of a pipeline. A file in `compress/pipeline/stages/` holds one; the file's stem is its name in a recipe.
+
+    A stage returns a new model and leaves its input as it is. It transforms; the pipeline measures.
+    """
+
+    history: ClassVar[str | None] = None  # what the stage adds to compression_steps
+
+    def check(self, sketch: Sketch) -> None:
+        """Raises UserError for what can be known to fail before anything runs; draws what it will make."""
+
+    def run(self, model: Any, context: Context) -> Any:
+        raise NotImplementedError
+
+
+class CompressingStage(Stage):
+    """A stage that is there to make the model smaller or faster: the pipeline holds its result to that."""
+
+    allow_slower: bool = Field(False, description="accept a result that is slower and not smaller, which else is an error")
+
+
+@dataclass
+class Sketch:
+    """What a plan knows before anything trains: the data, and an untrained model of the shape that stages will make."""
+
+    card: DatasetCard
+    seed: int
+    model: fx.GraphModule | None = None
+    is_onnx: bool = False  # the model will have left torch by then
+    is_static_int8: bool = False
+    lines: list[str] = field(default_factory=list)  # what each stage would do, for the plan's reader
+
+    def refuse_int8(self, stage: str) -> None:
+        """Raises UserError where the sketched model is int8 already."""
+        kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
+        if self.model is not None and any(isinstance(module, kinds) for module in self.model.modules()):
+            raise UserError(f"stage {stage}: the model is int8 by then; put it before quantize_dynamic")
+
+
+def stage_names() -> list[str]:
+    """Names of the stages: the files of `compress/pipeline/stages/`."""
+    return sorted(module.name for module in pkgutil.iter_modules(compress.pipeline.stages.__path__))
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The stage in `compress/pipeline/stages/<name>.py`.
+
+    Raises:
+        UserError: there is none (with the closest match).
+    """
+    if name not in stage_names():
+        raise UserError(f"stage {name!r}: unknown{closest(name, stage_names())} (known: {', '.join(stage_names())})")
+    module = importlib.import_module(f"compress.pipeline.stages.{name}")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Stage)
+               and value.__module__ == module.__name__]
+    assert len(classes) == 1, f"{module.__name__} must define one stage"
+    return classes[0]
+
+
+def signature(stage: type[Stage]) -> tuple[tuple[Any, ...], Any]:
+    """The kinds of artifact that a stage takes, any one of them (type(None) for a first stage), and the one it returns."""
+    hints = typing.get_type_hints(stage.run)
+    return typing.get_args(hints["model"]) or (hints["model"],), hints["return"]

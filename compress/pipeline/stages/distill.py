@@ -1,0 +1,87 @@
+"""Stage `distill`: train a student on the teacher's logits and the labels; on request its twin without the teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+from torch import fx
+
+from architectures.build import build
+from architectures.describe import carry_over, describe
+from architectures.layers import Architecture
+from architectures.zoo import make
+from compress.pipeline.config import TrainConfig
+from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
+from compress.training.assessment import accuracy_of
+from compress.training.distillation import Targets, cached_targets, cross_entropy, distill, live_targets
+from compress.training.loop import Loss, seeded, train
+from metadata.records import DatasetCard
+
+
+class Distill(Stage):
+    """Knowledge distillation by logits."""
+
+    history = "knowledge_distillation"
+
+    model: str = Field("slim_resnet18", description="the student; must be traceable, see architectures/")
+    options: dict[str, Any] = Field({}, description="the student's own options, such as width or stem")
+    temperature: float = Field(4.0, gt=0, description="softens both distributions")
+    alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher; the labels have the rest")
+    cache_views: int = Field(0, ge=0, description="augmentations a sample whose teacher outputs are computed once and "
+                                                  "kept; 0: the teacher looks at every batch")
+    control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
+    train: TrainConfig = TrainConfig()
+
+    def check(self, sketch: Sketch) -> None:
+        architecture, student = self._student(sketch.card, sketch.seed)
+        sketch.model = student.eval()
+        twin = ", and a control without the teacher" if self.control else ""
+        sketch.lines.append(f"{architecture.model_type} with {len(architecture.layers)} layers, {self.train.epochs} "
+                            f"epochs{twin}")
+
+    def run(self, model: TeacherModel, context: Context) -> TorchModel:
+        data = context.data(self.train)
+        recipe = training_recipe(self.train, context.device, self.cache_views)
+        teacher = model.module.to(context.device)
+        targets: Targets = live_targets(teacher, recipe.autocast)
+        if self.cache_views:
+            cache = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
+                                   recipe.autocast, context.device, context.tracker)
+            context.note("cached_teacher_outputs", list(cache.logits.shape))
+            targets = cache
+
+        def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
+            architecture, student = self._student(context.splits.card, context.seed)
+            outcome = train(
+                student, data, loss, recipe, label=label, seed=context.seed, device=context.device,
+                checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
+            details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
+                       "lr": self.train.lr, "batch_size": self.train.batch_size, "temperature": self.temperature,
+                       "alpha": self.alpha, "dataset": context.splits.card.name, "seed": context.seed}
+            described = carry_over(describe(student, architecture.input_shape), architecture,
+                                   compression_steps=[self.history], training_details=details)
+            accuracy = accuracy_of(student, data.validation, data.preprocessing)
+            return TorchModel(student, described), accuracy, outcome.seconds
+
+        smoothing = self.train.label_smoothing
+        student, accuracy, context.training_seconds = trained(
+            "student", distill(targets, self.temperature, self.alpha, smoothing))
+        if self.control:
+            control, without, seconds = trained("control", cross_entropy(smoothing))
+            context.extra_models["control"] = control, seconds
+            gain, images = accuracy - without, len(data.validation)
+            context.note("gain_over_control", {"fraction": round(gain, 4), "images": round(gain * images)})
+            if gain <= 0:
+                context.warn(f"the teacher did not help: {accuracy:.2%} of {images} validation images are right with "
+                             f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
+        return student
+
+    def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:
+        """The untrained student, as a graph; its weights depend on the seed alone."""
+        with seeded(seed, "student"):
+            module = make(self.model, num_classes=card.num_classes, **self.options)
+        architecture = describe(module, card.input_shape)
+        student = build(architecture)
+        student.load_state_dict(module.state_dict())
+        return architecture, student

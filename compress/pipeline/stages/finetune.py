@@ -1,0 +1,89 @@
+"""Stage `finetune`: train on, after something was taken away; with the teacher if asked, and for int8 if asked."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Literal
+
+from pydantic import Field
+from torch import fx
+
+from architectures.describe import carry_over, describe
+from compress.pipeline.config import TrainConfig
+from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
+from compress.quantization.aware import prepare, restored
+from compress.training.assessment import accuracy_of
+from compress.training.distillation import cross_entropy, distill, live_targets
+from compress.training.loop import Data, Loss, train
+from compress.training.recipe import Recipe
+from metadata.errors import UserError
+
+CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
+
+
+class Finetune(Stage):
+    """Further training of the same network."""
+
+    history = "finetuning"
+
+    teacher: bool = Field(False, description="distill from the run's teacher, with the settings below")
+    temperature: float = Field(4.0, gt=0, description="with the teacher")
+    alpha: float = Field(0.9, ge=0, le=1, description="with the teacher")
+    quantization_aware: bool = Field(False, description="train with weights and activations rounded as static int8 does")
+    weight_bits: Literal[8, 7] = Field(8, description="quantization-aware: of the weights; 7 for files that answer alike "
+                                       "on CPUs without VNNI")
+    freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: share of the steps after which batch "
+                                "norm statistics and activation ranges stay as they are")
+    train: TrainConfig = TrainConfig(epochs=5, lr=0.01)
+
+    def check(self, sketch: Sketch) -> None:
+        sketch.refuse_int8("finetune")
+        for key in ("weight_bits", "freeze_after"):
+            if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
+                raise UserError(f"finetune.{key}: it does nothing without quantization_aware: true")
+        if self.quantization_aware and self.train.precision == "bfloat16":
+            raise UserError("finetune.train.precision: bfloat16 cannot hold the values of the 8-bit grids; with "
+                            "quantization_aware it is auto or float32")
+        sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else "")
+                            + (f", quantization-aware, {self.weight_bits}-bit weights" if self.quantization_aware else ""))
+
+    def run(self, model: TorchModel, context: Context) -> TorchModel:
+        recipe = training_recipe(self.train, context.device)
+        if self.quantization_aware:
+            recipe = replace(recipe, autocast=None)
+        loss = cross_entropy(self.train.label_smoothing)
+        if self.teacher:
+            teacher = context.latest(TeacherModel)
+            if teacher is None:
+                raise UserError("finetune.teacher: true, but no stage before it gives a teacher")
+            targets = live_targets(teacher.module.to(context.device), recipe.autocast)
+            loss = distill(targets, self.temperature, self.alpha, self.train.label_smoothing)
+        data = context.data(self.train)
+        if self.quantization_aware:
+            module = self._train_rounded(model.module, data, loss, recipe, context)
+        else:
+            module = copy.deepcopy(model.module)
+            self._train(module, data, loss, recipe, context)
+        steps = [*model.architecture.compression_steps, self.history]
+        return TorchModel(module, carry_over(describe(module, model.architecture.input_shape), model.architecture,
+                                             compression_steps=steps))
+
+    def _train(self, module: fx.GraphModule, data: Data, loss: Loss, recipe: Recipe, context: Context) -> None:
+        context.training_seconds += train(
+            module, data, loss, recipe, label="finetune", seed=context.seed, device=context.device,
+            checkpoint=context.folder / "checkpoint.pth", tracker=context.tracker).seconds
+
+    def _train_rounded(self, model: fx.GraphModule, data: Data, loss: Loss, recipe: Recipe,
+                       context: Context) -> fx.GraphModule:
+        """The model as static int8 will compute it is trained; what comes out is the float model again."""
+        passes = recipe.steps(0, len(data.train))[1] * recipe.epochs
+        passes = min(passes, recipe.max_steps or passes) * (2 if recipe.optimizer.name == "sam" else 1)
+        rounded = prepare(copy.deepcopy(model).to(context.device),
+                          context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
+                          freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
+        before = accuracy_of(rounded, data.validation, data.preprocessing)
+        self._train(rounded, data, loss, recipe, context)
+        context.note("simulated_int8", {  # of the validation split
+            "accuracy_post_training": before, "accuracy": accuracy_of(rounded, data.validation, data.preprocessing)})
+        return restored(rounded, model)

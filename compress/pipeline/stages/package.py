@@ -1,0 +1,50 @@
+"""Stage `package`: write the submission folder."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Literal
+
+from pydantic import Field
+
+from compress.packaging.onnx_package import OnnxPackage
+from compress.packaging.package import SubmissionContents, TorchPackage
+from compress.pipeline.stage import Context, OnnxModel, Sketch, Stage, Submission, TorchModel
+from metadata.errors import UserError
+from metadata.records import DatasetCard
+
+
+class Package(Stage):
+    """A folder that evaluates anywhere, in the user's layout or the public challenge's."""
+
+    layout: Literal["toolkit", "challenge"] = Field("toolkit", description="challenge: for the harness of the public "
+                                                                          "ResNet18 compression challenge")
+    weights_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="compressed_<this>.pth; the model's "
+                                                                                   "type unless given")
+    username: str = Field("", description="challenge layout: for its metadata.json")
+    teamname: str = Field("", description="challenge layout: for its metadata.json")
+
+    def check(self, sketch: Sketch) -> None:
+        if sketch.is_onnx:
+            self._refuse_challenge()
+        sketch.lines.append(f"{self.layout} layout, in the run's folder submission/")
+
+    def _refuse_challenge(self) -> None:
+        if self.layout == "challenge":
+            raise UserError("package.layout challenge: its harness loads PyTorch weights; package an ONNX model in the "
+                            "toolkit layout")
+
+    def run(self, model: TorchModel | OnnxModel, context: Context) -> Submission:
+        folder = context.run_folder / "submission"
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier try at this very stage
+        self.contents(model, context.splits.card, context.measurements).write(folder)
+        return Submission(folder)
+
+    def contents(self, model: TorchModel | OnnxModel, card: DatasetCard, measured: dict[str, Any]) -> SubmissionContents:
+        """What the folder will hold."""
+        name = self.weights_name or model.architecture.model_type.lower()
+        if isinstance(model, OnnxModel):
+            self._refuse_challenge()
+            return OnnxPackage(model.architecture, card, name, measured, model.content, **model.card.model_dump())
+        challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
+        return TorchPackage(model.architecture, card, name, measured, model.module.cpu().eval(), self.layout, challenge)

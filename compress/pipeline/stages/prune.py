@@ -1,0 +1,100 @@
+"""Stage `prune`: remove whole channels by group importance (torch-pruning), at once or in steps with training between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx, nn
+
+from architectures.counting import count_macs, count_parameters
+from architectures.describe import carry_over, describe
+from compress.pipeline.config import TrainConfig
+from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel, training_recipe
+from compress.pruning.prune import NEEDS_GRADIENTS, accumulate_gradients, prune, widths
+from compress.training.assessment import ROUNDS, RUNS, times_in_turns
+from compress.training.distillation import cross_entropy
+from compress.training.loop import Data, seeded, train
+from loaders.augment import center_crop
+from loaders.images import normalize
+
+
+class Prune(CompressingStage):
+    """Structured pruning."""
+
+    history = "structured_pruning"
+
+    ratio: float = Field(0.3, gt=0, lt=1, description="fraction of channels removed; 0.5 keeps about a quarter of the "
+                                                      "weights")
+    criterion: Literal["l1", "l2", "bn_scale", "fpgm", "taylor", "random"] = Field("l2", description="what is important")
+    scope: Literal["uniform", "global"] = Field("uniform", description="the same share of every layer, or ranked over "
+                                                                      "the network")
+    multiple: int = Field(8, ge=1, description="channels that remain are rounded to a multiple; odd widths are slow")
+    steps: int = Field(1, ge=1, description="reach the ratio in so many steps, with training between")
+    train: TrainConfig = Field(TrainConfig(epochs=1, lr=0.01), description="between steps")
+    gradient_batches: int = Field(10, ge=1, description="batches that criteria with gradients look at")
+
+    def check(self, sketch: Sketch) -> None:
+        sketch.refuse_int8("prune")
+        if sketch.model is None:
+            return
+        before, shape = sketch.model, sketch.card.input_shape
+        loss = accumulate_gradients(lambda model: [model(torch.randn(2, *shape)).square().sum()])
+        with seeded(sketch.seed, "sketch"):
+            sketch.model = self._pruned(before, shape, self.ratio, None, loss)
+        counts = [(count_parameters(model), count_macs(model, shape)) for model in (before, sketch.model)]
+        sketch.lines.append(f"ratio {self.ratio} by {self.criterion}, {self.scope}: about {counts[0][0]:,} -> "
+                            f"{counts[1][0]:,} parameters, {counts[0][1]:,} -> {counts[1][1]:,} MACs")
+
+    def run(self, model: TorchModel, context: Context) -> TorchModel:
+        shape = model.architecture.input_shape
+        data = context.data(self.train)
+        original = widths(model.module)
+        pruned = model.module.to("cpu")
+        for step in range(1, self.steps + 1):
+            with seeded(context.seed, "prune", step):
+                pruned = self._pruned(pruned, shape, self.ratio * step / self.steps, original,
+                                      accumulate_gradients(lambda module: self._losses(module, data)))
+            if step < self.steps:
+                context.training_seconds += train(
+                    pruned, data, cross_entropy(self.train.label_smoothing), training_recipe(self.train, context.device),
+                    label=f"prune step {step}", seed=context.seed, device=context.device,
+                    checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker).seconds
+                pruned = pruned.to("cpu")
+        after = widths(pruned)
+        context.note("channels", {name: [original[name], after[name]] for name in original})
+        context.note("parameters", [count_parameters(module) for module in (model.module, pruned)])
+        context.note("macs", [count_macs(module, shape) for module in (model.module, pruned)])
+        latency = _interleaved_latency(model.module, pruned, shape)
+        context.note("latency", latency)
+        context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; latency, timed in turns, "
+                            f"{latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms ({latency['ratio']:.2f}x)")
+        steps = [*model.architecture.compression_steps, self.history]
+        rate = round(1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio), 6)  # of the widths before any pruning
+        architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=rate,
+                                  compression_steps=steps)
+        return TorchModel(pruned, architecture)
+
+    def _pruned(self, model: fx.GraphModule, shape: tuple[int, int, int], ratio: float,
+                original: dict[str, int] | None, gradients: Any) -> fx.GraphModule:
+        return prune(model, torch.zeros(1, *shape), ratio=ratio, multiple=self.multiple, criterion=self.criterion,
+                     scope=self.scope, original=original,
+                     gradients=gradients if self.criterion in NEEDS_GRADIENTS else None)
+
+    def _losses(self, model: nn.Module, data: Data) -> Iterable[Tensor]:
+        """Cross-entropy on the first training images of a fixed order, a batch at a time."""
+        order = torch.randperm(len(data.train)).split(self.train.batch_size)[:self.gradient_batches]
+        for ids in order:
+            images = center_crop(data.train.images.batch(ids).cpu(), data.augmenter.size)
+            logits = model(normalize(images, data.preprocessing))
+            yield nn.functional.cross_entropy(logits, data.train.labels[ids.to(data.train.labels.device)].cpu())
+
+
+def _interleaved_latency(before: nn.Module, after: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Both models timed in turns, so that a slow moment of the machine hits both; in the same memory format."""
+    before, after = (copy.deepcopy(model).to(memory_format=torch.contiguous_format) for model in (before, after))
+    earlier, now = times_in_turns((before, after), shape)
+    return {"before_ms": earlier, "after_ms": now, "ratio": now / earlier, "rounds": ROUNDS, "runs_a_round": RUNS}

@@ -1,0 +1,1 @@
+"""Structured pruning on modules. Imports architectures and metadata."""

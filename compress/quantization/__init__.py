@@ -1,0 +1,1 @@
+"""Int8, dynamic and static. Imports packaging, training, the evaluator, architectures and loaders."""

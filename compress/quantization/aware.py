@@ -1,0 +1,273 @@
+"""Quantization-aware training: a float network that computes as its static int8 form will, and can still be trained.
+
+`prepare` makes a copy in which every tensor that a static int8 model (QDQ: quantize and dequantize around each operator)
+would hold in 8 bits is rounded to its grid and back; gradients pass through the rounding as if it were not there (the
+straight-through estimator). `restored` puts what was trained into a plain float network of the original architecture.
+In eval mode a prepared network that was never trained is post-training quantization with min-max calibration.
+
+Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+section 3; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper", section 3.2.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from architectures.folding import norm_behind
+from architectures.int8 import int8_layers
+from metadata.errors import UserError
+
+RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
+AVERAGING = 0.01  # share of a batch's range in the moving average, as in torch.ao's MovingAverageMinMaxObserver
+SMALLEST_SCALE = 1e-12  # as in compress.quantization: a tensor or channel of zeros
+# Their output lies on the grid of their input (dropout's does once it is trained), so it is not quantized again.
+STAY_ON_GRID = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.Dropout)
+
+
+class FakeQuantizedActivation(nn.Module):
+    """Rounds a tensor of any shape to uint8 and back, with one range and a zero point.
+
+    The range is a moving average of the batches' least and greatest value for the first `freeze_after` training passes and
+    stays as it is from then on. It always holds 0, so that padding is exact.
+
+    Args:
+        freeze_after: training passes.
+    """
+
+    def __init__(self, freeze_after: int) -> None:
+        super().__init__()
+        self.freeze_after, self.calibrating = freeze_after, False
+        self.low: Tensor
+        self.high: Tensor
+        self.seen: Tensor
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.calibrating:
+            self.low.copy_(torch.minimum(self.low, input.amin()))
+            self.high.copy_(torch.maximum(self.high, input.amax()))
+            return input
+        if self.training:
+            self._follow(input.detach())
+        scale = ((self.high - self.low) / 255).clamp(min=SMALLEST_SCALE)
+        zero_point = (-self.low / scale).round().to(torch.int32).clamp(0, 255)
+        return torch.fake_quantize_per_tensor_affine(input, scale, zero_point, 0, 255)
+
+    @torch.no_grad()
+    def _follow(self, input: Tensor) -> None:
+        # No branch on a tensor's value: that would wait for the device, and break a compiled network in two.
+        # The first batches count in full: what was calibrated is of other batch norm statistics than a batch's own.
+        share = (1 / (self.seen + 1)).clamp(min=AVERAGING) * (self.seen < self.freeze_after)
+        self.low.lerp_(input.amin().clamp(max=0), share)
+        self.high.lerp_(input.amax().clamp(min=0), share)
+        self.seen += 1
+
+
+class FakeQuantizedLayer(nn.Module):
+    """A Conv2d or Linear, the batch norm behind it folded in, whose weights are rounded to symmetric integers and back.
+
+    Weights are scaled as in the folded network, by gamma / sqrt(running variance + eps), and rounded so. For the first
+    `freeze_after` training passes the output is then normalized by the batch's own mean and variance, which are
+    remembered as a batch norm does: training is as stable as with the batch norm itself, while the rounding does not
+    jitter with each batch's variance. From then on the remembered statistics are used, as after the training, so that
+    the rest of the weights learn what the folded network will compute. Of the forms in Krishnamoorthi 2018, section
+    3.2.2 (correction, then freezing), it is the one that needs one convolution instead of two. A channel whose weights are
+    all rounded to 0, because gamma is or because the others' are much larger, shows nothing of its statistics: it computes
+    with the remembered ones and leaves them as they are.
+
+    Args:
+        layer: stays as it is and is trained.
+        norm: its batch norm or None; stays as it is and is trained.
+        norm_name: its name in the original network.
+        freeze_after: training passes.
+        weight_bits: 8 or less; the integers are -127..127 for 8 bits, and -64..64 for 7, as in files of reduced range.
+        per_channel: a scale an output channel, else one for all.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d | None, norm_name: str,
+                 freeze_after: int, weight_bits: int, per_channel: bool) -> None:
+        super().__init__()
+        self.layer, self.norm, self.norm_name = layer, norm, norm_name
+        self.freeze_after, self.per_channel, self.calibrating = freeze_after, per_channel, False
+        self.largest = 64 if weight_bits == 7 else 2 ** (weight_bits - 1) - 1
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in, ...) -> (N, out, ...), normalized."""
+        weight, norm = self.layer.weight, self.norm
+        if norm is None:
+            return self._compute(input, self.rounded(weight), self.layer.bias)
+        assert norm.running_mean is not None and norm.running_var is not None
+        gamma = norm.weight if norm.affine else torch.ones_like(norm.running_var)
+        beta = norm.bias if norm.affine else torch.zeros_like(norm.running_var)
+        bias = torch.zeros_like(norm.running_var) if self.layer.bias is None else self.layer.bias
+        reciprocal = torch.rsqrt(norm.running_var + norm.eps)
+        factor = gamma * reciprocal  # so, and not gamma / deviation: the folded weights have the same bits
+        shift = beta + factor * (bias - norm.running_mean)
+        folded = self.rounded(weight * factor.view(-1, *[1] * (weight.dim() - 1)))
+        if not self.training:
+            return self._compute(input, folded, shift)
+        output = self._compute(input, folded, None)
+        dims = [0, *range(2, output.dim())]
+        variance, mean = torch.var_mean(output, dims, correction=0)  # of factor * (the convolution without its bias)
+        shows, following = folded.detach().flatten(1).any(1), self.seen < self.freeze_after
+        divisor = torch.where(shows, factor, 1.0)
+        variance = variance / divisor / divisor  # its square might underflow
+        live = shows & following
+        self._remember(mean / divisor + bias, variance, output.numel() // output.shape[1], live, following)
+        ratio = torch.rsqrt(variance + norm.eps) / reciprocal
+        shape = (1, -1, *[1] * (output.dim() - 2))
+        return torch.addcmul(torch.where(live, beta - mean * ratio, shift).view(shape), output,
+                             torch.where(live, ratio, 1.0).view(shape))
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: int, live: Tensor, following: Tensor) -> None:
+        """The moving averages of a batch norm: (out,) each, over `count` values a channel, where the channel is live."""
+        norm = self.norm
+        assert norm is not None and norm.running_mean is not None and norm.running_var is not None
+        self.seen += 1
+        if not norm.track_running_stats:  # see compress.optimizers.frozen_statistics
+            return
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += following
+        share = live * (norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.clamp(min=1))
+        norm.running_mean.lerp_(mean, share)
+        norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """(out, ...) folded weights -> the same, rounded to their grid; see `quantize_weight`."""
+        if self.calibrating:
+            return weight
+        largest = weight.detach().abs().flatten(1).amax(1)
+        if not self.per_channel:
+            largest = largest.max().expand_as(largest).contiguous()
+        scale = (largest / self.largest).clamp(min=SMALLEST_SCALE)
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.largest, self.largest)
+
+    def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(input, weight, bias)
+        return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def prepare(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0, weight_bits: int = 8,
+            per_channel: bool = True) -> fx.GraphModule:
+    """A copy that computes with fake-quantized weights and activations, in eval mode, calibrated.
+
+    Quantized are the network's input, the logits, and every tensor between its operators, once for all who use it (both
+    inputs of an addition, what a pool gives). As in a static int8 model, a convolution or sum that only a ReLU or ReLU6
+    uses is quantized behind that. Biases stay float: a static int8 model holds them in 32 bits.
+
+    Args:
+        model: as `architectures.build.build` makes them, float; it stays as it is.
+        batches: (N, C, H, W) normalised images, one batch or more, to calibrate with: each tensor's range is the least
+            and the greatest value that the float network shows on them.
+        freeze_after: training passes after which ranges and batch norm statistics stay as they are (not those of a batch
+            norm that no layer can take in: no weight's rounding depends on them).
+        weight_bits: 2 to 8.
+        per_channel: weights with a scale an output channel, else one for all.
+
+    Raises:
+        UserError: the model is int8 already, it has no Conv2d or Linear, or there are no batches.
+    """
+    if any(isinstance(module, (int8_layers().Int8Conv2d, int8_layers().Int8Linear)) for module in model.modules()):
+        raise UserError("quantization-aware training: the model is int8 already; it needs the float model")
+    assert 2 <= weight_bits <= 8
+    prepared = copy.deepcopy(model).eval()
+    if not _wrap_layers(prepared, freeze_after, weight_bits, per_channel):
+        raise UserError("quantization-aware training: the model has no Conv2d or Linear to quantize")
+    _insert_quantizers(prepared, freeze_after)
+    prepared.graph.lint()
+    prepared.recompile()
+    _calibrate(prepared, batches)
+    return prepared
+
+
+def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per_channel: bool) -> int:
+    """Puts fake-quantized layers in place, and takes the batch norms behind them out of the graph; how many there are."""
+    modules, count = dict(model.named_modules()), 0
+    for node in list(model.graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        norm, norm_name = None, ""
+        if found := norm_behind(node, modules):
+            norm_node, norm = found
+            norm_name = str(norm_node.target)
+            norm_node.replace_all_uses_with(node)
+            model.graph.erase_node(norm_node)
+            model.delete_submodule(norm_name)
+        wrapped = FakeQuantizedLayer(layer, norm, norm_name, freeze_after, weight_bits, per_channel)
+        model.set_submodule(str(node.target), wrapped.eval())
+        count += 1
+    return count
+
+
+def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
+    """Quantizes every tensor of the graph that is not on a grid already."""
+    modules, raw = dict(model.named_modules()), set[fx.Node]()
+
+    def module_of(node: fx.Node) -> nn.Module | None:
+        return modules.get(str(node.target)) if node.op == "call_module" else None
+
+    for node in list(model.graph.nodes):
+        on_grid = isinstance(module_of(node), STAY_ON_GRID) and not raw.intersection(node.all_input_nodes)
+        if on_grid or node.op == "output":
+            continue
+        if len(node.users) == 1 and isinstance(module_of(next(iter(node.users))), (nn.ReLU, nn.ReLU6)):
+            raw.add(node)
+            continue
+        name = f"{RANGES}.{node.name}"
+        model.add_submodule(name, FakeQuantizedActivation(freeze_after).eval())
+        with model.graph.inserting_after(node):
+            quantizer = model.graph.call_module(name)
+        node.replace_all_uses_with(quantizer)
+        quantizer.args = (node,)
+
+
+@torch.no_grad()
+def _calibrate(prepared: fx.GraphModule, batches: Iterable[Tensor]) -> None:
+    """Sets the ranges to what the float network shows on some images."""
+    parts = [module for module in prepared.modules() if isinstance(module, (FakeQuantizedActivation, FakeQuantizedLayer))]
+    device, count = next(prepared.parameters()).device, 0
+    for part in parts:
+        part.calibrating = True
+    for images in batches:
+        prepared(images.to(device))
+        count += 1
+    for part in parts:
+        part.calibrating = False
+    if not count:
+        raise UserError("quantization-aware training: there are no images to calibrate with")
+
+
+def restored(prepared: fx.GraphModule, original: fx.GraphModule) -> fx.GraphModule:
+    """The trained float network, in eval mode: the original's architecture with the prepared copy's weights and statistics.
+
+    Folding its batch norms and rounding its weights gives those that the prepared network computes with in eval mode; its
+    activations' ranges are left behind, for whoever quantizes it calibrates it (or measures them at run time).
+
+    Args:
+        prepared: by `prepare`, from a network of the original's architecture.
+        original: stays as it is.
+    """
+    state = prepared.state_dict()
+    for name, module in prepared.named_modules():
+        if isinstance(module, FakeQuantizedLayer):
+            for key, tensor in module.layer.state_dict().items():
+                state[f"{name}.{key}"] = tensor
+            for key, tensor in module.norm.state_dict().items() if module.norm is not None else ():
+                state[f"{module.norm_name}.{key}"] = tensor
+    result = copy.deepcopy(original).to(next(prepared.parameters()).device)
+    result.load_state_dict({key: state[key] for key in result.state_dict()})
+    return result.eval()

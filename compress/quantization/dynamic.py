@@ -1,0 +1,382 @@
+"""Dynamic int8: BatchNorm is folded, then every Conv2d and Linear gets int8 weights and quantizes its input as it runs.
+
+PyTorch's own dynamic quantization skips every Conv2d without a word. Here a coverage table says for each layer whether
+it is int8 and why, how exact it is and what it takes; a layer that was asked for and stayed float is an error, or a warning
+in a model outside the layer table. A layer that int8 arithmetic would make slower is int8 on disk alone, and says so with
+both times.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
+
+from architectures.build import build
+from architectures.describe import describe
+from architectures.folding import fold_batch_norm
+from architectures.int8 import int8_layers
+from architectures.kernels import QuantizedTensor, no_int8_kernels
+from architectures.program import Program, Step, int8_graph
+from compress.quantization.int8_table import Coverage, check_excluded, sqnr_db
+from metadata.errors import UserError, first_line
+
+PASSES = 25  # timed ones of each form of a network, in turns
+GAIN = 1.03  # int8 arithmetic must be so many times faster than float to be worth its error
+FLOAT_LAYER = "weights only, float is faster here"
+FLOAT_NETWORK = "weights only, the network as a whole is faster in float"
+
+
+# ---------------------------------------------------------------------------------------------- models of any kind
+
+
+def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> nn.Module:
+    """An int8 copy of a model, for one thread or many, at its fastest for images of the example's size.
+
+    A model that the layer table holds becomes a graph with BatchNorm folded and activations fused; its state dict is int8
+    data. In any other model each Conv2d and Linear is replaced where it stands.
+
+    Args:
+        model: as trained; it stays as it is.
+        example_input: (N, C, H, W) float32, preprocessed; real images, if the ranges are to mean something.
+        exclude: names of layers that keep float weights.
+
+    Raises:
+        UserError: the model does not take the example; an excluded name is no such layer; a layer cannot be quantized and
+            is not excluded; or there was nothing to quantize.
+    """
+    return quantize(model, example_input, exclude)[0]
+
+
+def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Coverage]]:
+    """As `quantize_dynamic`, with the coverage table."""
+    _check_numbers(model, example_input)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).eval()(example_input)
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        raise UserError(f"quantize_dynamic: the model does not take inputs of shape {list(example_input.shape)}, "
+                        f"{example_input.dtype}: {first_line(error)}") from error
+    evaluated = without_stochastic_depth(model)
+    try:
+        _, channels, height, width = example_input.shape
+        graph = as_graph(evaluated, (channels, height, width))
+    except (UserError, ValueError):  # not images, or not of the layer table: what is around the layers stays as it is
+        return _quantize_in_place(evaluated, example_input, exclude)
+    return quantize_graph(graph, exclude, example_input)
+
+
+def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
+    """Raises UserError for numbers of which no ranges can be taken."""
+    if example_input.dtype not in (torch.float32, torch.float64) or not len(example_input):
+        raise UserError(f"quantize_dynamic: the example must be one image or more in float32, not "
+                        f"{list(example_input.shape)} in {example_input.dtype}")
+    for name, tensor in (("the example", example_input), *model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"quantize_dynamic: {name} holds NaN or infinite values")
+
+
+def without_stochastic_depth(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, without what does nothing there and would keep the model out of the layer table."""
+    evaluated = copy.deepcopy(model).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, StochasticDepth):
+            evaluated.set_submodule(name, nn.Identity())
+    return evaluated
+
+
+def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+    """The model as a graph of the layer table, in eval mode, with copies of its weights.
+
+    Raises:
+        UserError: it is not of the layer table.
+    """
+    graph = build(describe(model, input_shape))
+    graph.load_state_dict(model.state_dict())
+    return graph.eval()
+
+
+def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
+                   choose: bool = True) -> tuple[fx.GraphModule, list[Coverage]]:
+    """A folded copy of a graph with int8 layers, and the coverage table.
+
+    Args:
+        model: as `architectures.build.build` makes them; it stays as it is.
+        exclude: names of layers that keep float weights.
+        example_input: (N, C, H, W) images; without them nothing is measured, and all layers compute in int8.
+        choose: let layers compute in float32 where that is faster.
+
+    Raises:
+        UserError: see `quantize_dynamic`.
+    """
+    folded = fold_batch_norm(model)
+    called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
+    layers: dict[str, nn.Module] = {name: layer for name in called if isinstance(
+        layer := folded.get_submodule(name), (nn.Conv2d, nn.Linear))}
+    quantized = copy.deepcopy(folded)
+    chosen = _replace(quantized, layers, exclude)
+    measured = example_input is not None and not no_int8_kernels()
+    times: dict[str, tuple[float, float]] = {}
+    as_float = FLOAT_LAYER
+    if measured:
+        times, as_float = _choose(quantized, folded, chosen, example_input[:1], choose)  # type: ignore[index]
+    coverage = _coverage(quantized, folded, layers, example_input, times, as_float)
+    return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), coverage
+
+
+def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str],
+                       ) -> tuple[nn.Module, list[Coverage]]:
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention))}
+    check_excluded("quantize_dynamic", exclude, layers)
+    left = _left_float(layers, _observe(model, example_input, layers))
+    quantized = copy.deepcopy(model)
+    chosen = _replace(quantized, layers, {*exclude, *left})
+    times = {} if no_int8_kernels() else _choose_in_place(quantized, model, chosen, example_input[:1])
+    silent = {name: reason for name, reason in left.items() if name not in exclude}
+    coverage = [replace(row, reason=silent.get(row.layer, row.reason))
+                for row in _coverage(quantized, model, layers, example_input, times)]
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    for name in chosen:
+        alone = _alone(quantized.get_submodule(name))
+        for alias in names[id(layers[name])]:
+            quantized.set_submodule(alias, alone)
+    if silent:
+        warnings.warn("quantize_dynamic: float stays " + "; ".join(f"{name} ({why})" for name, why in silent.items()),
+                      UserWarning, stacklevel=3)
+    return quantized, coverage
+
+
+def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[str, str]:
+    """Those of the layers that have no int8 form where they stand, and why."""
+    left = {}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.MultiheadAttention):
+            left[name] = "its projections' weights are its own, not a layer's"
+        elif "forward" in vars(layer) or type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
+            left[name] = f"a {type(layer).__name__} with a forward of its own"
+        elif name not in called:
+            left[name] = "not called by itself: another module may use its weights"
+    return left
+
+
+def _alone(layer: nn.Module) -> fx.GraphModule:
+    """A graph of a single layer, which runs on the int8 kernels."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("int8", (graph.placeholder("input"),)))
+    return int8_graph()(nn.ModuleDict({"int8": layer}), graph).eval()
+
+
+# ---------------------------------------------------------------------------------------------------- layer by layer
+
+
+def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
+    """Puts int8 layers into a copy of the model, and returns their names."""
+    check_excluded("quantize_dynamic", exclude, layers)
+    chosen = [name for name in layers if name not in exclude]
+    if not chosen:
+        raise UserError("quantize_dynamic: nothing became int8; the model has no Conv2d or Linear that is not excluded")
+    for name in chosen:
+        quantized.set_submodule(name, _int8_module(layers[name], name))
+    return chosen
+
+
+def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[str], image: Tensor, choose: bool,
+            ) -> tuple[dict[str, tuple[float, float]], str]:
+    """Each layer's milliseconds as float and as int8; if asked, lets layers compute in float where that is faster, and why.
+    """
+    as_float, as_int8 = _medians((Program(folded), Program(quantized)), image)
+
+    def keep_float(name: str) -> None:
+        quantized.get_submodule(name).activations = "float32"  # type: ignore[assignment]
+
+    why = FLOAT_LAYER
+    if choose:
+        for name in chosen:
+            if as_float[name] < GAIN * as_int8[name]:
+                keep_float(name)
+        whole_float, whole_mixed = (row[""] for row in _medians((Program(folded), Program(quantized)), image))
+        if GAIN * whole_float < whole_mixed:  # switching to and fro costs more than the layers save
+            why = FLOAT_NETWORK
+            for name in chosen:
+                keep_float(name)
+    return {name: (as_float[name], as_int8[name]) for name in chosen}, why
+
+
+class _Timed(nn.Module):
+    """A layer that notes how long each call takes, in milliseconds."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.taken: list[float] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        start = time.perf_counter_ns()
+        output: Tensor = self.layer(input)
+        self.taken.append((time.perf_counter_ns() - start) / 1e6)
+        return output
+
+
+@torch.no_grad()
+def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[str], image: Tensor,
+                     ) -> dict[str, tuple[float, float]]:
+    """As `_choose`, for layers where they stand."""
+    as_float, as_int8 = copy.deepcopy(model), copy.deepcopy(quantized)
+    for name in chosen:
+        as_float.set_submodule(name, _Timed(as_float.get_submodule(name)))
+        as_int8.set_submodule(name, _Timed(_alone(as_int8.get_submodule(name))))
+    for _ in range(3 + PASSES):
+        as_float(image)
+        as_int8(image)
+    times = {}
+    for name in chosen:
+        before, after = (statistics.median(cast(_Timed, copied.get_submodule(name)).taken[3:])
+                         for copied in (as_float, as_int8))
+        times[name] = round(before, 4), round(after, 4)
+        if before < GAIN * after:
+            quantized.get_submodule(name).activations = "float32"  # type: ignore[assignment]
+    return times
+
+
+def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
+              times: dict[str, tuple[float, float]], as_float: str = FLOAT_LAYER) -> list[Coverage]:
+    """The table; `quantized` still computes layer by layer, so that each can be watched."""
+    before = {} if images is None else _observe(model, images, layers)
+    after = {} if images is None else _observe(quantized, images, {
+        name: quantized.get_submodule(name) for name in layers})
+    weights = {name: layer.weight if isinstance(layer, (nn.Conv2d, nn.Linear)) else next(layer.parameters())
+               for name, layer in layers.items()}  # not the first parameter of a layer whose weight is computed
+    macs = {name: _macs(weight, before.get(name)) for name, weight in weights.items()}
+    rows = []
+    for name, layer in layers.items():
+        dtype, reason = _type_and_reason(quantized.get_submodule(name), as_float)
+        rows.append(Coverage(name, type(layer).__name__, dtype, reason, weights[name].numel(),
+                             macs[name] / max(sum(macs.values()), 1),
+                             sqnr_db(before[name], after[name]) if name in after and name in before else None,
+                             *times.get(name, (None, None))))
+    return rows
+
+
+def _type_and_reason(layer: nn.Module, as_float: str) -> tuple[str, str]:
+    if isinstance(layer, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+        return "float32", "excluded by the recipe"
+    if layer.activations == "float32":
+        return "int8", as_float
+    return "int8", "dynamic, per channel"
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The first outputs of those of the layers that are called."""
+    seen: dict[str, Tensor] = {}
+
+    def observed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def observe(*inputs: Any, **options: Any) -> Any:
+            output = forward(*inputs, **options)
+            if name not in seen and isinstance(output, Tensor):  # an attention gives its weights, too
+                seen[name] = output.clone()
+            return output
+        return observe
+    own = [(layer, vars(layer).get("forward")) for layer in layers.values()]
+    for name, layer in layers.items():  # not by hooks: with these, a TransformerEncoderLayer calls what it never calls else
+        layer.forward = observed(name, layer.forward)
+    try:
+        model.eval()(images)
+    finally:
+        for layer, forward in own:
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+    return seen
+
+
+def _macs(weight: Tensor, output: Tensor | None) -> int:
+    """Multiply-adds of a layer with such weights for one image; where its output was not seen, their number."""
+    return weight.numel() if output is None else weight.numel() * output[0].numel() // len(weight)
+
+
+@torch.no_grad()
+def _layer_times(program: Program, image: Tensor) -> dict[str, float]:
+    """Milliseconds of each layer with weights in one pass over the network, where its weights and input are as cold as
+    they will be in use. A tensor's range and integers are computed once, and all int8 layers that read it share the time.
+    """
+    marks: list[tuple[str | None, int]] = []
+    readers: dict[int, list[str]] = {}
+    quantizing: dict[int, float] = {}
+    held: list[QuantizedTensor] = []  # so that no two have the same id
+
+    def watch(step: Step, source: QuantizedTensor) -> None:
+        if step.layer is not None and getattr(step.function, "int8", False):
+            held.append(source)
+            readers.setdefault(id(source), []).append(step.layer)
+            start = time.perf_counter_ns()
+            source.parts()
+            taken = (time.perf_counter_ns() - start) / 1e6
+            quantizing[id(source)] = quantizing.get(id(source), 0.0) + taken
+            marks.append((None, start))
+        marks.append((step.layer, time.perf_counter_ns()))
+
+    program.one(image, watch)
+    marks.append((None, time.perf_counter_ns()))
+    times = {layer: (end - start) / 1e6 for (layer, start), (_, end) in itertools.pairwise(marks) if layer is not None}
+    for source, layers in readers.items():
+        for layer in layers:
+            times[layer] += quantizing[source] / len(layers)
+    return times
+
+
+def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float]]:
+    """Each program's layer times, medians over passes in turns; "" is the whole pass."""
+    passes: list[list[dict[str, float]]] = [[] for _ in programs]
+    for turn in range(-3, PASSES):
+        for program, seen in zip(programs, passes, strict=True):
+            start = time.perf_counter_ns()
+            program(image)
+            whole = (time.perf_counter_ns() - start) / 1e6
+            if turn >= 0:
+                seen.append(_layer_times(program, image) | {"": whole})
+    return [{name: round(statistics.median(row[name] for row in seen), 4) for name in seen[0]} for seen in passes]
+
+
+def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 weights with a scale an output channel: (out, ...) float -> (out, ...) int8, (out,) float.
+
+    Raises:
+        UserError: the weights are not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError(f"layer {name}: its weights hold NaN or infinite values and cannot be quantized")
+    scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=1e-12)
+    levels = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round().clamp(-127, 127)
+    return levels.to(torch.int8).contiguous(), scale
+
+
+@torch.no_grad()
+def _int8_module(layer: nn.Module, name: str) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise UserError(f"layer {name}: padding {layer.padding!r}, mode {layer.padding_mode!r} has no int8 form; list "
+                            "it in quantize_dynamic.exclude")
+        module = int8_layers().Int8Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride,
+                                      layer.padding, layer.dilation, layer.groups)
+    else:
+        assert isinstance(layer, nn.Linear)
+        module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
+    weight, scale = quantize_weight(layer.weight.detach().float().cpu(), name)
+    state = {"weight": weight, "weight_scale": scale,
+             "bias": torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float().cpu()}
+    module.load_state_dict(state)
+    return module.eval()

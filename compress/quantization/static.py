@@ -1,0 +1,336 @@
+"""Static int8: a float ONNX network becomes one whose weights and activations have fixed 8-bit grids, in QDQ form.
+
+QDQ (quantize and dequantize around each operator) is what both ONNX Runtime and OpenVINO turn into integer arithmetic. The
+nodes are placed by ONNX Runtime's quantizer; what it is told, and what is done to its result, is here: ranges chosen from
+histograms, corrected biases, equalised layers, and a file without the bytes that its long names take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnxruntime.quantization import QDQQuantizer, QuantType
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+
+from compress.evaluation.onnx_files import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
+from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
+from compress.quantization.equalization import equalize
+from compress.quantization.int8_table import Coverage, decibels
+from metadata.errors import UserError
+
+NOT_QUANTIZED = "the quantizer left it float"
+WEIGHTED = ["Conv", "Gemm", "MatMul"]
+_FEW = [*WEIGHTED, "Relu", "Clip"]  # these two become part of the layer before them
+_SUMS = [*_FEW, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Flatten"]
+Operators = Literal["weighted", "sums", "all"]
+OPERATORS: dict[Operators, list[str]] = {
+    "weighted": _FEW, "sums": _SUMS,
+    "all": [*_SUMS, "Mul", "Reshape", "Concat", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"]}
+
+
+@dataclass(frozen=True)
+class StaticSettings:
+    """One way to quantize.
+
+    Args:
+        operators: which are given integers: layers with weights; sums and pools too; or all that there is a kernel for.
+        activations: unsigned or signed 8 bits.
+        reduced: weights in 7 bits, so that no pair of products leaves 16 bits on CPUs without VNNI.
+        method: how ranges are chosen.
+        images: how many of the calibration images are used; 0: all.
+        correct: shift biases by the mean error that rounding the weights makes.
+        equalise: scale channels of neighbouring layers against each other first.
+        float_ends: the first and the last layer stay float.
+    """
+
+    operators: Operators = "sums"
+    activations: Literal["uint8", "int8"] = "uint8"
+    reduced: bool = False
+    method: Method = "min-max"
+    images: int = 0
+    correct: bool = True
+    equalise: bool = False
+    float_ends: bool = False
+
+    def ends(self, names: Sequence[str]) -> set[str]:
+        """Of a network's layers, in order, those that stay float by `float_ends`."""
+        return {names[0], names[-1]} if self.float_ends and names else set()
+
+    def __str__(self) -> str:
+        parts = ["U8S8" if self.activations == "uint8" else "S8S8", self.method, self.operators]
+        parts += [f"{self.images} images"] if self.images else []
+        parts += [text for text, on in (("7-bit weights", self.reduced), ("biases as trained", not self.correct),
+                                        ("equalised", self.equalise), ("float ends", self.float_ends)) if on]
+        return ", ".join(parts)
+
+
+@dataclass
+class Calibration:
+    """A float network and its calibration images; what candidates have in common is computed once.
+
+    Args:
+        model: as `compress.export.export` writes it.
+        images: (N, C, H, W), preprocessed.
+        threads: of ONNX Runtime.
+    """
+
+    model: onnx.ModelProto
+    images: Images
+    threads: int = 1
+    _models: dict[bool, onnx.ModelProto] = field(default_factory=dict)
+    _histograms: dict[tuple[bool, int], dict[str, Histogram]] = field(default_factory=dict)
+
+    def network(self, equalised: bool = False) -> onnx.ModelProto:
+        """The float network, or its equalised form."""
+        if equalised not in self._models:
+            self._models[equalised] = equalize(self.model)[0] if equalised else self.model
+        return self._models[equalised]
+
+    def histograms(self, equalised: bool = False, images: int = 0) -> dict[str, Histogram]:
+        """Of its tensors on the first so many images; 0: on all."""
+        key = equalised, images
+        if key not in self._histograms:
+            self._histograms[key] = histograms(self.network(equalised), self.images[:images or None], self.threads)
+        return self._histograms[key]
+
+
+def layers_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that are layers with weights, in order."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    return [node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in constants]
+
+
+def layer_weights(model: onnx.ModelProto) -> dict[str, int]:
+    """How many weights each of these layers has, without its bias."""
+    constants = _constants(model.graph)
+    return {node.name: int(np.prod(constants[node.input[1]].dims)) for node in layers_of(model)}
+
+
+def _with_what_follows(network: onnx.ModelProto, floats: Collection[str]) -> set[str]:
+    """Float layers, and the operators without weights that read anything float: rounding there would gain nothing."""
+    layers = {node.name for node in layers_of(network)}
+    stay, float_tensors = set(floats), set[str]()
+    for node in network.graph.node:
+        if node.name in floats or (node.name not in layers and float_tensors.intersection(node.input)):
+            stay.add(node.name)
+            float_tensors.update(node.output)
+    return stay
+
+
+@dataclass(frozen=True)
+class Int8Network:
+    """An int8 network.
+
+    Args:
+        model: in QDQ form.
+        outputs: by the name of the layer, the tensor of the float network that its output stands for: its own, or that of
+            the activation that it took over; in `model` it is that node's output.
+        network: the float network that it was made from, equalised where the settings say so.
+    """
+
+    model: onnx.ModelProto
+    outputs: dict[str, str]
+    network: onnx.ModelProto
+
+
+def quantize_static(calibration: Calibration, settings: StaticSettings, kept_float: Collection[str] = (),
+                    only: Collection[str] = ()) -> Int8Network:
+    """The int8 network.
+
+    Args:
+        calibration: the float network, and what its tensors hold.
+        settings: how to quantize.
+        kept_float: names of layers that stay float.
+        only: if given, the names of the layers that become int8, and nothing else does.
+
+    Raises:
+        UserError: no layer is left that becomes int8.
+    """
+    network = calibration.network(settings.equalise)
+    found = calibration.histograms(settings.equalise, settings.images)
+    names = [node.name for node in layers_of(network)]
+    stay = set(kept_float) | settings.ends(names)
+    if not set(names) - stay:
+        raise UserError("quantize_static: no Conv2d or Linear layer is left to become int8")
+    ranges = TensorsData(CalibrationMethod.MinMax, {
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+        for name, (low, high) in ((name, range_of(histogram, settings.method)) for name, histogram in found.items())})
+    copied = onnx.ModelProto()
+    copied.CopyFrom(network)
+    quantizer = QDQQuantizer(
+        copied, True, settings.reduced, QuantType.QInt8,  # True: weights have a scale an output channel
+        QuantType.QUInt8 if settings.activations == "uint8" else QuantType.QInt8, ranges, sorted(only),
+        sorted(_with_what_follows(network, stay)),
+        WEIGHTED if only else OPERATORS[settings.operators],
+        {"ActivationSymmetric": False, "WeightSymmetric": True,
+         "QuantizeBias": False})  # runtimes do that when they load a file, and a scale for each would be stored beside it
+    quantizer.quantize_model()
+    quantizer.model.topological_sort()
+    quantized: onnx.ModelProto = quantizer.model.model
+    if settings.correct:
+        correct_biases(network, quantized, found)
+    outputs = {node.name: node.output[0].removesuffix("_QuantizeLinear_Input")
+               for node in layers_and_products(quantized.graph)}
+    return Int8Network(compacted(quantized), outputs, network)
+
+
+# -------------------------------------------------------------------------------------------------- following a graph
+
+
+def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
+def _rounded(graph: onnx.GraphProto) -> dict[str, NDArray[np.float64]]:
+    """What the weights' integers stand for, by the name of the output of the DequantizeLinear node that restores them."""
+    constants, values = _constants(graph), {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            integers, scale = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in node.input[:2])
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            shape = [1] * integers.ndim
+            if scale.size > 1:
+                shape[axis] = -1
+            values[node.output[0]] = integers * scale.reshape(shape)
+    return values
+
+
+def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: dict[str, Histogram]) -> int:
+    """Takes from each int8 layer's bias the mean error that rounding its weights makes, in place; how many layers.
+
+    Source: Nagel et al. 2019 (see compress/equalization.py), section 4.2, eq. 17: the rounding error of the weights times
+    the input's mean a channel; borders are taken for the inside.
+    """
+    floats, constants, rounded = _constants(network.graph), _constants(quantized.graph), _rounded(quantized.graph)
+    inputs = {node.name: node for node in layers_of(network)}
+    corrected = 0
+    for node in quantized.graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[1] not in rounded:
+            continue
+        exact = numpy_helper.to_array(floats[inputs[node.name].input[1]]).astype(np.float64)
+        error = (rounded[node.input[1]] - exact).reshape(*exact.shape[:2], -1).sum(axis=2)  # (out, in of a group)
+        means = found[inputs[node.name].input[0]].channel_means
+        groups = len(means) // error.shape[1]
+        shift = np.einsum("goi,gi->go", error.reshape(groups, -1, error.shape[1]), means.reshape(groups, -1)).reshape(-1)
+        bias = constants[node.input[2]]
+        bias.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(bias) - shift).astype(np.float32), bias.name))
+        corrected += 1
+    return corrected
+
+
+def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same file with constants that are alike stored once, and short names for all but layers, input and output.
+
+    In a network of a few hundred thousand weights the names that a quantizer gives are a tenth of the file. Weights' zero
+    points stay, one for each layer, though all are zero: where there is no VNNI, ONNX Runtime rewrites them in place.
+    """
+    graph = model.graph
+    alike: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    renamed: dict[str, str] = {}
+    for tensor in graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.data_type == onnx.TensorProto.INT8:
+            renamed[tensor.name] = tensor.name
+            continue
+        renamed[tensor.name] = alike.setdefault((tensor.data_type, values.shape, values.tobytes()), tensor.name)
+    kept = [tensor for tensor in graph.initializer if renamed[tensor.name] == tensor.name]
+    layers = {node.name for node in layers_and_products(graph)}
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    short: dict[str, str] = {name: name for name in fixed}
+    new_tensors = (name for number in count() if (name := f"t{number}") not in fixed)
+    new_nodes = (name for number in count() if (name := f"n{number}") not in layers)
+
+    def shortened(name: str) -> str:
+        name = renamed.get(name, name)
+        if name and name not in short:
+            short[name] = next(new_tensors)
+        return short.get(name, name)
+
+    del graph.value_info[:]
+    for node in graph.node:
+        inputs, outputs = [shortened(name) for name in node.input], [shortened(name) for name in node.output]
+        del node.input[:], node.output[:]
+        node.input.extend(inputs)
+        node.output.extend(outputs)
+        if node.name not in layers:
+            node.name = next(new_nodes)  # ONNX Runtime makes up names of tensors from it, so it must be there
+        node.doc_string = ""
+    tensors = [numpy_helper.from_array(numpy_helper.to_array(tensor), shortened(tensor.name)) for tensor in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def layers_and_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes that the evaluator counts as layers: their names stand in a submission's metadata."""
+    return [node for node in graph.node if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS]
+
+
+# ------------------------------------------------------------------------------------------------- what became of it
+
+
+def coverage(calibration: Calibration, quantized: Int8Network, images: Images, why_float: dict[str, str],
+             times: dict[str, tuple[float | None, float | None]]) -> list[Coverage]:
+    """The table, layer by layer.
+
+    Args:
+        calibration: the float network.
+        quantized: as `quantize_static` made it.
+        images: (N, C, H, W), on which the outputs are compared.
+        why_float: the reason for each layer that stayed float.
+        times: each layer's milliseconds as float and as int8, where they were measured.
+    """
+    network, graph = quantized.network, quantized.model.graph
+    layers, found, weights = layers_of(network), calibration.histograms(), layer_weights(network)
+    restored = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    now = {node.name: node for node in layers_and_products(graph)}
+    noise = _noise(calibration, quantized, images)
+    macs = {node.name: _macs(node, weights[node.name], found[node.output[0]].shape) for node in layers}
+    rows = []
+    for node in layers:
+        int8, kind = set(now[node.name].input[:2]) <= restored, "Conv2d" if node.op_type == "Conv" else "Linear"
+        reason = "static, per channel" if int8 else why_float.get(node.name, NOT_QUANTIZED)
+        rows.append(Coverage(node.name, kind, "int8" if int8 else "float32", reason, weights[node.name],
+                             macs[node.name] / max(sum(macs.values()), 1), noise[node.name],
+                             *times.get(node.name, (None, None))))
+    return rows
+
+
+def _noise(calibration: Calibration, quantized: Int8Network, images: Images) -> dict[str, float]:
+    """The signal-to-noise ratio of each layer's output in decibels, on all images, of which one at a time is in memory."""
+    graph = quantized.model.graph
+    restoring = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    rounding = {node.input[0]: restoring.get(node.output[0], node.input[0]) for node in graph.node
+                if node.op_type == "QuantizeLinear"}  # a ReLU that a layer took over happens when its output is rounded
+    results = {node.name: rounding.get(node.output[0], node.output[0]) for node in layers_and_products(graph)}
+    names = [node.name for node in layers_of(quantized.network)]
+    expected, got = (session(watched(model, sorted({tensors[name] for name in names})), calibration.threads)
+                     for model, tensors in ((quantized.network, quantized.outputs), (quantized.model, results)))
+    sums = {name: [0.0, 0.0] for name in names}
+    for image in images:
+        before, after = (_answers(side, image) for side in (expected, got))
+        for name in names:
+            signal, value = before[quantized.outputs[name]].astype(np.float64), after[results[name]]
+            sums[name][0] += float(np.square(signal).sum())
+            sums[name][1] += float(np.square(value - signal).sum())
+    return {name: decibels(*pair) for name, pair in sums.items()}
+
+
+def _answers(runtime: Any, image: Images) -> dict[str, NDArray[np.float32]]:
+    """What a session gives for one image, (C, H, W), by the names of the outputs."""
+    values = runtime.run(None, {runtime.get_inputs()[0].name: image[None]})
+    return {output.name: value for output, value in zip(runtime.get_outputs(), values, strict=True)}
+
+
+def _macs(node: onnx.NodeProto, weights: int, shape: tuple[int, ...]) -> int:
+    """Multiply-adds for one image; `shape` is of the layer's output, without the batch."""
+    channels = shape[0] if node.op_type != "MatMul" else shape[-1]
+    return weights * int(np.prod(shape)) // channels

@@ -1,0 +1,347 @@
+"""`python -m compress train`: data, model and settings in; trained weights, curves and one look at the test split out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from architectures.counting import count_macs
+from architectures.describe import describe
+from architectures.zoo import check_forward, families, make, own_name
+from compress.training import optimizers
+from compress.training.assessment import assess, learned_parameters
+from compress.training.distillation import cross_entropy
+from compress.training.distributed import Team, joined
+from compress.training.loggers import Curves, Logger, TensorBoard, WeightsAndBiases
+from compress.training.loop import Data, Trained, best_file, seeded, train
+from compress.training.malloc import keep_freed_memory
+from compress.training.recipe import Recipe
+from compress.training.schedules import Schedule
+from compress.training.trackers import Tracker
+from compress.training.train_config import TrainingConfig, validated
+from loaders.arrays import Splits
+from loaders.augment import Affine, Augmenter, center_crop
+from loaders.catalog import load, set_name
+from loaders.images import normalize
+from loaders.request import Request
+from metadata.errors import UserError
+from metadata.files import write_json
+from metadata.formats import write_tensors
+from metadata.locks import locked, remove_leftovers
+from metadata.machine import machine, usable_cores, versions
+from metadata.records import DatasetCard
+
+SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
+SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
+RESERVED = {"name", "num_classes", "pretrained", "known"}  # arguments of `make` that are not the model's own
+LOOKED_AT = 5000  # training images that a model may see before it trains, such as for whitening
+NO_FLIP = {"mnist", "digits"}  # a mirrored digit is another sign
+
+
+def run_training(config: TrainingConfig, console: Console) -> dict[str, Any]:
+    """Trains as the configuration says, or what is left of it, and returns the content of summary.json.
+
+    Under torchrun, every process calls this; the first one alone writes and prints.
+
+    Raises:
+        UserError: a mistake of the user's; nothing was lost, and the same command continues after mending it.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: torch sees no CUDA device; use device cpu or auto")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    keep_freed_memory()
+    with joined(cuda) as team, ExitStack() as stack:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.threads or max(1, usable_cores() // local))
+        tracker = Tracker(console if team.first else Console(quiet=True))
+        loggers, summary = [], None
+        if team.first:
+            loggers = _loggers(config)
+            stack.enter_context(claimed(config))
+            summary = read_summary(config.log_dir)
+        finished, = team.of_first([float(summary is not None)])
+        if finished:
+            tracker.say(f"{config.log_dir}: finished before")
+            return summary or {}
+        return _train(config, team, tracker, loggers)
+
+
+def _train(config: TrainingConfig, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
+    with team.first_goes_first(), flags_named():  # if there is anything to fetch, one fetches it
+        splits, model, options = prepare(config, tracker)
+    for text in splits.warnings:
+        tracker.warn(text)
+    card, folder, device = splits.card, config.log_dir, team.device
+    recipe = training_recipe(config, device, tracker)
+    recipe.check_batches("train", len(splits.train), team.size)
+    if team.first:
+        tracker = replace(tracker, folder=folder, loggers=loggers)
+        write_settings(config)
+    tracker.say(f"{config.model_name} ({learned_parameters(model):,} parameters) on {card.name} "
+                f"({len(splits.train):,} images, {len(splits.validation):,} held out, {list(card.input_shape)}), "
+                f"{config.num_epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
+    if team.size > 1 and device.type == "cpu" and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        tracker.warn("on CPUs each process normalises by its own share of a batch: with batch norms, the result is not "
+                     "that of one process")
+    try:
+        trained = train(model, training_data(config, splits, device), cross_entropy(config.label_smoothing), recipe,
+                        label="train", seed=config.seed, device=device, checkpoint=folder / CHECKPOINT, tracker=tracker,
+                        team=team)
+    finally:
+        for logger in loggers:
+            logger.close()
+    if not team.first:
+        return {}
+    if team.size > 1:  # for CUDA its batch norms were exchanged for ones that speak with the other processes
+        weights = model.state_dict()
+        model = make(own_name(config.model_name), num_classes=card.num_classes, **options).to(device)
+        model.load_state_dict(weights)
+    with flags_named():
+        return _conclude(config, splits, model.eval(), options, trained, recipe)
+
+
+# What the loaders call a setting, and what it is called here.
+_FLAGS = {
+    "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
+    "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
+    "data.image_size": "--image_size", "data.resize and data.crop": "--image_size", "data.channels": "channels",
+    "data.resize": "--image_size", "data.crop": "--image_size"}
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """Errors of the loaders name this command's flags, not a recipe's keys."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, flag in _FLAGS.items():
+            text = text.replace(key, flag)
+        raise type(error)(text) from error
+
+
+def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
+    """The data, the untrained (or pretrained) model, and the options that it was made with.
+
+    Grey images are given three channels where the model takes nothing else.
+
+    Raises:
+        UserError: data that is not there, an unknown model, or shapes that do not go together.
+    """
+    with tracker.progress("reading images") as advance:
+        request = Request(
+            set_name(config.dataset), config.data_root, config.download, config.val_fraction, config.seed,
+            config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
+            skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size)
+        splits = load(request)
+        card = splits.card
+        options = _options(config, card)
+        try:
+            _check(config, options, card)
+        except UserError:
+            if card.input_shape[0] != 1:
+                raise
+            coloured = card.model_copy(update={"input_shape": (3, *card.input_shape[1:])})
+            options = _options(config, coloured)
+            _check(config, options, coloured)
+            splits = load(replace(request, channels=3))
+    with seeded(config.seed, "model"):
+        model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
+    look = getattr(model, "initialize_from", None)  # of networks that begin by looking at their images
+    if look and not config.pretrained:
+        some = torch.arange(0, len(splits.train), max(1, len(splits.train) // LOOKED_AT))
+        images = center_crop(splits.train.images.batch(some), splits.card.input_shape[1:])
+        look(normalize(images, splits.card.preprocessing))
+    return splits, model, options
+
+
+def _options(config: TrainingConfig, card: DatasetCard) -> dict[str, Any]:
+    """The model's options: those given, and what can be known from the data."""
+    options = dict(config.model_options)
+    if taken := RESERVED & options.keys():
+        raise UserError(f"model_options: {min(taken)} is a setting of its own, or comes from the data")
+    channels, height, width = card.input_shape
+    name = own_name(config.model_name)
+    if name in families():
+        takes = inspect.signature(families()[name]).parameters
+        known = {"input_shape": [channels, height, width], "in_channels": channels}
+        options = {**{key: value for key, value in known.items() if key in takes}, **options}
+        if "stem" not in takes or (config.stem == "auto" and "stem" in options):
+            return options
+    small = config.stem == "small" or (config.stem == "auto" and max(height, width) <= SMALL_IMAGE
+                                       and not config.pretrained)
+    if not small or "stem" in options:
+        return options
+    if config.stem == "auto":
+        try:  # only ResNets have a small stem
+            with torch.device("meta"):
+                make(name, num_classes=2, **options, stem="small")
+        except UserError:
+            return options
+    return {**options, "stem": "small"}
+
+
+def _check(config: TrainingConfig, options: dict[str, Any], card: DatasetCard) -> None:
+    with torch.device("meta"):
+        module = make(own_name(config.model_name), num_classes=card.num_classes, **options)
+    channels, *sides = card.input_shape
+    check_forward(module, f"model_name {config.model_name}", card.input_shape, card.num_classes)
+    for side in sorted(set(config.size_schedule.values())):
+        if side > min(sides):
+            raise UserError(f"size_schedule: {side} pixels are more than the images have ({sides[0]}x{sides[1]})")
+        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (channels, side, side),
+                      card.num_classes)
+
+
+def training_data(config: TrainingConfig, splits: Splits, device: torch.device) -> Data:
+    """The splits on the device, with the configuration's augmentation."""
+    train_split = splits.train.to(device)
+    names: list[Any] | None = config.augment
+    if names is None:
+        names = ["crop"] if splits.card.name in NO_FLIP else ["crop", "flip"]
+    affine = Affine(config.affine_degrees, config.affine_scale, config.affine_shear, config.affine_shift)
+    augmenter = Augmenter(names, splits.card.input_shape[1:], config.padding, config.seed, len(train_split), affine)
+    return Data(train_split, splits.validation.to(device), augmenter, splits.card.preprocessing)
+
+
+def training_recipe(config: TrainingConfig, device: torch.device, tracker: Tracker) -> Recipe:
+    """The configuration as the training loop takes it."""
+    moves = optimizers.Settings(config.optimizer, config.lr, config.momentum, config.weight_decay, config.adamw_lr,
+                                config.head_lr, config.muon_scale, config.sam_base, config.sam_rho)
+    schedule = Schedule(config.scheduler, config.warmup, config.anneal, config.lr_floor, config.step_size, config.gamma)
+    return Recipe(
+        config.num_epochs, config.batch_size, moves, schedule, config.clip, autocast=autocast(config, device, tracker),
+        checkpoint_seconds=config.checkpoint_seconds, batch_sizes=config.bs_schedule, sizes=config.size_schedule,
+        accumulate=config.accumulate, mixup=config.mixup, ema=config.ema, patience=config.patience, factor=config.factor,
+        early_patience=config.early_patience, keep_best=config.keep == "best", compile=config.compile,
+        watch_training=config.monitor == "train", channels_last=config.channels_last)
+
+
+def autocast(config: TrainingConfig, device: torch.device, tracker: Tracker) -> torch.dtype | None:
+    """The type to compute in; None for float32, with a word where mixed precision was asked for and is not to be had.
+
+    Raises:
+        UserError: float16 on a CPU, where it is slower and there is no need.
+    """
+    if not config.use_amp:
+        return None
+    if device.type == "cpu":
+        if config.amp_dtype == "float16":
+            raise UserError("amp_dtype float16 is for CUDA; on a CPU use bfloat16, or leave use_amp out")
+        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            tracker.warn("use_amp: this CPU has no bfloat16 instructions; training in float32")
+            return None
+        return torch.bfloat16
+    if config.amp_dtype == "float16" or (config.amp_dtype == "auto" and not torch.cuda.is_bf16_supported(False)):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _loggers(config: TrainingConfig) -> list[Logger]:
+    """Curves always, the others as asked for; a missing package is found out before anything trains."""
+    loggers: list[Logger] = [Curves(config.log_dir, f"{config.model_name} on {config.dataset}")]
+    if config.use_tensorboard:
+        loggers.append(TensorBoard(config.log_dir))
+    if config.use_wandb:
+        loggers.append(WeightsAndBiases(config.log_dir, config.wandb_project, config.model_dump(mode="json")))
+    return loggers
+
+
+@contextmanager
+def claimed(config: TrainingConfig) -> Iterator[None]:
+    """The log folder, for this process alone; it disappears again if nothing was written into it.
+
+    Raises:
+        UserError: it holds another training (with the keys that differ), or something else, or is in use.
+    """
+    folder = config.log_dir
+    files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # something has begun
+        if changed := config.difference(_settings_in(folder)):
+            raise UserError(f"{folder} already holds another training ({', '.join(changed[:4])}"
+                            f"{', ...' if len(changed) > 4 else ''}); choose --log_dir OTHER, or give the same settings "
+                            "to continue it")
+    elif {name for name in files if not name.endswith(".part")} - {".lock", SETTINGS, "wandb", "tensorboard"}:
+        raise UserError(f"{folder}: already there and not a training's folder; choose --log_dir OTHER")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "choose --log_dir OTHER"):
+        remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            if not files and {entry.name for entry in folder.iterdir()} == {".lock"}:
+                (folder / ".lock").unlink()
+                folder.rmdir()
+
+
+def _settings_in(folder: Path) -> TrainingConfig:
+    path = folder / SETTINGS
+    try:
+        return validated(json.loads(path.read_text())["config"], str(path))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: not a training's settings, but the folder holds one's files; move it away, or choose "
+                        "--log_dir OTHER") from error
+
+
+def write_settings(config: TrainingConfig) -> None:
+    """Says what is trained in the log folder, when it begins."""
+    if not (config.log_dir / CHECKPOINT).is_file():
+        write_json(config.log_dir / SETTINGS, {"schema": 1, "config": config.model_dump(mode="json"),
+                                               "machine": machine(), "versions": versions()})
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The content of summary.json, of a training that is over; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+        if summary["schema"] != 1:
+            raise ValueError
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or of another version; remove it to measure the training again, or the folder "
+                        "to start from the beginning") from error
+    return summary
+
+
+def _conclude(config: TrainingConfig, splits: Splits, model: nn.Module, options: dict[str, Any], trained: Trained,
+              recipe: Recipe) -> dict[str, Any]:
+    """Writes the weights and what is known of them; opens the test split, for the first time."""
+    folder, card = config.log_dir, splits.card
+    device = next(model.parameters()).device
+    measured = {}
+    for name, split in (("validation", splits.validation), ("test", splits.open_test())):
+        if len(split):
+            found = assess(model, split.to(device), card.preprocessing, recipe.autocast)
+            measured[name] = {"loss": found.loss, "accuracy": found.accuracy, "correct": found.correct,
+                              "images": found.images}
+    model.cpu()
+    write_tensors(folder / "weights.pth", {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    with suppress(UserError):  # a network outside the layer table can be a teacher: by its name, options and weights
+        write_json(folder / "architecture.json", describe(model, card.input_shape).to_json())
+    write_json(folder / "card.json", card.model_dump(mode="json"))
+    summary = {
+        "schema": 1, "model": {"name": own_name(config.model_name), "options": options, "num_classes": card.num_classes},
+        "parameters": learned_parameters(model), "macs": count_macs(model, card.input_shape),
+        "epochs": trained.epochs, "kept_epoch": trained.kept_epoch, "seconds": round(trained.seconds, 2),
+        "images_per_second": round(len(splits.train) * trained.epochs / max(trained.seconds, 1e-9), 1), **measured,
+        "machine": machine(), "versions": versions()}
+    write_json(folder / SUMMARY, summary)
+    for path in (folder / CHECKPOINT, *folder.glob(best_file(folder / CHECKPOINT, "*").name)):
+        path.unlink(missing_ok=True)
+    return summary

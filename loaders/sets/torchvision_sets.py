@@ -1,0 +1,67 @@
+"""MNIST, FashionMNIST, CIFAR-10 and CIFAR-100: torchvision's files, or the same set as an image folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from loaders.arrays import Arrays, Splits, array_splits, torchvision_root
+from loaders.request import Request
+from loaders.sets.image_folder import folder_splits
+from metadata.errors import UserError, first_line
+from metadata.records import dataset_cards
+
+CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+
+# torchvision's ways to say that files are missing (RuntimeError) or to stumble over damaged ones
+DAMAGED = (RuntimeError, OSError, EOFError, AssertionError, LookupError, TypeError, ValueError)
+
+
+def _open(name: str, request: Request, train: bool) -> Any:
+    from torchvision import datasets
+
+    root = torchvision_root(request, name)
+    try:
+        return getattr(datasets, CLASSES[name])(root, train=train, download=request.download)
+    except DAMAGED as error:
+        packed = next(root.glob(f"{CLASSES[name]}/raw/*-ubyte.gz"), None)
+        if request.download:
+            advice = "remove files that are damaged, see that there is a network, or give an image folder"
+        else:
+            advice = f"gunzip {packed} and its like, or pass" if packed else "pass"
+            advice += " data.download=true to fetch it, after removing files that are damaged, or give an image folder"
+        raise UserError(f"data.root {root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
+                        ) from error
+
+
+def _arrays(dataset: Any, order: list[int], where: str) -> Arrays:
+    """(N, C, H, W) uint8 and labels as ranks of the sorted class names, which is what an image folder gives."""
+    pixels, labels = torch.from_numpy(np.asarray(dataset.data)), torch.as_tensor(dataset.targets)
+    if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) >= len(order):
+        raise UserError(f"{where}: expected as many labels below {len(order)} as images, got {len(labels)} for "
+                        f"{len(pixels)} images; remove the set and pass data.download=true to fetch it again")
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    return pixels.contiguous(), torch.tensor(order)[labels]
+
+
+def _loader(name: str) -> Callable[[Request], Splits]:
+    def load(request: Request) -> Splits:
+        known = dataset_cards()[name]
+        if request.root is not None and (request.root / "train").is_dir():
+            return folder_splits(request, name, known["preprocessing"])
+        train = _open(name, request, train=True)
+        names = known.get("class_names") or [str(label) for label in train.classes]
+        order = [sorted(names).index(label) for label in names]
+
+        def open_test() -> Arrays:
+            return _arrays(_open(name, request, train=False), order, f"{request.root}, test split of {name}")
+
+        return array_splits(request, sorted(names), known["preprocessing"],
+                            _arrays(train, order, f"{request.root}, training split of {name}"), open_test)
+    return load
+
+
+SETS = {name: _loader(name) for name in CLASSES}

@@ -1,0 +1,30 @@
+"""Running the command line in tests, and holding it to one line for a mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[2]
+SMALL = ["teacher.options.width=8", "teacher.train.epochs=4", "teacher.floor=0.3", "distill.options.width=16",
+         "distill.train.epochs=4", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=4", "threads=1"]
+
+Compress = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def run_compress(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m compress` from the project's root."""
+    return subprocess.run([sys.executable, "-W", "error::DeprecationWarning:compress", "-m", "compress",
+                           *map(str, arguments)], cwd=PROJECT, capture_output=True, text=True, timeout=timeout,
+                          check=False)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
+    """The command failed with the exit code and one line on stderr that holds the parts."""
+    assert done.returncode == code, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
