@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                                percent, settings, options.compare, terminal_progress())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None,
+         run: Callable[[argparse.Namespace], dict[str, Any]] = evaluate) -> int:
     """The command line; returns the exit code: 0 scored, 1 the submission fails verification, 2 a user's mistake.
 
     The output file is written in every case but one: when it cannot be.
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     code, line, result = 0, "", {}
     try:
-        result = evaluate(options)
+        result = run(options)
     except UserError as error:
         code, line = error.exit_code, first_line(error)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import io
@@ -31,6 +32,7 @@ from compress.evaluation.submission import load_model
 from metadata.errors import UserError, VerificationError
 from metadata.files import read_json, write_atomically
 from metadata.machine import memory_limit
+from tests.helpers.commands import PROJECT
 
 
 def layer(name: str, kind: str, inputs: list[str], **options: Any) -> dict[str, Any]:
@@ -276,11 +278,11 @@ def test_write_atomically_replaces_or_leaves_alone(tmp_path: Path) -> None:
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
     assert path.stat().st_mode & 0o044
-    script = ("import resource, sys; from pathlib import Path; import model_loader\n"
+    script = ("import resource, sys; from pathlib import Path; from metadata.files import write_atomically\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-              "try: model_loader.write_atomically(Path(sys.argv[1]), bytes(5000))\n"
+              "try: write_atomically(Path(sys.argv[1]), bytes(5000))\n"
               "except OSError as error: print(type(error).__name__)")
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(model_loader.__file__).parent,
+    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=PROJECT,
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "OSError" and path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
@@ -485,20 +487,18 @@ def test_names_that_are_not_unicode_do_not_stop_the_result(submission: Path, dig
 
 
 def test_what_nobody_foresaw_ends_in_one_line_and_a_result(submission: Path, digits_test: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
-    def broken(*arguments: object, **options: object) -> None:
+    def broken(options: argparse.Namespace) -> dict[str, Any]:
         raise ArithmeticError("two\nlines")
 
-    monkeypatch.setattr(model_loader, "accuracy_details", broken)
     arguments = ["--submission_dir", str(submission), "--data_dir", str(digits_test), "--output_file",
                  str(tmp_path / "r.json")]
-    assert model_loader.main(arguments) == 1
+    assert model_loader.main(arguments, broken) == 1
     error = capsys.readouterr().err
     assert "ArithmeticError: two" in error and "--debug" in error and len(error.strip().splitlines()) == 1
     assert "broke down" in json.loads((tmp_path / "r.json").read_text())["details"]["status"]
     with pytest.raises(ArithmeticError):
-        model_loader.main([*arguments, "--debug"])
+        model_loader.main([*arguments, "--debug"], broken)
 
 
 def test_output_must_be_a_plain_file(submission: Path, digits_test: Path, tmp_path: Path,

@@ -13,6 +13,7 @@ import model_loader
 from compress.evaluation import child
 from compress.evaluation.score import TASK_KEYS
 from compress.evaluation.synthetic import prototype_problem
+from compress.packaging.bundle import bundle
 
 MEANS = """
 import torch
@@ -206,10 +207,10 @@ def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_a_copy_alone_says_what_needs_the_toolkit(tmp_path: Path) -> None:
-    import shutil
     import subprocess
     import sys
-    alone = Path(shutil.copy(model_loader.__file__, tmp_path))
+    alone = tmp_path / "model_loader.py"
+    alone.write_bytes(bundle())
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "metadata.json").write_text("{}")
     for flags in ([*TASK, "--solution", "x.py"], ["--submission_dir", "s", "--data_dir", ".", "--compare", "s"],

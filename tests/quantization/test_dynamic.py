@@ -412,7 +412,9 @@ def test_a_layers_arithmetic_is_in_its_architecture_and_source(activations: str)
 CAPPED = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from model_loader import Architecture, int8_arithmetic, layer_by_layer, load_verified, no_int8_kernels
+from architectures.kernels import int8_arithmetic, layer_by_layer, no_int8_kernels
+from architectures.layers import Architecture
+from architectures.weights import load_verified
 architecture = Architecture.model_validate(json.load(open(sys.argv[2] + "/architecture.json")))
 quantized = load_verified(architecture, torch.load(sys.argv[2] + "/weights.pth", weights_only=True), "here").eval()
 torch.manual_seed(0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import model_loader
+from compress.packaging.bundle import bundle
 from compress.pipeline.stage import TorchModel
 from tests.helpers.commands import Compress, assert_one_line_error
 
@@ -34,8 +35,7 @@ def python(code: str, cwd: Path, *arguments: str) -> str:
 
 def test_folder_holds_what_the_format_says(submission: Path) -> None:
     assert {path.name for path in submission.iterdir()} == FILES
-    loader = Path(model_loader.__file__)
-    assert (submission / "model_loader.py").read_bytes() == loader.read_bytes()
+    assert (submission / "model_loader.py").read_bytes() == bundle()
     architecture = json.loads((submission / "trained_pruned_architecture.json").read_text())
     assert architecture["model_type"] == "SlimResNet18" and architecture["pruning_rate"] == 0.4
     assert architecture["compression_steps"] == ["knowledge_distillation", "structured_pruning", "finetuning",
