@@ -54,7 +54,7 @@ def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str])
     curve = [{"epoch": int(row["epoch"]), "seconds": float(row["seconds"]),
               "accuracy": round(float(row["validation_accuracy"]), 4)} for row in read_csv(folder / "metrics.csv")]
     model = open_model(read_json(folder / "architecture.json", Architecture), folder / "weights.pth").eval()
-    splits = load(Request("cifar10", data_root))
+    splits = load(Request(name="cifar10", root=data_root))
     mirrored = accuracy_of(Mirrored(model), splits.open_test(), splits.card.preprocessing)
     test = summary["test"]
     return {"seed": seed, "wall_seconds": round(wall, 1), "training_seconds": summary["seconds"],

@@ -119,7 +119,7 @@ def random_subject(name: str, folder: Path, threads: int) -> Subject:
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(4, 3, 224, 224))
-    return Subject(name, model.eval(), torch.randn(CALIBRATION, 3, 224, 224), folder=folder,
+    return Subject(name=name, model=model.eval(), images=torch.randn(CALIBRATION, 3, 224, 224), folder=folder,
                    threads=threads)
 
 
@@ -127,10 +127,11 @@ def trained_subject(stage: Path, dataset: str, data_root: Path, folder: Path, th
     """A stage's model of a run, calibrated on training images."""
     architecture = read_json(stage / "architecture.json", Architecture)
     model = open_model(architecture, stage / "weights.pth")
-    splits = load(Request(dataset, data_root))
+    splits = load(Request(name=dataset, root=data_root))
     images = examples(splits, CALIBRATION * 4)
     chosen = next(iter(sorted(stage.resolve().parent.glob("*-quantize_static/model.onnx"))), None)
-    return Subject(f"{architecture.model_type}, {splits.card.name}", model, images, splits, chosen, folder, threads)
+    return Subject(name=f"{architecture.model_type}, {splits.card.name}", model=model, images=images,
+                   splits=splits, chosen=chosen, folder=folder, threads=threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- output

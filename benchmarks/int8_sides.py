@@ -25,7 +25,7 @@ CALIBRATION = 64  # images
 Call = Callable[[Tensor], Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Subject:
     """A network to be served: the graph, some images to calibrate with, and where its accuracy is measured, if it is."""
 

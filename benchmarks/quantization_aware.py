@@ -147,7 +147,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     try:
         student = TorchModel.load(arguments.stage)
-        splits = load(Request(arguments.dataset, arguments.data_root))
+        splits = load(Request(name=arguments.dataset, root=arguments.data_root))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

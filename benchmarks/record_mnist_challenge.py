@@ -39,7 +39,7 @@ def main() -> None:
         shutil.copy(arguments.runs / name, RESULTS)
     for path in sorted(arguments.runs.glob("*/seed*/epochs.csv")):
         shutil.copy(path, RESULTS / f"{path.parts[-3]}-{path.parts[-2]}.csv")
-    splits = load(Request("mnist", arguments.data_root))
+    splits = load(Request(name="mnist", root=arguments.data_root))
     test = splits.open_test()
     WEIGHTS.mkdir(exist_ok=True)
     records = {}

@@ -117,7 +117,7 @@ def serve(sides: Sides, index: int) -> None:
 def data_sides(splits: Splits) -> Sides:
     """Augmented, normalised batches on one core: ours in one thread, theirs in two worker processes on that core."""
     split, card = splits.train.to(torch.device("cpu")), splits.card
-    augmenter = Augmenter(["crop", "flip"], card.input_shape[1:], 4, 0, len(split))
+    augmenter = Augmenter(names=["crop", "flip"], size=card.input_shape[1:], padding=4, seed=0, samples=len(split))
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     views = iter(range(10**9))
@@ -182,8 +182,9 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, 
     card, split = splits.card, splits.train.to(torch.device("cpu"))
     device = torch.device("cpu")
     empty = Split(ArrayImages(torch.zeros(0, *card.input_shape, dtype=torch.uint8)), torch.zeros(0, dtype=torch.int64))
-    data = Data(split, empty, Augmenter(names, card.input_shape[1:], 4, 0, len(split), affine or Affine()),
-                card.preprocessing)
+    augmenter = Augmenter(names=names, size=card.input_shape[1:], padding=4, seed=0, samples=len(split),
+                          affine=affine or Affine())
+    data = Data(split, empty, augmenter, card.preprocessing)
     assert recipe.max_steps
     model = make_model()
     images = recipe.max_steps * recipe.batch_size
@@ -225,10 +226,10 @@ def stream_sides(root: Path) -> Sides:
     from torchvision import datasets, transforms
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))
-    splits = load(Request("image_folder", root, preprocessing={"resize": 32, "crop": 32}, memory_limit_gb=1e-6,
+    splits = load(Request(name="image_folder", root=root, preprocessing={"resize": 32, "crop": 32}, memory_limit_gb=1e-6,
                           workers=workers))
     split, card = splits.train, splits.card
-    augmenter = Augmenter(["crop", "flip"], (32, 32), 4, 0, len(split))
+    augmenter = Augmenter(names=["crop", "flip"], size=(32, 32), padding=4, seed=0, samples=len(split))
     count = 40 * BATCH
 
     def ours() -> float:
@@ -257,8 +258,8 @@ def stream_sides(root: Path) -> Sides:
 def memory_by_epoch(splits: Splits) -> Iterator[float]:
     """Peak memory of this process in MB after each epoch of a training."""
     import resource
-    data = Data(splits.train, splits.validation, Augmenter(["crop", "flip"], (32, 32), 4, 0, len(splits.train)),
-                splits.card.preprocessing)
+    augmenter = Augmenter(names=["crop", "flip"], size=(32, 32), padding=4, seed=0, samples=len(splits.train))
+    data = Data(splits.train, splits.validation, augmenter, splits.card.preprocessing)
 
     class Watching(Tracker):
         def epoch(self, label: str, **metrics: Any) -> None:
@@ -284,7 +285,8 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
 
     if case == "stream_from_disk":
         return stream_sides(arguments.cifar10)
-    splits = load(Request("mnist", arguments.mnist) if "mnist" in case else Request("cifar10", arguments.cifar10))
+    splits = load(Request(name="mnist", root=arguments.mnist) if "mnist" in case else
+                  Request(name="cifar10", root=arguments.cifar10))
     sgd = optimizers.Settings()
     if case == "data_one_core":
         return data_sides(splits)
@@ -295,7 +297,7 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
     rotation, adam, published = [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), "mnist_model_final"
     if case == "step_tiny_mnist":
         return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
-                          Affine(7.0, 0, 0, 0))
+                          Affine(degrees=7.0, scale=0, shear=0, shift=0))
     assert case == "mnist_challenge", case  # our model our way, and the published one the published way
     muon = optimizers.Settings("muon", 0.02, adamw_lr=0.01)
     recipe = Recipe(1, 64, muon, max_steps=200, checkpoint_seconds=1e9, watch_training=True, ema=0.998)
@@ -325,7 +327,7 @@ def main() -> None:
     for case in CASES:
         result[case] = in_turns(case, arguments, arguments.rounds)
         print(case, json.dumps(result[case]), flush=True)
-    cifar = load(Request("cifar10", arguments.cifar10))
+    cifar = load(Request(name="cifar10", root=arguments.cifar10))
     result["peak_memory_mb_by_epoch"] = [round(peak, 1) for peak in memory_by_epoch(cifar)]
     print("peak memory", result["peak_memory_mb_by_epoch"])
     if arguments.output:

@@ -55,7 +55,7 @@ class ArrayImages:
         return self.pixels.index_select(0, ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResizedImages:
     """Square images in memory that get their size and channels when they are asked for.
 
@@ -192,7 +192,7 @@ def _as_it_is(decoded: Any) -> Any:
     return decoded
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Splits:
     """A data set. The test split is behind a function so that only who means to opens it."""
 
@@ -264,12 +264,14 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
         as_they_are = tuple(pixels.shape[1:]) == shape
         if as_they_are:
             return Split(ArrayImages(pixels), labels)
-        return Split(in_memory(ResizedImages(pixels, *shape[:2], request.workers), request), labels)
+        resized = ResizedImages(pixels=pixels, channels=shape[0], size=shape[1], workers=request.workers)
+        return Split(in_memory(resized, request), labels)
 
     kept, held = hold_out(labels, request.validation_fraction, request.seed)
     card = DatasetCard(name=request.name, class_names=class_names, input_shape=shape, preprocessing=settings,
                        counts={"train": len(kept), "validation": len(held)}, fingerprint=fingerprint(pixels, labels))
-    return Splits(split(pixels[kept], labels[kept]), split(pixels[held], labels[held]), lambda: split(*open_test()), card)
+    return Splits(train=split(pixels[kept], labels[kept]), validation=split(pixels[held], labels[held]),
+                  open_test=lambda: split(*open_test()), card=card)
 
 
 def fingerprint(*content: Tensor | bytes) -> str:

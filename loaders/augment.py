@@ -29,7 +29,7 @@ def derive_seed(seed: int, *purpose: object) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Affine:
     """How far an affine augmentation may go, to either side.
 
@@ -63,11 +63,11 @@ def crop(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
         images = F.pad(images, (0, 0, *(strength.padding,) * 4))
     top = (draws[:, 0] * (images.shape[1] - height + 1)).long()
     left = (draws[:, 1] * (images.shape[2] - width + 1)).long()
-    picked = (_windows_on_cpu if images.device.type == "cpu" else _windows)(images, top, left, height, width)
+    picked = (windows_by_row if images.device.type == "cpu" else windows_by_pixel)(images, top, left, height, width)
     return picked.permute(0, 3, 1, 2)
 
 
-def _windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+def windows_by_pixel(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
     """(N, H, W, C) -> (N, height, width, C), a window of each image, pixel by pixel."""
     rows = top[:, None] + torch.arange(height, device=images.device)  # (N, height)
     columns = left[:, None] + torch.arange(width, device=images.device)  # (N, width)
@@ -75,7 +75,7 @@ def _windows(images: Tensor, top: Tensor, left: Tensor, height: int, width: int)
     return images[samples[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def _windows_on_cpu(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
+def windows_by_row(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
     """The same, row by row: numpy copies whole rows of a window, torch's indexing single bytes."""
     channels = images.shape[3]
     rows = images.contiguous().flatten(2).numpy()  # (N, H, W * C)
@@ -130,7 +130,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor, Strength], Tensor]] = {
     "crop": crop, "flip": flip, "alternating_flip": alternating_flip, "cutout": cutout, "affine": affine}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Augmenter:
     """Augments batches of a split of `samples` images.
 

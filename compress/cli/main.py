@@ -227,7 +227,7 @@ def export_data(name: Annotated[str, typer.Argument(help="a data set, see loader
     if out.exists():
         raise UserError(f"--out {out}: already there; nothing was written")
     with Tracker(report.terminal()).progress("reading images") as advance:
-        splits = load(Request(name, root, download, on_progress=advance))
+        splits = load(Request(name=name, root=root, download=download, on_progress=advance))
         test = splits.open_test()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image_folder(test, splits.card.class_names, out)

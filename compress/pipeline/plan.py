@@ -94,8 +94,10 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
 def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
     """The data settings as the loaders take them."""
     preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
-    return Request(data.name, data.root, data.download, data.validation_fraction, seed, data.num_classes, preprocessing,
-                   data.skip_unreadable, data.memory_limit_gb, workers, on_progress, data.channels, data.image_size)
+    return Request(name=data.name, root=data.root, download=data.download, validation_fraction=data.validation_fraction,
+                   seed=seed, num_classes=data.num_classes, preprocessing=preprocessing,
+                   skip_unreadable=data.skip_unreadable, memory_limit_gb=data.memory_limit_gb, workers=workers,
+                   on_progress=on_progress, channels=data.channels, image_size=data.image_size)
 
 
 def threads(config: RunConfig) -> int:

@@ -190,7 +190,8 @@ class Context:
         """The splits on the device, with the training's augmentation."""
         card = self.splits.card
         split = self.splits.train.to(self.device)
-        augmenter = Augmenter(list(train.augment), card.input_shape[1:], train.padding, self.seed, len(split))
+        augmenter = Augmenter(names=list(train.augment), size=card.input_shape[1:], padding=train.padding,
+                              seed=self.seed, samples=len(split))
         return Data(split, self.splits.validation.to(self.device), augmenter, card.preprocessing)
 
 

@@ -275,7 +275,7 @@ def verify(data_root: Path | None, download: bool, console: Console) -> None:
     from loaders.request import Request
 
     with flags_named():
-        splits = load(Request("mnist", data_root, download))
+        splits = load(Request(name="mnist", root=data_root, download=download))
         test = splits.open_test()
     records = json.loads((WEIGHTS / "weights.json").read_text())["models"]
     for name, record in records.items():

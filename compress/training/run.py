@@ -140,8 +140,9 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
     """
     with tracker.progress("reading images") as advance:
         request = Request(
-            set_name(config.dataset), config.data_root, config.download, config.val_fraction, config.seed,
-            config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
+            name=set_name(config.dataset), root=config.data_root, download=config.download,
+            validation_fraction=config.val_fraction, seed=config.seed,
+            num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
             skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size)
         splits = load(request)
         card = splits.card
@@ -209,8 +210,10 @@ def training_data(config: TrainingConfig, splits: Splits, device: torch.device) 
     names: list[Any] | None = config.augment
     if names is None:
         names = ["crop"] if splits.card.name in NO_FLIP else ["crop", "flip"]
-    affine = Affine(config.affine_degrees, config.affine_scale, config.affine_shear, config.affine_shift)
-    augmenter = Augmenter(names, splits.card.input_shape[1:], config.padding, config.seed, len(train_split), affine)
+    affine = Affine(degrees=config.affine_degrees, scale=config.affine_scale, shear=config.affine_shear,
+                    shift=config.affine_shift)
+    augmenter = Augmenter(names=names, size=splits.card.input_shape[1:], padding=config.padding,
+                          seed=config.seed, samples=len(train_split), affine=affine)
     return Data(train_split, splits.validation.to(device), augmenter, splits.card.preprocessing)
 
 

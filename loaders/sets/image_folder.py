@@ -76,15 +76,15 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
     if request.skip_unreadable:
         train = _usable(train, train_settings, request, warnings)
         validation = _usable(validation, settings, request, warnings)
-    splits = _split(train, train_settings, request), _split(validation, settings, request)
+    train_split, validation_split = _split(train, train_settings, request), _split(validation, settings, request)
     listing = "\n".join(f"{path.relative_to(request.root)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}"
                         for path, _ in [*train, *validation, *test])
     channels, height, width = decode_image(test[0][0], settings).shape
     card = DatasetCard(name=name, class_names=classes, input_shape=(channels, height, width), preprocessing=settings,
                        counts={"train": len(train), "validation": len(validation)},
                        fingerprint=fingerprint(listing.encode()))
-    return Splits(*splits, lambda: _split(test, settings, request), card, warnings,
-                  test_folder if len(test) == listed else None)
+    return Splits(train=train_split, validation=validation_split, open_test=lambda: _split(test, settings, request),
+                  card=card, warnings=warnings, test_folder=test_folder if len(test) == listed else None)
 
 
 def _test_and_validation(root: Path) -> tuple[Path, Path | None]:

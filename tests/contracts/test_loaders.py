@@ -34,12 +34,14 @@ def write_mnist(root: Path, folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "image_folder", "cifar10"])
 def test_loader_contract(name: str, tmp_path: Path) -> None:
-    request = {"digits": lambda: Request("digits"),
-               "mnist": lambda: (write_mnist(tmp_path, "MNIST"), Request("mnist", tmp_path))[1],
-               "fashion_mnist": lambda: (write_mnist(tmp_path, "FashionMNIST"), Request("fashion_mnist", tmp_path))[1],
-               "image_folder": lambda: Request("image_folder", draw_folder(tmp_path, 3, 10),
-                                               preprocessing={"resize": 12, "crop": 12}),
-               "cifar10": lambda: Request("cifar10", draw_folder(tmp_path, 3, 10, size=32))}[name]()
+    write = {"digits": lambda: None,
+             "mnist": lambda: write_mnist(tmp_path, "MNIST"),
+             "fashion_mnist": lambda: write_mnist(tmp_path, "FashionMNIST"),
+             "image_folder": lambda: draw_folder(tmp_path, 3, 10),
+             "cifar10": lambda: draw_folder(tmp_path, 3, 10, size=32)}
+    write[name]()
+    request = Request(name=name, root=None if name == "digits" else tmp_path,
+                      preprocessing={"resize": 12, "crop": 12} if name == "image_folder" else {})
     splits = load(request)
     card = splits.card
     assert card.class_names == sorted(card.class_names)
@@ -61,7 +63,7 @@ def test_every_set_is_known() -> None:
 def test_fashion_labels_follow_the_sorted_names(tmp_path: Path) -> None:
     """An exported folder sorts class names, so labels must be ranks of the sorted names, not the canonical numbers."""
     write_mnist(tmp_path, "FashionMNIST")
-    splits = load(Request("fashion_mnist", tmp_path))
+    splits = load(Request(name="fashion_mnist", root=tmp_path))
     test = splits.open_test()
     canonical = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
                  "Ankle boot"]
@@ -82,7 +84,7 @@ def test_hold_out_is_stratified_seeded_and_disjoint() -> None:
 
 
 def test_exported_folder_gives_the_same_pixels(tmp_path: Path) -> None:
-    splits = load(Request("digits"))
+    splits = load(Request(name="digits"))
     test = splits.open_test()
     write_image_folder(test, splits.card.class_names, tmp_path / "test")
     classes, files = list_images(tmp_path / "test")
@@ -99,8 +101,8 @@ def test_exported_folder_gives_the_same_pixels(tmp_path: Path) -> None:
 def test_streaming_gives_what_memory_gives(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 3, 8)
     settings = {"resize": 12, "crop": 12}
-    in_memory = load(Request("image_folder", root, preprocessing=settings))
-    streamed = load(Request("image_folder", root, preprocessing=settings, memory_limit_gb=1e-9))
+    in_memory = load(Request(name="image_folder", root=root, preprocessing=settings))
+    streamed = load(Request(name="image_folder", root=root, preprocessing=settings, memory_limit_gb=1e-9))
     assert isinstance(streamed.train.images, FileImages)
     for one, other in zip(in_memory.train.batches(5), streamed.train.batches(5), strict=True):
         assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
@@ -108,7 +110,7 @@ def test_streaming_gives_what_memory_gives(tmp_path: Path) -> None:
 
 def test_streams_from_disk_leave_randomness_alone_and_name_what_is_wrong(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 8)
-    images = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12},
+    images = load(Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12},
                           memory_limit_gb=1e-9)).train.images
     assert isinstance(images, FileImages)
     batches = torch.arange(len(images)).split(4)
@@ -125,7 +127,7 @@ def test_what_fails_in_a_decoder_is_not_taken_for_its_death(tmp_path: Path, monk
     def broken(*arguments: object) -> None:
         raise RuntimeError("an operator failed")
 
-    images = load(Request("image_folder", draw_folder(tmp_path, 2, 8), preprocessing={"resize": 12, "crop": 12},
+    images = load(Request(name="image_folder", root=draw_folder(tmp_path, 2, 8), preprocessing={"resize": 12, "crop": 12},
                           memory_limit_gb=1e-9)).train.images
     monkeypatch.setattr("loaders.arrays.decode_image", broken)  # the forked processes have it too
     with pytest.raises(RuntimeError, match="an operator failed"):
@@ -133,7 +135,7 @@ def test_what_fails_in_a_decoder_is_not_taken_for_its_death(tmp_path: Path, monk
 
 
 def test_a_killed_decoder_is_an_error_of_one_line(tmp_path: Path) -> None:
-    images = load(Request("image_folder", draw_folder(tmp_path, 2, 40), preprocessing={"resize": 12, "crop": 12},
+    images = load(Request(name="image_folder", root=draw_folder(tmp_path, 2, 40), preprocessing={"resize": 12, "crop": 12},
                           memory_limit_gb=1e-9)).train.images
     stream = prefetched(images, torch.arange(len(images)).split(2))
     next(stream)
@@ -159,7 +161,7 @@ def test_decoding_is_what_torchvision_does(shape: tuple[int, int], mode: str, tm
 
 
 def test_larger_training_images_leave_room_for_the_crop(tmp_path: Path) -> None:
-    splits = load(Request("image_folder", draw_folder(tmp_path, 2, 6, size=40),
+    splits = load(Request(name="image_folder", root=draw_folder(tmp_path, 2, 6, size=40),
                           preprocessing={"resize": 32, "crop": 24}))
     assert splits.card.input_shape == (3, 24, 24)
     assert splits.train.images.batch(torch.arange(1)).shape == (1, 3, 32, 32)
@@ -168,7 +170,7 @@ def test_larger_training_images_leave_room_for_the_crop(tmp_path: Path) -> None:
 
 def test_separate_validation_folder_is_used(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 6, splits=("train", "val", "test"))
-    splits = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}))
+    splits = load(Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12}))
     assert (len(splits.train), len(splits.validation), len(splits.open_test())) == (12, 12, 12)
     assert splits.test_folder == root / "test"
 
@@ -187,33 +189,33 @@ def test_damaged_folders_are_named(damage: object, said: str, tmp_path: Path) ->
     root = draw_folder(tmp_path / "set", 3, 4)
     damage(root)  # type: ignore[operator]
     with pytest.raises(UserError) as caught:
-        load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}))
+        load(Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12}))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_unreadable_images_are_skipped_only_when_asked(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 5)
     (root / "train" / "class_000" / "0.png").write_text("no image")
-    splits = load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12}, skip_unreadable=True))
+    splits = load(Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12}, skip_unreadable=True))
     assert len(splits.train) + len(splits.validation) == 9
     assert len(splits.warnings) == 1 and "class_000/0.png" in splits.warnings[0]
 
 
 def test_unknown_set_missing_root_and_wrong_class_count(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'cifar10'"):
-        load(Request("cifar_10"))
+        load(Request(name="cifar_10"))
     with pytest.raises(UserError, match=r"data\.root is not set"):
-        load(Request("image_folder"))
+        load(Request(name="image_folder"))
     with pytest.raises(UserError, match="download=true"):
-        load(Request("cifar10", tmp_path))
+        load(Request(name="cifar10", root=tmp_path))
     root = draw_folder(tmp_path, 3, 4)
     with pytest.raises(UserError, match=r"3 classes, data\.num_classes says 100"):
-        load(Request("image_folder", root, num_classes=100, preprocessing={"resize": 12, "crop": 12}))
+        load(Request(name="image_folder", root=root, num_classes=100, preprocessing={"resize": 12, "crop": 12}))
 
 
 def test_real_mnist(real_mnist: Path) -> None:
     """Through torchvision's own class."""
-    splits = load(Request("mnist", real_mnist))
+    splits = load(Request(name="mnist", root=real_mnist))
     counts = len(splits.train), len(splits.validation), len(splits.open_test())
     assert counts == (54001, 5999, 10000)  # a tenth of each class is held out
     mean = splits.train.images.batch(torch.arange(len(splits.train))).float().mean() / 255
@@ -221,18 +223,18 @@ def test_real_mnist(real_mnist: Path) -> None:
 
 
 def test_overrides_of_the_preprocessing_are_used_or_refused(tmp_path: Path) -> None:
-    assert load(Request("digits", preprocessing={"mean": [0.1, 0.2, 0.3]})).card.preprocessing.mean == [0.1, 0.2, 0.3]
+    assert load(Request(name="digits", preprocessing={"mean": [0.1, 0.2, 0.3]})).card.preprocessing.mean == [0.1, 0.2, 0.3]
     for changes in ({"mean": [0.1]}, {"std": [0.0, 1.0, 1.0]}, {"resize": 16}, {"crop": 4}):
         with pytest.raises(UserError, match="data"):
-            load(Request("digits", preprocessing=changes))
+            load(Request(name="digits", preprocessing=changes))
     root = draw_folder(tmp_path, 2, 4)
     with pytest.raises(UserError, match="needs 3 values"):
-        load(Request("image_folder", root, preprocessing={"resize": 12, "crop": 12, "mean": [0.5]}))
+        load(Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12, "mean": [0.5]}))
 
 
 def test_fingerprint_changes_with_any_split(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 4)
-    request = Request("image_folder", root, preprocessing={"resize": 12, "crop": 12})
+    request = Request(name="image_folder", root=root, preprocessing={"resize": 12, "crop": 12})
     before = load(request).card.fingerprint
     assert load(request).card.fingerprint == before
     one, other = root / "test" / "class_000" / "0.png", root / "test" / "class_001" / "0.png"
@@ -247,13 +249,13 @@ def test_damaged_test_image_is_found_before_anything_trains(tmp_path: Path) -> N
     (root / "test" / "class_001" / "3.png").write_bytes(b"no image")
     settings = {"resize": 12, "crop": 12}
     with pytest.raises(UserError, match=r"class_001/3\.png.*data\.skip_unreadable"):
-        load(Request("image_folder", root, preprocessing=settings))
-    splits = load(Request("image_folder", root, preprocessing=settings, skip_unreadable=True))
+        load(Request(name="image_folder", root=root, preprocessing=settings))
+    splits = load(Request(name="image_folder", root=root, preprocessing=settings, skip_unreadable=True))
     assert len(splits.open_test()) == 7 and splits.test_folder is None
 
 
 def test_split_batches_cover_everything_in_order() -> None:
-    splits = load(Request("digits"))
+    splits = load(Request(name="digits"))
     labels = torch.cat([labels for _, labels in splits.validation.batches(50)])
     assert torch.equal(labels, splits.validation.labels)
     assert isinstance(splits.validation, Split)

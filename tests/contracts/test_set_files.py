@@ -60,7 +60,7 @@ def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 
 def test_cifar10_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = write_cifar10(tmp_path, monkeypatch)
-    splits = load(Request("cifar10", tmp_path))
+    splits = load(Request(name="cifar10", root=tmp_path))
     assert splits.card.class_names == sorted(CIFAR10_NAMES) and splits.card.input_shape == (3, 32, 32)
     assert (len(splits.train), len(splits.validation)) == (180, 20)
     test = splits.open_test()
@@ -74,8 +74,8 @@ def test_cifar100_labels_are_the_fine_ones_by_sorted_name(tmp_path: Path, monkey
     drawn = write_cifar(tmp_path, datasets.CIFAR100, ["train", "test"], labels,
                         {"fine_label_names": fine, "coarse_label_names": ["a"] * 20}, monkeypatch)
     with pytest.raises(UserError, match="class 1 has 0 training images"):
-        load(Request("cifar100", tmp_path))
-    splits = load(Request("cifar100", tmp_path, validation_fraction=0))
+        load(Request(name="cifar100", root=tmp_path))
+    splits = load(Request(name="cifar100", root=tmp_path, validation_fraction=0))
     test = splits.open_test()
     assert splits.card.class_names == sorted(fine) and len(splits.train) == 40
     assert [splits.card.class_names[label] for label in test.labels.tolist()] == [fine[i] for i in labels["fine_labels"]]
@@ -92,7 +92,7 @@ def test_damaged_cifar_is_told_in_one_line(damage: Callable[[Path], object], tmp
     write_cifar10(tmp_path, monkeypatch)
     damage(tmp_path / "cifar-10-batches-py")
     with pytest.raises(UserError, match="cifar10 is not there, or damaged") as caught:
-        load(Request("cifar10", tmp_path))
+        load(Request(name="cifar10", root=tmp_path))
     assert "download=true" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -109,7 +109,7 @@ def test_damaged_mnist_is_told_in_one_line(file: str, content: Callable[[bytes],
     path = tmp_path / "MNIST" / "raw" / file
     path.write_bytes(content(path.read_bytes()))
     with pytest.raises(UserError, match=said) as caught:
-        load(Request("mnist", tmp_path))
+        load(Request(name="mnist", root=tmp_path))
     assert "download=true" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -127,9 +127,10 @@ def test_packed_idx_files_are_unpacked_when_fetching_is_asked_for(name: str, kin
         sums.append((f"{path.name}.gz", md5(packed)))
     monkeypatch.setattr(kind, "resources", sums)
     with pytest.raises(UserError, match=r"gunzip .*-ubyte\.gz and its like, or pass data\.download=true"):
-        load(Request(name, tmp_path / "packed"))
+        load(Request(name=name, root=tmp_path / "packed"))
     assert len(list(raw.iterdir())) == 4
-    splits, plain = load(Request(name, tmp_path / "packed", download=True)), load(Request(name, tmp_path / "plain"))
+    splits = load(Request(name=name, root=tmp_path / "packed", download=True))
+    plain = load(Request(name=name, root=tmp_path / "plain"))
     assert splits.card == plain.card
     assert torch.equal(splits.open_test().labels, plain.open_test().labels)
 
@@ -160,7 +161,7 @@ SMALL = {"resize": 24, "crop": 16}
 
 
 def pets(root: Path, **changes: object) -> Request:
-    return Request("oxford_iiit_pet", root, preprocessing=SMALL, **changes)  # type: ignore[arg-type]
+    return Request(name="oxford_iiit_pet", root=root, preprocessing=SMALL, **changes)  # type: ignore[arg-type]
 
 
 def test_pets_are_those_of_torchvision(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_pets_are_those_of_torchvision(tmp_path: Path) -> None:
 
 def test_pets_at_their_own_size_stream_and_come_from_an_image_folder(tmp_path: Path) -> None:
     write_pets(tmp_path / "files", images=2)
-    splits = load(Request("oxford_iiit_pet", tmp_path / "files", memory_limit_gb=1e-9))
+    splits = load(Request(name="oxford_iiit_pet", root=tmp_path / "files", memory_limit_gb=1e-9))
     assert isinstance(splits.train.images, FileImages) and splits.card.input_shape == (3, 224, 224)
     assert splits.train.images.batch(torch.arange(2)).shape == (2, 3, 256, 256)
     folder = draw_folder(tmp_path / "folder", 3, 4)
@@ -237,7 +238,7 @@ def test_missing_pets_are_skipped_only_when_asked(tmp_path: Path) -> None:
 
 def test_pets_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"data\.root is not set"):
-        load(Request("oxford_iiit_pet"))
+        load(Request(name="oxford_iiit_pet"))
     missing = (tmp_path / "nowhere").as_uri()  # stands for a server that does not answer
     monkeypatch.setattr(datasets.OxfordIIITPet, "_RESOURCES", [(f"{missing}/images.tar.gz", "0" * 32)])
     with pytest.raises(UserError, match="expected"):

@@ -322,9 +322,10 @@ def student(width: int = 8) -> fx.GraphModule:
 
 def learn(seed: int, folder: Path) -> tuple[float, float, float]:
     """Accuracies on the test digits: of the float network, with 4-bit weights, and of those after training with them."""
-    splits = load(Request("digits", channels=1, seed=seed))
+    splits = load(Request(name="digits", channels=1, seed=seed))
     preprocessing, test = splits.card.preprocessing, splits.open_test()
-    data = Data(splits.train, splits.validation, Augmenter([], (8, 8), 0, seed, len(splits.train)), preprocessing)
+    augmenter = Augmenter(names=[], size=(8, 8), padding=0, seed=seed, samples=len(splits.train))
+    data = Data(splits.train, splits.validation, augmenter, preprocessing)
 
     def fit(model: nn.Module, name: str, epochs: int, lr: float) -> float:
         recipe = Recipe(epochs, 64, optimizers.Settings("sgd", lr, 0.9, 5e-4), Schedule("cosine", 0.1), compile=False)
@@ -367,7 +368,7 @@ class Stopping(Tracker):
 def finetuned(folder: Path, model: fx.GraphModule, stage: Finetune, tracker: type[Tracker] = Tracker,
               ) -> tuple[dict[str, Tensor], Context]:
     folder.mkdir(exist_ok=True)
-    context = Context(load(Request("digits", channels=1)), torch.device("cpu"), 0, folder, folder,
+    context = Context(load(Request(name="digits", channels=1)), torch.device("cpu"), 0, folder, folder,
                       tracker(Console(file=io.StringIO()), folder), [], {})
     result = stage.run(TorchModel(model, describe(model, (1, 8, 8))), context)
     assert result.architecture.compression_steps == ["finetuning"] and describe(model, (1, 8, 8)).layers == \

@@ -105,8 +105,8 @@ def test_flops_of_measuring_are_a_forward_pass_each_time(digits: Images) -> None
 def test_engine_keeps_the_last_partial_batch_and_weighs_it_by_its_images(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (70, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(ArrayImages(pixels), torch.arange(70) % 3)
-    data = Data(split, split, Augmenter([], (8, 8), 0, 0, 70), Preprocessing(mode="RGB", resize=8, crop=8, mean=[0.5] * 3,
-                                                                             std=[0.3] * 3))
+    data = Data(split, split, Augmenter(names=[], size=(8, 8), padding=0, seed=0, samples=70),
+                Preprocessing(mode="RGB", resize=8, crop=8, mean=[0.5] * 3, std=[0.3] * 3))
     seen: list[int] = []
     losses: list[float] = []
 
@@ -157,7 +157,7 @@ def test_images_are_decoded_once_and_are_the_loaders(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.create()
     folder = prepare(results, "Image-Folder", root, False, quiet())
-    request = Request("image_folder", root, validation_fraction=0)
+    request = Request(name="image_folder", root=root, validation_fraction=0)
     splits, cached = load(request), images.read(folder)
     for own, theirs in ((cached.train, splits.train), (cached.test, splits.open_test())):
         assert torch.equal(own.labels, theirs.labels)

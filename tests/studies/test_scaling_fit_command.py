@@ -120,7 +120,7 @@ def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_fit_needs_no_torch(tmp_path: Path) -> None:
     data = foreign(tmp_path / "data.csv", grid())
-    program = ("import sys; from compress.cli import app; app(['scaling', 'fit', sys.argv[1], '--bootstrap', '50', "
+    program = ("import sys; from compress.cli.main import app; app(['scaling', 'fit', sys.argv[1], '--bootstrap', '50', "
                "'--no_plots'], standalone_mode=False); print('torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program, str(data)], cwd=PROJECT, capture_output=True, text=True,
                           check=False)

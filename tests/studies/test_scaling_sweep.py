@@ -367,7 +367,7 @@ def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> No
 RAY_GPU = """
 import sys
 import ray
-from compress.studies import sweep
+from compress.studies import workers
 def gpus(task, report):
     return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 for on_gpu in (None, False):
@@ -385,7 +385,7 @@ def test_ray_tasks_take_a_gpu_each_where_the_cluster_has_any(count: str, taken: 
 
 
 RAY_LOCAL = """
-from compress.studies import sweep
+from compress.studies import workers
 from tests.studies.test_scaling_sweep import some_work
 tasks = ["a", "mistake", "bug", "torch"]
 workers.run_ray(some_work, tasks, "local", lambda outcome: print(outcome.task, outcome.result, outcome.failure, sep="|"))

@@ -316,9 +316,9 @@ def test_parts_of_a_batch_are_the_batch(settings: dict[str, Any], tmp_path: Path
 
 
 def test_training_learns_the_digits(tmp_path: Path) -> None:
-    splits = load(Request("digits"))
-    data = Data(splits.train, splits.validation, Augmenter([], (8, 8), 0, 0, len(splits.train)),
-                splits.card.preprocessing)
+    splits = load(Request(name="digits"))
+    augmenter = Augmenter(names=[], size=(8, 8), padding=0, seed=0, samples=len(splits.train))
+    data = Data(splits.train, splits.validation, augmenter, splits.card.preprocessing)
     model = make("slim_resnet18", num_classes=10, width=4, stem="small")
     fit(tmp_path / "c.pth", recipe(epochs=4, batch_size=32, lr=0.1), model, data=data)
     assert accuracy_of(model, splits.validation, splits.card.preprocessing) > 0.8

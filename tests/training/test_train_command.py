@@ -51,7 +51,7 @@ def test_files_say_what_was_trained_and_how_good_it_is(trained: Path) -> None:
     losses = [float(row["validation_loss"]) for row in rows]
     assert summary["kept_epoch"] == 1 + losses.index(min(losses))
     assert summary["validation"]["loss"] == pytest.approx(min(losses), rel=1e-5)
-    splits = load(Request("digits"))
+    splits = load(Request(name="digits"))
     architecture: Architecture = read_json(trained / "architecture.json", Architecture)
     test = splits.open_test()
     model = open_model(architecture, trained / "weights.pth").eval()

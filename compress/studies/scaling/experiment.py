@@ -191,7 +191,8 @@ def training_data(point: Point, images: Images, device: torch.device) -> Data:
     """The point's subset, augmented, and the test split, which is measured and never asked."""
     split = study_images.taken(images.train, study_images.subset(images.train.labels, point.dataset_size, point.seed))
     names = [name for name in TRAINING.augment if name != "flip" or images.card.name not in NO_FLIP]
-    augmenter = Augmenter(names, images.card.input_shape[1:], TRAINING.padding, point.seed, len(split))
+    augmenter = Augmenter(names=names, size=images.card.input_shape[1:], padding=TRAINING.padding,
+                          seed=point.seed, samples=len(split))
     return Data(split.to(device), images.test.to(device), augmenter, images.card.preprocessing)
 
 

@@ -111,7 +111,7 @@ def _mapped(folder: Path, name: str) -> Split:
 def _decode(folder: Path, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> None:
     """Decodes a set; the folder appears when it is complete."""
     with tracker.progress("reading images") as advance, flags_named():
-        splits = load(Request(dataset, data_root, download, validation_fraction=0, on_progress=advance))
+        splits = load(Request(name=dataset, root=data_root, download=download, validation_fraction=0, on_progress=advance))
         for text in splits.warnings:
             tracker.warn(text)
         with appearing(folder) as temporary:
