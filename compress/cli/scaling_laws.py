@@ -1,4 +1,4 @@
-"""`scaling fit` and `scaling predict`: laws fitted to a CSV of runs, and what they say about a run that was not made."""
+"""Verbs that fit scaling laws to recorded runs: `scaling fit`, `scaling predict`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class Target(StrEnum):
-    """What is fitted."""
+    """The quantity that is fitted."""
 
     loss = "loss"
     error = "error"
@@ -25,31 +25,32 @@ class FormName(StrEnum):
     overfitting = "overfitting"
 
 
-TargetOption = Annotated[Target, typer.Option("--target", help="error is 1 - accuracy, a fraction")]
-Classes = Annotated[int | None, typer.Option("--classes", min=2, help="K: the bounded form ends at ln K, or 1 - 1/K")]
-NColumn = Annotated[str | None, typer.Option("--n_column", help="the column of N, if its name is unusual")]
-DColumn = Annotated[str | None, typer.Option("--d_column", help="the column of D")]
-LossColumn = Annotated[str | None, typer.Option("--loss_column", help="of the loss; with --target error, of the "
-                                                                 "error, or of the accuracy if its name has acc")]
-AccuracyColumn = Annotated[str | None, typer.Option("--accuracy_column", help="with --target error: of the accuracy, "
-                                                                              "whatever its name")]
-FormOption = Annotated[FormName | None, typer.Option("--form", help="the joint form to use; the best on held-out points "
-                                                                    "unless given")]
-DataSet = Annotated[str | None, typer.Option("--dataset", help="the rows of one data set, where the file has several")]
-Epochs = Annotated[float | None, typer.Option("--num_epochs", help="C = N * D * epochs; the runs' median unless given")]
+TargetOption = Annotated[Target, typer.Option("--target", help="quantity to fit; error is 1 - accuracy, a fraction")]
+Classes = Annotated[int | None, typer.Option("--classes", min=2, help="number of classes K; the bounded form is limited by "
+                                                                      "ln K, or by 1 - 1/K")]
+NColumn = Annotated[str | None, typer.Option("--n_column", help="column of N, if its name is unusual")]
+DColumn = Annotated[str | None, typer.Option("--d_column", help="column of D, if its name is unusual")]
+LossColumn = Annotated[str | None, typer.Option(
+    "--loss_column", help="column of the loss; with --target error: of the error, or of the accuracy if its name has acc")]
+AccuracyColumn = Annotated[str | None, typer.Option(
+    "--accuracy_column", help="with --target error: column of the accuracy, whatever its name")]
+FormOption = Annotated[FormName | None, typer.Option(
+    "--form", help="joint form to use; default: the form with the lowest held-out error")]
+DataSet = Annotated[str | None, typer.Option("--dataset", help="use the rows of this data set, if the file has several")]
+Epochs = Annotated[float | None, typer.Option("--num_epochs", help="epochs in C = N * D * epochs; default: the median")]
 
 
 def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with columns for N, D and the loss, such as "
                                                                  "results/final_data.csv")],
         target: TargetOption = Target.loss, classes: Classes = None,
-        output: Annotated[Path | None, typer.Option("--output", help="the folder that is written; `fit` or `fit_error` "
+        output: Annotated[Path | None, typer.Option("--output", help="folder to write; default: `fit` or `fit_error` "
                                                                      "beside the CSV")] = None,
         n_column: NColumn = None, d_column: DColumn = None, loss_column: LossColumn = None,
         accuracy_column: AccuracyColumn = None, dataset: DataSet = None, form: FormOption = None, num_epochs: Epochs = None,
-        replicates: Annotated[int, typer.Option("--bootstrap", min=50, help="replicates")] = 1000,
-        seed: Annotated[int, typer.Option("--seed", min=0, help="of the bootstrap")] = 0,
-        no_plots: Annotated[bool, typer.Option("--no_plots", help="tables alone")] = False) -> None:
-    """Fit scaling laws, rank them by what they did not see, and draw them."""
+        replicates: Annotated[int, typer.Option("--bootstrap", min=50, help="number of bootstrap replicates")] = 1000,
+        seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the bootstrap")] = 0,
+        no_plots: Annotated[bool, typer.Option("--no_plots", help="write tables only")] = False) -> None:
+    """Fit scaling laws to runs. Rank the forms by their error on held-out points, and plot them."""
     from compress.pipeline import report
     from compress.studies.scaling import summary
     from compress.studies.scaling.analysis import analyse
@@ -67,17 +68,18 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
 
 
 def predict(
-        dataset_size: Annotated[float, typer.Option("--dataset_size", help="D: training examples")],
-        width: Annotated[int | None, typer.Option("--width", min=1, help="of the study's CNN")] = None,
-        depth: Annotated[int | None, typer.Option("--depth", min=1, help="of the study's CNN; that of the runs, or 2")
+        dataset_size: Annotated[float, typer.Option("--dataset_size", help="number of training images D")],
+        width: Annotated[int | None, typer.Option("--width", min=1, help="width of the CNN")] = None,
+        depth: Annotated[int | None, typer.Option("--depth", min=1, help="depth of the CNN; default: the runs', or 2")
                          ] = None,
-        parameters: Annotated[float | None, typer.Option("--parameters", help="N, instead of --width")] = None,
+        parameters: Annotated[float | None, typer.Option("--parameters", help="number of parameters N, instead of --width")
+                              ] = None,
         num_epochs: Epochs = None,
-        data: Annotated[Path, typer.Option("--data", help="the runs to fit")] = Path("results/final_data.csv"),
+        data: Annotated[Path, typer.Option("--data", help="runs to fit")] = Path("results/final_data.csv"),
         target: TargetOption = Target.loss, classes: Classes = None, n_column: NColumn = None, d_column: DColumn = None,
         loss_column: LossColumn = None, accuracy_column: AccuracyColumn = None, dataset: DataSet = None,
         form: FormOption = None) -> None:
-    """Predict the loss of a configuration that was not run, with its 95 % interval."""
+    """Predict the loss of a new configuration. Give a 95 % interval with it."""
     from compress.pipeline import report
     from compress.studies.scaling.analysis import fit_for_prediction
     from compress.studies.scaling.plans import make_point
@@ -92,7 +94,7 @@ def predict(
     runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
     depth, network = depth or runs.depth or 2, ""
     if width is not None:
-        make_point("scaling predict", width=width, depth=depth)  # refuses what no study can have
+        make_point("scaling predict", width=width, depth=depth)  # refuses sizes that no study can have
         n: float | None = float(_parameters_of(width, depth, classes or runs.classes, runs.dataset))
         network = f"width {width}, depth {depth}: "
     else:
@@ -103,6 +105,7 @@ def predict(
 
 
 def _positive(flag: str, value: float | None) -> float | None:
+    """Return the value of a flag; raise UserError unless it is positive and of a plausible size."""
     from compress.studies.scaling.table import LARGEST, SMALLEST
     from metadata.errors import UserError
 
@@ -114,7 +117,7 @@ def _positive(flag: str, value: float | None) -> float | None:
 
 
 def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | None) -> int:
-    """Parameters of the study's CNN, whose first layer depends on whether the images are grey."""
+    """Return the parameters of the study's CNN. Its first layer depends on whether the images are grey."""
     import torch
 
     from architectures.zoo import make
