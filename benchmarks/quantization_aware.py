@@ -71,7 +71,8 @@ def _accuracy(path: Path, splits: Splits, split: Split) -> float:
 
 
 def _context(splits: Splits, folder: Path, seed: int) -> Context:
-    return Context(splits, torch.device("cpu"), seed, folder, folder, Tracker(Console()), [], {})
+    return Context(splits=splits, device=torch.device("cpu"), seed=seed, folder=folder, run_folder=folder,
+                   tracker=Tracker(Console()), outputs=[], measurements={})
 
 
 def float_accuracies(model: TorchModel, splits: Splits) -> dict[str, float]:

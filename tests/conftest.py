@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from tests.helpers.commands import PROJECT, SMALL, Compress, run_compress
+from tests.helpers.sharing import shared_folder
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def compress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Compress:
-    """The same command line inside this process, which spares each call the seconds of importing torch."""
+    """Run the command line inside this process, which spares each call the seconds of importing torch."""
     from compress.cli.main import main
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,20 +40,23 @@ def real_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packed = PROJECT.parent / "shared" / "data" / "MNIST" / "raw"
     if not packed.is_dir():
         pytest.skip("needs the real MNIST in ../shared/data")
-    root = tmp_path_factory.mktemp("real")
-    (root / "MNIST" / "raw").mkdir(parents=True)
-    for path in packed.glob("*.gz"):
-        (root / "MNIST" / "raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    return root
+
+    def unpack(root: Path) -> None:
+        (root / "MNIST" / "raw").mkdir(parents=True)
+        for path in packed.glob("*.gz"):
+            (root / "MNIST" / "raw" / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+
+    return shared_folder(tmp_path_factory, "mnist", unpack)
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run on digits with narrow networks and few epochs, through the real command line."""
-    runs = tmp_path_factory.mktemp("runs")
-    done = run_compress("run", "slim_resnet18_digits", f"run_dir={runs}", "name=small", *SMALL)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return runs / "small"
+    def run(runs: Path) -> None:
+        done = run_compress("run", "slim_resnet18_digits", f"run_dir={runs}", "name=small", *SMALL)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return shared_folder(tmp_path_factory, "runs", run) / "small"
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +69,15 @@ def submission(small_run: Path) -> Path:
 def digits_test(small_run: Path) -> Path:
     """The digits' test split as an image folder."""
     return small_run / "07-evaluate" / "test_images"
+
+
+@pytest.fixture(scope="session")
+def few(digits_test: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five test images of each digit, as an image folder."""
+    def copy(folder: Path) -> None:
+        for source in sorted(digits_test.iterdir()):
+            (folder / source.name).mkdir()
+            for image in sorted(source.iterdir())[:5]:
+                shutil.copy(image, folder / source.name)
+
+    return shared_folder(tmp_path_factory, "few", copy)

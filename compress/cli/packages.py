@@ -17,7 +17,7 @@ def package(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="fold
             teamname: Annotated[str | None, typer.Option(help="of the challenge layout; default: the recipe's")] = None,
             ) -> None:
     """Package a run's last model again. Choose another folder, another layout or both."""
-    from compress.pipeline.run import package_run
+    from compress.pipeline.repackage import package_run
 
     given = {"layout": layout, "username": username, "teamname": teamname}
     package_run(run_folder, out, {key: value for key, value in given.items() if value is not None})

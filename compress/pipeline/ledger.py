@@ -1,4 +1,4 @@
-"""The ledger's measurements: whatever its format, an artifact is opened as it will be served, and measured the same way."""
+"""The ledger's measurements: every artifact, whatever its format, is opened as it will be served, and measured alike."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from metadata.machine import torch_threads
 from metadata.records import DatasetCard, LedgerRow
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Served:
-    """A model as a function of images, and what is known of it without running it.
+    """A model as a function of images, and its sizes, which are known without running it.
 
     Args:
         answer: (N, C, H, W) float32, preprocessed, to (N, classes) logits; a module on the CPU, or a runtime.
-        singly: it is validated one image at a time on one thread, as panels do, for its answers or its speed need that.
+        singly: validate one image at a time on one thread, as panels do; the answers or the speed depend on that.
     """
 
     answer: Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Served:
 
 
 def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
-    """What a stage left in its folder, opened as it will be served."""
+    """Open what a stage left in its folder as it will be served."""
     if isinstance(artifact, Submission):
         files = read_submission(artifact.folder)
         size = files.weights.stat().st_size
@@ -55,17 +55,19 @@ def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
 
 
 def _on_runtime(runtime: Runtime, size_bytes: int) -> Served:
-    return Served(answering(runtime), runtime.parameters["all"] or 0, runtime.macs or 0, size_bytes, True)
+    return Served(answer=answering(runtime), parameters=runtime.parameters["all"] or 0, macs=runtime.macs or 0,
+                  size_bytes=size_bytes, singly=True)
 
 
 def _in_torch(module: nn.Module, card: DatasetCard, size_bytes: int, int8: bool) -> Served:
     module = module.cpu().eval()
-    return Served(module, count_parameters(module), count_macs(module, card.input_shape), size_bytes, int8)
+    return Served(answer=module, parameters=count_parameters(module), macs=count_macs(module, card.input_shape),
+                  size_bytes=size_bytes, singly=int8)
 
 
 def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device: torch.device,
                tracker: Tracker) -> LedgerRow:
-    """Latency at batch 1 on one CPU thread, accuracy on the validation split (float modules on `device`)."""
+    """Measure latency at batch 1 on one CPU thread, and accuracy on the validation split (float modules on `device`)."""
     latency = measure_latency(model.answer, splits.card.input_shape)
     split, preprocessing = splits.validation, splits.card.preprocessing
     with tracker.progress(f"validating {stage}") as advance:
@@ -82,7 +84,7 @@ def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device
 
 
 def evaluation_row(results: dict[str, Any], stage: str, seconds: float) -> LedgerRow:
-    """The ledger's row of what the evaluator measured on the test split."""
+    """Return the ledger's row for what the evaluator measured on the test split."""
     details = results["details"]
     return LedgerRow(stage=stage, split="test", parameters=details["parameters"]["all"], macs=details["macs"],
                      size_bytes=details["bytes"]["weights"], latency_ms=details["latency"]["median_ms"],

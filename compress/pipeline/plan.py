@@ -1,4 +1,4 @@
-"""Plans: a recipe's settings checked, its stages chained, its data opened, before anything trains."""
+"""Plan a run: check the recipe's settings, chain its stages and open its data before anything trains."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from metadata.errors import UserError
 from metadata.machine import usable_cores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A run that can be expected to work: settings checked, stages that chain, data that is there."""
+    """A checked run: its settings are valid, its stages chain, and its data is there."""
 
     config: RunConfig
     stages: list[tuple[str, Stage]]  # folder name, stage
@@ -30,10 +30,11 @@ class RunPlan:
 
 
 def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
-    """The stages with their settings, each with its folder's name.
+    """Return the stages with their settings, each with the name of its folder.
 
     Raises:
-        UserError: unknown stages or settings (with the closest match), or stages that do not chain; all at once.
+        UserError: unknown stages or settings (with the closest match), or stages that do not chain; every problem in
+            one line.
     """
     problems: list[str] = []
     stages: list[tuple[str, Stage]] = []
@@ -44,7 +45,7 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
             kind = stage_class(name)
             takes, gives = signature(kind)
             if carried not in takes:
-                problems.append(f"stage {name} takes {' or '.join(KINDS[kind] for kind in takes)}, but what comes before "
+                problems.append(f"stage {name} takes {' or '.join(KINDS[kind] for kind in takes)}, but the stage before "
                                 f"it gives {KINDS[carried]}")
             carried = gives
             stages.append((f"{index + 1:02d}-{name}", kind.model_validate(options)))
@@ -58,7 +59,7 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
 
 
 def _keys(kind: type[Stage]) -> list[str]:
-    """Every key below a stage, for the closest match."""
+    """Return every key below a stage, for the closest match."""
     keys = list(kind.model_fields)
     for info in kind.model_fields.values():
         keys += list(getattr(info.annotation, "model_fields", {}))
@@ -66,17 +67,17 @@ def _keys(kind: type[Stage]) -> list[str]:
 
 
 def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
-    """Checks everything that can be checked before training.
+    """Check everything that can be checked before training.
 
     Raises:
-        UserError: whatever is wrong, in one line.
+        UserError: everything that is wrong, in one line.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no CUDA device; use device=cpu or auto")
     stages = parse_stages(config)
     with tracker.progress("reading images") as advance:
         splits = load(request(config.data, config.seed, threads(config), advance))
-    sketch = Sketch(splits.card, config.seed)
+    sketch = Sketch(card=splits.card, seed=config.seed)
     problems = []
     for _, stage in stages:
         drawn = len(sketch.lines)
@@ -88,11 +89,11 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
             sketch.lines.append("")
     if problems:
         raise UserError("; ".join(problems))
-    return RunPlan(config, stages, splits, sketch)
+    return RunPlan(config=config, stages=stages, splits=splits, sketch=sketch)
 
 
 def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
-    """The data settings as the loaders take them."""
+    """Return the data settings as the loaders take them."""
     preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
     return Request(name=data.name, root=data.root, download=data.download, validation_fraction=data.validation_fraction,
                    seed=seed, num_classes=data.num_classes, preprocessing=preprocessing,
@@ -101,5 +102,5 @@ def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) 
 
 
 def threads(config: RunConfig) -> int:
-    """CPU threads of a run."""
+    """Return the number of CPU threads of a run."""
     return config.threads or usable_cores()

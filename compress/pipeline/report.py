@@ -1,4 +1,4 @@
-"""What a person gets at the end of a run: the table, a page in Markdown and the plot beside it."""
+"""What a run ends with: the table on the terminal, `report.md` and `plot.png`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds
 
 
 def terminal() -> Console:
-    """Where the verbs print; a file or a pipe gets lines of 120 columns."""
+    """Return the console that the verbs print on; a file or a pipe gets lines of 120 columns."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 def cells(row: LedgerRow) -> tuple[str, ...]:
-    """A ledger row as a person reads it."""
+    """Return a ledger row as the cells of a table."""
     stage = row.stage + (" (test)" if row.split == "test" else "")
     return (stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
             f"{row.latency_ms:.2f} ms", f"{row.accuracy:.2%}", f"{row.seconds:,.1f}")
 
 
 def print_table(console: Console, rows: list[LedgerRow]) -> None:
-    """The ledger on a terminal."""
+    """Print the ledger as a table."""
     table = Table(title="what each stage left (validation accuracy; latency: batch 1, one thread)", box=box.SIMPLE_HEAD,
                   pad_edge=False, collapse_padding=True)  # fits 80 columns
     for index, name in enumerate(HEADER):
@@ -41,7 +41,7 @@ def print_table(console: Console, rows: list[LedgerRow]) -> None:
 
 
 def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> None:
-    """What a training came to, and where it is."""
+    """Print the results of a training, and the files that hold it."""
     table = Table(title=f"{summary['model']['name']}: {summary['parameters']:,} parameters, {summary['macs'] / 1e6:,.2f} M "
                         "MACs", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("split", "images", "right", "accuracy", "loss"):
@@ -61,11 +61,11 @@ def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> N
 
 def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: list[str],
                  results: dict[str, Any] | None) -> None:
-    """Writes report.md and plot.png into a run's folder."""
+    """Write report.md and plot.png into a run's folder."""
     lines = [f"# {run_name}", "", "| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    lines += ["", "Accuracy is of the validation split unless it says test. Latency is the median at batch 1 on one "
-              "thread. Parameters are all stored numbers."]
+    lines += ["", "Accuracy is measured on the validation split unless the row says test. Latency is the median at "
+              "batch 1 on one thread. Parameters are all stored numbers."]
     if results:
         counted = results["details"]["accuracy"]
         machine = results["details"]["machine"]
@@ -79,7 +79,7 @@ def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: l
 
 
 def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
-    """plot.png: accuracy against size along the stages, and validation accuracy over the epochs of each training."""
+    """Write plot.png: accuracy against size along the stages, and validation accuracy over the epochs of each training."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -152,9 +152,9 @@ def _on_cpu(module: nn.Module) -> dict[str, torch.Tensor]:
 # ------------------------------------------------------------------------------------------- what stages work with
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Context:
-    """What a stage may use, and where it leaves notes."""
+    """What a stage may use while it runs, and where it leaves notes."""
 
     splits: Splits
     device: torch.device
@@ -225,7 +225,7 @@ class CompressingStage(Stage):
     allow_slower: bool = Field(False, description="accept a result that is slower and not smaller, which else is an error")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sketch:
     """What a plan knows before anything trains: the data, and an untrained model of the shape that stages will make."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,7 @@ from loaders.request import Request
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
 from tests.helpers.folders import draw_folder
-
-
-def write_mnist(root: Path, folder: str) -> None:
-    """The four IDX files of MNIST, 40 and 20 images."""
-    raw = root / folder / "raw"
-    raw.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name, count in (("train", 40), ("t10k", 20)):
-        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+from tests.helpers.mnist import write_mnist
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "fashion_mnist", "image_folder", "cifar10"])

@@ -17,7 +17,7 @@ from loaders.request import Request
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
 from tests.helpers.folders import draw_folder
-from tests.contracts.test_loaders import write_mnist
+from tests.helpers.mnist import write_mnist
 
 
 def every(split: Split) -> torch.Tensor:

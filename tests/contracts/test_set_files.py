@@ -20,7 +20,7 @@ from loaders.images import decode_image, list_images
 from loaders.request import Request
 from metadata.errors import UserError
 from tests.helpers.folders import draw_folder
-from tests.contracts.test_loaders import write_mnist
+from tests.helpers.mnist import write_mnist
 
 CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BREEDS = ["Abyssinian", "american_bulldog", "Bengal", "great_pyrenees"]  # in the set's own order, cats capitalised

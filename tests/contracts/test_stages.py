@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from compress.pipeline.config import resolve
-from compress.pipeline.run import parse_stages
+from compress.pipeline.plan import parse_stages
 from compress.pipeline.stage import KINDS, Stage, signature, stage_class, stage_names
 from compress.settings import Config, RECIPES, recipe_names
 

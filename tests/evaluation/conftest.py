@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,11 @@ import pytest
 import torch
 
 import model_loader
-from compress.evaluation.score import RESULT_KEYS
 from compress.pipeline.stage import TorchModel
+from tests.helpers.sharing import shared_folder
+from tests.helpers.verdicts import Evaluate
 
 QUICK = ["--runs", "20", "--warmup", "2"]
-Evaluate = Callable[..., tuple[int, dict[str, Any], str]]
-
-
-@pytest.fixture(scope="session")
-def few(digits_test: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five test images of each digit."""
-    folder = tmp_path_factory.mktemp("few")
-    for source in sorted(digits_test.iterdir()):
-        (folder / source.name).mkdir()
-        for image in sorted(source.iterdir())[:5]:
-            shutil.copy(image, folder / source.name)
-    return folder
 
 
 @pytest.fixture
@@ -44,25 +32,18 @@ def evaluate(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> E
     return run
 
 
-def assert_refused(outcome: tuple[int, dict[str, Any], str], said: str, code: int = 1) -> None:
-    """One line on stderr, zeros in the result, and the reason in its status."""
-    got, result, error = outcome
-    assert got == code and said in error and len(error.strip().splitlines()) == 1, error
-    assert all(result[key] == 0 for key in RESULT_KEYS) and result["details"]["guarded_score"] == 0
-    assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
-
-
 @pytest.fixture(scope="session")
 def original(submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A submission in the original style: model.py, a state dict under some name, loose metadata."""
-    folder = tmp_path_factory.mktemp("original")
-    shutil.copy(submission / "model.py", folder)
-    shutil.copy(next(submission.glob("*.pth")), folder / "best_weights.pth")
-    card = json.loads((submission / "model_metadata.json").read_text())
-    (folder / "metadata.json").write_text(json.dumps({
-        "model_format": "pth", "model_name": "SlimResNet18", "team": "ada", "num_classes": 10,
-        "preprocessing": card["preprocessing"]}))
-    return folder
+    def write(folder: Path) -> None:
+        shutil.copy(submission / "model.py", folder)
+        shutil.copy(next(submission.glob("*.pth")), folder / "best_weights.pth")
+        card = json.loads((submission / "model_metadata.json").read_text())
+        (folder / "metadata.json").write_text(json.dumps({
+            "model_format": "pth", "model_name": "SlimResNet18", "team": "ada", "num_classes": 10,
+            "preprocessing": card["preprocessing"]}))
+
+    return shared_folder(tmp_path_factory, "original", write)
 
 
 def export(folder: Path, path: Path) -> None:
@@ -78,8 +59,9 @@ def export(folder: Path, path: Path) -> None:
 @pytest.fixture(scope="session")
 def onnx_submission(small_run: Path, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float student as one ONNX file with loose metadata."""
-    folder = tmp_path_factory.mktemp("onnx")
-    export(small_run, folder / "model.onnx")
-    metadata = json.loads((original / "metadata.json").read_text())
-    (folder / "model_metadata.json").write_text(json.dumps(metadata | {"model_format": "ONNX"}))
-    return folder
+    def write(folder: Path) -> None:
+        export(small_run, folder / "model.onnx")
+        metadata = json.loads((original / "metadata.json").read_text())
+        (folder / "model_metadata.json").write_text(json.dumps(metadata | {"model_format": "ONNX"}))
+
+    return shared_folder(tmp_path_factory, "onnx", write)

@@ -22,7 +22,7 @@ from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings, open_runtime
 from compress.evaluation.submission import read_submission
 from metadata.errors import UserError, VerificationError
-from tests.evaluation.conftest import Evaluate, assert_refused
+from tests.helpers.verdicts import Evaluate, assert_refused
 
 ALLOW = "--allow_code"
 

@@ -15,7 +15,7 @@ from compress.evaluation.score import PERCENTILES, accuracy_details, latency_det
 from compress.evaluation.serve import Answers, _same, repeats_ratio, serve
 from metadata.errors import VerificationError
 from metadata.schemas import Preprocessing
-from tests.evaluation.conftest import Evaluate, assert_refused
+from tests.helpers.verdicts import Evaluate, assert_refused
 
 # ------------------------------------------------------------------------------------------------------ closed forms
 

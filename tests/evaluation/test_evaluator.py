@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -33,6 +32,7 @@ from metadata.errors import UserError, VerificationError
 from metadata.files import read_json, write_atomically
 from metadata.machine import memory_limit
 from tests.helpers.commands import PROJECT
+from tests.helpers.submissions import edit_json, edit_weights, rename_weights, restate, weights_of
 
 
 def layer(name: str, kind: str, inputs: list[str], **options: Any) -> dict[str, Any]:
@@ -293,40 +293,6 @@ def test_write_atomically_replaces_or_leaves_alone(tmp_path: Path) -> None:
 @pytest.fixture
 def copy(submission: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(submission, tmp_path / "submission"))
-
-
-def weights_of(folder: Path) -> Path:
-    return next(folder.glob("compressed_*.pth"))
-
-
-def restate(folder: Path) -> None:
-    """Makes the metadata state the hashes of the files as they are: a liar would."""
-    path = folder / "model_metadata.json"
-    metadata = json.loads(path.read_text())
-    for name in metadata["files"]:
-        content = (folder / name).read_bytes()
-        metadata["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    path.write_text(json.dumps(metadata))
-
-
-def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = json.loads((folder / name).read_text())
-    change(content)
-    (folder / name).write_text(json.dumps(content))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = torch.load(weights_of(folder), weights_only=True)
-    change(weights)
-    torch.save(weights, weights_of(folder))
-
-
-def rename_weights(folder: Path, name: str) -> None:
-    """States another name for the weights, hash and all."""
-    def change(metadata: dict[str, Any]) -> None:
-        metadata["files"][name] = metadata["files"][metadata["weights_file"]]
-        metadata["weights_file"] = name
-    edit_json(folder, "model_metadata.json", change)
 
 
 def compressed_members(folder: Path) -> None:

@@ -27,7 +27,7 @@ from loaders.images import list_images, read_images
 from metadata.errors import UserError
 from metadata.files import sha256
 from tests.helpers.commands import PROJECT
-from tests.evaluation.conftest import Evaluate, assert_refused
+from tests.helpers.verdicts import Evaluate, assert_refused
 
 META = "model_metadata.json"
 Change = Callable[[onnx.ModelProto, Path], Any]

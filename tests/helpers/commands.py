@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-SMALL = ["teacher.options.width=8", "teacher.train.epochs=4", "teacher.floor=0.3", "distill.options.width=16",
-         "distill.train.epochs=4", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=4", "threads=1"]
+SMALL = ["teacher.options.width=8", "teacher.train.epochs=3", "teacher.floor=0.3", "distill.options.width=16",
+         "distill.train.epochs=3", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=3", "threads=1"]
 
 Compress = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from loaders.augment import AUGMENTATIONS, Affine, Augmenter, center_crop, derive_seed, windows_by_pixel, windows_by_row
-
-
-def numbered_images(count: int, size: int = 8) -> Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+from tests.helpers.trainings import numbered_images
 
 
 def augmenter(*names: str, size: int = 8, padding: int = 0, seed: int = 0, samples: int = 400,

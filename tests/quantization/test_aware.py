@@ -368,8 +368,9 @@ class Stopping(Tracker):
 def finetuned(folder: Path, model: fx.GraphModule, stage: Finetune, tracker: type[Tracker] = Tracker,
               ) -> tuple[dict[str, Tensor], Context]:
     folder.mkdir(exist_ok=True)
-    context = Context(load(Request(name="digits", channels=1)), torch.device("cpu"), 0, folder, folder,
-                      tracker(Console(file=io.StringIO()), folder), [], {})
+    context = Context(splits=load(Request(name="digits", channels=1)), device=torch.device("cpu"), seed=0,
+                      folder=folder, run_folder=folder, tracker=tracker(Console(file=io.StringIO()), folder),
+                      outputs=[], measurements={})
     result = stage.run(TorchModel(model, describe(model, (1, 8, 8))), context)
     assert result.architecture.compression_steps == ["finetuning"] and describe(model, (1, 8, 8)).layers == \
         result.architecture.layers

@@ -100,7 +100,9 @@ assert torch.equal(logits.argmax(1), torch.load("expected.pth", weights_only=Tru
 """, alone)
 
 
-def test_model_py_has_the_same_argmax_on_the_whole_test_split(alone: Path, digits_test: Path) -> None:
+@pytest.mark.parametrize("images", ["few", pytest.param("digits_test", marks=pytest.mark.slow)])
+def test_model_py_has_the_same_argmax_on_test_images(alone: Path, images: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(images)
     out = python("""
 import torch
 from pathlib import Path
@@ -116,8 +118,8 @@ pixels = torch.from_numpy(model_loader.read_images([path for path, _ in images],
 with torch.no_grad():
     assert all(torch.equal(model(one[None]).argmax(1), other(one[None]).argmax(1)) for one in pixels)
 print(len(pixels))
-""", alone, str(digits_test))
-    assert out.strip() == "359"
+""", alone, str(folder))
+    assert int(out) == len(list(folder.glob("*/*.png"))) >= 50
 
 
 def test_challenge_layout_serves_the_public_harness(compress: Compress, small_run: Path, digits_test: Path,

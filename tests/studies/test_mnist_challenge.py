@@ -14,7 +14,7 @@ from compress.studies.mnist_challenge import ENTRIES, Result, WEIGHTS
 from metadata.files import read_json
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, assert_one_line_error, run_compress
-from tests.contracts.test_loaders import write_mnist
+from tests.helpers.mnist import write_mnist
 
 
 @pytest.fixture

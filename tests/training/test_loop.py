@@ -30,7 +30,7 @@ from loaders.request import Request
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from tests.helpers.commands import PROJECT
-from tests.training.test_mechanics import numbered_images, quiet, small_data
+from tests.helpers.trainings import numbered_images, quiet, small_data
 
 CPU = torch.device("cpu")
 
@@ -447,12 +447,12 @@ def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
     script = f"""
 import resource
 from pathlib import Path
-from compress.memory import keep_freed_memory
+from compress.training.malloc import keep_freed_memory
 from tests.training.test_loop import fit, recipe
 keep_freed_memory()
-fit(Path({str(tmp_path)!r}) / "1.pth", recipe(epochs=20, checkpoint_seconds=100.0))
+fit(Path({str(tmp_path)!r}) / "1.pth", recipe(epochs=20, checkpoint_seconds=100.0, compile=False))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fit(Path({str(tmp_path)!r}) / "2.pth", recipe(epochs=200, checkpoint_seconds=100.0))
+fit(Path({str(tmp_path)!r}) / "2.pth", recipe(epochs=100, checkpoint_seconds=100.0, compile=False))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """  # a process of its own, whose peak nothing before has raised
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)

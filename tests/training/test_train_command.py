@@ -25,19 +25,22 @@ from metadata.files import read_json
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_compress
 from tests.helpers.folders import draw_folder
+from tests.helpers.sharing import shared_folder
 
 DIGITS = ["train", "--config", "digits", "--model_options", "{width: 8, stem: small}", "--num_epochs", "3", "--threads",
           "1"]
+MLP = ["train", "--dataset", "digits", "--model_name", "SimpleMLP", "--num_epochs", "2", "--threads", "1"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished training on digits, through the real command line."""
-    folder = tmp_path_factory.mktemp("train") / "digits"
-    done = run_compress(*DIGITS, "--log_dir", folder)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "test" in done.stdout and str(folder / "curves.png") in done.stdout
-    return folder
+    def train(folder: Path) -> None:
+        done = run_compress(*DIGITS, "--log_dir", folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "test" in done.stdout and str(folder / "curves.png") in done.stdout
+
+    return shared_folder(tmp_path_factory, "trained", train)
 
 
 def test_files_say_what_was_trained_and_how_good_it_is(trained: Path) -> None:
@@ -75,11 +78,11 @@ def test_a_training_is_a_teacher(trained: Path, compress: Compress, tmp_path: Pa
     assert planned.returncode == 0 and "from checkpoint" in planned.stdout, planned.stderr
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.4])
-def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "compress", *DIGITS, "--log_dir", str(tmp_path / "killed"),
-               "--checkpoint_seconds", "0"]
-    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL)
+@pytest.mark.parametrize("delay", [0.0, pytest.param(0.4, marks=pytest.mark.slow)])
+def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float, compress: Compress,
+                                                    tmp_path: Path) -> None:
+    command = [*DIGITS, "--log_dir", str(tmp_path / "killed"), "--checkpoint_seconds", "0"]
+    process = subprocess.Popen([sys.executable, "-m", "compress", *command], cwd=PROJECT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint.pth").is_file():
         assert time.monotonic() < deadline and process.poll() is None
@@ -88,7 +91,7 @@ def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float,
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "weights.pth").exists()
-    done = run_compress(*DIGITS, "--log_dir", tmp_path / "killed", "--checkpoint_seconds", "0")
+    done = compress(*command)
     assert done.returncode == 0 and "continuing at step" in done.stdout, done.stderr
     one, other = (torch.load(folder / "weights.pth", weights_only=True) for folder in (trained, tmp_path / "killed"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
@@ -98,10 +101,10 @@ def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float,
     assert not list((tmp_path / "killed").glob("*.part"))
 
 
-def test_two_processes_end_where_one_does_at_the_same_batch(tmp_path: Path) -> None:
-    arguments = ["train", "--dataset", "digits", "--model_name", "SimpleMLP", "--num_epochs", "3", "--batch_size", "64",
+def test_two_processes_end_where_one_does_at_the_same_batch(compress: Compress, tmp_path: Path) -> None:
+    arguments = ["train", "--dataset", "digits", "--model_name", "SimpleMLP", "--num_epochs", "2", "--batch_size", "64",
                  "--lr", "0.05", "--threads", "1", "--augment", "[crop]", "--padding", "1", "--clip", "1.0"]
-    alone = run_compress(*arguments, "--log_dir", tmp_path / "one")
+    alone = compress(*arguments, "--log_dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     team = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "compress",
@@ -118,8 +121,8 @@ def test_two_processes_end_where_one_does_at_the_same_batch(tmp_path: Path) -> N
             assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-4), key
 
 
-def test_tensorboard_holds_the_csv(tmp_path: Path) -> None:
-    done = run_compress(*DIGITS, "--log_dir", tmp_path / "t", "--use_tensorboard")
+def test_tensorboard_holds_the_csv(compress: Compress, tmp_path: Path) -> None:
+    done = compress(*MLP, "--log_dir", tmp_path / "t", "--use_tensorboard")
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "t" / "tensorboard"))
@@ -139,8 +142,8 @@ def watch(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple) and arguments[1][0] not in ("127.0.0.1", "::1"):
         outside.append(arguments)
 sys.addaudithook(watch)
-sys.argv = ["compress", *{[*DIGITS, "--log_dir", str(tmp_path / "w"), "--use_wandb"]!r}]
-from compress.cli import main
+sys.argv = ["compress", *{[*MLP, "--log_dir", str(tmp_path / "w"), "--use_wandb"]!r}]
+from compress.cli.main import main
 try:
     main()
 finally:
@@ -165,7 +168,7 @@ def test_zoo_models_train_on_an_image_folder(name: str, compress: Compress, tmp_
 
 
 def test_grey_images_get_three_channels_where_the_model_needs_them(compress: Compress, tmp_path: Path) -> None:
-    done = compress("train", "--dataset", "digits", "--model_name", "timm:resnet10t", "--image_size", "16",
+    done = compress("train", "--dataset", "digits", "--model_name", "timm:test_resnet", "--image_size", "16",
                     "--num_epochs", "1", "--lr", "0.01", "--log_dir", tmp_path / "log", "--threads", "1")
     assert done.returncode == 0, done.stderr
     card = json.loads((tmp_path / "log" / "card.json").read_text())
@@ -315,6 +318,19 @@ def test_choices_are_what_there_is() -> None:
 
     assert choices("optimizer") == {*OPTIMIZERS, "sam"} and choices("sam_base") == set(OPTIMIZERS)
     assert choices("scheduler") == {*SCHEDULES, "one_cycle", "plateau"}
+
+
+def test_choices_of_a_stages_training_are_what_there_is() -> None:
+    from typing import get_args
+
+    from compress.pipeline.config import TrainConfig
+    from compress.training.optimizers import OPTIMIZERS
+    from compress.training.schedules import SCHEDULES
+    from loaders.augment import AUGMENTATIONS
+    choices = get_args(get_args(TrainConfig.model_fields["augment"].annotation)[0])
+    assert set(choices) == set(AUGMENTATIONS)
+    assert set(get_args(TrainConfig.model_fields["optimizer"].annotation)) == {*OPTIMIZERS, "sam"}
+    assert set(get_args(TrainConfig.model_fields["schedule"].annotation)) == {*SCHEDULES, "one_cycle"}
 
 
 @pytest.mark.slow

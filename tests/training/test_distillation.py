@@ -1,49 +1,20 @@
-"""Losses and teacher caches, each against its closed form; the choices of the training settings."""
+"""Distillation: the loss against its closed form, and cached teacher outputs against live ones."""
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from architectures.zoo import make
 from compress.training.distillation import cached_targets, live_targets
-from compress.training.loop import Data
 from compress.training.losses import distillation_loss
 from compress.training.mixup import Batch
-from compress.training.optimizers import OPTIMIZERS
-from compress.training.schedules import SCHEDULES
-from compress.training.trackers import Tracker
-from loaders.arrays import ArrayImages, Split
-from loaders.augment import AUGMENTATIONS, Augmenter
 from loaders.images import normalize
-from metadata.schemas import Preprocessing
-
-
-def quiet() -> Tracker:
-    return Tracker(Console(file=io.StringIO()))
-
-
-def numbered_images(count: int, size: int = 8) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def test_every_augmentation_is_a_choice_of_the_config() -> None:
-    from typing import get_args
-
-    from compress.pipeline.config import TrainConfig
-    choices = get_args(get_args(TrainConfig.model_fields["augment"].annotation)[0])
-    assert set(choices) == set(AUGMENTATIONS)
-    assert set(get_args(TrainConfig.model_fields["optimizer"].annotation)) == {*OPTIMIZERS, "sam"}
-    assert set(get_args(TrainConfig.model_fields["schedule"].annotation)) == {*SCHEDULES, "one_cycle"}
-
-
-# -------------------------------------------------------------------------------------------------------- losses
+from tests.helpers.trainings import quiet, small_data
 
 
 def test_distillation_loss_closed_form() -> None:
@@ -65,14 +36,6 @@ def test_distillation_loss_closed_form() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- teacher cache
-
-
-def small_data(samples: int = 60, classes: int = 4) -> Data:
-    images = numbered_images(samples)
-    labels = torch.arange(samples) % classes
-    split = Split(ArrayImages(images), labels)
-    return Data(split, split, Augmenter(names=["crop", "flip"], size=(8, 8), padding=2, seed=1, samples=samples),
-                Preprocessing(resize=8, crop=8))
 
 
 def test_cached_teacher_outputs_belong_to_sample_and_view_in_any_order(tmp_path: Path) -> None:
