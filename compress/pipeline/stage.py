@@ -1,4 +1,4 @@
-"""What stages are, what passes between them, and what they may use while they run."""
+"""Stages: what a stage is, what passes between stages, and what a stage may use while it runs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ARCHITECTURE, WEIGHTS, REFERENCE, ONNX = "architecture.json", "weights.pth", "mo
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A trained model by name: anything that can be built, traceable or not."""
+    """A trained model with the name that builds it; it need not be traceable."""
 
     module: nn.Module
     reference: ModelReference
@@ -61,7 +61,7 @@ class TeacherModel:
 
 @dataclass(frozen=True)
 class TorchModel:
-    """A model that its architecture describes wholly."""
+    """A model that its architecture describes completely."""
 
     module: fx.GraphModule
     architecture: Architecture
@@ -77,21 +77,21 @@ class TorchModel:
 
 
 class OnnxCard(Strict):
-    """`onnx.json`: what is known of an ONNX file beside its graph."""
+    """`onnx.json`: what is known about an ONNX file beside its graph."""
 
     scheme: Literal["none", "static_int8"] = "none"
-    layers: dict[str, str] = {}  # by name: "int8: ..." or "float32: why"
-    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # where it is measured and served
+    layers: dict[str, str] = {}  # layer name -> "int8: ..." or "float32: reason"
+    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # the runtime that measures and serves it
     portability: dict[str, Any] | None = None  # see compress/quantization/portability.py
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """An ONNX file, which runs on ONNX Runtime or OpenVINO; there is no torch module of it.
+    """An ONNX file, which runs on ONNX Runtime or OpenVINO and has no torch module.
 
     Args:
         content: the file's bytes.
-        architecture: the float network that it was exported from, BatchNorm folded, with its history.
+        architecture: the float network that the file was exported from, BatchNorm folded, with its history.
     """
 
     content: bytes
@@ -159,35 +159,35 @@ class Context:
     splits: Splits
     device: torch.device
     seed: int
-    folder: Path  # the stage's own
+    folder: Path  # the stage's
     run_folder: Path
     tracker: Tracker
-    outputs: list[Artifact]  # of the earlier stages
+    outputs: list[Artifact]  # one for each earlier stage
     measurements: dict[str, Any]  # the latest ledger row, as numbers by name
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    extra_models: dict[str, tuple[TorchModel, float]] = field(default_factory=dict)  # by label, with seconds; own rows
-    training_seconds: float = 0.0  # of all sittings
+    extra_models: dict[str, tuple[TorchModel, float]] = field(default_factory=dict)  # by label, with seconds
+    training_seconds: float = 0.0  # over all sittings
 
     def note(self, key: str, value: Any) -> None:
-        """Writes something worth knowing into stage.json."""
+        """Write a note into stage.json."""
         self.notes[key] = value
 
     def warn(self, text: str) -> None:
-        """Warns the user now and at the end, and keeps the warning with the stage."""
+        """Warn the user now and at the end of the run, and keep the warning in stage.json."""
         self.warnings.append(text)
         self.tracker.warn(text)
 
     def latest(self, *kinds: type[SomeArtifact]) -> SomeArtifact | None:
-        """The last earlier output of one of the kinds."""
+        """Return the latest output that is of one of the kinds, or None."""
         return next((output for output in reversed(self.outputs) if isinstance(output, kinds)), None)
 
     def examples(self, count: int) -> torch.Tensor:
-        """Training images by the run's seed; see `loaders.augment.examples`."""
+        """Return training images chosen by the run's seed; see `loaders.augment.examples`."""
         return examples(self.splits, count, self.seed)
 
     def data(self, train: TrainConfig) -> Data:
-        """The splits on the device, with the training's augmentation."""
+        """Return the splits on the device, with the training's augmentation."""
         card = self.splits.card
         split = self.splits.train.to(self.device)
         augmenter = Augmenter(names=list(train.augment), size=card.input_shape[1:], padding=train.padding,
@@ -207,22 +207,23 @@ def training_recipe(train: TrainConfig, device: torch.device, views: int = 0) ->
 class Stage(Config):
     """One step of a pipeline. A file in `compress/pipeline/stages/` holds one; the file's stem is its name in a recipe.
 
-    A stage returns a new model and leaves its input as it is. It transforms; the pipeline measures.
+    A stage returns a new model and leaves its input unchanged. The stage transforms; the pipeline measures.
     """
 
-    history: ClassVar[str | None] = None  # what the stage adds to compression_steps
+    history: ClassVar[str | None] = None  # the entry that the stage adds to compression_steps
 
     def check(self, sketch: Sketch) -> None:
-        """Raises UserError for what can be known to fail before anything runs; draws what it will make."""
+        """Raise UserError for what is sure to fail before anything runs; sketch the model that the stage will make."""
 
     def run(self, model: Any, context: Context) -> Any:
+        """Return the transformed model. The annotations of the arguments say which stages may come before."""
         raise NotImplementedError
 
 
 class CompressingStage(Stage):
-    """A stage that is there to make the model smaller or faster: the pipeline holds its result to that."""
+    """A stage that must make the model smaller or faster: the pipeline refuses a result that is neither."""
 
-    allow_slower: bool = Field(False, description="accept a result that is slower and not smaller, which else is an error")
+    allow_slower: bool = Field(False, description="accept a result that is slower and not smaller")
 
 
 @dataclass(kw_only=True)
@@ -232,27 +233,27 @@ class Sketch:
     card: DatasetCard
     seed: int
     model: fx.GraphModule | None = None
-    is_onnx: bool = False  # the model will have left torch by then
+    is_onnx: bool = False  # the model is an ONNX file at this point
     is_static_int8: bool = False
-    lines: list[str] = field(default_factory=list)  # what each stage would do, for the plan's reader
+    lines: list[str] = field(default_factory=list)  # one for each stage: what it would do
 
     def refuse_int8(self, stage: str) -> None:
-        """Raises UserError where the sketched model is int8 already."""
+        """Raise UserError where the sketched model is int8 already."""
         kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
         if self.model is not None and any(isinstance(module, kinds) for module in self.model.modules()):
-            raise UserError(f"stage {stage}: the model is int8 by then; put it before quantize_dynamic")
+            raise UserError(f"stage {stage}: the model is int8 by then; put the stage before quantize_dynamic")
 
 
 def stage_names() -> list[str]:
-    """Names of the stages: the files of `compress/pipeline/stages/`."""
+    """Return the names of the stages: the files of `compress/pipeline/stages/`."""
     return sorted(module.name for module in pkgutil.iter_modules(compress.pipeline.stages.__path__))
 
 
 def stage_class(name: str) -> type[Stage]:
-    """The stage in `compress/pipeline/stages/<name>.py`.
+    """Return the stage in `compress/pipeline/stages/<name>.py`.
 
     Raises:
-        UserError: there is none (with the closest match).
+        UserError: there is no such stage (with the closest match).
     """
     if name not in stage_names():
         raise UserError(f"stage {name!r}: unknown{closest(name, stage_names())} (known: {', '.join(stage_names())})")
@@ -264,6 +265,6 @@ def stage_class(name: str) -> type[Stage]:
 
 
 def signature(stage: type[Stage]) -> tuple[tuple[Any, ...], Any]:
-    """The kinds of artifact that a stage takes, any one of them (type(None) for a first stage), and the one it returns."""
+    """Return the kinds of artifact that a stage accepts (type(None) for a first stage), and the kind that it returns."""
     hints = typing.get_type_hints(stage.run)
     return typing.get_args(hints["model"]) or (hints["model"],), hints["return"]

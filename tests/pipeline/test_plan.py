@@ -31,7 +31,7 @@ from tests.helpers.commands import Compress, SMALL, assert_one_line_error
     (["slim_resnet18_digits", "data.mean=[0.5]"], ["needs 3 values"]),
     (["slim_resnet18_digits", "data.resize=16"], ["data.resize"]),
     (["slim_resnet18_digits", "teacher.checkpoint=/nowhere.pth"], ["/nowhere.pth", "no such file"]),
-    (["slim_resnet18_digits", "teacher.train.epochs=0"], ["it would know nothing"]),
+    (["slim_resnet18_digits", "teacher.train.epochs=0"], ["the teacher would be untrained"]),
     (["slim_resnet18_digits", "quantize_dynamic.exclude=[stem]"], ["'stem' is no Conv2d or Linear"]),
     (["slim_resnet18_digits", "evaluate.baselines=mine"], ["evaluate.baselines 'mine': unknown"]),
     (["slim_resnet18_digits", "data.name=digit"], ["did you mean 'digits'"]),

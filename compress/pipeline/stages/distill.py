@@ -1,4 +1,4 @@
-"""Stage `distill`: train a student on the teacher's logits and the labels; on request its twin without the teacher."""
+"""Stage `distill`: train a student on the teacher's logits and the labels; optionally a control without the teacher."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Distill(Stage):
 
     history = "knowledge_distillation"
 
-    model: str = Field("slim_resnet18", description="the student; must be traceable, see architectures/")
-    options: dict[str, Any] = Field({}, description="the student's own options, such as width or stem")
+    model: str = Field("slim_resnet18", description="the student by name; it must be traceable, see architectures/")
+    options: dict[str, Any] = Field({}, description="options of the student, such as width or stem")
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
-    alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher; the labels have the rest")
-    cache_views: int = Field(0, ge=0, description="augmentations a sample whose teacher outputs are computed once and "
-                                                  "kept; 0: the teacher looks at every batch")
+    alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher's loss; the labels' loss has the rest")
+    cache_views: int = Field(0, ge=0, description="augmented views of each image whose teacher outputs are computed "
+                                                  "once and cached; 0: the teacher runs on every batch")
     control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
     train: TrainConfig = TrainConfig()
 
     def check(self, sketch: Sketch) -> None:
         architecture, student = self._student(sketch.card, sketch.seed)
         sketch.model = student.eval()
-        twin = ", and a control without the teacher" if self.control else ""
+        control = ", and a control without the teacher" if self.control else ""
         sketch.lines.append(f"{architecture.model_type} with {len(architecture.layers)} layers, {self.train.epochs} "
-                            f"epochs{twin}")
+                            f"epochs{control}")
 
     def run(self, model: TeacherModel, context: Context) -> TorchModel:
         data = context.data(self.train)
@@ -78,7 +78,7 @@ class Distill(Stage):
         return student
 
     def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:
-        """The untrained student, as a graph; its weights depend on the seed alone."""
+        """Return the untrained student as a graph; its weights depend on the seed alone."""
         with seeded(seed, "student"):
             module = make(self.model, num_classes=card.num_classes, **self.options)
         architecture = describe(module, card.input_shape)

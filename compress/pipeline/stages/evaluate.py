@@ -1,4 +1,4 @@
-"""Stage `evaluate`: score the packaged folder in a clean process, and hold it to what the model in memory does."""
+"""Stage `evaluate`: score the packaged folder in a clean process, and check it against the model in memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from metadata.records import baselines
 
 
 class Evaluate(Stage):
-    """Runs the folder's own model_loader.py under `python -I`, elsewhere, on the test split."""
+    """Run the folder's own model_loader.py under `python -I`, in another working folder, on the test split."""
 
-    baselines: str = Field("default", description="of metadata/baselines.json")
+    baselines: str = Field("default", description="name of an entry of metadata/baselines.json")
 
     def check(self, sketch: Sketch) -> None:
         if self.baselines not in baselines():
@@ -36,12 +36,12 @@ class Evaluate(Stage):
     def run(self, model: Submission, context: Context) -> Evaluation:
         test = context.splits.open_test()
         folder = context.splits.test_folder
-        if folder is None:  # not on disk as image files, or not all of them readable
+        if folder is None:  # the split is not on disk as image files, or some are not readable
             folder = context.folder / "test_images"
             if not folder.exists():
                 write_image_folder(test, context.splits.card.class_names, folder)
         original = context.latest(TorchModel, OnnxModel)
-        assert isinstance(original, TorchModel | OnnxModel), "a submission is made of an earlier output"
+        assert isinstance(original, TorchModel | OnnxModel), "a submission comes from an earlier output"
         with context.tracker.progress("in memory") as advance, torch_threads(1):
             expected = measure_accuracy(self._answer(original, context), test.batches(1),
                                         context.splits.card.preprocessing, len(test), advance)
@@ -56,7 +56,7 @@ class Evaluate(Stage):
         return Evaluation(results)
 
     def _answer(self, original: TorchModel | OnnxModel, context: Context) -> Callable[[Tensor], Tensor]:
-        """The model as it left its stage."""
+        """Return the model as its stage left it."""
         if isinstance(original, TorchModel):
             return original.module.cpu().eval()
         path = context.folder / ONNX
@@ -73,7 +73,7 @@ class Evaluate(Stage):
                        "--baseline_size", str(chosen.size_mb), "--baseline_latency", str(chosen.latency_ms),
                        "--baseline_accuracy", str(chosen.accuracy), "--output_file", str(output)]
             context.tracker.say("  scoring the package in a clean process")
-            # On a terminal the evaluator shows its own counter with the time left.
+            # On a terminal the evaluator shows its own progress with the time left.
             errors = None if context.tracker.console.is_terminal else subprocess.PIPE
             done = subprocess.run(command, cwd=elsewhere, stdout=subprocess.PIPE, stderr=errors, text=True, check=False)
             if done.returncode:

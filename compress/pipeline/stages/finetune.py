@@ -1,4 +1,4 @@
-"""Stage `finetune`: train on, after something was taken away; with the teacher if asked, and for int8 if asked."""
+"""Stage `finetune`: train a student further, such as after pruning; optionally with the teacher or quantization-aware."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
 
 
 class Finetune(Stage):
-    """Further training of the same network."""
+    """Train the same network further."""
 
     history = "finetuning"
 
     teacher: bool = Field(False, description="distill from the run's teacher, with the settings below")
-    temperature: float = Field(4.0, gt=0, description="with the teacher")
-    alpha: float = Field(0.9, ge=0, le=1, description="with the teacher")
-    quantization_aware: bool = Field(False, description="train with weights and activations rounded as static int8 does")
-    weight_bits: Literal[8, 7] = Field(8, description="quantization-aware: of the weights; 7 for files that answer alike "
-                                       "on CPUs without VNNI")
-    freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: share of the steps after which batch "
-                                "norm statistics and activation ranges stay as they are")
+    temperature: float = Field(4.0, gt=0, description="with the teacher: softens both distributions")
+    alpha: float = Field(0.9, ge=0, le=1, description="with the teacher: weight of its loss")
+    quantization_aware: bool = Field(False, description="train with weights and activations rounded as in static int8")
+    weight_bits: Literal[8, 7] = Field(8, description="quantization-aware: bits of the weights; 7 for files that answer "
+                                       "alike on CPUs without VNNI")
+    freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: fraction of the steps after which "
+                                "batch norm statistics and activation ranges are frozen")
     train: TrainConfig = TrainConfig(epochs=5, lr=0.01)
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("finetune")
         for key in ("weight_bits", "freeze_after"):
             if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
-                raise UserError(f"finetune.{key}: it does nothing without quantization_aware: true")
+                raise UserError(f"finetune.{key}: the setting has no effect without quantization_aware: true")
         if self.quantization_aware and self.train.precision == "bfloat16":
             raise UserError("finetune.train.precision: bfloat16 cannot hold the values of the 8-bit grids; with "
-                            "quantization_aware it is auto or float32")
+                            "quantization_aware set auto or float32")
         sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else "")
                             + (f", quantization-aware, {self.weight_bits}-bit weights" if self.quantization_aware else ""))
 
@@ -76,7 +76,7 @@ class Finetune(Stage):
 
     def _train_rounded(self, model: fx.GraphModule, data: Data, loss: Loss, recipe: Recipe,
                        context: Context) -> fx.GraphModule:
-        """The model as static int8 will compute it is trained; what comes out is the float model again."""
+        """Train the model rounded as static int8 will compute it, and return the float model with the trained weights."""
         passes = recipe.steps(0, len(data.train))[1] * recipe.epochs
         passes = min(passes, recipe.max_steps or passes) * (2 if recipe.optimizer.name == "sam" else 1)
         rounded = prepare(copy.deepcopy(model).to(context.device),
@@ -84,6 +84,6 @@ class Finetune(Stage):
                           freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
         before = accuracy_of(rounded, data.validation, data.preprocessing)
         self._train(rounded, data, loss, recipe, context)
-        context.note("simulated_int8", {  # of the validation split
+        context.note("simulated_int8", {  # accuracy on the validation split
             "accuracy_post_training": before, "accuracy": accuracy_of(rounded, data.validation, data.preprocessing)})
         return restored(rounded, model)

@@ -15,12 +15,12 @@ from metadata.records import DatasetCard
 
 
 class Package(Stage):
-    """A folder that evaluates anywhere, in the user's layout or the public challenge's."""
+    """Write a folder that evaluates anywhere, in the toolkit's layout or the public challenge's."""
 
     layout: Literal["toolkit", "challenge"] = Field("toolkit", description="challenge: for the harness of the public "
                                                                           "ResNet18 compression challenge")
-    weights_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="compressed_<this>.pth; the model's "
-                                                                                   "type unless given")
+    weights_name: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]+$", description="compressed_<this>.pth; by "
+                                                                                   "default the model's type")
     username: str = Field("", description="challenge layout: for its metadata.json")
     teamname: str = Field("", description="challenge layout: for its metadata.json")
 
@@ -36,12 +36,12 @@ class Package(Stage):
 
     def run(self, model: TorchModel | OnnxModel, context: Context) -> Submission:
         folder = context.run_folder / "submission"
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier try at this very stage
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run of this stage left it
         self.contents(model, context.splits.card, context.measurements).write(folder)
         return Submission(folder)
 
     def contents(self, model: TorchModel | OnnxModel, card: DatasetCard, measured: dict[str, Any]) -> SubmissionContents:
-        """What the folder will hold."""
+        """Return what the folder will hold."""
         name = self.weights_name or model.architecture.model_type.lower()
         if isinstance(model, OnnxModel):
             self._refuse_challenge()

@@ -29,13 +29,13 @@ class Prune(CompressingStage):
 
     ratio: float = Field(0.3, gt=0, lt=1, description="fraction of channels removed; 0.5 keeps about a quarter of the "
                                                       "weights")
-    criterion: Literal["l1", "l2", "bn_scale", "fpgm", "taylor", "random"] = Field("l2", description="what is important")
-    scope: Literal["uniform", "global"] = Field("uniform", description="the same share of every layer, or ranked over "
-                                                                      "the network")
-    multiple: int = Field(8, ge=1, description="channels that remain are rounded to a multiple; odd widths are slow")
-    steps: int = Field(1, ge=1, description="reach the ratio in so many steps, with training between")
-    train: TrainConfig = Field(TrainConfig(epochs=1, lr=0.01), description="between steps")
-    gradient_batches: int = Field(10, ge=1, description="batches that criteria with gradients look at")
+    criterion: Literal["l1", "l2", "bn_scale", "fpgm", "taylor", "random"] = Field("l2", description="channel importance")
+    scope: Literal["uniform", "global"] = Field("uniform", description="the same fraction of every layer, or ranked "
+                                                                      "over the network")
+    multiple: int = Field(8, ge=1, description="round the remaining channels to a multiple; odd widths are slow")
+    steps: int = Field(1, ge=1, description="number of steps in which the ratio is reached, with training between")
+    train: TrainConfig = Field(TrainConfig(epochs=1, lr=0.01), description="training between steps")
+    gradient_batches: int = Field(10, ge=1, description="number of batches for criteria that need gradients")
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("prune")
@@ -70,10 +70,10 @@ class Prune(CompressingStage):
         context.note("macs", [count_macs(module, shape) for module in (model.module, pruned)])
         latency = _interleaved_latency(model.module, pruned, shape)
         context.note("latency", latency)
-        context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; latency, timed in turns, "
+        context.tracker.say(f"  {sum(original.values()):,} -> {sum(after.values()):,} channels; interleaved latency "
                             f"{latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms ({latency['ratio']:.2f}x)")
         steps = [*model.architecture.compression_steps, self.history]
-        rate = round(1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio), 6)  # of the widths before any pruning
+        rate = round(1 - (1 - model.architecture.pruning_rate) * (1 - self.ratio), 6)  # relative to the unpruned widths
         architecture = carry_over(describe(pruned, shape), model.architecture, pruning_rate=rate,
                                   compression_steps=steps)
         return TorchModel(pruned, architecture)
@@ -85,7 +85,7 @@ class Prune(CompressingStage):
                      gradients=gradients if self.criterion in NEEDS_GRADIENTS else None)
 
     def _losses(self, model: nn.Module, data: Data) -> Iterable[Tensor]:
-        """Cross-entropy on the first training images of a fixed order, a batch at a time."""
+        """Yield the cross-entropy of each of the first batches of training images, in a fixed order."""
         order = torch.randperm(len(data.train)).split(self.train.batch_size)[:self.gradient_batches]
         for ids in order:
             images = center_crop(data.train.images.batch(ids).cpu(), data.augmenter.size)
@@ -94,7 +94,7 @@ class Prune(CompressingStage):
 
 
 def _interleaved_latency(before: nn.Module, after: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Both models timed in turns, so that a slow moment of the machine hits both; in the same memory format."""
+    """Time both models interleaved, so that a slow moment of the machine hits both, and in the same memory format."""
     before, after = (copy.deepcopy(model).to(memory_format=torch.contiguous_format) for model in (before, after))
     earlier, now = times_in_turns((before, after), shape)
     return {"before_ms": earlier, "after_ms": now, "ratio": now / earlier, "rounds": ROUNDS, "runs_a_round": RUNS}

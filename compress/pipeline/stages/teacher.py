@@ -1,4 +1,4 @@
-"""Stage `teacher`: train one, take one from a zoo, or open a checkpoint."""
+"""Stage `teacher`: train a model, take one from a zoo, or open a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from metadata.records import ModelReference
 class Teacher(Stage):
     """A trained model of any kind: the project's own, torchvision's or timm's, traceable or not."""
 
-    model: str = Field("slim_resnet18", description="name: the project's own, torchvision's or timm's")
-    options: dict[str, Any] = Field({}, description="the model's own options, such as width or stem")
+    model: str = Field("slim_resnet18", description="a model of the project, torchvision or timm, by name")
+    options: dict[str, Any] = Field({}, description="options of the model, such as width or stem")
     pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached); "
-                                                "a checkpoint goes first")
+                                                "a checkpoint takes precedence")
     checkpoint: Path | None = Field(None, description="start from this .pth or .safetensors state dict")
     train: TrainConfig = Field(TrainConfig(), description="epochs: 0 takes the weights as they are")
     floor: float = Field(0.5, ge=0, le=1, description="validation accuracy below which the run warns loudly")
 
     def check(self, sketch: Sketch) -> None:
         if not (self.checkpoint or self.pretrained or self.train.epochs):
-            raise UserError("teacher: neither a checkpoint, nor pretrained, nor epochs to train: it would know nothing")
+            raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
         with torch.device("meta"):
             module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
@@ -66,7 +66,7 @@ class Teacher(Stage):
         accuracy = accuracy_of(module.to(context.device), data.validation, card.preprocessing)
         if accuracy < self.floor:
             context.warn(f"the teacher's validation accuracy is {accuracy:.1%}, below teacher.floor ({self.floor:.0%}): a "
-                         "student will learn little from it")
+                         "student will learn little from this teacher")
         return TeacherModel(module.eval(), reference)
 
     @property
@@ -84,14 +84,14 @@ class Teacher(Stage):
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint: bare, or under the names that training scripts commonly give it."""
+    """Return the state dict in a checkpoint: bare, or under a key that training scripts commonly use."""
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"teacher.checkpoint {path}: expected a state dict (names to tensors), bare or under "
                         "'state_dict' or 'model'")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # of DataParallel
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # DataParallel's prefix
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
