@@ -7,13 +7,10 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from metadata.errors import UserError, first_line
 from metadata.files import write_atomically
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_tensors(path: Path, content: Any) -> None:

@@ -8,14 +8,11 @@ import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from metadata.errors import VerificationError
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextlib.contextmanager

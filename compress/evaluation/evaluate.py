@@ -171,6 +171,7 @@ def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Base
         remarks.append(f"the accuracy is below --min_accuracy {settings.min_accuracy:g} %")
     if settings.batch_size > 1:
         remarks.append(f"accuracy was measured at batch {settings.batch_size}, in a random order")
+    evaluator = evaluator_sha256()
     scores = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines.size, baselines.latency,
                    baselines.accuracy)
     guarded = guarded_score(scores | {"size_score": baselines.size / (needed / 2**20)}, accuracy["fraction"],
@@ -193,7 +194,8 @@ def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Base
             "bytes": {"weights": size_bytes, "needed_at_inference": needed,
                       "files": {name: (files.folder / name).stat().st_size for name in entry.hashes}},
             "peak_memory": peak,
-            "sha256": {"evaluator": evaluator_sha256(), "submission": combined_hash(entry.hashes), **entry.hashes},
+            "evaluator_sha256": evaluator,
+            "sha256": {"evaluator": evaluator, "submission": combined_hash(entry.hashes), **entry.hashes},
             **runtime.details,
             "settings": dataclasses.asdict(settings),
             "machine": machine(), "versions": versions(),

@@ -179,7 +179,7 @@ class TorchPackage(SubmissionContents):
         kind = self.architecture.model_type
         return f"""Use it (`load_model` checks every tensor against the architecture first):
 
-    from compress.evaluation.submission import load_model
+    from model_loader import load_model
     model = load_model("{self.weights_file}")
 
 or with torch alone, through the readable source in `model.py`:

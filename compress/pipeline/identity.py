@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from compress.packaging.bundle import ROOT, import_order, module_file
+from compress.packaging.import_graph import ROOT, import_closure, module_file
 from compress.pipeline.config import RunConfig
 from compress.pipeline.stage import Stage
 from metadata.records import DatasetCard
@@ -35,7 +35,7 @@ def _source(stage: Stage) -> str:
 
     Model families and data sets are found by name and not imported, so all of them count.
     """
-    files = {module_file(name) for name in import_order(type(stage).__module__) if name not in SHOW_ONLY}
+    files = {module_file(name) for name in import_closure(type(stage).__module__) if name not in SHOW_ONLY}
     files |= {path for folder in FOUND_BY_NAME for path in folder.glob("*.py")}
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path):
