@@ -25,6 +25,6 @@ clean:
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
-.venv/development: requirements-dev.txt .venv/runtime
+.venv/development: requirements-dev.txt $(wildcard requirements/*.txt) .venv/runtime
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@

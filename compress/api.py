@@ -1,0 +1,129 @@
+"""The verbs of `import compress`: the command line's work as functions, for notebooks and other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from torch import Tensor, fx, nn
+
+from compress.pipeline import report
+from compress.pipeline.config import RunConfig, resolve
+from compress.pipeline.plan import RunPlan, make_plan
+from compress.pipeline.run import RunOutcome, run_pipeline
+from compress.pruning import prune as pruning
+from compress.quantization.dynamic import as_graph, without_stochastic_depth
+from compress.training.run import run_training
+from compress.training.trackers import Tracker
+from compress.training.train_config import resolve_training
+from metadata.errors import UserError
+
+
+def run(recipe: str | Path, *overrides: str, update: bool = False, quiet: bool = False, **settings: Any) -> RunOutcome:
+    """Run a recipe from teacher to scored submission, or continue an interrupted run.
+
+        outcome = compress.run("slim_resnet18_digits", "prune.ratio=0.5", name="half")
+        outcome = compress.run("slim_resnet18_digits", prune={"ratio": 0.5}, name="half")
+        outcome.results["total_score"], outcome.folder / "submission"
+
+    Args:
+        recipe: name of a packaged recipe, or path of a .yaml file.
+        overrides: settings to change, written as on the command line, such as "prune.ratio=0.4".
+        update: redo the stages that the changed settings affect, where the run's folder holds other settings.
+        quiet: print no progress.
+        settings: settings to change, as values. A mapping changes the keys that it names and no others.
+
+    Raises:
+        UserError: a wrong setting, missing data, a folder that is in use; the same call continues after the repair.
+        VerificationError: the packaged model is not what it should be.
+    """
+    return run_pipeline(_resolved(recipe, overrides, settings), _console(quiet), update)
+
+
+def plan(recipe: str | Path, *overrides: str, quiet: bool = False, **settings: Any) -> RunPlan:
+    """Check a recipe and its data without training or writing anything. Takes the arguments of `run`.
+
+    Return the plan: `stages` with their settings, `sketch.lines` with what each stage would do, `splits` with the data.
+
+    Raises:
+        UserError: whatever is wrong, in one line.
+    """
+    return make_plan(_resolved(recipe, overrides, settings), Tracker(_console(quiet)))
+
+
+def train(config: str | Path | None = None, *, quiet: bool = False, **settings: Any) -> dict[str, Any]:
+    """Train a model, or continue an interrupted training; return the content of its summary.json.
+
+        summary = compress.train("digits", num_epochs=3, log_dir="runs/short")
+        summary["test"]["accuracy"]
+
+    Args:
+        config: name of a packaged training recipe, or path of a .yaml file; the defaults unless given.
+        quiet: print no progress.
+        settings: settings to change; the keys are those of `python -m compress train --help`.
+
+    Raises:
+        UserError: a wrong setting, missing data, a folder that is in use; the same call continues after the repair.
+    """
+    flags = [] if config is None else [f"--config={config}"]
+    flags += [f"--{key}={value if isinstance(value, str | Path) else _yaml(value)}" for key, value in settings.items()]
+    return run_training(resolve_training(flags), _console(quiet))
+
+
+def prune(model: nn.Module, example_input: Tensor, *, ratio: float = 0.3, multiple: int = 8, criterion: str = "l2",
+          scope: Literal["uniform", "global"] = "uniform", gradients: Callable[[nn.Module], None] | None = None,
+          ) -> fx.GraphModule:
+    """Return a copy of a model with whole channels removed. Train the copy afterwards to recover the accuracy.
+
+    The copy is a graph with the original layer names. Its state dict and `architectures.describe.describe` rebuild it.
+
+    Args:
+        model: a model that torch.fx can trace and whose layers are in the layer table; it is left alone.
+        example_input: (N, C, H, W) float32.
+        ratio: share of the channels to remove, in (0, 1).
+        multiple: the remaining channels of a layer are rounded to a multiple of this; odd widths are slow.
+        criterion: importance of a group of channels: l1, l2, bn_scale, fpgm, taylor or random.
+        scope: "uniform" removes the same share of every layer, "global" ranks the channels of the whole network.
+        gradients: fills the gradients of a module; "taylor" needs them.
+
+    Raises:
+        UserError: the model is outside the layer table, a layer would lose all channels, or nothing could be removed.
+    """
+    if criterion not in pruning.CRITERIA:
+        raise UserError(f"criterion {criterion!r}: expected one of {', '.join(pruning.CRITERIA)}")
+    if criterion in pruning.NEEDS_GRADIENTS and gradients is None:
+        raise UserError(f"criterion {criterion!r} needs gradients; pass a function that fills them")
+    if not 0 < ratio < 1 or multiple < 1 or scope not in ("uniform", "global"):
+        raise UserError(f"ratio {ratio}, multiple {multiple}, scope {scope!r}: expected a ratio between 0 and 1, a "
+                        "positive multiple, and the scope uniform or global")
+    _, channels, height, width = example_input.shape
+    graph = as_graph(without_stochastic_depth(model), (channels, height, width))
+    return pruning.prune(graph, example_input[:1], ratio=ratio, multiple=multiple, criterion=criterion, scope=scope,
+                         gradients=gradients)
+
+
+def _resolved(recipe: str | Path, overrides: tuple[str, ...], settings: dict[str, Any]) -> RunConfig:
+    return resolve(str(recipe), [*overrides, *_assignments(settings)])
+
+
+def _assignments(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return nested settings as the command line's `a.b=value`."""
+    found = []
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            found += _assignments(value, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key}={_yaml(value)}")
+    return found
+
+
+def _yaml(value: Any) -> str:
+    """Return a value as YAML that a setting is read from."""
+    return str(yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, width=10**9))
+
+
+def _console(quiet: bool) -> Console:
+    return Console(quiet=True) if quiet else report.terminal()
