@@ -384,14 +384,14 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, digits_test: Path, tmp_path: Path,
+def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, few: Path, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     damage, restated, said = ATTACKS[attack]
     damage(copy)
     if restated:
         restate(copy)
     output = tmp_path / "results.json"
-    code = model_loader.main(["--submission_dir", str(copy), "--data_dir", str(digits_test), "--output_file", str(output)])
+    code = model_loader.main(["--submission_dir", str(copy), "--data_dir", str(few), "--output_file", str(output)])
     error = capsys.readouterr().err
     assert code == 1 and said in error and len(error.strip().splitlines()) == 1, error
     result = json.loads(output.read_text())
@@ -418,9 +418,9 @@ def test_broken_submissions_score_zero_in_one_line(attack: str, copy: Path, digi
     (lambda a: a.update({"--compare": "/nowhere"}), "no such folder"),
 ])
 def test_users_mistakes_exit_2_and_score_zero(change: Callable[[dict[str, str]], None], said: str, submission: Path,
-                                              digits_test: Path, tmp_path: Path,
+                                              few: Path, tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = {"--submission_dir": str(submission), "--data_dir": str(digits_test),
+    arguments = {"--submission_dir": str(submission), "--data_dir": str(few),
                  "--output_file": str(tmp_path / "results.json")}
     change(arguments)
     assert model_loader.main([word for pair in arguments.items() for word in pair]) == 2
@@ -431,9 +431,9 @@ def test_users_mistakes_exit_2_and_score_zero(change: Callable[[dict[str, str]],
         assert result["total_score"] == 0 and said in result["details"]["status"]
 
 
-def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_path: Path,
+def test_damaged_test_image_is_named(submission: Path, few: Path, tmp_path: Path,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    data = shutil.copytree(digits_test, tmp_path / "data")
+    data = shutil.copytree(few, tmp_path / "data")
     victim = sorted((data / "3").iterdir())[0]
     victim.write_bytes(b"no image")
     assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(data), "--output_file",
@@ -443,21 +443,21 @@ def test_damaged_test_image_is_named(submission: Path, digits_test: Path, tmp_pa
     assert result["total_score"] == 0 and "not a readable image" in result["details"]["status"]
 
 
-def test_names_that_are_not_unicode_do_not_stop_the_result(submission: Path, digits_test: Path, tmp_path: Path) -> None:
+def test_names_that_are_not_unicode_do_not_stop_the_result(submission: Path, few: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(submission, tmp_path / "folder"))
     (folder / "n\udcff.txt").write_text("")
     output = tmp_path / "r.json"
-    assert model_loader.main(["--submission_dir", str(folder), "--data_dir", str(digits_test), "--output_file",
+    assert model_loader.main(["--submission_dir", str(folder), "--data_dir", str(few), "--output_file",
                               str(output)]) == 0
     assert "n\udcff.txt" in json.loads(output.read_text())["details"]["bytes"]["files"]
 
 
-def test_what_nobody_foresaw_ends_in_one_line_and_a_result(submission: Path, digits_test: Path, tmp_path: Path,
+def test_what_nobody_foresaw_ends_in_one_line_and_a_result(submission: Path, few: Path, tmp_path: Path,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
     def broken(options: argparse.Namespace) -> dict[str, Any]:
         raise ArithmeticError("two\nlines")
 
-    arguments = ["--submission_dir", str(submission), "--data_dir", str(digits_test), "--output_file",
+    arguments = ["--submission_dir", str(submission), "--data_dir", str(few), "--output_file",
                  str(tmp_path / "r.json")]
     assert model_loader.main(arguments, broken) == 1
     error = capsys.readouterr().err
@@ -467,11 +467,11 @@ def test_what_nobody_foresaw_ends_in_one_line_and_a_result(submission: Path, dig
         model_loader.main([*arguments, "--debug"], broken)
 
 
-def test_output_must_be_a_plain_file(submission: Path, digits_test: Path, tmp_path: Path,
+def test_output_must_be_a_plain_file(submission: Path, few: Path, tmp_path: Path,
                                      capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
     for output in (tmp_path / "pipe", tmp_path):
-        assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(digits_test), "--output_file",
+        assert model_loader.main(["--submission_dir", str(submission), "--data_dir", str(few), "--output_file",
                                   str(output)]) == 2
         assert "not a plain file" in capsys.readouterr().err
     assert (tmp_path / "pipe").is_fifo()
