@@ -25,7 +25,7 @@ stages:
   - package
   - evaluate
 """
-TRAIN = "{epochs: 3, batch_size: 4, lr: 0.05, augment: [crop], padding: 1}"
+TRAIN = "{epochs: 4, batch_size: 6, optimizer: adam, lr: 0.01, augment: [crop], padding: 1}"
 
 
 @pytest.fixture(scope="session")

@@ -58,19 +58,21 @@ def test_finished_stages_are_skipped_and_changes_need_a_word(tiny_recipe: Path, 
     assert ledger(tiny_run) == before
 
 
-def test_update_redoes_only_what_the_change_touches(tiny_recipe: Path, tiny_run: Path, compress: Compress,
+def test_update_redoes_only_what_the_change_touches(four_stages: Path, tiny_run: Path, compress: Compress,
                                                     tmp_path: Path) -> None:
     copied = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
-    done = compress("run", tiny_recipe, f"run_dir={tmp_path}", "prune.ratio=0.6", "--update")
+    assert (copied / "submission").is_dir() and (copied / "results.json").is_file()
+    done = compress("run", four_stages, f"run_dir={tmp_path}", "name=tiny", "prune.ratio=0.6", "--update")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finished before, skipped") == 2
     assert ledger(copied)[:2] == ledger(tiny_run)[:2] and ledger(copied)[2] != ledger(tiny_run)[2]
+    assert sorted(path.name for path in copied.glob("[0-9]*")) == ["01-teacher", "02-distill", "03-prune", "04-finetune"]
+    assert not (copied / "submission").exists() and not (copied / "results.json").exists()  # nothing stale
     shorter = tmp_path / "shorter.yaml"
-    shorter.write_text(tiny_recipe.read_text().split("  - prune")[0])
+    shorter.write_text(four_stages.read_text().split("  - prune")[0])
     done = compress("run", shorter, f"run_dir={tmp_path}", "name=tiny", "--update")
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in copied.glob("[0-9]*")) == ["01-teacher", "02-distill"]  # nothing stale
-    assert not (copied / "submission").exists() and not (copied / "results.json").exists()
+    assert sorted(path.name for path in copied.glob("[0-9]*")) == ["01-teacher", "02-distill"]
 
 
 def test_challenge_layout_in_a_recipe_is_scored_too(tiny_recipe: Path, tiny_run: Path, compress: Compress,

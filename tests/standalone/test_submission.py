@@ -109,8 +109,6 @@ def test_model_py_has_the_same_argmax_on_test_images(alone: Path, images: str, r
 import torch
 from pathlib import Path
 import model_loader
-from compress.evaluation.evaluate import evaluate_submission
-from compress.evaluation.runtimes import EvaluationSettings
 from model import SlimResNet18
 model = SlimResNet18()
 model.load_state_dict(torch.load("compressed_slimresnet18.pth", weights_only=True))
