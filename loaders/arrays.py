@@ -184,7 +184,7 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
-        raise UserError(f"a process that decodes images was killed, perhaps for want of memory ({first_line(error)}); "
+        raise UserError(f"a process that decodes images was killed, perhaps for lack of memory ({first_line(error)}); "
                         "use fewer workers or smaller batches") from error
 
 

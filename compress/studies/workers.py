@@ -1,7 +1,7 @@
-"""Many independent pieces of work at once: by processes of this machine, or by a Ray cluster.
+"""A pool of workers: run independent tasks in processes of this machine, or on a Ray cluster.
 
-A piece that fails, or whose process dies, is an outcome like any other; the rest goes on. What the work is, is the
-caller's: a function at the top level of a module, of a task and a way to report progress.
+A task that fails, or whose process dies, has an outcome like any other task, and the other tasks continue. The caller
+passes the work: a top-level function of a module that takes a task and a function to report progress.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ PROJECT = Path(__file__).parents[2]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[float], None]  # is told what share of the task is done
+Report = Callable[[float], None]  # takes the fraction of the task that is done, in [0, 1]
 Work = Callable[[Task, Report], Result]
 
 
 @dataclass(frozen=True)
 class TaskOutcome(Generic[Task, Result]):
-    """What came of a task: a result, or the reason why there is none."""
+    """The outcome of a task: a result, or the reason why there is none."""
 
     task: Task
     result: Result | None
@@ -44,8 +44,8 @@ class TaskOutcome(Generic[Task, Result]):
 OnOutcome = Callable[[TaskOutcome[Task, Result]], None]
 OnProgress = Callable[[Task, float], None]
 
-# What a piece of work may fail with and leave its process sound: the user's mistakes, disks, and what torch raises where
-# memory or a device gives out. Anything else ends the process, and its exit status and last words are the reason.
+# Errors after which a worker process continues: mistakes of the user, disk errors, and the errors that torch raises when
+# memory or a device fails. Any other error ends the process; the reason is then its exit status and last line of stderr.
 EXPECTED = (UserError, OSError, RuntimeError, MemoryError)
 
 
@@ -54,17 +54,17 @@ EXPECTED = (UserError, OSError, RuntimeError, MemoryError)
 
 def run_local(work: Work[Task, Result], tasks: Sequence[Task], workers: int, on_outcome: OnOutcome[Task, Result],
               on_progress: OnProgress[Task] | None = None) -> None:
-    """Works on all tasks, in their order, with so many processes that share the cores.
+    """Run all tasks in their order, in worker processes that share the cores.
 
-    Each process imports torch once and does many tasks. One that dies (killed for want of memory, say) fails its task and
-    is replaced. All of them end when this process ends, however it does.
+    Each process runs many tasks. When a process dies (killed for lack of memory, for example), its task fails and a new
+    process replaces it. All processes end when this process ends, even if it is killed.
 
     Args:
-        work: a function that another process can import by name.
-        tasks: what it is called with.
-        workers: how many processes at most.
-        on_outcome: is called here as tasks end.
-        on_progress: is called here now and then.
+        work: the function to call; other processes import it by name.
+        tasks: the arguments, one a call.
+        workers: the maximum number of processes.
+        on_outcome: called in this process when a task ends.
+        on_progress: called in this process with a task and the fraction of it that is done.
     """
     waiting = deque(enumerate(tasks))
     threads = max(1, usable_cores() // workers)
@@ -88,7 +88,7 @@ def run_local(work: Work[Task, Result], tasks: Sequence[Task], workers: int, on_
                     if waiting:
                         team.append(worker := _Worker(work, threads))
                 worker.task = None
-                if waiting:  # first, so that the cores have something to do
+                if waiting:  # before the outcome is handled, so that no core is idle
                     worker.give(waiting.popleft())
                 result, failure = (content, "") if kind == "done" else (None, content)
                 on_outcome(TaskOutcome(tasks[index], result, failure))
@@ -98,25 +98,28 @@ def run_local(work: Work[Task, Result], tasks: Sequence[Task], workers: int, on_
 
 
 class _Worker(Generic[Task, Result]):
-    """A process, the pipe to it, and what it works on."""
+    """A worker process, the pipe to it, and its current task."""
 
     def __init__(self, work: Work[Task, Result], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked torch cannot use its threads, nor CUDA
+        # Fork from a server process that has imported torch and run nothing: a fork of this process could use neither its
+        # threads nor CUDA, and a spawned process would spend seconds on the imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch._dynamo", work.__module__])  # optimizers import _dynamo
         self.errors = Path(tempfile.mkstemp(prefix="worker-", suffix=".log")[1])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work, threads, str(self.errors)), daemon=True)
         self.process.start()
-        theirs.close()  # so that its end is seen when the process dies
+        theirs.close()  # otherwise the pipe does not report the death of the process
         self.task: tuple[int, Task] | None = None
 
     def give(self, task: tuple[int, Task]) -> None:
-        """Sends a task; a process that is dead already is noticed when it is listened to."""
+        """Send a task; if the process is dead already, `said` reports that."""
         self.task = task
         with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(task[1])
 
     def said(self) -> tuple[str, Any]:
-        """("progress", share), ("done", result), ("failed", reason) or ("died", reason)."""
+        """Return ("progress", fraction), ("done", result), ("failed", reason) or ("died", reason)."""
         try:
             message: tuple[str, Any] = self.connection.recv()
         except (EOFError, ConnectionResetError):
@@ -125,7 +128,7 @@ class _Worker(Generic[Task, Result]):
         return message
 
     def end(self) -> None:
-        """Ends the process at once; checkpoints are written so that this harms nothing."""
+        """Kill the process; checkpoints are written atomically, so that this damages no file."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -135,13 +138,13 @@ class _Worker(Generic[Task, Result]):
         code = self.process.exitcode or 0
         if code < 0:
             name = signal.Signals(-code).name
-            return f"the worker process was killed by {name}{', perhaps for want of memory' * (name == 'SIGKILL')}"
+            return f"the worker process was killed by {name}{', perhaps for lack of memory' * (name == 'SIGKILL')}"
         return f"the worker process ended with exit status {code}: {_last_line(self.errors.read_text(errors='replace'))}"
 
 
 def _serve(connection: Connection, work: Work[Any, Any], threads: int, errors: str) -> None:
-    """A worker process: does what comes through the pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    """Run the tasks that arrive through the pipe until the pipe is closed: the main function of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills the workers
     os.dup2(os.open(errors, os.O_WRONLY | os.O_TRUNC), sys.stderr.fileno())
     threading.Thread(target=_follow_parent, daemon=True).start()
     import torch
@@ -160,7 +163,7 @@ def _serve(connection: Connection, work: Work[Any, Any], threads: int, errors: s
 
 
 def _follow_parent() -> None:
-    """Ends this process when its parent is killed, which closes no pipe that a busy process would look at."""
+    """End this process when its parent is killed; a busy process does not read its pipe, and would not notice."""
     parent = multiprocessing.parent_process()
     if parent:
         parent.join()
@@ -168,9 +171,9 @@ def _follow_parent() -> None:
 
 
 def _last_line(text: str) -> str:
-    """Of a traceback, what was raised."""
-    lines = text.strip().splitlines()
-    return "".join(character if character.isprintable() else "?" for character in lines[-1]) if lines else "no words"
+    """Return the last line of a traceback, which names the error."""
+    lines = text.strip().splitlines() or ["no output on stderr"]
+    return "".join(character if character.isprintable() else "?" for character in lines[-1])
 
 
 def _reason(error: BaseException) -> str:
@@ -182,23 +185,23 @@ def _reason(error: BaseException) -> str:
 
 def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_outcome: OnOutcome[Task, Result],
             on_gpu: bool | None = False) -> None:
-    """Works on all tasks on a Ray cluster, a core (or a GPU) each; those of a machine that is lost go to others.
+    """Run all tasks on a Ray cluster, each on one core or one GPU; the tasks of a lost machine go to other machines.
 
-    The project must be at the same path on all machines, and folders named in tasks must be shared by them.
+    The project must be at the same path on all machines, and they must share the folders that the tasks name.
 
     Args:
-        work: as for `run_local`; nothing comes of its reports.
-        tasks: what it is called with.
-        address: HOST:PORT of the cluster, "auto" for one that this machine is in, or "local" for one that starts on this
-            machine and ends with this process.
-        on_outcome: is called here as tasks end.
-        on_gpu: a task takes a whole GPU; None: if the cluster has any.
+        work: as for `run_local`; its progress reports are ignored.
+        tasks: the arguments, one a call.
+        address: HOST:PORT of the cluster, "auto" for the cluster that this machine is in, or "local" for a cluster that
+            starts on this machine and ends with this process.
+        on_outcome: called in this process when a task ends.
+        on_gpu: give each task a whole GPU; None: only if the cluster has GPUs.
 
     Raises:
-        UserError: Ray is not installed, or there is no cluster.
+        UserError: Ray is not installed, or no cluster answers at the address.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # what Ray will do by default, and spares a warning
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # the future default of Ray; setting it avoids a warning
     try:
         import ray
     except ImportError as error:
@@ -212,7 +215,7 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
         raise UserError(f"--ray {address}: no Ray cluster there ({first_line(error)}); expected HOST:PORT of one that "
                         "`ray start --head` started, auto or local") from error
     try:
-        if on_gpu is None:  # else tasks on a machine with a GPU would all crowd on it
+        if on_gpu is None:  # without a GPU each, all tasks of a machine would share one
             on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
         remote = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0, max_retries=5)(_work_on_ray)
         pending = {remote.remote(work, task): task for task in tasks}
@@ -222,7 +225,7 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
                 task = pending.pop(reference)
                 try:
                     result, failure = ray.get(reference)
-                except ray.exceptions.RayError as error:  # the process died too often, or something unforeseen was raised
+                except ray.exceptions.RayError as error:  # the process died too often, or raised an unexpected error
                     result, failure = None, f"{type(error).__name__}: {_last_line(str(error))}"
                 on_outcome(TaskOutcome(task, result, failure))
     finally:
@@ -230,7 +233,7 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes where nothing answers."""
+    """Raise UserError if nothing answers at the address; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:
         return  # local or auto
