@@ -15,7 +15,7 @@ from architectures.kernels import FUSED, FUSED_WITH_ADD, Kernel, NotFiniteError,
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 NONNEGATIVE = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid"}
 KEEPS_SIGN = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Flatten", "Mean", "Add", "Multiply",
@@ -41,7 +41,10 @@ class Program:
     """A graph as a list of calls on oneDNN: convolutions with what follows them fused, channels last throughout.
 
     Args:
-        model: as `build` makes them; its weights are packed at the first call.
+        model: a graph as `build` makes it. Its weights are packed at the first call.
+
+    Attributes:
+        hooks: the forward hooks of the graph and its layers, a dict each; the program calls none of them.
     """
 
     def __init__(self, model: torch.fx.GraphModule) -> None:
@@ -49,6 +52,7 @@ class Program:
         from torch import fx, nn
         self.channels_last = torch.channels_last
         modules = dict(model.named_modules())
+        self.hooks = [hooks for module in modules.values() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         graph = fx.Graph()
         graph.output(graph.graph_copy(model.graph, {}))
         for node in list(graph.nodes):  # what evaluation passes on as it is would only stand between what can be fused
@@ -195,67 +199,37 @@ def _call_function(node: Any, *tensors: Tensor) -> Tensor:
     return node.target(*tensors, *node.args[len(tensors):], **node.kwargs)  # type: ignore[no-any-return]
 
 
-class Contents:
-    """What a model holds now, to tell later whether any of it was replaced or changed.
-
-    A tensor that is put in the place of a `.data` is seen; what is written into one is not: torch keeps no account of that.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        import torch
-        self.modules = list(model.modules())
-        places = [(held, key, value) for module in self.modules for held in (module._modules, module._parameters,
-                                                                              module._buffers)
-                  for key, value in held.items()]
-        places += [(module.__dict__, "activations", module.activations) for module in self.modules
-                   if "activations" in module.__dict__]
-        self.held, self.keys, self.values = zip(*places, strict=True)
-        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self.state = self._state()
-        self.hooks_ever, self.watched = -1, False
-
-    def _state(self) -> tuple[list[int], list[int]]:
-        """Where each tensor lies, and how often it was changed in place, where torch counts that."""
-        import torch
-        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(operator.attrgetter("_version"), self.counted))
-
-    def are_as_before(self) -> bool:
-        """Whether the same modules and tensors stand in the same places, unchanged."""
-        return all(map(operator.is_, map(dict.get, self.held, self.keys), self.values)) and self._state() == self.state
-
-    def are_watched(self) -> bool:
-        """Whether a module has hooks, which are to be called."""
-        from torch.utils.hooks import RemovableHandle
-        if self.watched or self.hooks_ever != RemovableHandle.next_id:  # the process's count; walking all modules is slow
-            self.hooks_ever = RemovableHandle.next_id
-            self.watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
-        return self.watched
-
-
 @functools.cache
 def int8_graph() -> type[torch.fx.GraphModule]:
-    """The class of graphs with int8 layers, defined on first use because it needs torch."""
+    """Return the class of graphs with int8 layers. The class is defined on first use because it needs torch."""
     import torch
     from torch import fx
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     class Int8Graph(fx.GraphModule):
-        """A graph whose int8 layers run on int8 kernels where there are any: evaluation of float32 images on the CPU.
+        """A graph whose int8 layers run on int8 kernels where the CPU has them: for float32 images, in eval mode.
 
-        Everything else, such as training mode, other devices, hooks and counting or tracing, takes the layers' own way.
+        Everything else takes the layers' own way: training mode, other devices and dtypes, layers with forward hooks,
+        tracing and counting.
+
+        The kernels hold packed copies of the weights. The graph packs them at the first call that uses them, and drops
+        them in `train()`, `eval()`, `load_state_dict()`, `recompile()` and whatever converts all weights, such as `to()`.
+        After any other change, such as writing into a tensor or replacing a layer, call `pack()`.
         """
 
         program: Program | None = None
-        contents: Contents | None = None  # of which the program was made
+
+        def pack(self) -> None:
+            """Pack the layers and their weights as they are now. Call it after changing them by hand."""
+            self.program = Program(self)
 
         def takes(self, images: Any) -> bool:
-            """Whether they are images, or rows for a linear layer that is alone in its graph."""
+            """Tell whether the input is images, or rows for a linear layer that is alone in its graph."""
             return type(images) is torch.Tensor and len(images) > 0 and (images.dim() == 4 or (
                 images.dim() > 1 and all(isinstance(layer, int8_layers().Int8Linear) for layer in self.children())))
 
         def layer_by_layer(self, images: Tensor) -> Tensor:
-            """What the layers themselves compute, which defines the result."""
+            """Compute what the layers themselves compute, which defines the result."""
             return super().__call__(images)  # type: ignore[no-any-return]
 
         def __call__(self, *inputs: Any, **options: Any) -> Any:
@@ -263,21 +237,32 @@ def int8_graph() -> type[torch.fx.GraphModule]:
             if (self.takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
                     and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
                     and _get_current_dispatch_mode() is None and not no_int8_kernels()):
-                if self.contents is None or not self.contents.are_as_before():
-                    self.program, self.contents = None, Contents(self)
-                if not self.contents.are_watched():
-                    if self.program is None:  # a module's attributes are slow to set
-                        self.program = Program(self)
+                if self.program is None:
+                    self.pack()
+                program: Any = self.program
+                if not any(program.hooks):
                     with contextlib.suppress(NotFiniteError):  # fused activations could hide it
-                        return self.program(images)
+                        return program(images)
             return super().__call__(*inputs, **options)
+
+        def train(self, mode: bool = True) -> Any:
+            self.program = None
+            return super().train(mode)
+
+        def _apply(self, *arguments: Any, **options: Any) -> Any:
+            self.program = None
+            return super()._apply(*arguments, **options)
+
+        def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # a parent's `load_state_dict`, too
+            self.program = None
+            super()._load_from_state_dict(*arguments, **options)
 
         def recompile(self) -> Any:
             self.program = None
             return super().recompile()
 
         def __deepcopy__(self, memo: Any) -> Any:
-            self.program = self.contents = None  # packed weights cannot be copied
+            self.program = None  # packed weights cannot be copied
             return super().__deepcopy__(memo)
 
     return Int8Graph

@@ -182,27 +182,44 @@ def test_new_weights_are_used_and_copies_are_their_own() -> None:
 
 
 @needs_kernels
-def test_weights_that_are_changed_in_place_are_used() -> None:
+@pytest.mark.parametrize("change", [
+    lambda graph, other: graph.load_state_dict(other),
+    lambda graph, other: nn.Sequential(graph).load_state_dict({f"0.{name}": tensor for name, tensor in other.items()}),
+    lambda graph, other: graph.load_state_dict(other, assign=True),
+    lambda graph, other: (graph.get_parameter("fc.bias").data.add_(9), graph.train().eval()),
+    lambda graph, other: (graph.get_parameter("fc.bias").data.add_(9), nn.Sequential(graph).double().float()),
+    lambda graph, other: (graph.set_submodule("fc", nn.Linear(96, 5)), graph.recompile()),
+], ids=["load_state_dict", "a parent's", "assign", "train", "double", "recompile"])
+def test_new_weights_are_packed_anew(change: Callable[[Any, dict[str, Tensor]], Any]) -> None:
     torch.manual_seed(5)
     model, _ = quantize_graph(graph_of(Residual(nn.ReLU())), ["conv", "fc"])
+    other = {name: -3 * tensor if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
     images = torch.randn(1, 3, 16, 16)
-    wrapped = nn.Sequential(model)
+    before = model(images)
+    change(model, other)
+    with torch.no_grad():
+        assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
+        assert sqnr_db(before, model(images)) < 20
 
-    def assign() -> None:
-        wrapped.load_state_dict({name: -3 * tensor if tensor.is_floating_point() else tensor
-                                 for name, tensor in wrapped.state_dict().items()}, assign=True)
-    changes: list[Callable[[], Any]] = [
-        lambda: model.get_submodule("fc").load_state_dict(nn.Linear(96, 5).state_dict()),
-        lambda: model.get_parameter("conv.weight").detach().mul_(-2),
-        lambda: model.set_submodule("fc", nn.Linear(96, 5)), assign,
-        lambda: setattr(model.get_submodule("fc"), "bias", nn.Parameter(torch.full((5,), 100.0))),
-        lambda: setattr(model.get_parameter("fc.bias"), "data", torch.full((5,), -100.0))]
-    for change in changes:
-        before = model(images)
-        change()
-        with torch.no_grad():
-            assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
-            assert sqnr_db(before, model(images)) < 20
+
+@needs_kernels
+@pytest.mark.parametrize("change", [
+    lambda graph: graph.get_submodule("fc").load_state_dict(nn.Linear(96, 5).state_dict()),
+    lambda graph: graph.get_parameter("conv.weight").detach().mul_(-2),
+    lambda graph: graph.set_submodule("fc", nn.Linear(96, 5)),
+    lambda graph: setattr(graph.get_submodule("fc"), "bias", nn.Parameter(torch.full((5,), 100.0))),
+    lambda graph: setattr(graph.get_parameter("fc.bias"), "data", torch.full((5,), -100.0)),
+], ids=["a layer's load_state_dict", "in place", "a layer", "a parameter", "data"])
+def test_weights_that_are_changed_by_hand_are_used_after_pack(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(5)
+    model: Any = quantize_graph(graph_of(Residual(nn.ReLU())), ["conv", "fc"])[0]
+    images = torch.randn(1, 3, 16, 16)
+    before = model(images)
+    change(model)
+    model.pack()
+    with torch.no_grad():
+        assert sqnr_db(layer_by_layer(model)(images), model(images)) > 40
+        assert sqnr_db(before, model(images)) < 20
 
 
 @needs_kernels
