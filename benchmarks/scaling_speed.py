@@ -26,10 +26,10 @@ from rich.console import Console
 
 from benchmarks.spread import spread
 from compress.studies.scaling import experiment, images as study_images
-from compress.studies.scaling.images import Images
+from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import Point
-from compress.studies.scaling.rows import Results, Row
-from compress.studies.scaling.sweeps import Task, work
+from compress.studies.scaling.results import Results, ResultRow
+from compress.studies.scaling.sweep import PointTask, work
 from compress.studies.workers import TaskOutcome, run_local
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
@@ -48,12 +48,12 @@ def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_fol
              for number in range(workers)]
     ends: list[float] = []
 
-    def ended(outcome: TaskOutcome[Task, Row]) -> None:
+    def ended(outcome: TaskOutcome[PointTask, ResultRow]) -> None:
         if outcome.result is None:
             raise UserError(f"{outcome.task.point.id}: {outcome.failure}")
         ends.append(time.perf_counter())
 
-    run_local(work, [Task(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
+    run_local(work, [PointTask(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
     images = sum(point.dataset_size * point.num_epochs for point in points)
     return images / (ends[-1] - ends[workers - 1])
 
@@ -91,7 +91,7 @@ def by_point(point: Point, base_dir: Path, images_folder: Path) -> float:
     return point.dataset_size * point.num_epochs / (time.perf_counter() - started)
 
 
-def by_engine(point: Point, images: Images) -> float:
+def by_engine(point: Point, images: StudyImages) -> float:
     """Images a second of the engine alone with the same recipe, network and data, which are ready; it measures as often."""
     data, model = experiment.training_data(point, images, CPU), experiment.network(point, images)
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
     from compress.pipeline import report
     from compress.studies.scaling import summary
     from compress.studies.scaling.analysis import analyse
-    from compress.studies.scaling.table import read_runs
+    from compress.studies.scaling.runs import read_runs
 
     console = report.terminal()
     runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
@@ -84,7 +84,7 @@ def predict(
     from compress.studies.scaling.analysis import fit_for_prediction
     from compress.studies.scaling.plans import make_point
     from compress.studies.scaling.summary import print_prediction
-    from compress.studies.scaling.table import read_runs
+    from compress.studies.scaling.runs import read_runs
     from metadata.errors import UserError
 
     if (width is None) == (parameters is None):
@@ -106,7 +106,7 @@ def predict(
 
 def _positive(flag: str, value: float | None) -> float | None:
     """Return the value of a flag; raise UserError unless it is positive and of a plausible size."""
-    from compress.studies.scaling.table import LARGEST, SMALLEST
+    from compress.studies.scaling.runs import LARGEST, SMALLEST
     from metadata.errors import UserError
 
     if value is not None and not 0 < value < float("inf"):

@@ -66,10 +66,10 @@ def sweep(plan: PlanName, workers: Workers = None,
     Exit with 1 if a point failed. A point that diverged counts as finished: its row is kept and marked.
     """
     from compress.pipeline import report
-    from compress.studies.scaling import sweeps
+    from compress.studies.scaling.sweep import run_sweep
 
     try:
-        rows = sweeps.run_sweep(_read(plan, base_dir, data_root, device), report.terminal(), workers, ray)
+        rows = run_sweep(_read(plan, base_dir, data_root, device), report.terminal(), workers, ray)
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(130) from error
@@ -81,9 +81,9 @@ def plan(plan: PlanName, workers: Workers = None, base_dir: BaseDir = None, data
          device: Device = None) -> None:
     """Print a plan's points and the time left. Mark what is done; estimate the rest from a short calibration."""
     from compress.pipeline import report
-    from compress.studies.scaling import estimates
+    from compress.studies.scaling.estimate import estimate
 
-    estimates.estimate(_read(plan, base_dir, data_root, device), report.terminal(), workers)
+    estimate(_read(plan, base_dir, data_root, device), report.terminal(), workers)
 
 
 def _read(name: str, base_dir: Path | None, data_root: Path | None, device: str | None) -> SweepPlan:

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from architectures.zoo import make
 from compress.studies.scaling import experiment, images, plans
 from compress.studies.scaling.experiment import run_experiment
-from compress.studies.scaling.images import Images, prepare, subset
+from compress.studies.scaling.images import StudyImages, prepare, subset
 from compress.studies.scaling.plans import Point, Training
-from compress.studies.scaling.rows import COLUMNS, CURVE, Results
+from compress.studies.scaling.results import COLUMNS, CURVE, Results
 from compress.training.distillation import cross_entropy
 from compress.training.loop import Data, train
 from compress.training.recipe import Recipe
@@ -43,7 +43,7 @@ def quiet() -> Tracker:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Images:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> StudyImages:
     return images.read(prepare(Results(tmp_path_factory.mktemp("digits")), "digits", None, False, quiet()))
 
 
@@ -78,7 +78,7 @@ def test_network_has_three_stages_that_double_in_width(width: int, depth: int) -
 
 
 @pytest.mark.parametrize("size", [130, 129, 40, 1438], ids=["a partial batch", "one over", "less than a batch", "all"])
-def test_flops_are_those_of_the_whole_training_as_torch_counts_them(digits: Images, tmp_path: Path, size: int) -> None:
+def test_flops_are_those_of_the_whole_training_as_torch_counts_them(digits: StudyImages, tmp_path: Path, size: int) -> None:
     point = Point(width=3, depth=2, batch_size=64, num_epochs=2, dataset_size=size, dataset="digits")
     data = experiment.training_data(point, digits, CPU)
     data = Data(data.train, images.taken(data.validation, torch.arange(0)), data.augmenter, data.preprocessing)
@@ -91,7 +91,7 @@ def test_flops_are_those_of_the_whole_training_as_torch_counts_them(digits: Imag
     assert experiment.facts(point, digits)["C_proxy"] == 2 * size * experiment.parameters_of(3, 2, digits)
 
 
-def test_flops_of_measuring_are_a_forward_pass_each_time(digits: Images) -> None:
+def test_flops_of_measuring_are_a_forward_pass_each_time(digits: StudyImages) -> None:
     point = Point(width=3, depth=1, num_epochs=7, test_freq=3, dataset_size=100, dataset="digits")
     model = experiment.network(point, digits).eval()
     with FlopCounterMode(display=False) as counter:
@@ -133,7 +133,7 @@ def test_engine_keeps_the_last_partial_batch_and_weighs_it_by_its_images(tmp_pat
 # ---------------------------------------------------------------------------------------------------------- the subset
 
 
-def test_subsets_are_balanced_nested_and_drawn_by_the_seed(digits: Images) -> None:
+def test_subsets_are_balanced_nested_and_drawn_by_the_seed(digits: StudyImages) -> None:
     labels = digits.train.labels
     before: set[int] = set()
     for size in (3, 10, 64, 500, 1437, len(labels)):

@@ -22,7 +22,7 @@ from rich.console import Console
 from compress.studies.scaling.analysis import analyse, ceiling_of
 from compress.studies.scaling.plots import brief, draw_all
 from compress.studies.scaling.summary import number, print_summary, write_all
-from compress.studies.scaling.table import read_runs
+from compress.studies.scaling.runs import read_runs
 from metadata.errors import UserError
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_compress
 

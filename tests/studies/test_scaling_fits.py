@@ -15,7 +15,8 @@ from compress.studies.scaling import frontier
 from compress.studies.scaling.fitting import Fit, Observations, fit, huber, minimise
 from compress.studies.scaling.forms import Array, Form, PowerSum, joint_forms, single_forms
 from compress.studies.scaling.intervals import Interval, allowed, bootstrap, parameter_intervals, profile
-from compress.studies.scaling.judging import hold_out, judge, rank
+from compress.studies.scaling.prediction import predict
+from compress.studies.scaling.ranking import hold_out, judge, rank
 
 LN10 = math.log(10)
 Law = Callable[[Array, Array], Array]
@@ -386,7 +387,7 @@ def test_predictions_hold_new_runs_about_as_often_as_they_say() -> None:
     true = float(law(np.array([4e6]), np.array([1e5]))[0])
     for seed in range(100):
         data = planted(law, 0.02, seed)
-        found = frontier.predict(fit(forms(data)["bounded"], data), 4e6, 1e5)
+        found = predict(fit(forms(data)["bounded"], data), 4e6, 1e5)
         assert found.beyond == pytest.approx({"N": 4.0, "D": 2.0}) and found.mean[0] and found.run[0]
         run = true * math.exp(0.02 * np.random.default_rng(10_000 + seed).normal())
         inside_mean += found.mean[0] <= true <= (found.mean[1] or math.inf)
@@ -398,9 +399,9 @@ def test_predictions_hold_new_runs_about_as_often_as_they_say() -> None:
 def test_inside_the_runs_a_prediction_is_no_extrapolation() -> None:
     data = planted(additive(), 0.01)
     best = fit(forms(data)["additive"], data)
-    assert frontier.predict(best, 1e5, 5e3).beyond == {}
-    assert frontier.predict(best, 1e6, 5e4).beyond == {}  # at the edge
-    assert frontier.predict(best, 1e3, 5e4).beyond == pytest.approx({"N": 10.0})  # as far outside, to the small side
+    assert predict(best, 1e5, 5e3).beyond == {}
+    assert predict(best, 1e6, 5e4).beyond == {}  # at the edge
+    assert predict(best, 1e3, 5e4).beyond == pytest.approx({"N": 10.0})  # as far outside, to the small side
 
 
 def test_profile_takes_any_quantity_of_a_fit() -> None:

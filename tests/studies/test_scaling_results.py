@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.studies.scaling.rows import BusyError, COLUMNS, Results
+from compress.studies.scaling.results import BusyError, COLUMNS, Results
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from tests.helpers.commands import PROJECT
@@ -17,7 +17,7 @@ from tests.helpers.commands import PROJECT
 WRITERS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from compress.studies.scaling.rows import Results
+from compress.studies.scaling.results import Results
 
 results, kills, chance = Results(Path(sys.argv[1])), int(sys.argv[2]), random.Random(0)
 results.create()
@@ -80,7 +80,7 @@ def test_a_point_is_run_by_one_process_at_a_time(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        from compress.studies.scaling.rows import Results
+        from compress.studies.scaling.results import Results
         with Results(Path({str(tmp_path)!r})).claimed("a"):
             print("held", flush=True)
             sys.stdin.read()""")], cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

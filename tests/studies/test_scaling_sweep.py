@@ -22,9 +22,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from compress.studies.scaling import sweeps
 from compress.studies.scaling.plans import read_plan
-from compress.studies.scaling.rows import Results
+from compress.studies.scaling.results import Results
+from compress.studies.scaling.sweep import open_study, run_sweep
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
 from tests.studies.test_scaling_experiment import without_seconds
@@ -141,7 +141,7 @@ def test_plan_and_sweep_tell_what_is_done(compress: Compress, tmp_path: Path) ->
     assert (base / "results" / "final_data.csv").read_bytes() == before
     assert "2 done" in compress("scaling", "plan", path).stdout
     write_plan(path, SMALL, seeds=[0, 1], base_dir=str(base), num_epochs=2)  # all of the configuration counts
-    study = sweeps.open_study(read_plan(str(path)), Console(file=io.StringIO()))
+    study = open_study(read_plan(str(path)), Console(file=io.StringIO()))
     assert list(study.states().values()) == ["to do"] * 4
 
 
@@ -202,7 +202,7 @@ def test_workers_do_not_outlive_a_sweep_that_was_killed(tmp_path: Path) -> None:
 def test_a_sweep_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     grid = {"kind": "joint", "widths": [2, 4], "depths": [1], "dataset_sizes": [300, 1000]}
     whole = write_plan(tmp_path / "whole.yaml", grid, seeds=[0, 1], num_epochs=40, base_dir=str(tmp_path / "whole"))
-    rows = sweeps.run_sweep(read_plan(str(whole)), Console(file=io.StringIO()), workers=2)
+    rows = run_sweep(read_plan(str(whole)), Console(file=io.StringIO()), workers=2)
     assert len(rows) == 8 and all(row["status"] == "done" for row in rows)
     base = tmp_path / "killed"
     path = write_plan(tmp_path / "plan.yaml", grid, seeds=[0, 1], num_epochs=40, base_dir=str(base))

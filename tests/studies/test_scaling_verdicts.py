@@ -12,7 +12,7 @@ from scipy import stats
 from compress.studies.scaling.fitting import Observations, fit, huber
 from compress.studies.scaling.forms import single_forms
 from compress.studies.scaling.intervals import allowed, parameter_intervals
-from compress.studies.scaling.judging import HeldOut, Judged, judge, rank
+from compress.studies.scaling.ranking import HeldOut, JudgedForm, judge, rank
 from tests.helpers.commands import Compress, assert_one_line_error
 from tests.studies.test_scaling_fit_command import foreign, grid
 from tests.studies.test_scaling_fits import additive, forms, planted
@@ -84,12 +84,12 @@ def test_an_accuracy_by_any_name(compress: Compress, tmp_path: Path) -> None:
                           "a fraction in [0, 1], got -5")
 
 
-def judged(data: Observations, form: str, **errors: list[float]) -> Judged:
+def judged(data: Observations, form: str, **errors: list[float]) -> JudgedForm:
     """A form with relative errors as given on the first points, in splits of these names."""
     def split(name: str, values: list[float]) -> HeldOut:
         chosen = np.arange(len(data)) < len(values)
         return HeldOut(name, 1.0, chosen, 1 + np.array(values), np.ones(len(values)))
-    return Judged(fit(forms(data)[form], data), {name: split(name, values) for name, values in errors.items()})
+    return JudgedForm(fit(forms(data)[form], data), {name: split(name, values) for name, values in errors.items()})
 
 
 def test_a_configuration_that_is_held_out_twice_counts_once() -> None:

@@ -11,8 +11,8 @@ from compress.studies.scaling import frontier
 from compress.studies.scaling.fitting import Fit, Observations
 from compress.studies.scaling.forms import Array, Form, joint_forms, single_forms
 from compress.studies.scaling.intervals import Interval, bootstrap, parameter_intervals
-from compress.studies.scaling.judging import Judged, Ranking, SPLITS, judge, rank
-from compress.studies.scaling.table import Runs
+from compress.studies.scaling.ranking import JudgedForm, Ranking, SPLIT_TITLES, judge, rank
+from compress.studies.scaling.runs import Runs
 from metadata.closest import closest
 from metadata.errors import UserError
 
@@ -68,7 +68,7 @@ class Analysis:
     ceiling: float | None
     joint: Section
     single: list[Section]
-    chosen: Judged | None
+    chosen: JudgedForm | None
     tradeoff: Tradeoff | None
     notes: list[str]
 
@@ -129,7 +129,7 @@ def _single_sections(data: Observations) -> list[Section]:
             Section("C along the observed frontier", data.take(frontier.empirical_frontier(data)))]
 
 
-def choose(ranking: Ranking, wanted: str | None) -> Judged:
+def choose(ranking: Ranking, wanted: str | None) -> JudgedForm:
     """The winner, or the form that was asked for.
 
     Raises:
@@ -171,7 +171,7 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
         notes.append(f"C / (N D) is from {min(each):.4g} to {max(each):.4g} in these runs; the forms do not see that, and "
                      f"the frontier and the isoFLOP curves count {spent:.4g} everywhere{other}")
     joint, forms = joint_section(runs, ceiling)
-    _fill(joint, forms, tuple(SPLITS), replicates, seed)
+    _fill(joint, forms, tuple(SPLIT_TITLES), replicates, seed)
     data = joint.data
     if ceiling is not None and (above := int((data.log_loss > math.log(ceiling)).sum())):
         notes.append(f"{above} of {len(data)} configurations lie above the {runs.target} of guessing ({ceiling:.4g}), "
@@ -210,5 +210,5 @@ def fit_for_prediction(runs: Runs, classes: int | None, form: str | None) -> tup
     if not forms:
         raise UserError(f"{runs.path}: no joint form can be fitted, so nothing can be predicted: "
                         f"{'; '.join(section.skipped)}")
-    ranking = rank([judge(entry, section.data, tuple(SPLITS)) for entry in forms])
+    ranking = rank([judge(entry, section.data, tuple(SPLIT_TITLES)) for entry in forms])
     return choose(ranking, form).fit, {entry.name: entry.fit for entry in ranking.forms}, ranking

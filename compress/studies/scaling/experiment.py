@@ -18,9 +18,9 @@ from architectures.counting import count_macs
 from architectures.families.scaling_cnn import ScalingCNN
 from architectures.zoo import make
 from compress.studies.scaling import images as study_images
-from compress.studies.scaling.images import Images
+from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import Point, TRAINING, make_point
-from compress.studies.scaling.rows import CURVE, OVER, Results, Row
+from compress.studies.scaling.results import CURVE, OVER, Results, ResultRow
 from compress.training import optimizers
 from compress.training.assessment import learned_parameters
 from compress.training.distillation import cross_entropy
@@ -45,7 +45,7 @@ LAST = 5  # measured epochs of which the final figures are the mean
 def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, width: int, depth: int, dataset_size: int,
                    *, dataset: str = "cifar10", data_root: Path | None = None, base_dir: Path = Path("."),
                    device: str = "auto", threads: int = 0, download: bool = False, checkpoint_seconds: float = 20.0,
-                   console: Console | None = None) -> Row:
+                   console: Console | None = None) -> ResultRow:
     """Runs one experiment, or what is left of it, and returns its row of base_dir/results/final_data.csv.
 
     Args:
@@ -80,7 +80,7 @@ def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, 
 
 
 def run_point(point: Point, results: Results, images_folder: Path, device: torch.device, tracker: Tracker,
-              checkpoint_seconds: float = 20.0, patience_seconds: float = 0.0) -> Row:
+              checkpoint_seconds: float = 20.0, patience_seconds: float = 0.0) -> ResultRow:
     """The same, with the images prepared.
 
     Args:
@@ -137,8 +137,8 @@ class _Measured(Tracker):
         return self.outer.progress(what, unit)
 
 
-def _train(point: Point, results: Results, images: Images, device: torch.device, tracker: Tracker,
-           checkpoint_seconds: float) -> Row:
+def _train(point: Point, results: Results, images: StudyImages, device: torch.device, tracker: Tracker,
+           checkpoint_seconds: float) -> ResultRow:
     folder = results.unfinished(point.id)
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -171,7 +171,7 @@ def _train(point: Point, results: Results, images: Images, device: torch.device,
     return row | {"status": status, "message": message, "seconds": round(seconds, 2) if seconds is not None else ""}
 
 
-def network(point: Point, images: Images) -> ScalingCNN:
+def network(point: Point, images: StudyImages) -> ScalingCNN:
     """The point's network with its first weights."""
     with seeded(point.seed, "weights"):
         model = make("scaling_cnn", num_classes=images.card.num_classes, width=point.width, depth=point.depth,
@@ -187,7 +187,7 @@ def training_recipe(point: Point) -> Recipe:
                   measure_every=point.test_freq, partial=True, compile=False)
 
 
-def training_data(point: Point, images: Images, device: torch.device) -> Data:
+def training_data(point: Point, images: StudyImages, device: torch.device) -> Data:
     """The point's subset, augmented, and the test split, which is measured and never asked."""
     split = study_images.taken(images.train, study_images.subset(images.train.labels, point.dataset_size, point.seed))
     names = [name for name in TRAINING.augment if name != "flip" or images.card.name not in NO_FLIP]
@@ -196,7 +196,7 @@ def training_data(point: Point, images: Images, device: torch.device) -> Data:
     return Data(split.to(device), images.test.to(device), augmenter, images.card.preprocessing)
 
 
-def facts(point: Point, images: Images) -> Row:
+def facts(point: Point, images: StudyImages) -> ResultRow:
     """What a row says of a point that need not be trained for it."""
     shape, classes = images.card.input_shape, images.card.num_classes
     parameters = _network_facts(point.width, point.depth, shape, classes)[0]
@@ -207,12 +207,12 @@ def facts(point: Point, images: Images) -> Row:
             "id": point.id, "dataset": point.dataset, "test_freq": point.test_freq}
 
 
-def parameters_of(width: int, depth: int, images: Images) -> int:
+def parameters_of(width: int, depth: int, images: StudyImages) -> int:
     """N: weights, norms' scales and shifts, and biases; not the norms' statistics."""
     return _network_facts(width, depth, images.card.input_shape, images.card.num_classes)[0]
 
 
-def total_flops(point: Point, images: Images) -> int:
+def total_flops(point: Point, images: StudyImages) -> int:
     """Floating-point operations of the convolutions and the matrix product in training, 2 a multiply-add.
 
     For each image that is trained on (also in an epoch's last partial batch), a layer's forward pass, the gradient of its
@@ -232,7 +232,7 @@ def flops_an_image(width: int, depth: int, shape: tuple[int, int, int], classes:
     return 2 * (3 * macs - first)
 
 
-def measuring_flops(point: Point, images: Images) -> int:
+def measuring_flops(point: Point, images: StudyImages) -> int:
     """Floating-point operations of looking at the test split, 2 a multiply-add."""
     _, macs, _ = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
     return 2 * macs * len(images.test) * training_recipe(point).looks()

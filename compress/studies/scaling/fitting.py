@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compress.studies.scaling.forms import Array, Form, Mask, Numbers
+from compress.studies.scaling.forms import Array, Form, Mask, Indices
 
 HUBER = 2.0  # residuals beyond twice the noise count linearly; at 2 a fit of clean Gaussian noise loses 1 % of efficiency
 FINEST = 1e-6  # of a loss: no noise is taken to be smaller, or data without noise would have no scale
@@ -39,7 +39,7 @@ class Observations:
     def __len__(self) -> int:
         return len(self.log_loss)
 
-    def take(self, chosen: Mask | Numbers) -> Observations:
+    def take(self, chosen: Mask | Indices) -> Observations:
         """A part of the points, with the noise of all; `chosen` is boolean or an index."""
         return replace(self, values={name: value[chosen] for name, value in self.values.items()},
                        log_loss=self.log_loss[chosen], runs=self.runs[chosen],
@@ -118,7 +118,7 @@ def huber(residuals: Array, delta: float) -> Array:
     return np.asarray(np.where(size <= delta, size**2 / 2, delta * (size - delta / 2)).sum(axis=-1))
 
 
-Pull = Callable[[Array, Numbers], tuple[Array, Array, Array]]
+Pull = Callable[[Array, Indices], tuple[Array, Array, Array]]
 
 
 def minimise(form: Form, starts: Array, inputs: Array, log_loss: Array, root_weights: Array, delta: float,
@@ -145,7 +145,7 @@ def minimise(form: Form, starts: Array, inputs: Array, log_loss: Array, root_wei
     damping = np.full(count, 1e-3)
     live = np.arange(count)
 
-    def residuals_at(where: Array, numbers: Numbers) -> tuple[Array, Array, Array]:
+    def residuals_at(where: Array, numbers: Indices) -> tuple[Array, Array, Array]:
         value, slopes = form.evaluate(where, inputs)
         rest = (value - log_loss[numbers]) * root_weights
         cost = huber(rest, delta)

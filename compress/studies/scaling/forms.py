@@ -19,7 +19,7 @@ from scipy.optimize import nnls
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Numbers = NDArray[np.intp]
+Indices = NDArray[np.intp]
 
 EXPONENTS = (0.01, 3.0)  # a slower power cannot be told from a constant, a faster one from a step
 NEGLIGIBLE, HUGE = 1e-7, 1e4  # a term's contribution amid the data, relative to the loss there
@@ -27,7 +27,7 @@ START_EXPONENTS = np.geomspace(0.04, 2.4, 10)
 
 
 @dataclass(frozen=True)
-class Frontier:
+class FrontierTerms:
     """The two terms that a form trades against each other: exp(log_x) N^-x + exp(log_y) N^cross D^-y; fields (sets,)."""
 
     log_x: Array
@@ -90,7 +90,7 @@ class Form:
         """Parameter sets to start from, one for each point of a grid over what is not linear, (grid, P)."""
         raise NotImplementedError
 
-    def frontier(self, theta: Array) -> Frontier:
+    def frontier_terms(self, theta: Array) -> FrontierTerms:
         """What compute is traded between; joint forms only."""
         raise NotImplementedError
 
@@ -188,10 +188,10 @@ class PowerSum(Form):
             found.append([floor] * self.floor + list(np.log(np.maximum(amplitudes, 1e-4 * loss.mean()))) + list(exponents))
         return np.clip(np.array(found), self.lower, self.upper)
 
-    def frontier(self, theta: Array) -> Frontier:
+    def frontier_terms(self, theta: Array) -> FrontierTerms:
         # Both forms grow with h, so they are least where h is.
         values = self.reported(theta)[:, int(self.floor):]
-        return Frontier(values[:, 0], values[:, 2], values[:, 1], values[:, 3], np.zeros(len(theta)))
+        return FrontierTerms(values[:, 0], values[:, 2], values[:, 1], values[:, 3], np.zeros(len(theta)))
 
 
 class Overfitting(Form):
@@ -244,9 +244,9 @@ class Overfitting(Form):
             found.append([floor, *np.log(np.maximum(amplitudes, 1e-4 * loss.mean())), alpha, beta, gamma])
         return np.clip(np.array(found), self.lower, self.upper)
 
-    def frontier(self, theta: Array) -> Frontier:
+    def frontier_terms(self, theta: Array) -> FrontierTerms:
         values = self.reported(theta)
-        return Frontier(values[:, 1], values[:, 3], values[:, 2], values[:, 4], values[:, 5])
+        return FrontierTerms(values[:, 1], values[:, 3], values[:, 2], values[:, 4], values[:, 5])
 
 
 class Kaplan(Form):
@@ -296,10 +296,10 @@ class Kaplan(Form):
             found.append([*(middle + second * np.log(np.maximum(solution, 1e-90))), first, second])
         return np.clip(np.array(found), self.lower + 1e-3, self.upper)
 
-    def frontier(self, theta: Array) -> Frontier:
+    def frontier_terms(self, theta: Array) -> FrontierTerms:
         values = self.reported(theta)
         ratio = theta[:, 2] / theta[:, 3]
-        return Frontier(ratio * values[:, 0], ratio, values[:, 1], np.ones(len(theta)), np.zeros(len(theta)))
+        return FrontierTerms(ratio * values[:, 0], ratio, values[:, 1], np.ones(len(theta)), np.zeros(len(theta)))
 
 
 def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None) -> list[Form]:

@@ -1,4 +1,4 @@
-"""What compute buys: the best N and D for a budget, with bands, and predictions for configurations that were not run."""
+"""The compute-optimal frontier: the best N and D for a budget, with bands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, Observations
-from compress.studies.scaling.forms import Array, Numbers
+from compress.studies.scaling.forms import Array, Indices
 from compress.studies.scaling.intervals import Interval, LEVEL, profile
 
 
@@ -43,7 +42,7 @@ def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
         compute: budgets, (budgets,).
         epochs: passes over the data.
     """
-    terms = best.form.frontier(theta)
+    terms = best.form.frontier_terms(theta)
     rising = terms.y + terms.cross  # with N, where D = C / (N epochs)
     total = (terms.x + rising)[:, None]
     budget = np.log(compute / epochs)[None]
@@ -58,7 +57,7 @@ def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
 def exponents(best: Fit) -> tuple[Interval, Interval]:
     """The exponents p and 1 - p of N* ~ C^p and D* ~ C^(1 - p), with profile intervals."""
     def share(theta: Array) -> Array:
-        terms = best.form.frontier(theta)
+        terms = best.form.frontier_terms(theta)
         return np.asarray(terms.y / (terms.x + terms.y + terms.cross))
     first = profile(best, [share])[0]
     return first, Interval(1 - first.value, None if first.high is None else 1 - first.high,
@@ -71,7 +70,7 @@ def band(draws: Array) -> tuple[Array, Array]:
     return low, high
 
 
-def empirical_frontier(data: Observations) -> Numbers:
+def empirical_frontier(data: Observations) -> Indices:
     """The points that no cheaper or equally dear point undercuts, by compute; an index."""
     order = np.lexsort((data.log_loss, data.values["C"]))
     kept, lowest = [], math.inf
@@ -80,44 +79,3 @@ def empirical_frontier(data: Observations) -> Numbers:
             kept.append(int(index))
             lowest = float(data.log_loss[index])
     return np.array(kept, dtype=np.intp)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The loss of a configuration that was not run.
-
-    Attributes:
-        loss: at the fit.
-        mean: 95 % interval of the mean over seeds; an end is None where the data do not bound it.
-        run: 95 % interval of one run, which has the noise as well.
-        beyond: how many times N and D lie beyond the points, such as {"N": 4.0}; empty inside.
-    """
-
-    loss: float
-    mean: tuple[float | None, float | None]
-    run: tuple[float | None, float | None]
-    beyond: dict[str, float]
-
-
-def predict(best: Fit, n: float, d: float) -> Prediction:
-    """The loss of a model of n parameters on d examples.
-
-    The interval of the mean is that of the profile of the prediction itself; the noise of a run is added in quadrature, by
-    Student's t, since the noise is estimated from as many degrees of freedom.
-    """
-    values = {"N": np.array([n]), "D": np.array([d]), "C": np.array([n * d])}
-    inputs = best.form.inputs(values)
-    interval = profile(best, [lambda theta: best.form.evaluate(theta, inputs)[0][:, 0]])[0]
-    noise = float(stats.t.ppf((1 + LEVEL) / 2, best.dof)) * best.run_noise
-    low, high = (None if end is None else abs(end - interval.value) for end in (interval.low, interval.high))
-
-    def end(width: float | None, sign: int, more: float) -> float | None:
-        return None if width is None else math.exp(interval.value + sign * math.hypot(width, more))
-
-    beyond = {}
-    for name, value in (("N", n), ("D", d)):
-        smallest, largest = float(best.data.values[name].min()), float(best.data.values[name].max())
-        if value > largest * (1 + 1e-9) or value < smallest * (1 - 1e-9):
-            beyond[name] = max(value / largest, smallest / value)
-    return Prediction(math.exp(interval.value), (end(low, -1, 0), end(high, 1, 0)),
-                      (end(low, -1, noise), end(high, 1, noise)), beyond)

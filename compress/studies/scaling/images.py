@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.studies.scaling.rows import Results
+from compress.studies.scaling.results import Results
 from compress.training.run import flags_named
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages, Split, Splits, fingerprint, prefetched
@@ -28,11 +28,11 @@ from metadata.locks import appearing, remove_leftovers, waiting_lock
 from metadata.records import DatasetCard
 
 CARD, KNOWN = "card.json", "data.json"
-SPLITS = ("train", "test")
+SPLIT_NAMES = ("train", "test")
 
 
 @dataclass(frozen=True)
-class Images:
+class StudyImages:
     """Both splits, (N, C, H, W) uint8 with channels last in memory, and what the set is."""
 
     train: Split
@@ -65,11 +65,11 @@ def prepare(results: Results, dataset: str, data_root: Path | None, download: bo
     return folder
 
 
-def read(folder: Path) -> Images:
+def read(folder: Path) -> StudyImages:
     """The arrays that `prepare` wrote; they stay on disk until they are looked at."""
     card = DatasetCard.model_validate(json.loads((folder / CARD).read_text()))
-    train, test = (_mapped(folder, name) for name in SPLITS)
-    return Images(train, test, card)
+    train, test = (_mapped(folder, name) for name in SPLIT_NAMES)
+    return StudyImages(train, test, card)
 
 
 def subset(labels: Tensor, size: int, seed: int) -> Tensor:

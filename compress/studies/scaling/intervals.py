@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from compress.studies.scaling.fitting import Fit, minimise
-from compress.studies.scaling.forms import Array, Numbers
+from compress.studies.scaling.forms import Array, Indices
 
 LEVEL = 0.95
 STEPS = 60
@@ -113,7 +113,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
     ends: list[float | None] = [None] * lanes
     live, stalled, halved = np.arange(lanes), np.zeros(lanes, dtype=int), np.zeros(lanes, dtype=int)
 
-    def pull(at: Array, numbers: Numbers) -> tuple[Array, Array, Array]:
+    def pull(at: Array, numbers: Indices) -> tuple[Array, Array, Array]:
         lane = live[numbers]
         value, gradient = np.empty(len(at)), np.empty_like(at)
         for index, quantity in enumerate(quantities):

@@ -102,11 +102,11 @@ def _by_size(value: Any) -> Any:
     return numbers
 
 
-Rule = Annotated[dict[int, int], BeforeValidator(_by_size)]
+BySize = Annotated[dict[int, int], BeforeValidator(_by_size)]
 Sizes = Annotated[list[Positive], Field(min_length=1)]
 Widths = Annotated[list[Width], Field(min_length=1)]
 Depths = Annotated[list[Depth], Field(min_length=1)]
-Parameters = Callable[[int, int], int]  # (width, depth) -> N
+CountParameters = Callable[[int, int], int]  # (width, depth) -> N
 
 
 class _Sweep(Config):
@@ -114,21 +114,21 @@ class _Sweep(Config):
 
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(None, description="each point is run with each")
     batch_size: Positive | None = Field(None, description="images a step")
-    test_freq: Rule | None = Field(None, description="epochs between looks at the test split")
+    test_freq: BySize | None = Field(None, description="epochs between looks at the test split")
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         """(width, depth, dataset_size) of its points."""
         raise NotImplementedError
 
-    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: CountParameters) -> int:
         """Passes over the subset."""
         raise NotImplementedError
 
 
 class _WithEpochs(_Sweep):
-    num_epochs: Rule | None = Field(None, description="passes over the subset")
+    num_epochs: BySize | None = Field(None, description="passes over the subset")
 
-    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: CountParameters) -> int:
         return _ruled(self.num_epochs or plan.num_epochs, size, "num_epochs")
 
 
@@ -190,7 +190,7 @@ class ComputeSweep(_Grid):
     compute: float = Field(gt=0, description="N * D * epochs")
     tolerance: float = Field(0.05, gt=0, lt=1, description="by what share of `compute` a point may miss it")
 
-    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: Parameters) -> int:
+    def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: CountParameters) -> int:
         one = parameters(width, depth) * size
         epochs = max(1, round(self.compute / one))
         if abs(epochs * one / self.compute - 1) > self.tolerance:
@@ -202,7 +202,7 @@ class ComputeSweep(_Grid):
 
 
 AnySweep = Annotated[WidthSweep | DepthSweep | DataSweep | JointSweep | ComputeSweep, Field(discriminator="kind")]
-KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep, "data": DataSweep, "joint": JointSweep,
+SWEEP_KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep, "data": DataSweep, "joint": JointSweep,
                                   "constant_compute": ComputeSweep}
 
 
@@ -217,11 +217,11 @@ class SweepPlan(Config):
     checkpoint_seconds: float = Field(20.0, ge=0, description="time between a point's checkpoints")
     seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="each point is run with each")
     batch_size: int = Field(256, ge=2, description="images a step")
-    num_epochs: Rule = Field({1: 100}, description="a number, or one for each dataset_size from which on it holds")
-    test_freq: Rule = Field({1: 5}, description="likewise")
+    num_epochs: BySize = Field({1: 100}, description="a number, or one for each dataset_size from which on it holds")
+    test_freq: BySize = Field({1: 5}, description="likewise")
     sweeps: list[AnySweep] = Field(min_length=1, description="one or more")
 
-    def points(self, parameters: Parameters) -> list[Point]:
+    def points(self, parameters: CountParameters) -> list[Point]:
         """All points, each once.
 
         Args:
@@ -271,15 +271,15 @@ def read_plan(name: str) -> SweepPlan:
     try:
         return SweepPlan.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, known = error.errors()[0], f"(known: {', '.join(SWEEP_KINDS)})"
         if first["type"] == "union_tag_not_found":
-            raise UserError(f"plan {name}: {_place(first['loc'])}: kind is missing (known: {', '.join(KINDS)})") from error
+            raise UserError(f"plan {name}: {_place(first['loc'])}: kind is missing {known}") from error
         if first["type"] == "union_tag_invalid":
             kind = first["ctx"]["tag"]
-            raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, KINDS)} (known: "
-                            f"{', '.join(KINDS)})") from error
+            raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, SWEEP_KINDS)} {known}"
+                            ) from error
         kind = next((found["loc"][2] for found in error.errors() if len(found["loc"]) > 3), None)  # sweeps.0.KIND.key
-        raise settings_error(f"plan {name}", error, KINDS.get(str(kind), SweepPlan).model_fields) from error
+        raise settings_error(f"plan {name}", error, SWEEP_KINDS.get(str(kind), SweepPlan).model_fields) from error
 
 
 def _place(location: tuple[int | str, ...]) -> str:

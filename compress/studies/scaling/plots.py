@@ -13,7 +13,7 @@ import numpy as np
 from compress.studies.scaling.analysis import Analysis, Section
 from compress.studies.scaling.forms import Array
 from compress.studies.scaling.frontier import band, optimum
-from compress.studies.scaling.judging import Judged, SPLITS
+from compress.studies.scaling.ranking import JudgedForm, SPLIT_TITLES
 from metadata.formats import write_figure
 
 NAMES = {"N": "parameters N", "D": "training examples D"}
@@ -205,7 +205,7 @@ def _against_compute(analysis: Analysis, path: Path) -> Path:
     return path
 
 
-def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
+def _isoflop(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
     """Loss against N at equal compute: curves of the fit, their minima, and the observed points near each budget."""
     assert analysis.tradeoff
     data, passes = analysis.joint.data, analysis.tradeoff.passes
@@ -243,7 +243,7 @@ def _isoflop(analysis: Analysis, chosen: Judged, path: Path) -> Path:
     return path
 
 
-def _residuals(analysis: Analysis, chosen: Judged, path: Path) -> Path:
+def _residuals(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
     """Observed less fitted, in percent, against N, D and the fitted loss; a structure here is what the form misses."""
     data = analysis.joint.data
     fitted = np.exp(data.log_loss - chosen.fit.residuals)
@@ -269,7 +269,7 @@ def _residuals(analysis: Analysis, chosen: Judged, path: Path) -> Path:
     return path
 
 
-def _frontier(analysis: Analysis, chosen: Judged, path: Path) -> Path:
+def _frontier(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
     """N* and D* against compute with bands; what lies beyond the data is shaded."""
     frontier, data = analysis.tradeoff, analysis.joint.data
     assert frontier
@@ -297,7 +297,7 @@ def _held_out(analysis: Analysis, path: Path) -> Path:
     """Predicted against observed on the points that a form did not see, one panel for each way of holding out."""
     assert analysis.joint.ranking
     forms = analysis.joint.ranking.forms
-    splits = [name for name in SPLITS if any(name in form.splits and form.splits[name].predicted is not None
+    splits = [name for name in SPLIT_TITLES if any(name in form.splits and form.splits[name].predicted is not None
                                              for form in forms)]
     with _canvas(path, len(splits), (4.6 * len(splits), 5.0)) as axes:
         for axis, name in zip(axes, splits, strict=True):
@@ -318,7 +318,7 @@ def _held_out(analysis: Analysis, path: Path) -> Path:
             _legend(axis, ncols=2)
             count = int(forms[0].splits[name].chosen.sum())
             least = scientific(edge) if name == "C" else brief(edge)
-            axis.set_title(f"{SPLITS[name]} held out ({name} ≥ {least}, {count} points)",
+            axis.set_title(f"{SPLIT_TITLES[name]} held out ({name} ≥ {least}, {count} points)",
                            fontsize=10)
         axes[0].figure.suptitle("predictions of points that were not fitted, with mean errors; grey: within 5 %")
     return path

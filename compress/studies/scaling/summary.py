@@ -15,13 +15,14 @@ from rich.table import Table
 from compress.studies.scaling.analysis import Analysis, Section, Tradeoff
 from compress.studies.scaling.fitting import Fit
 from compress.studies.scaling.forms import Array
-from compress.studies.scaling.frontier import band, predict
+from compress.studies.scaling.frontier import band
 from compress.studies.scaling.intervals import Interval
-from compress.studies.scaling.judging import Judged, Ranking, SPLITS
-from compress.studies.scaling.table import Runs
+from compress.studies.scaling.prediction import predict
+from compress.studies.scaling.ranking import JudgedForm, Ranking, SPLIT_TITLES
+from compress.studies.scaling.runs import Runs
 from metadata.files import write_atomically, write_json
 
-Rows = list[list[str]]
+TableRows = list[list[str]]
 
 
 def number(value: float | None) -> str:
@@ -51,7 +52,7 @@ def verdict(name: str, interval: Interval) -> str:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], Rows]:
+def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], TableRows]:
     """Header and rows: mean absolute errors in percent, best form first."""
     used = [name for name in splits if any(name in form.splits for form in ranking.forms)]
     rows = []
@@ -59,7 +60,7 @@ def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], Ro
         errors = [form.splits[name].error_percent if name in form.splits else None for name in used]
         mark = " =" if form.name in ranking.ties else ""
         rows.append([form.name + mark, *map(percent, (form.held_out_percent, *errors, form.in_sample_percent))])
-    return ["form", "held out", *(SPLITS[name] for name in used), "in sample"], rows
+    return ["form", "held out", *(SPLIT_TITLES[name] for name in used), "in sample"], rows
 
 
 def percent(value: float | None) -> str:
@@ -67,7 +68,7 @@ def percent(value: float | None) -> str:
     return "too few" if value is None else f"{value:.2f}"
 
 
-def parameter_rows(section: Section, form: Judged) -> tuple[list[str], Rows]:
+def parameter_rows(section: Section, form: JudgedForm) -> tuple[list[str], TableRows]:
     """Header and rows: value, profile interval, bootstrap interval and verdict of each parameter."""
     rows = [[name, number(interval.value), span(interval.low, interval.high),
              span(*interval.bootstrap) if interval.bootstrap else "", verdict(name, interval)]
@@ -75,7 +76,7 @@ def parameter_rows(section: Section, form: Judged) -> tuple[list[str], Rows]:
     return ["parameter", "value", "95 % interval", "bootstrap", "verdict"], rows
 
 
-def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tuple[list[str], Rows]:
+def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tuple[list[str], TableRows]:
     """Header and rows: N*, D* and the loss at budgets over the range that was run and ten times beyond."""
     data = analysis.joint.data
     chosen = np.unique(np.linspace(0, len(tradeoff.best.compute) - 1, most).round().astype(int))
@@ -109,7 +110,7 @@ def noise_lines(analysis: Analysis) -> list[str]:
     return lines
 
 
-def misfit_lines(form: Judged) -> list[str]:
+def misfit_lines(form: JudgedForm) -> list[str]:
     """A warning where the points lie further from a fit than noise explains: its intervals are of a form that is wrong."""
     noise = form.fit.data.seed_noise
     return [] if not noise or form.scatter_percent <= 300 * noise else [
@@ -153,7 +154,7 @@ def sources(runs: Runs) -> str:
 # ------------------------------------------------------------------------------------------------------- screen
 
 
-def print_table(console: Console, title: str, header: Sequence[str], rows: Rows) -> None:
+def print_table(console: Console, title: str, header: Sequence[str], rows: TableRows) -> None:
     """One table: the first and the last column of words to the left, numbers to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
                   collapse_padding=True)
@@ -176,7 +177,7 @@ def print_summary(console: Console, analysis: Analysis) -> None:
     console.print()
     if analysis.joint.ranking:
         print_table(console, "mean absolute relative error (%); held out: the mean of what is to its right",
-                    *ranking_rows(analysis.joint.ranking, SPLITS))
+                    *ranking_rows(analysis.joint.ranking, SPLIT_TITLES))
     for line in (*verdict_lines(analysis), *noise_lines(analysis)):
         console.print(line, highlight=False)
     console.print()
@@ -248,7 +249,7 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
 # ----------------------------------------------------------------------------------------------------- Markdown
 
 
-def markdown_table(header: Sequence[str], rows: Rows) -> list[str]:
+def markdown_table(header: Sequence[str], rows: TableRows) -> list[str]:
     """A Markdown table, its first column to the left."""
     return ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1),
             *("| " + " | ".join(row) + " |" for row in rows), ""]
@@ -268,13 +269,13 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
              "for it: "
              "both make a ranking look surer than it is.", ""]
     if analysis.joint.ranking:
-        lines += ["## Forms", "", *markdown_table(*ranking_rows(analysis.joint.ranking, SPLITS))]
+        lines += ["## Forms", "", *markdown_table(*ranking_rows(analysis.joint.ranking, SPLIT_TITLES))]
     lines += [*(f"- {line}" for line in (*verdict_lines(analysis), *noise_lines(analysis))), ""]
     for section in (analysis.joint, *analysis.single):
         if section.ranking:
             lines += [f"## {section.title[0].upper()}{section.title[1:]}", ""]
             if section is not analysis.joint:
-                lines += markdown_table(*ranking_rows(section.ranking, SPLITS))
+                lines += markdown_table(*ranking_rows(section.ranking, SPLIT_TITLES))
             for form in section.ranking.forms:
                 lines += [f"**{form.name}**: `{form.fit.form.formula}`", "",
                           *markdown_table(*parameter_rows(section, form)), *misfit_lines(form), ""]

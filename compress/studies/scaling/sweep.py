@@ -16,9 +16,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from compress.studies.scaling import experiment, images as study_images
-from compress.studies.scaling.images import Images
+from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import SweepPlan, Point
-from compress.studies.scaling.rows import BusyError, OVER, Results, Row
+from compress.studies.scaling.results import BusyError, OVER, Results, ResultRow
 from compress.studies.workers import Report, TaskOutcome, run_local, run_ray
 from compress.training.trackers import Advance, Tracker
 from loaders.catalog import set_name
@@ -29,7 +29,7 @@ PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice 
 
 
 @dataclass(frozen=True)
-class Task:
+class PointTask:
     """A point, and where everything is; what a worker process is sent."""
 
     point: Point
@@ -47,12 +47,12 @@ class Study:
     plan: SweepPlan
     results: Results
     images_folder: Path
-    images: Images
+    images: StudyImages
     points: list[Point]
 
-    def task(self, point: Point) -> Task:
+    def task(self, point: Point) -> PointTask:
         """What a worker needs for a point."""
-        return Task(point, self.plan.base_dir.resolve(), self.images_folder.resolve(), self.plan.device,
+        return PointTask(point, self.plan.base_dir.resolve(), self.images_folder.resolve(), self.plan.device,
                     self.plan.checkpoint_seconds)
 
     def states(self) -> dict[str, str]:
@@ -106,7 +106,7 @@ def check_workers(workers: int | None, device: str) -> int:
 # ------------------------------------------------------------------------------------------------------------ sweep
 
 
-def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray: str | None = None) -> list[Row]:
+def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray: str | None = None) -> list[ResultRow]:
     """Runs what is left of a plan, and returns the rows of all its points that have one.
 
     Args:
@@ -137,7 +137,7 @@ def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray
             else:
                 run_local(work, tasks, workers, board.outcome, board.progress)
     rows = study.results.rows()
-    mine: list[Row] = [dict(rows[point.id]) for point in study.points if point.id in rows]
+    mine: list[ResultRow] = [dict(rows[point.id]) for point in study.points if point.id in rows]
     print_rows(console, mine)
     if left and board.busy:
         raise BusyError(f"{len(board.busy)} of {len(study.points)} points are still run by another sweep in "
@@ -145,7 +145,7 @@ def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray
     return mine
 
 
-def work(task: Task, report: Report) -> Row:
+def work(task: PointTask, report: Report) -> ResultRow:
     """Runs a point in a worker process; one that another process runs comes back with the status busy."""
     try:
         return experiment.run_point(task.point, Results(task.base_dir), task.images_folder,
@@ -194,12 +194,12 @@ class _Board:
         with self.bars:
             yield self
 
-    def progress(self, task: Task, share: float) -> None:
+    def progress(self, task: PointTask, share: float) -> None:
         """A point has come so far."""
         self.shares[task.point.id] = share
         self._update()
 
-    def outcome(self, outcome: TaskOutcome[Task, Row]) -> None:
+    def outcome(self, outcome: TaskOutcome[PointTask, ResultRow]) -> None:
         """A point is over: a row of its own if it failed, and a line."""
         point = outcome.task.point
         row = outcome.result
@@ -240,9 +240,9 @@ def duration(seconds: float) -> str:
         f"{minutes // 60} h {minutes % 60:02d} min")
 
 
-def print_rows(console: Console, rows: Sequence[Row]) -> None:
+def print_rows(console: Console, rows: Sequence[ResultRow]) -> None:
     """The sweep's table: a line a configuration, the mean over its seeds; failed and diverged runs below it."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row["status"] == "done":
             groups.setdefault(tuple(row[key] for key in ("width", "depth", "N", "D", "epochs")), []).append(row)

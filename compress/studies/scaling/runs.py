@@ -26,7 +26,7 @@ ALIASES = {
     "accuracy": ("final_test_acc_avg_last5", "test_acc", "test_accuracy", "val_acc", "val_accuracy", "acc", "accuracy"),
 }
 CONFIGURATION = ("width", "depth", "batch_size", "test_freq", "dataset", "lr", "weight_decay", "optimizer")
-Row = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
+NumberedRow = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
 MISSING = ("", "-", "na", "n/a", "none", "null")
 FINISHED = ("", "done", "ok", "success", "finished", "complete", "completed")
 SMALLEST, LARGEST = 1e-40, 1e40  # what lies beyond measures nothing, and its powers and products overflow
@@ -212,7 +212,8 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
     return result
 
 
-def _of_one_set(path: Path, header: list[str], rows: list[Row], wanted: str | None) -> tuple[list[Row], str | None]:
+def _of_one_set(path: Path, header: list[str], rows: list[NumberedRow],
+                wanted: str | None) -> tuple[list[NumberedRow], str | None]:
     """The rows of one data set and its name; all rows and None where the file has no such column."""
     column = next((name for name in header if name.lower() == "dataset"), None)
     if column is None:
@@ -246,7 +247,7 @@ def _note(result: Runs, repeated: list[str]) -> None:
                             "not see: they count as separate points")
 
 
-def _read(path: Path) -> tuple[list[str], list[Row]]:
+def _read(path: Path) -> tuple[list[str], list[NumberedRow]]:
     """The header and the rows, each with its line in the file; a `;` or a tab is taken for the comma it stands for."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"

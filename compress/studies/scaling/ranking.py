@@ -20,7 +20,7 @@ from compress.studies.scaling.fitting import Fit, Observations, fit
 from compress.studies.scaling.forms import Array, Form, Mask
 
 SHARE = 0.2  # of the configurations to hold out
-SPLITS = {"N": "largest N", "D": "largest D", "C": "largest compute"}
+SPLIT_TITLES = {"N": "largest N", "D": "largest D", "C": "largest compute"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedForm:
     """A form, its fit to all points and its errors on each split.
 
     Attributes:
@@ -100,13 +100,13 @@ class Ranking:
         tested_on: configurations that were held out, each counted once; 0 where the forms could not be tested.
     """
 
-    forms: list[Judged]
+    forms: list[JudgedForm]
     ties: dict[str, str]
     noise_percent: float | None
     tested_on: int
 
     @property
-    def winner(self) -> Judged:
+    def winner(self) -> JudgedForm:
         """The form with the lowest held-out error; where not all could be tested, with the smallest scatter."""
         return self.forms[0]
 
@@ -133,7 +133,7 @@ def hold_out(values: Array) -> Mask | None:
     return np.asarray(values >= levels[1:][best])
 
 
-def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> Judged:
+def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> JudgedForm:
     """Fits a form to all points, and to those that are left where the largest N, D or C are held out.
 
     Args:
@@ -151,10 +151,10 @@ def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> Judged:
         enough = len(rest) >= form.needed and all(len(np.unique(rest.values[name])) > 1 for name in form.variables)
         predicted = fit(form, rest).predict(held.values) if enough else None
         splits[variable] = HeldOut(variable, float(held.values[variable].min()), chosen, predicted, np.exp(held.log_loss))
-    return Judged(whole, splits)
+    return JudgedForm(whole, splits)
 
 
-def rank(judged: list[Judged]) -> Ranking:
+def rank(judged: list[JudgedForm]) -> Ranking:
     """Orders forms by held-out error, and says which of them the data cannot tell from the best.
 
     A form that could not be tested has not lost: where there is one, all go by their scatter around the points instead,
@@ -189,7 +189,7 @@ def rank(judged: list[Judged]) -> Ranking:
     return Ranking(order, ties, floor, count)
 
 
-def _doubt(best: Judged, other: Judged) -> float:
+def _doubt(best: JudgedForm, other: JudgedForm) -> float:
     """The probability of a difference this large between two forms' held-out errors if there were none (Student's t).
 
     The difference is the mean over the splits of the mean over their points. A configuration that several splits hold out

@@ -25,7 +25,7 @@ COLUMNS = ("width", "depth", "seed", "batch_size", "N", "D", "epochs", "steps", 
 CURVE = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc")
 OVER = ("done", "diverged")  # the same configuration would come to the same; what failed is tried again
 
-Row = dict[str, Any]
+ResultRow = dict[str, Any]
 
 
 class BusyError(UserError):

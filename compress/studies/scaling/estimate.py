@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.studies.scaling import experiment, images as study_images
-from compress.studies.scaling.images import Images
+from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import SweepPlan, Point
-from compress.studies.scaling.rows import OVER
-from compress.studies.scaling.sweeps import Study, Task, check_workers, duration, open_study
+from compress.studies.scaling.results import OVER
+from compress.studies.scaling.sweep import Study, PointTask, check_workers, duration, open_study
 from compress.studies.workers import Report, TaskOutcome, run_local
 from compress.training.assessment import assess
 from compress.training.distillation import cross_entropy
@@ -38,7 +38,7 @@ class Speed:
     measuring: float
 
 
-Kind = tuple[int, int, int]  # width, depth, batch_size
+TrialShape = tuple[int, int, int]  # width, depth, batch_size
 
 
 def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> tuple[Study, dict[str, float]]:
@@ -57,21 +57,21 @@ def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> t
     workers = check_workers(workers, plan.device)
     states = study.states()
     left = [point for point in study.points if states[point.id] not in OVER]
-    kinds = {_kind(point): point for point in left}
-    speeds: dict[Kind, Speed] = {}
+    kinds = {_trial_shape(point): point for point in left}
+    speeds: dict[TrialShape, Speed] = {}
     failures = []
 
-    def take(outcome: TaskOutcome[Task, Speed]) -> None:
+    def take(outcome: TaskOutcome[PointTask, Speed]) -> None:
         if outcome.result is None:
             failures.append(f"{outcome.task.point.shape}: {outcome.failure}")
         else:
-            speeds[_kind(outcome.task.point)] = outcome.result
+            speeds[_trial_shape(outcome.task.point)] = outcome.result
 
     if kinds:
         run_local(calibrate, [study.task(point) for point in kinds.values()], workers, take)
     if failures:
         raise UserError(f"calibration of {failures[0]}")
-    seconds = {point.id: _seconds(point, study.images, speeds[_kind(point)]) for point in left}
+    seconds = {point.id: _seconds(point, study.images, speeds[_trial_shape(point)]) for point in left}
     _print_plan(console, study, states, seconds)
     if seconds:
         whole = max(sum(seconds.values()) / workers, max(seconds.values()))
@@ -80,13 +80,13 @@ def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> t
     return study, seconds
 
 
-def calibrate(task: Task, report: Report) -> Speed:
+def calibrate(task: PointTask, report: Report) -> Speed:
     """Trains a point's network for a few steps by the engine's own loop, and measures it on a few test images."""
     keep_freed_memory()
     images, device = study_images.read(task.images_folder), experiment.chosen_device(task.device)
     size = min(len(images.train), max(TRIAL_IMAGES, 4 * task.point.batch_size))
     trial = task.point.model_copy(update={
-        "dataset_size": size, "num_epochs": 2, "batch_size": _kind(task.point)[2]})
+        "dataset_size": size, "num_epochs": 2, "batch_size": _trial_shape(task.point)[2]})
     model, data = experiment.network(trial, images), experiment.training_data(trial, images, device)
     seen = _Speeds(Console(quiet=True))
     recipe = replace(experiment.training_recipe(trial), checkpoint_seconds=1e9)
@@ -118,11 +118,11 @@ class _Speeds(Tracker):
         self.speeds.append(metrics["images_per_second"])
 
 
-def _kind(point: Point) -> Kind:
+def _trial_shape(point: Point) -> TrialShape:
     return point.width, point.depth, min(point.batch_size, point.dataset_size)
 
 
-def _seconds(point: Point, images: Images, speed: Speed) -> float:
+def _seconds(point: Point, images: StudyImages, speed: Speed) -> float:
     looks = experiment.training_recipe(point).looks()
     return point.dataset_size * point.num_epochs / speed.training + looks * len(images.test) / speed.measuring
 
