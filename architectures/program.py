@@ -251,7 +251,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
 
         def _apply(self, *arguments: Any, **options: Any) -> Any:
             self.program = None
-            return super()._apply(*arguments, **options)
+            return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
         def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # a parent's `load_state_dict`, too
             self.program = None
