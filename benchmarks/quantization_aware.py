@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compress.evaluation.measure import measure_accuracy
 from compress.evaluation.runtimes import answering, open_onnx
 from compress.packaging.export import export
-from compress.pipeline.config import TrainConfig
 from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
 from compress.quantization.calibration import RANGES
 from compress.quantization.static import Calibration, StaticSettings, quantize_static
 from compress.training.assessment import accuracy_of
+from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import Split, Splits
 from loaders.catalog import load
@@ -82,7 +82,7 @@ def float_accuracies(model: TorchModel, splits: Splits) -> dict[str, float]:
             "test": accuracy_of(model.module, splits.open_test(), preprocessing)}
 
 
-def compare(student: TorchModel, splits: Splits, train: TrainConfig, seeds: int, threads: int) -> dict[str, Any]:
+def compare(student: TorchModel, splits: Splits, train: TrainingSettings, seeds: int, threads: int) -> dict[str, Any]:
     """A row for each way and seed."""
     rows: dict[str, list[dict[str, Any]]] = {}
 
@@ -152,7 +152,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    train = TrainConfig(epochs=arguments.epochs, lr=arguments.lr)
+    train = TrainingSettings(epochs=arguments.epochs, lr=arguments.lr)
     result = {"schema": 1, "machine": machine(), "versions": versions(), "threads": arguments.threads,
               "seeds": arguments.seeds, "train": train.model_dump(mode="json"), "dataset": splits.card.name,
               "student": {"name": student.architecture.model_type,

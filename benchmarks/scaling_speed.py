@@ -93,10 +93,10 @@ def by_point(point: Point, base_dir: Path, images_folder: Path) -> float:
 
 def by_engine(point: Point, images: StudyImages) -> float:
     """Images a second of the engine alone with the same recipe, network and data, which are ready; it measures as often."""
-    data, model = experiment.training_data(point, images, CPU), experiment.network(point, images)
+    data, model = experiment.data_of(point, images, CPU), experiment.network(point, images)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        train(model, data, cross_entropy(0.0), experiment.training_recipe(point), label="engine", seed=point.seed,
+        train(model, data, cross_entropy(0.0), point.training, label="engine", seed=point.seed,
               device=CPU, checkpoint=Path(folder) / "checkpoint.pth", tracker=Tracker(Console(quiet=True)))
         return point.dataset_size * point.num_epochs / (time.perf_counter() - started)
 

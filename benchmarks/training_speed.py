@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from architectures.zoo import make
 from benchmarks.spread import spread
-from compress.training import optimizers
+from compress.training.data import Data
 from compress.training.distillation import cross_entropy
-from compress.training.loop import Data, train
+from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
-from compress.training.recipe import Recipe
+from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages, Split, Splits
 from loaders.augment import Affine, Augmenter
@@ -165,18 +164,21 @@ def resnet20() -> nn.Module:
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+BASE = TrainingSettings(epochs=1, weight_decay=0.0, warmup=0.0, checkpoint_seconds=1e9, monitor="train")
+
+
 def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, names: list[str],
-               per_image: list[Any], settings: optimizers.Settings, affine: Affine | None = None) -> Sides:
-    """Whole training steps, loading included, on all cores: the engine's loop, and the loop that everybody writes."""
-    recipe = Recipe(1, batch, settings, max_steps=steps, checkpoint_seconds=1e9, watch_training=True, compile=False)
-    return {"engine": engine(make_model, splits, recipe, names, affine),
-            "engine, compiled": engine(make_model, splits, replace(recipe, compile=True), names, affine),
+               per_image: list[Any], settings: TrainingSettings, affine: Affine | None = None) -> Sides:
+    """Time whole training steps, loading included, on all cores: the engine's loop, and the usual loop of a tutorial."""
+    settings = settings.model_copy(update={"batch_size": batch, "max_steps": steps, "compile": False})
+    return {"engine": engine(make_model, splits, settings, names, affine),
+            "engine, compiled": engine(make_model, splits, settings.model_copy(update={"compile": True}), names, affine),
             "plain loop": plain_loop(make_model, splits, batch, steps, per_image, settings)}
 
 
-def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, names: list[str],
+def engine(make_model: Callable[[], nn.Module], splits: Splits, settings: TrainingSettings, names: list[str],
            affine: Affine | None = None) -> Callable[[], float]:
-    """The engine, from `recipe.max_steps` steps; a compiled network is compiled in the round that is not counted."""
+    """The engine, from `settings.max_steps` steps; a compiled network is compiled in the round that is not counted."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     card, split = splits.card, splits.train.to(torch.device("cpu"))
@@ -184,14 +186,14 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, 
     empty = Split(ArrayImages(torch.zeros(0, *card.input_shape, dtype=torch.uint8)), torch.zeros(0, dtype=torch.int64))
     augmenter = Augmenter(names=names, size=card.input_shape[1:], padding=4, seed=0, samples=len(split),
                           affine=affine or Affine())
-    data = Data(split, empty, augmenter, card.preprocessing)
-    assert recipe.max_steps
+    data = Data(train=split, validation=empty, augmenter=augmenter, preprocessing=card.preprocessing)
+    assert settings.max_steps
     model = make_model()
-    images = recipe.max_steps * recipe.batch_size
+    images = settings.max_steps * settings.batch_size
 
     def measure() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(model, data, cross_entropy(0.0), recipe, label="speed", seed=0, device=device,
+            trained = train(model, data, cross_entropy(0.0), settings, label="speed", seed=0, device=device,
                             checkpoint=Path(folder) / "c.pth", tracker=Tracker(Console(file=io.StringIO())))
         return images / trained.seconds
 
@@ -199,14 +201,14 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, recipe: Recipe, 
 
 
 def plain_loop(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, per_image: list[Any],
-               settings: optimizers.Settings) -> Callable[[], float]:
+               settings: TrainingSettings) -> Callable[[], float]:
     """An eager model, a DataLoader at its defaults, an optimizer at its defaults, and `loss.item()` in every step."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loader = DataLoader(PerImage(splits.train, splits.card.preprocessing, per_image), batch, shuffle=True)
 
     def measure() -> float:
         model = make_model().train()
-        kind = torch.optim.Adam if settings.name == "adam" else torch.optim.SGD
+        kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
         optimizer = kind(model.parameters(), lr=0.01)
         criterion = nn.CrossEntropyLoss()
         running, start = 0.0, time.perf_counter()
@@ -259,7 +261,8 @@ def memory_by_epoch(splits: Splits) -> Iterator[float]:
     """Peak memory of this process in MB after each epoch of a training."""
     import resource
     augmenter = Augmenter(names=["crop", "flip"], size=(32, 32), padding=4, seed=0, samples=len(splits.train))
-    data = Data(splits.train, splits.validation, augmenter, splits.card.preprocessing)
+    data = Data(train=splits.train, validation=splits.validation, augmenter=augmenter,
+                preprocessing=splits.card.preprocessing)
 
     class Watching(Tracker):
         def epoch(self, label: str, **metrics: Any) -> None:
@@ -269,8 +272,9 @@ def memory_by_epoch(splits: Splits) -> Iterator[float]:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                           nn.Linear(8, 10))
     with tempfile.TemporaryDirectory() as folder:
-        train(model, data, cross_entropy(0.0), Recipe(10, 500), label="memory", seed=0, device=torch.device("cpu"),
-              checkpoint=Path(folder) / "c.pth", tracker=Watching(Console(file=io.StringIO())))
+        train(model, data, cross_entropy(0.0), BASE.model_copy(update={"epochs": 10, "batch_size": 500}), label="memory",
+              seed=0, device=torch.device("cpu"), checkpoint=Path(folder) / "c.pth",
+              tracker=Watching(Console(file=io.StringIO())))
     yield from peaks
 
 
@@ -287,21 +291,22 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
         return stream_sides(arguments.cifar10)
     splits = load(Request(name="mnist", root=arguments.mnist) if "mnist" in case else
                   Request(name="cifar10", root=arguments.cifar10))
-    sgd = optimizers.Settings()
+    sgd = BASE
     if case == "data_one_core":
         return data_sides(splits)
     if case == "step_resnet20":
         return step_sides(resnet20, splits, BATCH, 40, ["crop", "flip"], crop_and_flip(), sgd)
     if case == "step_slim_resnet18":
         return step_sides(slim, splits, BATCH, 25, ["crop", "flip"], crop_and_flip(), sgd)
-    rotation, adam, published = [transforms.RandomRotation(7)], optimizers.Settings("adam", 0.001), "mnist_model_final"
+    rotation, published = [transforms.RandomRotation(7)], "mnist_model_final"
+    adam = BASE.model_copy(update={"optimizer": "adam", "lr": 0.001})
     if case == "step_tiny_mnist":
         return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
                           Affine(degrees=7.0, scale=0, shear=0, shift=0))
     assert case == "mnist_challenge", case  # our model our way, and the published one the published way
-    muon = optimizers.Settings("muon", 0.02, adamw_lr=0.01)
-    recipe = Recipe(1, 64, muon, max_steps=200, checkpoint_seconds=1e9, watch_training=True, ema=0.998)
-    return {"mnist_under_8k": engine(lambda: make("mnist_under_8k", num_classes=10), splits, recipe, ["affine"]),
+    muon = BASE.model_copy(update={"optimizer": "muon", "lr": 0.02, "adamw_lr": 0.01, "batch_size": 64, "max_steps": 200,
+                                   "ema": 0.998})
+    return {"mnist_under_8k": engine(lambda: make("mnist_under_8k", num_classes=10), splits, muon, ["affine"]),
             "published": plain_loop(lambda: make(published, num_classes=10), splits, 32, 300, rotation, adam)}
 
 

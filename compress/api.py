@@ -18,7 +18,7 @@ from compress.pruning import prune as pruning
 from compress.quantization.dynamic import as_graph, without_stochastic_depth
 from compress.training.run import run_training
 from compress.training.trackers import Tracker
-from compress.training.train_config import resolve_training
+from compress.training.flags import resolve_training
 from metadata.errors import UserError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,7 +13,6 @@ from metadata.closest import closest
 from metadata.errors import UserError, describe_validation_error
 
 RECIPES = Path(__file__).parent / "recipes"
-Augmentation = Literal["crop", "flip", "alternating_flip", "cutout", "affine"]
 
 
 class _NoDuplicates(yaml.SafeLoader):

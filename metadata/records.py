@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metadata.formats import packaged_json
 from metadata.schemas import Preprocessing, Strict
@@ -17,8 +17,18 @@ class DatasetCard(Strict):
     class_names: list[str]
     input_shape: tuple[int, int, int] = Field(description="(C, H, W) after preprocessing")
     preprocessing: Preprocessing
+    flip: bool = Field(True, description="whether a mirrored image still shows its class")
     counts: dict[str, int] = Field({}, description="images a split")
     fingerprint: str = Field("", description="changes when the images on disk change")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_flip(cls, content: Any) -> Any:
+        """Take `flip` from `datasets.json` where the card does not say, as in files of earlier versions."""
+        if isinstance(content, dict) and "flip" not in content:
+            known = dataset_cards().get(str(content.get("name")), {})
+            return {**content, "flip": known.get("flip", True)}
+        return content
 
     @property
     def num_classes(self) -> int:

@@ -15,7 +15,7 @@ def train(context: typer.Context) -> None:
     """Train a model. Takes --config NAME or FILE.yaml, and every setting as a flag (see `train --help`)."""
     if "--help" in context.args or not context.args:
         from compress.settings import recipe_names
-        from compress.training.train_config import TRAINING_RECIPES, help_lines
+        from compress.training.flags import TRAINING_RECIPES, help_lines
 
         typer.echo("Usage: python -m compress train --config NAME [--KEY VALUE]...\n\n"
                    "Train a model and measure it once on the test split, at the end. The same command continues an "
@@ -26,8 +26,8 @@ def train(context: typer.Context) -> None:
             typer.echo(line)
         return
     from compress.pipeline import report
+    from compress.training.flags import resolve_training
     from compress.training.run import run_training
-    from compress.training.train_config import resolve_training
 
     console = report.terminal()
     config = resolve_training(context.args)

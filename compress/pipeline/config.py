@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal
 import yaml
 from pydantic import Field, ValidationError
 
-from compress.settings import Augmentation, Config, RECIPES, load_yaml, read_mapping, settings_error
+from compress.settings import Config, RECIPES, load_yaml, read_mapping, settings_error
 from metadata.closest import closest
 from metadata.errors import UserError, first_line
-
 
 
 class DataConfig(Config):
@@ -31,27 +30,6 @@ class DataConfig(Config):
     std: list[float] | None = Field(None, description="a channel; the set's own unless given")
     skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")
     memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more stream from disk")
-
-
-class TrainConfig(Config):
-    """How a stage trains."""
-
-    epochs: int = Field(10, ge=0, description="passes over the training split")
-    batch_size: int = Field(128, ge=2, description="images a step")
-    optimizer: Literal["sgd", "adam", "adamw", "muon", "sam"] = Field("sgd", description="SGD has Nesterov momentum")
-    lr: float = Field(0.1, gt=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD and Muon only")
-    weight_decay: float = Field(5e-4, ge=0, description="not on norms and biases")
-    schedule: Literal["cosine", "linear", "constant", "step", "one_cycle"] = Field("cosine", description="after the warmup")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a linear rise")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
-    clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no limit")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is kept; 0: the weights themselves")
-    augment: list[Augmentation] = Field(["crop", "flip"], description="applied in this order")
-    padding: int = Field(4, ge=0, description="pixels, of the random crop")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on CUDA, else float32")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, for trials")
-    checkpoint_seconds: float = Field(20.0, ge=0, description="time between checkpoints")
 
 
 class RunConfig(Config):

@@ -18,7 +18,7 @@ from compress.pipeline.ledger import evaluation_row, ledger_row, served
 from compress.pipeline.plan import RunPlan, make_plan, threads
 from compress.pipeline.report import write_report
 from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
-from compress.training.assessment import times_in_turns
+from compress.training.assessment import interleaved_times
 from compress.training.trackers import Tracker
 from metadata.errors import VerificationError
 from metadata.files import write_json
@@ -132,8 +132,8 @@ class Run:
         record = StageRecord(stage=name, key=key, config=stage.model_dump(mode="json"), notes=context.notes,
                              warnings=context.warnings, rows=[row, *self._measure_extras(name, context)])
         write_json(folder / STAGE, record.model_dump(mode="json"))
-        for checkpoint in folder.glob("checkpoint*.pth"):
-            checkpoint.unlink()
+        for path in [*folder.glob("checkpoint*.pth"), *folder.glob("best-*.pth")]:
+            path.unlink()
         self.tracker.say(f"  {row.parameters:,} parameters, {row.size_bytes / 2**20:.3f} MB, {row.latency_ms:.2f} ms, "
                          f"{row.split} accuracy {row.accuracy:.2%} ({row.correct}/{row.images}), {seconds:.1f} s")
         return record
@@ -182,7 +182,7 @@ class Run:
         card = self.plan.splits.card
         pair = [served(artifact, folder, card).answer
                 for artifact, folder in zip(self.outputs[-2:], folders, strict=True)]
-        earlier, now = times_in_turns(pair, card.input_shape)
+        earlier, now = interleaved_times(pair, card.input_shape)
         if now > SLOWER * earlier:
             (self.folder / name / KEY).unlink()  # the stage runs again when its settings or the timing change
             raise VerificationError(

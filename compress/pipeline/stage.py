@@ -18,15 +18,13 @@ from architectures.int8 import int8_layers
 from architectures.layers import Architecture
 from architectures.weights import open_model, read_weights
 from architectures.zoo import make
-from compress.pipeline.config import TrainConfig
 from compress.settings import Config
-from compress.training import optimizers
-from compress.training.loop import Data
-from compress.training.recipe import Recipe
-from compress.training.schedules import Schedule
+from compress.training.data import Data, check_sizes, training_data
+from compress.training.precision import usable
+from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import Splits
-from loaders.augment import Augmenter, examples
+from loaders.augment import examples
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import read_json, write_atomically, write_json
@@ -186,22 +184,14 @@ class Context:
         """Return training images chosen by the run's seed; see `loaders.augment.examples`."""
         return examples(self.splits, count, self.seed)
 
-    def data(self, train: TrainConfig) -> Data:
+    def usable(self, train: TrainingSettings) -> TrainingSettings:
+        """Return a stage's training settings, in float32 where this CPU cannot compute in the precision asked for."""
+        return usable(train, self.device, self.warn)
+
+    def data(self, train: TrainingSettings) -> Data:
         """Return the splits on the device, with the training's augmentation."""
-        card = self.splits.card
-        split = self.splits.train.to(self.device)
-        augmenter = Augmenter(names=list(train.augment), size=card.input_shape[1:], padding=train.padding,
-                              seed=self.seed, samples=len(split))
-        return Data(split, self.splits.validation.to(self.device), augmenter, card.preprocessing)
-
-
-def training_recipe(train: TrainConfig, device: torch.device, views: int = 0) -> Recipe:
-    """A stage's settings as the training loop takes them."""
-    bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
-    return Recipe(
-        train.epochs, train.batch_size, optimizers.Settings(train.optimizer, train.lr, train.momentum, train.weight_decay),
-        Schedule(train.schedule, train.warmup), train.clip, views, torch.bfloat16 if bfloat16 else None, train.max_steps,
-        train.checkpoint_seconds, ema=train.ema)
+        return training_data(self.splits.train, self.splits.validation, self.splits.card, train, seed=self.seed,
+                             device=self.device)
 
 
 class Stage(Config):
@@ -236,6 +226,13 @@ class Sketch:
     is_onnx: bool = False  # the model is an ONNX file at this point
     is_static_int8: bool = False
     lines: list[str] = field(default_factory=list)  # one for each stage: what it would do
+
+    def check_training(self, stage: str, train: TrainingSettings) -> None:
+        """Raise UserError for training settings that the data cannot take."""
+        try:
+            check_sizes(train, self.card.input_shape)
+        except UserError as error:
+            raise UserError(f"{stage}.train.{error}") from error
 
     def refuse_int8(self, stage: str) -> None:
         """Raise UserError where the sketched model is int8 already."""

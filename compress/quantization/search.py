@@ -31,7 +31,7 @@ from compress.quantization.layer_times import layer_times
 from compress.quantization.portability import Backend, verify_portability
 from compress.quantization.static import (Calibration, Int8Network, OPERATORS, Operators, StaticSettings, layer_weights,
                                           layers_of, quantize_static)
-from compress.training.assessment import times_in_turns
+from compress.training.assessment import interleaved_times
 from loaders.arrays import Split
 from loaders.images import normalize
 from metadata.errors import UserError, VerificationError, first_line
@@ -116,7 +116,7 @@ class Search:
                     for operators in OPERATORS}
         files = {operators: network.model.SerializeToString() for operators, network in networks.items()}
         answers = [self._open(files[operators] if operators else self.floats, backend) for operators, backend in sides]
-        taken = dict(zip(sides, times_in_turns(answers, self.input_shape), strict=True))
+        taken = dict(zip(sides, interleaved_times(answers, self.input_shape), strict=True))
         wrong = self._wrong(networks, dict(zip(sides, answers, strict=True)))
         int8 = {(operators, backend): ms for (operators, backend), ms in taken.items()
                 if operators and (operators, backend) not in wrong}
@@ -275,7 +275,7 @@ class Search:
         timed = [candidate for candidate in self.candidates if candidate.latency_ms is None or self._meets(candidate)]
         files = [self.floats, *(candidate.content for candidate in timed)]
         answers = [self._open(content, self.backend) for content in files]
-        self.float_ms, *taken = times_in_turns(answers, self.input_shape)
+        self.float_ms, *taken = interleaved_times(answers, self.input_shape)
         for candidate, ms in zip(timed, taken, strict=True):
             candidate.latency_ms = ms
 

@@ -24,14 +24,14 @@ from architectures.layers import Architecture
 from architectures.weights import open_model
 from compress.evaluation.measure import measure_accuracy
 from compress.training.assessment import learned_parameters
+from compress.training.data import training_data
 from compress.training.distillation import cross_entropy
+from compress.training.flags import TrainingRun, validated
 from compress.training.loggers import draw_curves
-from compress.training.loop import Data, train
+from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
-from compress.training.run import (CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, training_data,
-                                   training_recipe, write_settings)
+from compress.training.run import CHECKPOINT, SUMMARY, claimed, flags_named, prepare, read_summary, write_settings
 from compress.training.trackers import Tracker
-from compress.training.train_config import TrainingConfig, validated
 from metadata.closest import closest
 from metadata.errors import UserError, VerificationError
 from metadata.files import read_json, write_atomically, write_json
@@ -61,14 +61,14 @@ class ChallengeModel:
 # Batch 32, Adam, ReduceLROnPlateau and rotations, as their authors have it. Theirs watches the test loss, which would be
 # choosing by the test split; here it watches the training loss.
 PUBLISHED_WAY: dict[str, Any] = {
-    "batch_size": 32, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0001, "scheduler": "plateau", "warmup": 0.0,
+    "batch_size": 32, "optimizer": "adam", "lr": 0.001, "weight_decay": 0.0001, "schedule": "plateau", "warmup": 0.0,
     "patience": 3, "factor": 0.5, "augment": ["affine"], "affine_degrees": 7.0, "affine_scale": 0.0, "affine_shear": 0.0,
     "affine_shift": 0.0}
 
 # Chosen on 10,000 images held out of train.
 OUR_WAY: dict[str, Any] = {
     "batch_size": 64, "optimizer": "muon", "lr": 0.02, "adamw_lr": 0.01, "momentum": 0.9, "weight_decay": 0.0,
-    "scheduler": "linear", "warmup": 0.05, "anneal": 0.7, "lr_floor": 0.02, "ema": 0.998, "augment": ["affine"]}
+    "schedule": "linear", "warmup": 0.05, "anneal": 0.7, "lr_floor": 0.02, "ema": 0.998, "augment": ["affine"]}
 
 MILD_AFFINE = {"affine_degrees": 8.0, "affine_scale": 0.08, "affine_shear": 0.08, "affine_shift": 1.5}
 
@@ -137,14 +137,15 @@ def run_challenge(models: Sequence[str], seeds: Sequence[int] | None, data_root:
         for seed in seeds if seeds is not None else range(ENTRIES[name].seeds):
             config = validated({
                 **ENTRIES[name].settings, "dataset": "mnist", "data_root": data_root, "download": download,
-                "model_name": name, "num_epochs": epochs, "val_fraction": 0, "seed": seed, "threads": threads,
-                "monitor": "train", "keep": "last", "log_dir": folder / name / f"seed{seed}"}, f"model {name}")
+                "model_name": name, "epochs": epochs, "validation_fraction": 0, "seed": seed, "threads": threads,
+                "monitor": "train", "keep": "last", "precision": "float32",
+                "log_dir": folder / name / f"seed{seed}"}, f"model {name}")
             results.append(_train(config, console))
     _compare(folder, console)
     return results
 
 
-def _train(config: TrainingConfig, console: Console) -> Result:
+def _train(config: TrainingRun, console: Console) -> Result:
     folder = config.log_dir
     with claimed(config):
         if done := _read_result(folder):
@@ -156,12 +157,13 @@ def _train(config: TrainingConfig, console: Console) -> Result:
         with flags_named():
             splits, model, options = prepare(config, tracker)
         write_settings(config)
-        data = training_data(config, splits, device)
-        data = Data(data.train, splits.open_test(), data.augmenter, data.preprocessing)  # measured, and never asked
+        # The test split is measured and decides nothing.
+        data = training_data(splits.train, splits.open_test(), splits.card, config.training, seed=config.seed,
+                             device=device)
         label = f"{config.model_name} seed {config.seed}"
         parameters = learned_parameters(model)
         console.print(f"{label}: {parameters:,} parameters", highlight=False)
-        trained = train(model, data, cross_entropy(config.label_smoothing), training_recipe(config, device, tracker),
+        trained = train(model, data, cross_entropy(config.label_smoothing), config.training,
                         label=label, seed=config.seed, device=device, checkpoint=folder / CHECKPOINT, tracker=tracker)
         rows = [{key.replace("validation", "test"): value for key, value in row.items() if key != "training"}
                 for row in read_csv(folder / "metrics.csv")]

@@ -1,23 +1,22 @@
-"""How a model does: mean loss and right answers on a split, and milliseconds beside others."""
+"""Loss, accuracy and interleaved latency of models."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.evaluation.measure import measure_latency
+from compress.training.precision import autocast
 from loaders.arrays import Split
 from loaders.images import normalize
 from metadata.schemas import Preprocessing
 
-ROUNDS, RUNS = 5, 26  # of a comparison in turns
+ROUNDS, RUNS = 5, 26  # of an interleaved comparison
 
 
 @dataclass(frozen=True)
@@ -30,26 +29,30 @@ class Assessment:
 
     @property
     def accuracy(self) -> float:
+        """Share of the images that are classified correctly."""
         return self.correct / self.images
 
 
 def learned_parameters(model: nn.Module) -> int:
-    """The numbers that training changes: parameters, without batch norms' statistics and other buffers."""
+    """Return the number of parameters, without batch norm statistics and other buffers."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def precision(autocast: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to a type, or nothing."""
-    return torch.autocast(device.type, autocast) if autocast else nullcontext()
-
-
-def assess(model: nn.Module, split: Split, preprocessing: Preprocessing, autocast: torch.dtype | None = None,
+def assess(model: nn.Module, split: Split, preprocessing: Preprocessing, dtype: torch.dtype | None = None,
            batch_size: int = 250) -> Assessment:
-    """Measures a model in eval mode on every image of a split that is not empty; the model's mode is put back."""
+    """Measure a model in eval mode on every image of a split, and restore the model's mode.
+
+    Args:
+        model: (N, C, H, W) -> (N, classes).
+        split: one image or more.
+        preprocessing: of the images.
+        dtype: type to compute in, None for float32.
+        batch_size: images per pass.
+    """
     training, device = model.training, next(model.parameters()).device
     model.eval()
     loss, correct = torch.zeros((), device=device, dtype=torch.float64), torch.zeros((), device=device, dtype=torch.int64)
-    with torch.inference_mode(), precision(autocast, device):
+    with torch.inference_mode(), autocast(dtype, device):
         for images, labels in split.batches(batch_size):
             labels = labels.to(device)
             logits = model(normalize(images.to(device), preprocessing)).float()
@@ -60,14 +63,14 @@ def assess(model: nn.Module, split: Split, preprocessing: Preprocessing, autocas
 
 
 def accuracy_of(model: nn.Module, split: Split, preprocessing: Preprocessing) -> float:
-    """The share of a split that the model classifies rightly, in eval mode."""
+    """Return the share of a split that the model classifies correctly, in eval mode."""
     return assess(model, split, preprocessing).accuracy
 
 
-def times_in_turns(answers: Sequence[Callable[[Tensor], Tensor]], input_shape: tuple[int, int, int]) -> list[float]:
-    """Milliseconds of each model at batch 1 on one CPU thread, in turns, so that a slow moment of the machine hits all.
+def interleaved_times(answers: Sequence[Callable[[Tensor], Tensor]], input_shape: tuple[int, int, int]) -> list[float]:
+    """Return the milliseconds of each model at batch 1 on one CPU thread, interleaved so that a slow moment hits all.
 
-    Of each turn the median; of a model's turns the median again.
+    Each round gives the median of its runs; the result is the median over the rounds.
     """
     taken = [[measure_latency(answer, input_shape, runs=RUNS).median_ms for answer in answers] for _ in range(ROUNDS)]
     return [statistics.median(column) for column in zip(*taken, strict=True)]

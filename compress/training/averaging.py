@@ -10,14 +10,14 @@ from torch import nn
 
 
 class Average:
-    """A copy of the model that follows it slowly: average += (1 - decay) (model - average), after every step.
+    """A copy of the model that follows the model slowly: average += (1 - decay) (model - average) after every step.
 
-    The decay starts low, min(decay, (1 + step) / (10 + step)), so that the random beginning is forgotten at once.
+    The decay starts low, min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon forgotten.
     Source: Polyak and Juditsky 1992; the warm-up is TensorFlow's ExponentialMovingAverage with num_updates.
 
     Args:
-        model: what to follow; parameters and floating buffers are averaged, whole numbers copied.
-        decay: in (0, 1); 0.999 remembers some thousand steps.
+        model: what to follow; parameters and floating-point buffers are averaged, integer buffers copied.
+        decay: in (0, 1); 0.999 averages over about a thousand steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -30,16 +30,16 @@ class Average:
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
-        """Takes one step towards the model, which has taken `step` steps."""
+        """Take one step towards the model, which has taken `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
         for own, other in self._whole:
             own.copy_(other)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged model's."""
+        """Return the state dict of the averaged model."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts an earlier average back."""
+        """Restore an earlier average."""
         self.model.load_state_dict(state)

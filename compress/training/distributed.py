@@ -1,7 +1,7 @@
-"""Several processes that train one model: who takes which images, and whose word counts.
+"""Several processes that train one model.
 
-Each process works on its share of every batch; DistributedDataParallel averages the gradients, so the weights stay equal.
-The first process alone measures, writes and speaks.
+Each process computes its share of every batch; DistributedDataParallel averages the gradients, so the weights stay equal.
+The first process alone measures, writes and prints.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from metadata.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Team:
-    """The processes of a training; alone by default."""
+    """The processes of a training; one by default."""
 
     rank: int = 0
     size: int = 1
@@ -29,7 +29,7 @@ class Team:
 
     @property
     def device(self) -> torch.device:
-        """This process's, where its messages lie as well: NCCL carries no others."""
+        """The device of this process. Messages lie there too, because NCCL carries no others."""
         return torch.device("cuda", self.local_rank) if self.cuda else torch.device("cpu")
 
     @property
@@ -38,11 +38,11 @@ class Team:
         return self.rank == 0
 
     def mine(self, ids: Tensor) -> Tensor:
-        """This process's share of a batch of indices (B,), B a multiple of the team's size."""
+        """Return this process's share of a batch of indices (B,); B is a multiple of the team's size."""
         return ids[self.rank::self.size]
 
     def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with gradients that are averaged over the team; batch statistics too, on CUDA."""
+        """Return the model with gradients that are averaged over the team; on CUDA, batch statistics too."""
         if self.size == 1:
             return model
         if device.type == "cuda":
@@ -52,7 +52,7 @@ class Team:
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The others enter when the first process has left."""
+        """Let the other processes enter when the first has left."""
         if not self.first:
             self.of_first([])
         yield
@@ -60,34 +60,34 @@ class Team:
             self.of_first([])
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over the team."""
+        """Return the sum of a tensor over the team."""
         if self.size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return value
 
     def of_first(self, values: list[float]) -> list[float]:
-        """The first process's numbers, for everyone.
+        """Return the first process's numbers in every process.
 
         Raises:
-            UserError: the first process is gone.
+            UserError: the first process has ended.
         """
         if self.size == 1:
             return values
         shared = torch.tensor([0.0, *values], dtype=torch.float64, device=self.device)
         try:
             dist.broadcast(shared, 0)
-        except RuntimeError as error:  # it has left, and said why
+        except RuntimeError as error:  # it has ended, with a message of its own
             raise UserError(f"process {self.rank}: the first process has stopped; its message says why") from error
         return [float(value) for value in shared[1:]]
 
 
 @contextmanager
 def joined(cuda: bool) -> Iterator[Team]:
-    """The team that `torchrun` started this process in, or a team of one.
+    """Join the team that `torchrun` started this process in, or a team of one.
 
     Raises:
-        UserError: more processes on this machine than CUDA devices.
+        UserError: this machine has more processes than CUDA devices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Team(cuda=cuda)
@@ -104,6 +104,6 @@ def joined(cuda: bool) -> Iterator[Team]:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        yield Team(rank, size, local_rank, cuda)
+        yield Team(rank=rank, size=size, local_rank=local_rank, cuda=cuda)
     finally:
         dist.destroy_process_group()

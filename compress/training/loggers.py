@@ -1,4 +1,4 @@
-"""Where an epoch's metrics go beside the CSV: curves as PNG, TensorBoard, Weights & Biases."""
+"""Loggers that take the metrics of an epoch beside the CSV: curves as PNG, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Logger(Protocol):
     """Takes the metrics of one training, epoch by epoch."""
 
     def start(self, done_epochs: int) -> None:
-        """Begins or continues after so many epochs; what was logged of later ones is to be forgotten."""
+        """Begin or continue after a number of epochs; forget what was logged of later epochs."""
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Takes an epoch's metrics, the epoch counted from 1."""
+        """Take the metrics of an epoch, counted from 1."""
 
     def close(self) -> None:
-        """Finishes what was begun."""
+        """Finish the log."""
 
 
 def require(package: str, flag: str) -> None:
-    """Raises UserError if a package is missing that a flag asks for."""
+    """Raise UserError if a package that a flag needs is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{flag}: the package {package} is not installed; pip install {package}, or leave the flag out")
 
@@ -42,7 +42,7 @@ class Curves:
         self.drawn = time.monotonic()
 
     def start(self, done_epochs: int) -> None:
-        """Nothing: every drawing is made from the CSV."""
+        """Do nothing: every drawing is made from the CSV."""
 
     def log(self, epoch: int, metrics: dict[str, float]) -> None:
         if time.monotonic() - self.drawn > CURVE_SECONDS:
@@ -83,7 +83,7 @@ class WeightsAndBiases:
         self.folder, self.project, self.config = folder, project, config
 
     def start(self, done_epochs: int) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would report its own crashes to its makers
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb would report its own crashes to its makers
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
@@ -101,7 +101,7 @@ class WeightsAndBiases:
 
 
 def logged_in() -> bool:
-    """Whether there is a key for Weights & Biases, in the environment or where `wandb login` puts it."""
+    """Return whether there is a key for Weights & Biases, in the environment or where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
@@ -112,12 +112,12 @@ def logged_in() -> bool:
 
 def draw_curves(path: Path, title: str, rows: list[dict[str, str]],
                 names: tuple[str, str] = ("train", "validation")) -> None:
-    """Loss, accuracy and learning rate of one training over its epochs.
+    """Draw loss, accuracy and learning rate of one training over its epochs.
 
     Args:
         path: the PNG to write.
         title: what was trained.
-        rows: of metrics.csv.
+        rows: rows of metrics.csv.
         names: the splits to draw, as in `<name>_loss` and `<name>_accuracy`.
     """
     import matplotlib

@@ -1,20 +1,20 @@
-"""glibc's allocator in training: what was freed is kept for the next step."""
+"""glibc's allocator in training: freed memory is kept for the next step."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-# Of glibc's <malloc.h>.
+# From glibc's <malloc.h>.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tells glibc's allocator to keep what is freed; returns whether it listened.
+    """Tell glibc's allocator to keep freed memory; return whether the allocator accepted that.
 
-    By default each tensor above 128 kB to 32 MB comes from the kernel anew, page by page and zeroed, in every step of a
-    training: on the machine of `benchmarks/results/training_speed.json` a tenth to a third of a step's time. Peak
-    memory is what it was; it is only not returned between the peaks.
+    By default each tensor above 128 kB to 32 MB is mapped anew by the kernel, page by page and zeroed, in every step of a
+    training: a tenth to a third of a step's time on the machine of `benchmarks/results/training_speed.json`. Peak memory
+    does not change; the process only keeps it between the peaks.
     """
     if sys.platform != "linux":
         return False

@@ -1,10 +1,9 @@
-"""Optimizers by name, and the parameter groups: every parameter in exactly one, norms and biases without decay."""
+"""Optimizers by name. Every parameter is in exactly one parameter group; norms and biases have no weight decay."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,49 +11,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How weights move.
-
-    Args:
-        name: of OPTIMIZERS, or "sam".
-        lr: peak learning rate.
-        momentum: of SGD (Nesterov's) and Muon.
-        weight_decay: on matrices and kernels.
-        adamw_lr: Muon only: peak learning rate of what is left to AdamW.
-        head_lr: Muon only: peak learning rate of the last matrix, which is left to AdamW as well; 0 for adamw_lr.
-        muon_scale: Muon only: how a matrix's shape scales its step: "match_rms_adamw" (0.2 sqrt(max(out, in)), so that
-            rates are like AdamW's) or "original" (sqrt(max(1, out / in))).
-        sam_base: SAM only: the optimizer that makes the step.
-        sam_rho: SAM only: length of the ascent.
-    """
-
-    name: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    adamw_lr: float = 0.002
-    head_lr: float = 0.0
-    muon_scale: str = "match_rms_adamw"
-    sam_base: str = "sgd"
-    sam_rho: float = 0.05
+from compress.training.settings import TrainingSettings
 
 
 Groups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Two groups: matrices and kernels with weight decay; vectors (norms, biases) without."""
+    """Return two groups: matrices and kernels with weight decay, vectors (norms, biases) without."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [([p for p in trainable if p.dim() > 1], weight_decay), ([p for p in trainable if p.dim() <= 1], 0.0)]
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
-def _muon(groups: Groups, settings: Settings) -> Optimizer:
-    """Kernels and hidden matrices, flattened to (out, in * h * w), by Muon; vectors and the last matrix by AdamW.
+def _muon(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
+    """Update kernels and hidden matrices, flattened to (out, in * h * w), by Muon; vectors and the last matrix by AdamW.
 
-    Kernels that have no use for it (depthwise ones, for instance) are left to AdamW by timm as well.
+    timm leaves kernels that gain nothing by Muon (depthwise ones, for instance) to AdamW as well.
     Source: Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
     """
     from timm.optim import Muon
@@ -71,30 +44,43 @@ def _muon(groups: Groups, settings: Settings) -> Optimizer:
     return optimizer
 
 
-# `fused` runs one kernel over all tensors of a group.
-OPTIMIZERS: dict[str, Callable[[Groups, Settings], Optimizer]] = {
-    "sgd": lambda groups, settings: torch.optim.SGD(groups, settings.lr, settings.momentum,
-                                                    nesterov=settings.momentum > 0, fused=True),
-    "adam": lambda groups, settings: torch.optim.Adam(groups, settings.lr, fused=True),
-    "adamw": lambda groups, settings: torch.optim.AdamW(groups, settings.lr, fused=True),
+def _sgd(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
+    """Return SGD with Nesterov momentum, in one kernel over all tensors of a group.
+
+    Under a loss scaler torch 2.14's fused kernel leaves the momentum uninitialized if the scaler skips the first step (the
+    usual case at the first scale of 65,536), and the next step makes the weights NaN.
+    """
+    return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.momentum > 0, fused=not scaled)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, TrainingSettings, bool], Optimizer]] = {
+    "sgd": _sgd,
+    "adam": lambda groups, settings, scaled: torch.optim.Adam(groups, settings.lr, fused=True),
+    "adamw": lambda groups, settings, scaled: torch.optim.AdamW(groups, settings.lr, fused=True),
     "muon": _muon,
 }
 
 
-def make_optimizer(settings: Settings, model: nn.Module) -> Optimizer:
-    """Builds an optimizer over the model's trainable parameters; for SAM, the one that makes its step."""
-    name = settings.sam_base if settings.name == "sam" else settings.name
-    return OPTIMIZERS[name](parameter_groups(model, settings.weight_decay), settings)
+def make_optimizer(settings: TrainingSettings, model: nn.Module, *, scaled: bool = False) -> Optimizer:
+    """Return an optimizer over the model's trainable parameters; for SAM, the optimizer that makes the step.
+
+    Args:
+        settings: which optimizer, and its settings.
+        model: what to train.
+        scaled: a loss scaler may skip steps of the optimizer.
+    """
+    name = settings.sam_base if settings.optimizer == "sam" else settings.optimizer
+    return OPTIMIZERS[name](parameter_groups(model, settings.weight_decay), settings, scaled)
 
 
 class Ascent:
-    """SAM's climb to the worst point nearby: w + rho g / |g|. The gradient there is what the optimizer then steps by.
+    """The ascent of SAM to the worst point nearby, w + rho g / |g|. The optimizer then steps by the gradient at that point.
 
     Source: Foret et al. 2021, "Sharpness-Aware Minimization", eq. 2.
 
     Args:
-        parameters: the trainable ones.
-        rho: length of the climb, in the norm over all parameters.
+        parameters: those without `requires_grad` are left out.
+        rho: length of the ascent, in the norm over all parameters.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rho: float) -> None:
@@ -103,10 +89,13 @@ class Ascent:
 
     @torch.no_grad()
     def up(self, gradient_scale: float = 1.0) -> None:
-        """Moves the weights along their gradients; `gradient_scale` is what a loss scaler multiplied the loss by.
+        """Move the weights along their gradients.
 
-        A gradient that is not finite (a loss scaled too far) moves nothing: the step is then a plain one, which the scaler
-        skips if it overflows too.
+        A gradient that is not finite (an overflow under a loss scaler) moves nothing. The step is then a plain one, which
+        the scaler skips if its gradient overflows too.
+
+        Args:
+            gradient_scale: factor by which a loss scaler multiplied the loss.
         """
         moving = [parameter for parameter in self.parameters if parameter.grad is not None]
         self._home = [parameter.clone() for parameter in self.parameters]
@@ -118,7 +107,7 @@ class Ascent:
 
     @torch.no_grad()
     def down(self) -> None:
-        """Puts the weights back, to the bit."""
+        """Put the weights back, to the bit."""
         for parameter, home in zip(self.parameters, self._home, strict=True):
             parameter.copy_(home)
         self._home = []
@@ -126,7 +115,7 @@ class Ascent:
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Any:
-    """Batch norms use their batch's statistics inside, but do not remember them."""
+    """Let batch norms use the statistics of their batch inside the context without recording them."""
     norms = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
     for module in norms:
         module.track_running_stats = False

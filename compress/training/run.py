@@ -1,4 +1,4 @@
-"""`python -m compress train`: data, model and settings in; trained weights, curves and one look at the test split out."""
+"""`python -m compress train`: train a model, write its weights and curves, and measure the test split once."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch import nn
 from architectures.counting import count_macs
 from architectures.describe import describe
 from architectures.zoo import check_forward, families, make, own_name
-from compress.training import optimizers
 from compress.training.assessment import assess, learned_parameters
+from compress.training.checkpoints import best_file
+from compress.training.data import check_sizes, seeded, training_data
 from compress.training.distillation import cross_entropy
 from compress.training.distributed import Team, joined
+from compress.training.flags import TrainingRun, validated
 from compress.training.loggers import Curves, Logger, TensorBoard, WeightsAndBiases
-from compress.training.loop import Data, Trained, best_file, seeded, train
+from compress.training.loop import Trained, train
 from compress.training.malloc import keep_freed_memory
-from compress.training.recipe import Recipe
-from compress.training.schedules import Schedule
+from compress.training.precision import autocast_dtype, usable
 from compress.training.trackers import Tracker
-from compress.training.train_config import TrainingConfig, validated
 from loaders.arrays import Splits
-from loaders.augment import Affine, Augmenter, center_crop
+from loaders.augment import center_crop
 from loaders.catalog import load, set_name
 from loaders.images import normalize
 from loaders.request import Request
@@ -45,16 +45,15 @@ SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
 RESERVED = {"name", "num_classes", "pretrained", "known"}  # arguments of `make` that are not the model's own
 LOOKED_AT = 5000  # training images that a model may see before it trains, such as for whitening
-NO_FLIP = {"mnist", "digits"}  # a mirrored digit is another sign
 
 
-def run_training(config: TrainingConfig, console: Console) -> dict[str, Any]:
-    """Trains as the configuration says, or what is left of it, and returns the content of summary.json.
+def run_training(config: TrainingRun, console: Console) -> dict[str, Any]:
+    """Train as the settings say, or what is left of the training, and return the content of summary.json.
 
-    Under torchrun, every process calls this; the first one alone writes and prints.
+    Under torchrun, every process calls this function; the first one alone writes and prints.
 
     Raises:
-        UserError: a mistake of the user's; nothing was lost, and the same command continues after mending it.
+        UserError: a mistake of the user. Nothing is lost, and the corrected command continues the training.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: torch sees no CUDA device; use device cpu or auto")
@@ -76,41 +75,41 @@ def run_training(config: TrainingConfig, console: Console) -> dict[str, Any]:
         return _train(config, team, tracker, loggers)
 
 
-def _train(config: TrainingConfig, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
-    with team.first_goes_first(), flags_named():  # if there is anything to fetch, one fetches it
+def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
+    with team.first_goes_first(), flags_named():  # one process fetches what is missing
         splits, model, options = prepare(config, tracker)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder, device = splits.card, config.log_dir, team.device
-    recipe = training_recipe(config, device, tracker)
-    recipe.check_batches("train", len(splits.train), team.size)
+    settings = usable(config.training, device, tracker.warn)
+    settings.check_batches("train", len(splits.train), team.size)
     if team.first:
         tracker = replace(tracker, folder=folder, loggers=loggers)
         write_settings(config)
     tracker.say(f"{config.model_name} ({learned_parameters(model):,} parameters) on {card.name} "
                 f"({len(splits.train):,} images, {len(splits.validation):,} held out, {list(card.input_shape)}), "
-                f"{config.num_epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
+                f"{config.epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
     if team.size > 1 and device.type == "cpu" and any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        tracker.warn("on CPUs each process normalises by its own share of a batch: with batch norms, the result is not "
+        tracker.warn("on CPUs each process normalizes by its own share of a batch: with batch norms, the result is not "
                      "that of one process")
     try:
-        trained = train(model, training_data(config, splits, device), cross_entropy(config.label_smoothing), recipe,
-                        label="train", seed=config.seed, device=device, checkpoint=folder / CHECKPOINT, tracker=tracker,
-                        team=team)
+        data = training_data(splits.train, splits.validation, card, settings, seed=config.seed, device=device)
+        trained = train(model, data, cross_entropy(settings.label_smoothing), settings, label="train", seed=config.seed,
+                        device=device, checkpoint=folder / CHECKPOINT, tracker=tracker, team=team)
     finally:
         for logger in loggers:
             logger.close()
     if not team.first:
         return {}
-    if team.size > 1:  # for CUDA its batch norms were exchanged for ones that speak with the other processes
+    if team.size > 1:  # on CUDA its batch norms were replaced by synchronized ones
         weights = model.state_dict()
         model = make(own_name(config.model_name), num_classes=card.num_classes, **options).to(device)
         model.load_state_dict(weights)
     with flags_named():
-        return _conclude(config, splits, model.eval(), options, trained, recipe)
+        return _conclude(config, splits, model.eval(), options, trained, autocast_dtype(settings.precision, device))
 
 
-# What the loaders call a setting, and what it is called here.
+# The loaders' name of a setting, and the flag of this command.
 _FLAGS = {
     "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
     "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
@@ -120,7 +119,7 @@ _FLAGS = {
 
 @contextmanager
 def flags_named() -> Iterator[None]:
-    """Errors of the loaders name this command's flags, not a recipe's keys."""
+    """Let errors of the loaders name the flags of this command instead of a recipe's keys."""
     try:
         yield
     except UserError as error:
@@ -130,18 +129,18 @@ def flags_named() -> Iterator[None]:
         raise type(error)(text) from error
 
 
-def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
-    """The data, the untrained (or pretrained) model, and the options that it was made with.
+def prepare(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
+    """Return the data, the untrained (or pretrained) model, and the options that the model was made with.
 
-    Grey images are given three channels where the model takes nothing else.
+    Gray images get three channels where the model takes nothing else.
 
     Raises:
-        UserError: data that is not there, an unknown model, or shapes that do not go together.
+        UserError: the data is missing, the model is unknown, or their shapes do not fit.
     """
     with tracker.progress("reading images") as advance:
         request = Request(
             name=set_name(config.dataset), root=config.data_root, download=config.download,
-            validation_fraction=config.val_fraction, seed=config.seed,
+            validation_fraction=config.validation_fraction, seed=config.seed,
             num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
             skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size)
         splits = load(request)
@@ -158,7 +157,7 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
             splits = load(replace(request, channels=3))
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
-    look = getattr(model, "initialize_from", None)  # of networks that begin by looking at their images
+    look = getattr(model, "initialize_from", None)  # of networks whose first weights depend on their images
     if look and not config.pretrained:
         some = torch.arange(0, len(splits.train), max(1, len(splits.train) // LOOKED_AT))
         images = center_crop(splits.train.images.batch(some), splits.card.input_shape[1:])
@@ -166,8 +165,8 @@ def prepare(config: TrainingConfig, tracker: Tracker) -> tuple[Splits, nn.Module
     return splits, model, options
 
 
-def _options(config: TrainingConfig, card: DatasetCard) -> dict[str, Any]:
-    """The model's options: those given, and what can be known from the data."""
+def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
+    """Return the model's options: those given, and those that follow from the data."""
     options = dict(config.model_options)
     if taken := RESERVED & options.keys():
         raise UserError(f"model_options: {min(taken)} is a setting of its own, or comes from the data")
@@ -192,66 +191,18 @@ def _options(config: TrainingConfig, card: DatasetCard) -> dict[str, Any]:
     return {**options, "stem": "small"}
 
 
-def _check(config: TrainingConfig, options: dict[str, Any], card: DatasetCard) -> None:
+def _check(config: TrainingRun, options: dict[str, Any], card: DatasetCard) -> None:
     with torch.device("meta"):
         module = make(own_name(config.model_name), num_classes=card.num_classes, **options)
-    channels, *sides = card.input_shape
     check_forward(module, f"model_name {config.model_name}", card.input_shape, card.num_classes)
+    check_sizes(config, card.input_shape)
     for side in sorted(set(config.size_schedule.values())):
-        if side > min(sides):
-            raise UserError(f"size_schedule: {side} pixels are more than the images have ({sides[0]}x{sides[1]})")
-        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (channels, side, side),
+        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (card.input_shape[0], side, side),
                       card.num_classes)
 
 
-def training_data(config: TrainingConfig, splits: Splits, device: torch.device) -> Data:
-    """The splits on the device, with the configuration's augmentation."""
-    train_split = splits.train.to(device)
-    names: list[Any] | None = config.augment
-    if names is None:
-        names = ["crop"] if splits.card.name in NO_FLIP else ["crop", "flip"]
-    affine = Affine(degrees=config.affine_degrees, scale=config.affine_scale, shear=config.affine_shear,
-                    shift=config.affine_shift)
-    augmenter = Augmenter(names=names, size=splits.card.input_shape[1:], padding=config.padding,
-                          seed=config.seed, samples=len(train_split), affine=affine)
-    return Data(train_split, splits.validation.to(device), augmenter, splits.card.preprocessing)
-
-
-def training_recipe(config: TrainingConfig, device: torch.device, tracker: Tracker) -> Recipe:
-    """The configuration as the training loop takes it."""
-    moves = optimizers.Settings(config.optimizer, config.lr, config.momentum, config.weight_decay, config.adamw_lr,
-                                config.head_lr, config.muon_scale, config.sam_base, config.sam_rho)
-    schedule = Schedule(config.scheduler, config.warmup, config.anneal, config.lr_floor, config.step_size, config.gamma)
-    return Recipe(
-        config.num_epochs, config.batch_size, moves, schedule, config.clip, autocast=autocast(config, device, tracker),
-        checkpoint_seconds=config.checkpoint_seconds, batch_sizes=config.bs_schedule, sizes=config.size_schedule,
-        accumulate=config.accumulate, mixup=config.mixup, ema=config.ema, patience=config.patience, factor=config.factor,
-        early_patience=config.early_patience, keep_best=config.keep == "best", compile=config.compile,
-        watch_training=config.monitor == "train", channels_last=config.channels_last)
-
-
-def autocast(config: TrainingConfig, device: torch.device, tracker: Tracker) -> torch.dtype | None:
-    """The type to compute in; None for float32, with a word where mixed precision was asked for and is not to be had.
-
-    Raises:
-        UserError: float16 on a CPU, where it is slower and there is no need.
-    """
-    if not config.use_amp:
-        return None
-    if device.type == "cpu":
-        if config.amp_dtype == "float16":
-            raise UserError("amp_dtype float16 is for CUDA; on a CPU use bfloat16, or leave use_amp out")
-        if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            tracker.warn("use_amp: this CPU has no bfloat16 instructions; training in float32")
-            return None
-        return torch.bfloat16
-    if config.amp_dtype == "float16" or (config.amp_dtype == "auto" and not torch.cuda.is_bf16_supported(False)):
-        return torch.float16
-    return torch.bfloat16
-
-
-def _loggers(config: TrainingConfig) -> list[Logger]:
-    """Curves always, the others as asked for; a missing package is found out before anything trains."""
+def _loggers(config: TrainingRun) -> list[Logger]:
+    """Return the loggers: curves always, the others as asked for. A missing package is an error before anything trains."""
     loggers: list[Logger] = [Curves(config.log_dir, f"{config.model_name} on {config.dataset}")]
     if config.use_tensorboard:
         loggers.append(TensorBoard(config.log_dir))
@@ -261,15 +212,15 @@ def _loggers(config: TrainingConfig) -> list[Logger]:
 
 
 @contextmanager
-def claimed(config: TrainingConfig) -> Iterator[None]:
-    """The log folder, for this process alone; it disappears again if nothing was written into it.
+def claimed(config: TrainingRun) -> Iterator[None]:
+    """Claim the log folder for this process; remove the folder again if nothing was written into it.
 
     Raises:
-        UserError: it holds another training (with the keys that differ), or something else, or is in use.
+        UserError: the folder holds another training (with the keys that differ), or something else, or is in use.
     """
     folder = config.log_dir
     files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # something has begun
+    if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # a training has begun
         if changed := config.difference(_settings_in(folder)):
             raise UserError(f"{folder} already holds another training ({', '.join(changed[:4])}"
                             f"{', ...' if len(changed) > 4 else ''}); choose --log_dir OTHER, or give the same settings "
@@ -287,7 +238,7 @@ def claimed(config: TrainingConfig) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _settings_in(folder: Path) -> TrainingConfig:
+def _settings_in(folder: Path) -> TrainingRun:
     path = folder / SETTINGS
     try:
         return validated(json.loads(path.read_text())["config"], str(path))
@@ -296,18 +247,18 @@ def _settings_in(folder: Path) -> TrainingConfig:
                         "--log_dir OTHER") from error
 
 
-def write_settings(config: TrainingConfig) -> None:
-    """Says what is trained in the log folder, when it begins."""
+def write_settings(config: TrainingRun) -> None:
+    """Write the settings into the log folder when the training begins."""
     if not (config.log_dir / CHECKPOINT).is_file():
         write_json(config.log_dir / SETTINGS, {"schema": 1, "config": config.model_dump(mode="json"),
                                                "machine": machine(), "versions": versions()})
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The content of summary.json, of a training that is over; None where there is none.
+    """Return the content of summary.json of a finished training, or None where there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
     """
     path = folder / SUMMARY
     if not path.is_file():
@@ -322,20 +273,20 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _conclude(config: TrainingConfig, splits: Splits, model: nn.Module, options: dict[str, Any], trained: Trained,
-              recipe: Recipe) -> dict[str, Any]:
-    """Writes the weights and what is known of them; opens the test split, for the first time."""
+def _conclude(config: TrainingRun, splits: Splits, model: nn.Module, options: dict[str, Any], trained: Trained,
+              dtype: torch.dtype | None) -> dict[str, Any]:
+    """Write the weights and their measurements; this opens the test split for the first time."""
     folder, card = config.log_dir, splits.card
     device = next(model.parameters()).device
     measured = {}
     for name, split in (("validation", splits.validation), ("test", splits.open_test())):
         if len(split):
-            found = assess(model, split.to(device), card.preprocessing, recipe.autocast)
+            found = assess(model, split.to(device), card.preprocessing, dtype)
             measured[name] = {"loss": found.loss, "accuracy": found.accuracy, "correct": found.correct,
                               "images": found.images}
     model.cpu()
     write_tensors(folder / "weights.pth", {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    with suppress(UserError):  # a network outside the layer table can be a teacher: by its name, options and weights
+    with suppress(UserError):  # a network outside the layer table can be a teacher by its name, options and weights
         write_json(folder / "architecture.json", describe(model, card.input_shape).to_json())
     write_json(folder / "card.json", card.model_dump(mode="json"))
     summary = {

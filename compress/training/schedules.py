@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions from progress in [0, 1] to a factor on the peak rate; plateau has a state."""
+"""Learning-rate schedules: pure functions from progress in [0, 1] to a factor on the peak rate. Plateau has a state."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from compress.training.settings import TrainingSettings
+
 
 def constant(progress: float) -> float:
-    """The peak rate throughout."""
+    """Return 1: the peak rate throughout."""
     return 1.0
 
 
 def cosine(progress: float) -> float:
-    """Half a cosine from 1 to 0. Source: Loshchilov and Hutter 2017, SGDR, eq. 5, one cycle."""
+    """Fall from 1 to 0 by half a cosine. Source: Loshchilov and Hutter 2017, SGDR, eq. 5, one cycle."""
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def linear(progress: float) -> float:
-    """A straight line from 1 to 0."""
+    """Fall from 1 to 0 in a straight line."""
     return 1.0 - progress
 
 
 def step(progress: float) -> float:
-    """A tenth after half, a hundredth after three quarters."""
+    """Return a tenth after one half, a hundredth after three quarters."""
     return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
 
 
 def one_cycle(progress: float, rise: float) -> float:
-    """Half a cosine up from 1/25 during `rise`, half a cosine down to 1/250,000; as torch's OneCycleLR does.
+    """Rise from 1/25 by half a cosine during `rise`, then fall to 1/250,000 by half a cosine, as torch's OneCycleLR.
 
     Source: Smith and Topin 2018, "Super-Convergence"; the shape and figures of torch.optim.lr_scheduler.OneCycleLR.
     """
@@ -43,44 +45,31 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine"
 ONE_CYCLE_RISE = 0.3
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A schedule with its settings.
+def rate_factor(settings: TrainingSettings, progress: float, epoch: int) -> float:
+    """Return the factor on the peak rate; "plateau" is constant here, see `Plateau`.
 
     Args:
-        name: of SCHEDULES, or "one_cycle", or "plateau" (constant here; see `Plateau`).
-        warmup: share of the steps with a linear rise from nought; of one_cycle, the share that rises (0: 0.3).
-        anneal: share of the training after which the end of the schedule is reached; the rest stays there.
-        floor: what is added to the schedule's factors, which are scaled by 1 - floor, so that the peak stays the peak.
-        step_size: "step" only: epochs between drops; 0 for drops at a half and at three quarters.
-        gamma: "step" only: factor of a drop, with `step_size`.
+        settings: the schedule's settings. `lr_floor` is added to the factors, which are scaled by 1 - lr_floor, so that
+            the peak stays the peak.
+        progress: share of the training that is done, in [0, 1].
+        epoch: the current epoch, counted from 0.
     """
-
-    name: str = "cosine"
-    warmup: float = 0.0
-    anneal: float = 1.0
-    floor: float = 0.0
-    step_size: int = 0
-    gamma: float = 0.1
-
-    def factor(self, progress: float, epoch: int) -> float:
-        """The factor on the peak rate at `progress` in [0, 1], in the epoch that is counted from nought."""
-        progress = min(progress / self.anneal, 1.0)
-        if self.name == "one_cycle":
-            value = one_cycle(progress, self.warmup or ONE_CYCLE_RISE)
-        elif progress < self.warmup:
-            return progress / self.warmup
-        elif self.name == "step" and self.step_size:
-            value = self.gamma ** (epoch // self.step_size)
-        else:
-            shape = SCHEDULES["constant" if self.name == "plateau" else self.name]
-            value = shape((progress - self.warmup) / (1 - self.warmup))
-        return self.floor + (1 - self.floor) * value if self.floor else value
+    progress = min(progress / settings.anneal, 1.0)
+    if settings.schedule == "one_cycle":
+        value = one_cycle(progress, settings.warmup or ONE_CYCLE_RISE)
+    elif progress < settings.warmup:
+        return progress / settings.warmup
+    elif settings.schedule == "step" and settings.step_size:
+        value = settings.gamma ** (epoch // settings.step_size)
+    else:
+        shape = SCHEDULES["constant" if settings.schedule == "plateau" else settings.schedule]
+        value = shape((progress - settings.warmup) / (1 - settings.warmup))
+    return settings.lr_floor + (1 - settings.lr_floor) * value if settings.lr_floor else value
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Plateau:
-    """Lowers the rate by `factor` when the loss has not fallen for more than `patience` epochs.
+    """Lower the rate by `factor` when the loss has not fallen for more than `patience` epochs.
 
     Source: torch.optim.lr_scheduler.ReduceLROnPlateau in mode "min", with its relative threshold of 1e-4.
     """
@@ -91,8 +80,8 @@ class Plateau:
     best: float = math.inf
     waited: int = 0
 
-    def see(self, loss: float) -> None:
-        """Takes an epoch's loss into account."""
+    def update(self, loss: float) -> None:
+        """Take an epoch's loss into account."""
         if loss < self.best * (1 - 1e-4):
             self.best, self.waited = loss, 0
             return

@@ -1,6 +1,6 @@
-"""What a person sees while work goes on: progress bars with time left, and one line an epoch where nobody looks.
+"""Progress: bars with the time left on a terminal, and a line now and then where the output is a file.
 
-Metrics go to `metrics.csv` (all epochs of all trainings of a stage) so that curves can be drawn later.
+Metrics go to `metrics.csv` (all epochs of all trainings of a stage), from which curves can be drawn later.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from metadata.formats import read_csv, write_csv
 
 
 class Advance(Protocol):
-    """Tells how far the work is; `note` is what else is worth seeing at that point."""
+    """Shows how far the work is; `note` stands beside the bar."""
 
     def __call__(self, done: int, total: int, note: str = "") -> None: ...
 
 
-QUIET_SECONDS = 10.0  # between lines, where the output is a file
+QUIET_SECONDS = 10.0  # between lines where the output is a file
 
 
 @dataclass
@@ -34,19 +34,19 @@ class Tracker:
     """Shows progress on a console and keeps a stage's metrics.
 
     Args:
-        console: where to.
-        folder: where `metrics.csv` goes; None keeps nothing.
-        loggers: where else the metrics go.
+        console: where progress is shown.
+        folder: where `metrics.csv` is written; None writes nothing.
+        loggers: take the metrics too.
     """
 
     console: Console
     folder: Path | None = None
     loggers: list[Logger] = field(default_factory=list)
-    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _rows: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     @contextmanager
     def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
-        """Yields `advance(done, total)`; a bar with the time left on a terminal, a line now and then elsewhere."""
+        """Yield `advance(done, total)`, which moves a bar on a terminal and prints a line now and then elsewhere."""
         if not self.console.is_terminal:
             lines = _Lines(self.console, what, unit)
             yield lines
@@ -63,7 +63,7 @@ class Tracker:
             yield advance
 
     def start(self, label: str, done_epochs: int) -> None:
-        """Begins or continues the training `label`; rows of epochs that will be run again are dropped."""
+        """Begin or continue the training `label`; drop the rows of epochs that will run again."""
         if self.folder:
             old = read_csv(self.folder / "metrics.csv")
             try:
@@ -74,7 +74,7 @@ class Tracker:
             logger.start(done_epochs)
 
     def epoch(self, label: str, **metrics: Any) -> None:
-        """Adds an epoch's row to metrics.csv."""
+        """Add the row of an epoch to metrics.csv."""
         self._rows.append({"training": label, **metrics})
         if self.folder:
             write_csv(self.folder / "metrics.csv", self._rows)
@@ -82,11 +82,11 @@ class Tracker:
             logger.log(metrics["epoch"], {key: value for key, value in metrics.items() if key != "epoch"})
 
     def say(self, text: str) -> None:
-        """A line for the user."""
+        """Print a line."""
         self.console.print(text, highlight=False)
 
     def warn(self, text: str) -> None:
-        """A line that the user should not miss."""
+        """Print a warning."""
         self.console.print(f"warning: {text}", style="bold red", highlight=False)
 
     def _last_note(self) -> str:
@@ -97,7 +97,7 @@ class Tracker:
 
 
 class _Lines:
-    """Progress for logs: what, how far and the time left, at most one line in QUIET_SECONDS."""
+    """Progress for logs: what is done, how far, and the time left; one line in QUIET_SECONDS at most."""
 
     def __init__(self, console: Console, what: str, unit: str) -> None:
         self.console, self.what, self.unit = console, what, unit
@@ -108,7 +108,7 @@ class _Lines:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if self.first is None:
-            self.first = done  # a resumed training does not start at nought
+            self.first = done  # a resumed training does not start at 0
         if now - self.last >= QUIET_SECONDS and done > self.first and not self.over:
             self.last = now
             left = (now - self.start) / (done - self.first) * (total - done)

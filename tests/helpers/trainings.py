@@ -7,7 +7,7 @@ import io
 import torch
 from rich.console import Console
 
-from compress.training.loop import Data
+from compress.training.data import Data
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages, Split
 from loaders.augment import Augmenter
@@ -29,5 +29,5 @@ def small_data(samples: int = 60, classes: int = 4) -> Data:
     images = numbered_images(samples)
     labels = torch.arange(samples) % classes
     split = Split(ArrayImages(images), labels)
-    return Data(split, split, Augmenter(names=["crop", "flip"], size=(8, 8), padding=2, seed=1, samples=samples),
-                Preprocessing(resize=8, crop=8))
+    augmenter = Augmenter(names=["crop", "flip"], size=(8, 8), padding=2, seed=1, samples=samples)
+    return Data(train=split, validation=split, augmenter=augmenter, preprocessing=Preprocessing(resize=8, crop=8))

@@ -25,19 +25,17 @@ from architectures.build import build
 from architectures.describe import describe
 from architectures.folding import fold_batch_norm
 from compress.packaging.export import export
-from compress.pipeline.config import TrainConfig
 from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
 from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer, prepare, restored
 from compress.quantization.dynamic import quantize_graph, quantize_weight
 from compress.quantization.int8_table import sqnr_db
 from compress.quantization.static import Calibration, StaticSettings, quantize_static as static_file
-from compress.training import optimizers
 from compress.training.assessment import accuracy_of
+from compress.training.data import Data
 from compress.training.distillation import cross_entropy
-from compress.training.loop import Data, train
-from compress.training.recipe import Recipe
-from compress.training.schedules import Schedule
+from compress.training.loop import train
+from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.augment import Augmenter
 from loaders.catalog import load
@@ -325,11 +323,11 @@ def learn(seed: int, folder: Path) -> tuple[float, float, float]:
     splits = load(Request(name="digits", channels=1, seed=seed))
     preprocessing, test = splits.card.preprocessing, splits.open_test()
     augmenter = Augmenter(names=[], size=(8, 8), padding=0, seed=seed, samples=len(splits.train))
-    data = Data(splits.train, splits.validation, augmenter, preprocessing)
+    data = Data(train=splits.train, validation=splits.validation, augmenter=augmenter, preprocessing=preprocessing)
 
     def fit(model: nn.Module, name: str, epochs: int, lr: float) -> float:
-        recipe = Recipe(epochs, 64, optimizers.Settings("sgd", lr, 0.9, 5e-4), Schedule("cosine", 0.1), compile=False)
-        train(model, data, cross_entropy(0), recipe, label=name, seed=seed, device=torch.device("cpu"),
+        settings = TrainingSettings(epochs=epochs, batch_size=64, lr=lr, compile=False)
+        train(model, data, cross_entropy(0), settings, label=name, seed=seed, device=torch.device("cpu"),
               checkpoint=folder / f"{name}.pth", tracker=Tracker(Console(file=io.StringIO())))
         return accuracy_of(model, test, preprocessing)
     torch.manual_seed(seed)
@@ -382,8 +380,8 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
     torch.manual_seed(0)
     model = student(4)
     before = copy.deepcopy(model.state_dict())
-    settings = TrainConfig(epochs=4, batch_size=64, lr=0.05, augment=["crop"], padding=1, checkpoint_seconds=0, ema=0.9,
-                           optimizer=optimizer)  # type: ignore[arg-type]
+    settings = TrainingSettings(epochs=4, batch_size=64, lr=0.05, augment=["crop"], padding=1, checkpoint_seconds=0,
+                                ema=0.9, optimizer=optimizer)  # type: ignore[arg-type]
     stage = Finetune(quantization_aware=True, freeze_after=0.5, train=settings)
     first, context = finetuned(tmp_path / "first", model, stage)
     again, _ = finetuned(tmp_path / "again", model, stage)

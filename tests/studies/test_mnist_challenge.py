@@ -66,7 +66,7 @@ def test_each_run_leaves_its_log_plots_and_weights_and_all_of_them_a_table(mnist
     again = compress(*arguments, "--model", "mnist_under_4k", "--seeds", "1")
     assert again.returncode == 0 and "finished before" in again.stdout and (run / "summary.json").read_bytes() == before
     assert_one_line_error(compress(*arguments[:-4], "--epochs", "3", "--model", "mnist_under_4k", "--seeds", "1"),
-                          "another training (num_epochs: 2 -> 3)", "--log_dir OTHER")
+                          "another training (epochs: 2 -> 3)", "--log_dir OTHER")
     (run / "summary.json").write_text("{")
     assert_one_line_error(compress(*arguments, "--model", "mnist_model_gap", "--seeds", "0"), "seed1/summary.json: damaged")
 

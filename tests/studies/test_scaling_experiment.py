@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ from architectures.zoo import make
 from compress.studies.scaling import experiment, images, plans
 from compress.studies.scaling.experiment import run_experiment
 from compress.studies.scaling.images import StudyImages, prepare, subset
-from compress.studies.scaling.plans import Point, Training
+from compress.studies.scaling.plans import Point
 from compress.studies.scaling.results import COLUMNS, CURVE, Results
+from compress.training.data import Data
 from compress.training.distillation import cross_entropy
-from compress.training.loop import Data, train
-from compress.training.recipe import Recipe
+from compress.training.loop import train
+from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages, Split
 from loaders.augment import Augmenter
@@ -80,10 +82,10 @@ def test_network_has_three_stages_that_double_in_width(width: int, depth: int) -
 @pytest.mark.parametrize("size", [130, 129, 40, 1438], ids=["a partial batch", "one over", "less than a batch", "all"])
 def test_flops_are_those_of_the_whole_training_as_torch_counts_them(digits: StudyImages, tmp_path: Path, size: int) -> None:
     point = Point(width=3, depth=2, batch_size=64, num_epochs=2, dataset_size=size, dataset="digits")
-    data = experiment.training_data(point, digits, CPU)
-    data = Data(data.train, images.taken(data.validation, torch.arange(0)), data.augmenter, data.preprocessing)
+    data = experiment.data_of(point, digits, CPU)
+    data = replace(data, validation=images.taken(data.validation, torch.arange(0)))
     with FlopCounterMode(display=False) as counter:
-        train(experiment.network(point, digits), data, cross_entropy(0.0), experiment.training_recipe(point), label="flops",
+        train(experiment.network(point, digits), data, cross_entropy(0.0), point.training, label="flops",
               seed=0, device=CPU, checkpoint=tmp_path / "checkpoint.pth", tracker=quiet())
     assert experiment.total_flops(point, digits) == counter.get_total_flops()
     steps = torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"]
@@ -105,8 +107,8 @@ def test_flops_of_measuring_are_a_forward_pass_each_time(digits: StudyImages) ->
 def test_engine_keeps_the_last_partial_batch_and_weighs_it_by_its_images(tmp_path: Path) -> None:
     pixels = torch.randint(0, 256, (70, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     split = Split(ArrayImages(pixels), torch.arange(70) % 3)
-    data = Data(split, split, Augmenter(names=[], size=(8, 8), padding=0, seed=0, samples=70),
-                Preprocessing(mode="RGB", resize=8, crop=8, mean=[0.5] * 3, std=[0.3] * 3))
+    data = Data(train=split, validation=split, augmenter=Augmenter(names=[], size=(8, 8), padding=0, seed=0, samples=70),
+                preprocessing=Preprocessing(mode="RGB", resize=8, crop=8, mean=[0.5] * 3, std=[0.3] * 3))
     seen: list[int] = []
     losses: list[float] = []
 
@@ -118,16 +120,17 @@ def test_engine_keeps_the_last_partial_batch_and_weighs_it_by_its_images(tmp_pat
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     tracker = Tracker(Console(file=io.StringIO()), tmp_path)
-    recipe = Recipe(5, 32, partial=True, measure_every=2, watch_training=True, compile=False)
-    train(model, data, loss, recipe, label="partial", seed=0, device=CPU, checkpoint=tmp_path / "c.pth", tracker=tracker)
+    settings = TrainingSettings(epochs=5, batch_size=32, drop_last=False, measure_every=2, monitor="train", warmup=0.0,
+                                compile=False)
+    train(model, data, loss, settings, label="partial", seed=0, device=CPU, checkpoint=tmp_path / "c.pth", tracker=tracker)
     assert seen == [32, 32, 6] * 5
     rows = read_csv(tmp_path / "metrics.csv")
     assert [row["epoch"] for row in rows if row["validation_loss"]] == ["2", "4", "5"]
     for row, (one, two, three) in zip(rows, zip(losses[::3], losses[1::3], losses[2::3], strict=True), strict=True):
         assert float(row["train_loss"]) == pytest.approx((32 * one + 32 * two + 6 * three) / 70, rel=1e-5)
-    assert Recipe(1, 32, partial=True).steps(0, 65) == (32, 2) and Recipe(1, 32).steps(0, 70) == (32, 2)
+    assert settings.steps(0, 65) == (32, 2) and TrainingSettings(batch_size=32).steps(0, 70) == (32, 2)
     with pytest.raises(UserError, match="cannot be shared by 2 processes"):
-        recipe.check_batches("partial", 70, 2)
+        settings.check_batches("partial", 70, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- the subset
@@ -216,8 +219,7 @@ def test_an_experiment_learns(tmp_path: Path) -> None:
 
 def test_a_diverged_run_is_a_row_with_its_message(compress: Compress, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (plans, experiment):
-        monkeypatch.setattr(module, "TRAINING", Training(lr=1e30))
+    monkeypatch.setattr(plans, "TRAINING", plans.TRAINING.model_copy(update={"lr": 1e30}))
     row = run(tmp_path)
     found, = read_csv(tmp_path / "results" / "final_data.csv")
     assert row["status"] == found["status"] == "diverged" and "the loss is" in found["message"]

@@ -17,7 +17,7 @@ from architectures.layers import Architecture
 from architectures.weights import open_model
 from compress.evaluation.measure import measure_accuracy
 from compress.settings import read_mapping, recipe_names
-from compress.training.train_config import TRAINING_RECIPES, TrainingConfig, parse_flags, resolve_training, validated
+from compress.training.flags import TRAINING_RECIPES, TrainingRun, parse_flags, resolve_training, validated
 from loaders.catalog import load
 from loaders.request import Request
 from metadata.errors import UserError
@@ -182,7 +182,7 @@ def test_every_packaged_recipe_is_valid_and_says_what_it_is() -> None:
     assert {"cifar10", "cifar10_fast", "cifar100", "mnist", "fashion_mnist", "digits", "oxford_iiit_pet"} <= set(
         recipe_names(TRAINING_RECIPES))
     for name in recipe_names(TRAINING_RECIPES):
-        assert validated(read_mapping(name, TRAINING_RECIPES, "")[1], name).num_epochs > 0
+        assert validated(read_mapping(name, TRAINING_RECIPES, "")[1], name).epochs > 0
         assert (PROJECT / "compress" / "recipes" / "training" / f"{name}.yaml").read_text().startswith("# ")
 
 
@@ -191,11 +191,12 @@ def test_flags_override_the_file_in_every_spelling(tmp_path: Path) -> None:
     file.write_text("dataset: CIFAR-10\nlr: 0.3\nscheduler: StepLR\n")
     config = resolve_training(["--config", str(file), "--lr=0.2", "--use_amp", "--bs_schedule", "0:64,5:128",
                                "--optimizer", "AdamW", "--model_options", "{width: 8}"])
-    assert (config.lr, config.use_amp, config.bs_schedule, config.optimizer) == (0.2, True, {0: 64, 5: 128}, "adamw")
-    assert config.scheduler == "step" and config.model_options == {"width": 8} and config.log_dir == Path("runs/mine")
+    assert (config.lr, config.precision, config.batch_size_schedule, config.optimizer) == (0.2, "mixed", {0: 64, 5: 128},
+                                                                                         "adamw")
+    assert config.schedule == "step" and config.model_options == {"width": 8} and config.log_dir == Path("runs/mine")
     assert parse_flags(["--lr", "1e-3"]) == {"lr": "1e-3"} and resolve_training(["--lr", "1e-3"]).lr == 0.001
     assert config.difference(validated({"lr": 0.2, "log_dir": "elsewhere", "threads": 7}, "x"))[0].startswith("dataset")
-    assert TrainingConfig().difference(TrainingConfig(threads=3, log_dir=Path("x"))) == []
+    assert TrainingRun().difference(TrainingRun(threads=3, log_dir=Path("x"))) == []
 
 
 def test_no_validation_split_means_the_training_loss_is_watched_and_the_last_weights_kept() -> None:
@@ -224,7 +225,7 @@ BAD = {
     "log folder is a file": (["--config", "digits", "--log_dir", "FILE/log"], "FILE"),
     "log folder is something else": (["--config", "digits", "--log_dir", "FULL"], "not a training's folder"),
     "float16 on a CPU": (["--config", "digits", "--use_amp", "--amp_dtype", "float16", "--device", "cpu", "--log_dir",
-                          "LOG"], "amp_dtype float16 is for CUDA"),
+                          "LOG"], "(amp_dtype float16) is for CUDA"),
     "no such weights": (["--config", "digits", "--model_name", "slim_resnet18", "--pretrained", "--log_dir", "LOG"],
                         "no pretrained weights"),
     "no data root": (["--dataset", "cifar10", "--log_dir", "LOG"], "--data_root"),
@@ -284,7 +285,7 @@ def test_a_team_whose_first_process_fails_says_why_and_shows_no_traceback(tmp_pa
          "--config", "digits", "--threads", "1", "--log_dir", str(tmp_path)], cwd=PROJECT, capture_output=True, text=True,
         timeout=300, check=False)
     assert done.returncode != 0 and done.stderr.count("not a training's folder") == 1
-    assert 'compress/training_run.py", line' not in done.stderr
+    assert 'compress/training/run.py", line' not in done.stderr
 
 
 @pytest.mark.parametrize(("flag", "package"), [("--use_wandb", "wandb"), ("--use_tensorboard", "tensorboard")])
@@ -307,32 +308,6 @@ def test_pretrained_weights_that_cannot_be_fetched(compress: Compress, tmp_path:
     assert_one_line_error(done, "pretrained weights cannot be fetched")
 
 
-def test_choices_are_what_there_is() -> None:
-    from typing import get_args
-
-    from compress.training.optimizers import OPTIMIZERS
-    from compress.training.schedules import SCHEDULES
-
-    def choices(key: str) -> set[str]:
-        return set(get_args(TrainingConfig.model_fields[key].annotation))
-
-    assert choices("optimizer") == {*OPTIMIZERS, "sam"} and choices("sam_base") == set(OPTIMIZERS)
-    assert choices("scheduler") == {*SCHEDULES, "one_cycle", "plateau"}
-
-
-def test_choices_of_a_stages_training_are_what_there_is() -> None:
-    from typing import get_args
-
-    from compress.pipeline.config import TrainConfig
-    from compress.training.optimizers import OPTIMIZERS
-    from compress.training.schedules import SCHEDULES
-    from loaders.augment import AUGMENTATIONS
-    choices = get_args(get_args(TrainConfig.model_fields["augment"].annotation)[0])
-    assert set(choices) == set(AUGMENTATIONS)
-    assert set(get_args(TrainConfig.model_fields["optimizer"].annotation)) == {*OPTIMIZERS, "sam"}
-    assert set(get_args(TrainConfig.model_fields["schedule"].annotation)) == {*SCHEDULES, "one_cycle"}
-
-
 @pytest.mark.slow
 def test_a_compiled_network_trains_as_an_eager_one_does(trained: Path, compress: Compress, tmp_path: Path) -> None:
     done = compress(*DIGITS, "--log_dir", tmp_path / "log", "--compile")
@@ -344,5 +319,7 @@ def test_a_compiled_network_trains_as_an_eager_one_does(trained: Path, compress:
 def test_help_lists_every_key(compress: Compress) -> None:
     done = compress("train", "--help")
     assert done.returncode == 0
-    for key in TrainingConfig.model_fields:
+    for key in TrainingRun.model_fields:
         assert f"--{key} = " in done.stdout
+    for name in TrainingRun.names():
+        assert f"--{name}" in done.stdout

@@ -11,11 +11,15 @@ from architectures.build import build
 from architectures.describe import carry_over, describe
 from architectures.layers import Architecture
 from architectures.zoo import make
-from compress.pipeline.config import TrainConfig
-from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
+from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
+from compress.training.data import seeded
 from compress.training.distillation import Targets, cached_targets, cross_entropy, distill, live_targets
-from compress.training.loop import Loss, seeded, train
+from compress.training.loop import train
+from compress.training.mixup import Loss
+from compress.training.precision import autocast_dtype
+from compress.training.settings import TrainingSettings
+from metadata.errors import UserError
 from metadata.records import DatasetCard
 
 
@@ -31,9 +35,13 @@ class Distill(Stage):
     cache_views: int = Field(0, ge=0, description="augmented views of each image whose teacher outputs are computed "
                                                   "once and cached; 0: the teacher runs on every batch")
     control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
-    train: TrainConfig = TrainConfig()
+    train: TrainingSettings = TrainingSettings()
 
     def check(self, sketch: Sketch) -> None:
+        sketch.check_training("distill", self.train)
+        if self.cache_views and (self.train.mixup or self.train.views):
+            raise UserError("distill.cache_views: the teacher's outputs are kept by image and augmentation, so that "
+                            "train.mixup and train.views must be 0; set cache_views 0 for them")
         architecture, student = self._student(sketch.card, sketch.seed)
         sketch.model = student.eval()
         control = ", and a control without the teacher" if self.control else ""
@@ -42,19 +50,22 @@ class Distill(Stage):
 
     def run(self, model: TeacherModel, context: Context) -> TorchModel:
         data = context.data(self.train)
-        recipe = training_recipe(self.train, context.device, self.cache_views)
+        settings = context.usable(self.train)
+        if self.cache_views:
+            settings = settings.model_copy(update={"views": self.cache_views})
+        dtype = autocast_dtype(settings.precision, context.device)
         teacher = model.module.to(context.device)
-        targets: Targets = live_targets(teacher, recipe.autocast)
+        targets: Targets = live_targets(teacher, dtype)
         if self.cache_views:
             cache = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
-                                   recipe.autocast, context.device, context.tracker)
+                                   dtype, context.device, context.tracker)
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             targets = cache
 
         def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
             architecture, student = self._student(context.splits.card, context.seed)
             outcome = train(
-                student, data, loss, recipe, label=label, seed=context.seed, device=context.device,
+                student, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
             details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
                        "lr": self.train.lr, "batch_size": self.train.batch_size, "temperature": self.temperature,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 from torch import fx
 
 from architectures.describe import carry_over, describe
-from compress.pipeline.config import TrainConfig
-from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel, training_recipe
+from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.quantization.aware import prepare, restored
 from compress.training.assessment import accuracy_of
+from compress.training.data import Data
 from compress.training.distillation import cross_entropy, distill, live_targets
-from compress.training.loop import Data, Loss, train
-from compress.training.recipe import Recipe
+from compress.training.loop import train
+from compress.training.mixup import Loss
+from compress.training.precision import autocast_dtype
+from compress.training.settings import TrainingSettings
 from metadata.errors import UserError
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
@@ -35,55 +36,57 @@ class Finetune(Stage):
                                        "alike on CPUs without VNNI")
     freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: fraction of the steps after which "
                                 "batch norm statistics and activation ranges are frozen")
-    train: TrainConfig = TrainConfig(epochs=5, lr=0.01)
+    train: TrainingSettings = TrainingSettings(epochs=5, lr=0.01)
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("finetune")
+        sketch.check_training("finetune", self.train)
         for key in ("weight_bits", "freeze_after"):
             if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
                 raise UserError(f"finetune.{key}: the setting has no effect without quantization_aware: true")
-        if self.quantization_aware and self.train.precision == "bfloat16":
-            raise UserError("finetune.train.precision: bfloat16 cannot hold the values of the 8-bit grids; with "
-                            "quantization_aware set auto or float32")
+        if self.quantization_aware and self.train.precision not in ("auto", "float32"):
+            raise UserError(f"finetune.train.precision: {self.train.precision} cannot hold the values of the 8-bit grids; "
+                            "with quantization_aware set auto or float32")
         sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else "")
                             + (f", quantization-aware, {self.weight_bits}-bit weights" if self.quantization_aware else ""))
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
-        recipe = training_recipe(self.train, context.device)
+        settings = context.usable(self.train)
         if self.quantization_aware:
-            recipe = replace(recipe, autocast=None)
+            settings = settings.model_copy(update={"precision": "float32"})
         loss = cross_entropy(self.train.label_smoothing)
         if self.teacher:
             teacher = context.latest(TeacherModel)
             if teacher is None:
                 raise UserError("finetune.teacher: true, but no stage before it gives a teacher")
-            targets = live_targets(teacher.module.to(context.device), recipe.autocast)
+            dtype = autocast_dtype(settings.precision, context.device)
+            targets = live_targets(teacher.module.to(context.device), dtype)
             loss = distill(targets, self.temperature, self.alpha, self.train.label_smoothing)
         data = context.data(self.train)
         if self.quantization_aware:
-            module = self._train_rounded(model.module, data, loss, recipe, context)
+            module = self._train_rounded(model.module, data, loss, settings, context)
         else:
             module = copy.deepcopy(model.module)
-            self._train(module, data, loss, recipe, context)
+            self._train(module, data, loss, settings, context)
         steps = [*model.architecture.compression_steps, self.history]
         return TorchModel(module, carry_over(describe(module, model.architecture.input_shape), model.architecture,
                                              compression_steps=steps))
 
-    def _train(self, module: fx.GraphModule, data: Data, loss: Loss, recipe: Recipe, context: Context) -> None:
+    def _train(self, module: fx.GraphModule, data: Data, loss: Loss, settings: TrainingSettings, context: Context) -> None:
         context.training_seconds += train(
-            module, data, loss, recipe, label="finetune", seed=context.seed, device=context.device,
+            module, data, loss, settings, label="finetune", seed=context.seed, device=context.device,
             checkpoint=context.folder / "checkpoint.pth", tracker=context.tracker).seconds
 
-    def _train_rounded(self, model: fx.GraphModule, data: Data, loss: Loss, recipe: Recipe,
+    def _train_rounded(self, model: fx.GraphModule, data: Data, loss: Loss, settings: TrainingSettings,
                        context: Context) -> fx.GraphModule:
         """Train the model rounded as static int8 will compute it, and return the float model with the trained weights."""
-        passes = recipe.steps(0, len(data.train))[1] * recipe.epochs
-        passes = min(passes, recipe.max_steps or passes) * (2 if recipe.optimizer.name == "sam" else 1)
+        # Forward passes: one for each part of an accumulated batch, and with SAM two.
+        passes = settings.total_steps(len(data.train)) * settings.accumulate * (2 if settings.optimizer == "sam" else 1)
         rounded = prepare(copy.deepcopy(model).to(context.device),
                           context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
                           freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
         before = accuracy_of(rounded, data.validation, data.preprocessing)
-        self._train(rounded, data, loss, recipe, context)
+        self._train(rounded, data, loss, settings, context)
         context.note("simulated_int8", {  # accuracy on the validation split
             "accuracy_post_training": before, "accuracy": accuracy_of(rounded, data.validation, data.preprocessing)})
         return restored(rounded, model)

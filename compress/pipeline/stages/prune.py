@@ -12,12 +12,13 @@ from torch import Tensor, fx, nn
 
 from architectures.counting import count_macs, count_parameters
 from architectures.describe import carry_over, describe
-from compress.pipeline.config import TrainConfig
-from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel, training_recipe
+from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
 from compress.pruning.prune import NEEDS_GRADIENTS, accumulate_gradients, prune, widths
-from compress.training.assessment import ROUNDS, RUNS, times_in_turns
+from compress.training.assessment import ROUNDS, RUNS, interleaved_times
+from compress.training.data import Data, seeded
 from compress.training.distillation import cross_entropy
-from compress.training.loop import Data, seeded, train
+from compress.training.loop import train
+from compress.training.settings import TrainingSettings
 from loaders.augment import center_crop
 from loaders.images import normalize
 
@@ -34,11 +35,12 @@ class Prune(CompressingStage):
                                                                       "over the network")
     multiple: int = Field(8, ge=1, description="round the remaining channels to a multiple; odd widths are slow")
     steps: int = Field(1, ge=1, description="number of steps in which the ratio is reached, with training between")
-    train: TrainConfig = Field(TrainConfig(epochs=1, lr=0.01), description="training between steps")
+    train: TrainingSettings = Field(TrainingSettings(epochs=1, lr=0.01), description="training between steps")
     gradient_batches: int = Field(10, ge=1, description="number of batches for criteria that need gradients")
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("prune")
+        sketch.check_training("prune", self.train)
         if sketch.model is None:
             return
         before, shape = sketch.model, sketch.card.input_shape
@@ -60,7 +62,7 @@ class Prune(CompressingStage):
                                       accumulate_gradients(lambda module: self._losses(module, data)))
             if step < self.steps:
                 context.training_seconds += train(
-                    pruned, data, cross_entropy(self.train.label_smoothing), training_recipe(self.train, context.device),
+                    pruned, data, cross_entropy(self.train.label_smoothing), context.usable(self.train),
                     label=f"prune step {step}", seed=context.seed, device=context.device,
                     checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker).seconds
                 pruned = pruned.to("cpu")
@@ -96,5 +98,5 @@ class Prune(CompressingStage):
 def _interleaved_latency(before: nn.Module, after: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Time both models interleaved, so that a slow moment of the machine hits both, and in the same memory format."""
     before, after = (copy.deepcopy(model).to(memory_format=torch.contiguous_format) for model in (before, after))
-    earlier, now = times_in_turns((before, after), shape)
+    earlier, now = interleaved_times((before, after), shape)
     return {"before_ms": earlier, "after_ms": now, "ratio": now / earlier, "rounds": ROUNDS, "runs_a_round": RUNS}

@@ -11,11 +11,12 @@ from torch import nn
 
 from architectures.weights import load_tensors
 from architectures.zoo import check_forward, make
-from compress.pipeline.config import TrainConfig
-from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, training_recipe
+from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
+from compress.training.data import seeded
 from compress.training.distillation import cross_entropy
-from compress.training.loop import seeded, train
+from compress.training.loop import train
+from compress.training.settings import TrainingSettings
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.records import ModelReference
 
@@ -28,12 +29,13 @@ class Teacher(Stage):
     pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached); "
                                                 "a checkpoint takes precedence")
     checkpoint: Path | None = Field(None, description="start from this .pth or .safetensors state dict")
-    train: TrainConfig = Field(TrainConfig(), description="epochs: 0 takes the weights as they are")
+    train: TrainingSettings = Field(TrainingSettings(), description="epochs: 0 takes the weights as they are")
     floor: float = Field(0.5, ge=0, le=1, description="validation accuracy below which the run warns loudly")
 
     def check(self, sketch: Sketch) -> None:
         if not (self.checkpoint or self.pretrained or self.train.epochs):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
+        sketch.check_training("teacher", self.train)
         with torch.device("meta"):
             module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
@@ -60,7 +62,7 @@ class Teacher(Stage):
         data = context.data(self.train)
         if self.train.epochs:
             context.training_seconds += train(
-                module, data, cross_entropy(self.train.label_smoothing), training_recipe(self.train, context.device),
+                module, data, cross_entropy(self.train.label_smoothing), context.usable(self.train),
                 label="teacher", seed=context.seed, device=context.device, checkpoint=context.folder / "checkpoint.pth",
                 tracker=context.tracker).seconds
         accuracy = accuracy_of(module.to(context.device), data.validation, card.preprocessing)

@@ -87,15 +87,15 @@ def calibrate(task: PointTask, report: Report) -> Speed:
     size = min(len(images.train), max(TRIAL_IMAGES, 4 * task.point.batch_size))
     trial = task.point.model_copy(update={
         "dataset_size": size, "num_epochs": 2, "batch_size": _trial_shape(task.point)[2]})
-    model, data = experiment.network(trial, images), experiment.training_data(trial, images, device)
+    model, data = experiment.network(trial, images), experiment.data_of(trial, images, device)
     seen = _Speeds(Console(quiet=True))
-    recipe = replace(experiment.training_recipe(trial), checkpoint_seconds=1e9)
+    settings = trial.training.model_copy(update={"checkpoint_seconds": 1e9})
     unmeasured = replace(data, validation=study_images.taken(data.validation, torch.arange(0)))
     with tempfile.TemporaryDirectory() as folder:
         for epochs in (2, 8):
             seen.speeds.clear()
-            train(model, unmeasured, cross_entropy(0.0), replace(recipe, epochs=epochs), label="trial", seed=0,
-                  device=device, checkpoint=Path(folder) / f"{epochs}.pth", tracker=seen)
+            train(model, unmeasured, cross_entropy(0.0), settings.model_copy(update={"epochs": epochs}), label="trial",
+                  seed=0, device=device, checkpoint=Path(folder) / f"{epochs}.pth", tracker=seen)
             if sum(size / speed for speed in seen.speeds) > TRIAL_SECONDS:
                 break
     test = study_images.taken(data.validation, torch.arange(min(len(data.validation), 1000)))
@@ -123,7 +123,7 @@ def _trial_shape(point: Point) -> TrialShape:
 
 
 def _seconds(point: Point, images: StudyImages, speed: Speed) -> float:
-    looks = experiment.training_recipe(point).looks()
+    looks = point.training.measurements()
     return point.dataset_size * point.num_epochs / speed.training + looks * len(images.test) / speed.measuring
 
 

@@ -6,7 +6,7 @@ The test split is measured along the way and nothing is chosen by it: no stoppin
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,15 @@ from architectures.families.scaling_cnn import ScalingCNN
 from architectures.zoo import make
 from compress.studies.scaling import images as study_images
 from compress.studies.scaling.images import StudyImages
-from compress.studies.scaling.plans import Point, TRAINING, make_point
+from compress.studies.scaling.plans import Point, make_point
 from compress.studies.scaling.results import CURVE, OVER, Results, ResultRow
-from compress.training import optimizers
 from compress.training.assessment import learned_parameters
+from compress.training.checkpoints import DivergedError
+from compress.training.data import Data, seeded, training_data
 from compress.training.distillation import cross_entropy
-from compress.training.loop import Data, DivergedError, seeded, train
+from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
-from compress.training.recipe import Recipe
-from compress.training.run import NO_FLIP
-from compress.training.schedules import Schedule
 from compress.training.trackers import Tracker
-from loaders.augment import Augmenter
 from loaders.catalog import set_name
 from metadata.errors import UserError
 from metadata.files import write_atomically
@@ -146,9 +143,9 @@ def _train(point: Point, results: Results, images: StudyImages, device: torch.de
     row = facts(point, images)
     tracker.say(f"{point.id}: {row['N']:,} parameters, {point.dataset_size:,} images, {row['steps']:,} steps on {device}")
     status, message, seconds = "done", "", None
-    recipe = replace(training_recipe(point), checkpoint_seconds=checkpoint_seconds)
+    settings = point.training.model_copy(update={"checkpoint_seconds": checkpoint_seconds})
     try:
-        seconds = train(model, training_data(point, images, device), cross_entropy(0.0), recipe,
+        seconds = train(model, data_of(point, images, device), cross_entropy(0.0), settings,
                         label=point.shape, seed=point.seed, device=device, checkpoint=folder / CHECKPOINT,
                         tracker=_Measured(tracker.console, folder, outer=tracker)).seconds
     except DivergedError as error:
@@ -180,27 +177,17 @@ def network(point: Point, images: StudyImages) -> ScalingCNN:
     return model
 
 
-def training_recipe(point: Point) -> Recipe:
-    """How a point is trained, as the engine takes it."""
-    moves = optimizers.Settings(TRAINING.optimizer, TRAINING.lr, TRAINING.momentum, TRAINING.weight_decay)
-    return Recipe(point.num_epochs, point.batch_size, moves, Schedule(TRAINING.schedule), watch_training=True,
-                  measure_every=point.test_freq, partial=True, compile=False)
-
-
-def training_data(point: Point, images: StudyImages, device: torch.device) -> Data:
-    """The point's subset, augmented, and the test split, which is measured and never asked."""
+def data_of(point: Point, images: StudyImages, device: torch.device) -> Data:
+    """Return the point's subset, augmented, and the test split, which is measured and decides nothing."""
     split = study_images.taken(images.train, study_images.subset(images.train.labels, point.dataset_size, point.seed))
-    names = [name for name in TRAINING.augment if name != "flip" or images.card.name not in NO_FLIP]
-    augmenter = Augmenter(names=names, size=images.card.input_shape[1:], padding=TRAINING.padding,
-                          seed=point.seed, samples=len(split))
-    return Data(split.to(device), images.test.to(device), augmenter, images.card.preprocessing)
+    return training_data(split, images.test, images.card, point.training, seed=point.seed, device=device)
 
 
 def facts(point: Point, images: StudyImages) -> ResultRow:
     """What a row says of a point that need not be trained for it."""
     shape, classes = images.card.input_shape, images.card.num_classes
     parameters = _network_facts(point.width, point.depth, shape, classes)[0]
-    steps = training_recipe(point).steps(0, point.dataset_size)[1] * point.num_epochs
+    steps = point.training.total_steps(point.dataset_size)
     return {"width": point.width, "depth": point.depth, "seed": point.seed, "batch_size": point.batch_size,
             "N": parameters, "D": point.dataset_size, "epochs": point.num_epochs, "steps": steps,
             "C_proxy": parameters * point.dataset_size * point.num_epochs, "total_flops": total_flops(point, images),
@@ -219,8 +206,7 @@ def total_flops(point: Point, images: StudyImages) -> int:
     weights and that of its input cost the same each; the first layer's input, the image, needs none. Measuring on the test
     split is not in it. Source: what torch.utils.flop_counter counts.
     """
-    recipe = training_recipe(point)
-    batch_size, steps = recipe.steps(0, point.dataset_size)
+    batch_size, steps = point.training.steps(0, point.dataset_size)
     trained = min(point.dataset_size, batch_size * steps)  # one image alone that is left over is left out
     return trained * point.num_epochs * flops_an_image(point.width, point.depth, images.card.input_shape,
                                                        images.card.num_classes)
@@ -235,7 +221,7 @@ def flops_an_image(width: int, depth: int, shape: tuple[int, int, int], classes:
 def measuring_flops(point: Point, images: StudyImages) -> int:
     """Floating-point operations of looking at the test split, 2 a multiply-add."""
     _, macs, _ = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
-    return 2 * macs * len(images.test) * training_recipe(point).looks()
+    return 2 * macs * len(images.test) * point.training.measurements()
 
 
 @cache

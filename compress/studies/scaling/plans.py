@@ -8,37 +8,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 
 from compress.settings import Config, RECIPES, read_mapping, settings_error
+from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError
 
 PLANS = RECIPES / "scaling"
 
 
-@dataclass(frozen=True)
-class Training:
-    """How every point is trained; a part of its id.
+# How every point is trained. Without `augment`, the data set's card decides whether images are mirrored. The test split
+# takes the place of the validation split: it is measured, and nothing is chosen by it.
+TRAINING = TrainingSettings(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, schedule="cosine", warmup=0.0,
+                            padding=4, drop_last=False, monitor="train", keep="last", precision="float32", compile=False)
 
-    The engine's SGD has Nesterov's momentum and decays kernels and matrices, not norms and biases; its cosine goes by
-    steps, not epochs. Digits are not flipped.
-    """
-
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    augment: tuple[str, ...] = ("crop", "flip")
-    padding: int = 4
-
-
-TRAINING = Training()
+# The part of a point's id that is the same for all. A change makes every finished point another point.
+IDENTITY = TRAINING.model_dump(include={"optimizer", "lr", "momentum", "weight_decay", "schedule", "padding"}) | {
+    "augment": ["crop", "flip"]}
 
 WIDEST, DEEPEST = 2**16, 2**10  # beyond that nothing is left of a study on small images but the memory it takes
 
@@ -69,9 +59,15 @@ class Point(Config):
     dataset: str = Field("cifar10", description="see loaders/")
 
     @property
+    def training(self) -> TrainingSettings:
+        """How the point is trained."""
+        return TRAINING.model_copy(update={"epochs": self.num_epochs, "batch_size": self.batch_size,
+                                           "measure_every": self.test_freq})
+
+    @property
     def id(self) -> str:
         """A readable name that no other configuration has."""
-        content = json.dumps([self.model_dump(mode="json"), asdict(TRAINING)], sort_keys=True)
+        content = json.dumps([self.model_dump(mode="json"), IDENTITY], sort_keys=True)
         return f"{self.shape}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     @property
