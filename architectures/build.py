@@ -1,11 +1,12 @@
-"""Architecture -> torch.fx.GraphModule, and the shapes that each layer gives, checked without allocating any."""
+"""Architecture -> torch.fx.GraphModule, and the shapes that the layers give, computed without allocating any tensor."""
 
 from __future__ import annotations
 
 import keyword
 from typing import TYPE_CHECKING
 
-from architectures.layers import Architecture, FunctionLayer
+from architectures.architecture import Architecture
+from architectures.layers.base import FunctionLayer
 from architectures.program import int8_graph
 from metadata.errors import VerificationError, first_line
 
@@ -19,7 +20,7 @@ MAX_WEIGHT_ELEMENTS = 2**31
 
 
 def build(architecture: Architecture) -> torch.fx.GraphModule:
-    """Builds the module that an architecture describes, with the original layer names and fresh weights.
+    """Build the module that an architecture describes, with the original layer names and fresh weights.
 
     The result trains, prunes, exports and takes `load_state_dict(strict=True)` like the module it was described from.
 
@@ -50,7 +51,7 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
 
 
 def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Runs the graph on the meta device, which allocates nothing, and returns each layer's output shape for one image.
+    """Run the graph on the meta device, which allocates nothing, and return each layer's output shape for one image.
 
     Raises:
         VerificationError: a layer cannot take what its inputs give (named), mixes the images of a batch, or is
@@ -63,15 +64,9 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), torch.no_grad():
         values = {"input": torch.empty(2, *architecture.input_shape)}
         for layer in architecture.layers:
-            inputs = [values[name] for name in layer.inputs]
             try:
-                if isinstance(layer, FunctionLayer):
-                    function, positional, options = layer.call(inputs)
-                    output = function(*positional, **options)
-                else:
-                    module = layer.module().eval()
-                    count += sum(tensor.numel() for tensor in module.state_dict().values())
-                    output = module(*inputs)
+                count += layer.parameters()
+                output = layer.run([values[name] for name in layer.inputs])
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
             if output.dim() < 2 or len(output) != 2:

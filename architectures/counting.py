@@ -1,26 +1,48 @@
-"""Counting what a model costs: stored numbers and multiply-adds."""
+"""Count what a model costs: stored numbers and multiply-adds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from architectures.architecture import Architecture
+from architectures.build import check_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs: the numbers that it stores, and its multiply-adds for one image."""
+
+    parameters: int
+    macs: int
+
+
+def layer_costs(architecture: Architecture) -> dict[str, LayerCost]:
+    """Return what each layer costs by the layer table, without allocating any tensor.
+
+    Raises:
+        VerificationError: see `check_shapes`.
+    """
+    shapes = check_shapes(architecture)
+    return {layer.name: LayerCost(layer.parameters(), layer.macs(shapes[layer.name])) for layer in architecture.layers}
+
+
 def count_parameters(model: nn.Module) -> int:
-    """Every stored number but batch counters: parameters, frozen or not, and buffers (int8 weights, BN statistics)."""
+    """Count every stored number but batch counters: parameters, frozen or not, and buffers such as int8 weights."""
     return count_numbers(model.state_dict())
 
 
 def count_numbers(weights: dict[str, Tensor]) -> int:
-    """The numbers of a state dict, without batch counters."""
+    """Count the numbers of a state dict, without batch counters."""
     return sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("num_batches_tracked"))
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Multiply-adds of the convolutions and matrix products for one image, as torch's flop counter sees them."""
+    """Count the multiply-adds of convolutions and matrix products for one image, as torch's flop counter sees them."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     device = next(iter(model.state_dict().values())).device

@@ -101,22 +101,18 @@ class QuantizedTensor:
         return self._parts
 
 
-FUSED = {"ReLU": ("relu", []), "ReLU6": ("hardtanh", [0.0, 6.0]), "SiLU": ("swish", []), "Hardswish": ("hardswish", [])}
-FUSED_WITH_ADD = {"ReLU": FUSED["ReLU"]}
-
-
 class Kernel:
     """A convolution or linear layer on oneDNN, packed for the shape of its first input, with what is fused behind it.
 
     Args:
         layer: Conv2d, Linear, Int8Conv2d or Int8Linear, on the CPU.
-        activation: of `FUSED`, or None.
+        post_op: the activation in oneDNN's words, see `Layer.post_op`, or None.
         adds: whether a second tensor is added, before the activation.
     """
 
-    def __init__(self, layer: nn.Module, activation: str | None = None, adds: bool = False) -> None:
+    def __init__(self, layer: nn.Module, post_op: tuple[str, list[float]] | None = None, adds: bool = False) -> None:
         self.layer, self.adds = layer, adds
-        self.attribute = FUSED[activation] if activation else ("none", [])
+        self.attribute: tuple[str, list[float]] = post_op or ("none", [])
         self.int8 = getattr(layer, "activations", "float32") == "int8"
         self.call: Callable[..., Tensor] | None = None
         self.shapes: tuple[torch.Size, torch.Size] | None = None  # of what is added to each other, at the first call

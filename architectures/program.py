@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 from architectures.int8 import int8_layers
-from architectures.kernels import FUSED, FUSED_WITH_ADD, Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
+from architectures.layers.base import Layer
+from architectures.layers.table import row_of_node
+from architectures.layers.tensors import Add
+from architectures.layers.weighted import Convolution
+from architectures.kernels import Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-NONNEGATIVE = {"ReLU", "ReLU6", "Sigmoid", "Hardsigmoid"}
-KEEPS_SIGN = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "Flatten", "Mean", "Add", "Multiply",
-              "Concat"}
 
 
 @dataclasses.dataclass
@@ -49,20 +49,19 @@ class Program:
 
     def __init__(self, model: torch.fx.GraphModule) -> None:
         import torch
-        from torch import fx, nn
+        from torch import fx
         self.channels_last = torch.channels_last
         modules = dict(model.named_modules())
         self.hooks = [hooks for module in modules.values() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         graph = fx.Graph()
         graph.output(graph.graph_copy(model.graph, {}))
         for node in list(graph.nodes):  # what evaluation passes on as it is would only stand between what can be fused
-            if node.op == "call_module" and type(modules[node.target]) in (nn.Dropout, nn.Identity):
+            if row_of_node(node, modules).identity:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         nodes = list(graph.nodes)
-        kinds = {node: type(modules[node.target]).__name__ if node.op == "call_module" else _function_name(node)
-                 for node in nodes}
-        fused = _fuse(nodes, kinds)
+        rows = {node: row_of_node(node, modules) for node in nodes}
+        fused = _fuse(nodes, rows)
         inner = {part for parts in fused.values() for part in (parts.layer, *parts.between)} - fused.keys()
         registers: dict[Any, int] = {}
         nonnegative: dict[Any, bool] = {}
@@ -75,12 +74,12 @@ class Program:
             elif node not in inner:
                 registers[node] = len(registers)
                 inputs = _inputs(node)
-                nonnegative[node] = kinds[node] in NONNEGATIVE or (
-                    node not in fused and kinds[node] in KEEPS_SIGN and all(nonnegative[source] for source in inputs))
+                nonnegative[node] = rows[node].nonnegative or (
+                    node not in fused and rows[node].keeps_sign and all(nonnegative[source] for source in inputs))
                 if node in fused:
                     parts = fused[node]
                     inputs = [parts.layer.args[0], *([] if parts.other is None else [parts.other])]
-                    function: Callable[..., Tensor] = Kernel(modules[parts.layer.target], parts.activation,
+                    function: Callable[..., Tensor] = Kernel(modules[parts.layer.target], parts.post_op,
                                                              parts.other is not None)
                 elif node.op == "call_module":
                     function = modules[node.target]
@@ -131,12 +130,11 @@ class Fused:
     layer: Any
     between: tuple[Any, ...]  # nodes after the layer and before the last one
     other: Any | None  # what is added
-    activation: str | None
+    post_op: tuple[str, list[float]] | None  # the activation
 
 
-def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
+def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
     """Groups of nodes that are one kernel, by their last node."""
-    weighted = {"Conv2d", "Linear", "Int8Conv2d", "Int8Linear"}
     order = {node: index for index, node in enumerate(nodes)}
     fused: dict[Any, Fused] = {}
 
@@ -146,44 +144,38 @@ def _fuse(nodes: list[Any], kinds: dict[Any, str]) -> dict[Any, Fused]:
     def latest(node: Any) -> int:
         """Where a layer's kernel runs at the latest: in the place of the last node that may be fused with it."""
         last, following = node, only_user(node)
-        if following is not None and kinds[following] == "Add":
+        if following is not None and rows[following] is Add:
             last, following = following, only_user(following)
-        return order[following if following is not None and kinds[following] in FUSED else last]
+        return order[following if following is not None and rows[following].post_op else last]
 
     adders = {}  # the addition -> the convolution whose kernel does it: the later of the two
     for node in nodes:
-        if kinds[node] == "Add" and len(set(_inputs(node))) == 2:
-            able = [source for source in _inputs(node) if kinds[source] in ("Conv2d", "Int8Conv2d")
+        if rows[node] is Add and len(set(_inputs(node))) == 2:
+            able = [source for source in _inputs(node) if issubclass(rows[source], Convolution)
                     and only_user(source) is node]
             able.sort(key=order.__getitem__)
             if able:
                 other, = (source for source in _inputs(node) if source is not able[-1])
                 # It is overwritten with the sum: it must be a tensor of its own that no other kernel reads afterwards.
-                owned = kinds[other] in weighted | set(FUSED) | {"Add", "MaxPool2d", "AvgPool2d", "Multiply", "Concat"}
-                if owned and all(user in (node, able[-1]) or (kinds[user] in weighted and latest(user) < order[node])
-                                 for user in other.users):
+                if rows[other].owns_output and all(
+                        user in (node, able[-1]) or (rows[user].weighted and latest(user) < order[node])
+                        for user in other.users):
                     adders[able[-1]] = node
     for node in nodes:
-        if kinds[node] not in weighted:
+        if not rows[node].weighted:
             continue
         chain, other = [node], None
         if node in adders:
             chain.append(adders[node])
             other, = (source for source in _inputs(adders[node]) if source is not node)
         following = only_user(chain[-1])
-        allowed = FUSED_WITH_ADD if other is not None or kinds[node].endswith("Linear") else FUSED
-        activation = kinds[following] if following is not None and kinds[following] in allowed else None
-        if activation:
+        activation = rows[following] if following is not None else Layer
+        alone = other is None and issubclass(rows[node], Convolution)
+        post_op = activation.post_op if alone or activation.post_op_anywhere else None
+        if post_op:
             chain.append(following)
-        fused[chain[-1]] = Fused(node, tuple(chain[1:-1]), other, activation)
+        fused[chain[-1]] = Fused(node, tuple(chain[1:-1]), other, post_op)
     return fused
-
-
-def _function_name(node: Any) -> str:
-    """The layer table's name of a function's node."""
-    import torch
-    names = {operator.add: "Add", operator.mul: "Multiply", torch.mean: "Mean", torch.cat: "Concat"}
-    return names.get(node.target, str(node.op))
 
 
 def _inputs(node: Any) -> list[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.training.assessment import accuracy_of
 from loaders.catalog import load

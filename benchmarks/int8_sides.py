@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from architectures.describe import describe
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from compress.evaluation.runtimes import compile_for_openvino, import_openvino
 from compress.packaging.export import export
 from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth

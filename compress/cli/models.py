@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from architectures.layers import Architecture
+    from architectures.architecture import Architecture
 
 
 def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage's folder or a submission")],
@@ -25,7 +25,7 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
 
 def _stored(folder: Path) -> Architecture:
     """Read the architecture of a stage's folder or of a submission."""
-    from architectures.layers import Architecture
+    from architectures.architecture import Architecture
     from metadata.errors import UserError
     from metadata.files import read_json
     from metadata.schemas import ARCHITECTURE_FILE

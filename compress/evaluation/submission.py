@@ -12,7 +12,7 @@ from pydantic import RootModel
 
 from architectures.counting import count_macs, count_parameters
 from architectures.kernels import int8_arithmetic, no_int8_kernels
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
 from metadata.errors import UserError, VerificationError

@@ -12,7 +12,8 @@ from torch import nn
 
 from architectures.counting import count_macs, count_parameters
 from architectures.kernels import layer_by_layer
-from architectures.layers import Architecture, Layer
+from architectures.architecture import Architecture
+from architectures.layers.base import Layer
 from architectures.source import source
 from compress.packaging.bundle import bundle
 from metadata.errors import UserError
@@ -156,7 +157,7 @@ class TorchPackage(SubmissionContents):
             text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
             write_atomically(folder / "README.md", text.encode())
         layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
-                  if layer.type in ("Conv2d", "Linear", "Int8Conv2d", "Int8Linear")}
+                  if layer.weighted}
         write_json(folder / METADATA_FILE, self._metadata(
             folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
             portability=DYNAMIC_INT8_PORTABLE if self.architecture.is_int8 else None,
@@ -193,7 +194,7 @@ or with torch alone, through the readable source in `model.py`:
 
 
 def _precision(layer: Layer, int8_model: bool) -> str:
-    if layer.type.startswith("Int8"):
+    if layer.int8:
         activations = "at run time" if layer.options()["activations"] == "int8" else "stay float32, which is faster"
         return f"int8: weights a scale an output channel, activations {activations}"
     return "float32: excluded by the recipe" if int8_model else "float32: not quantized"

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import compress.pipeline.stages
 from architectures.int8 import int8_layers
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model, read_weights
 from architectures.zoo import make
 from compress.settings import Config

@@ -20,13 +20,12 @@ from torch import Tensor, fx, nn
 
 from architectures.folding import norm_behind
 from architectures.int8 import int8_layers
+from architectures.layers.table import row_of_node
 from metadata.errors import UserError
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
 AVERAGING = 0.01  # share of a batch's range in the moving average, as in torch.ao's MovingAverageMinMaxObserver
 SMALLEST_SCALE = 1e-12  # as in compress.quantization: a tensor or channel of zeros
-# Their output lies on the grid of their input (dropout's does once it is trained), so it is not quantized again.
-STAY_ON_GRID = (nn.ReLU, nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Flatten, nn.Identity, nn.Dropout)
 
 
 class FakeQuantizedActivation(nn.Module):
@@ -217,14 +216,11 @@ def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
     """Quantizes every tensor of the graph that is not on a grid already."""
     modules, raw = dict(model.named_modules()), set[fx.Node]()
 
-    def module_of(node: fx.Node) -> nn.Module | None:
-        return modules.get(str(node.target)) if node.op == "call_module" else None
-
     for node in list(model.graph.nodes):
-        on_grid = isinstance(module_of(node), STAY_ON_GRID) and not raw.intersection(node.all_input_nodes)
+        on_grid = row_of_node(node, modules).keeps_grid and not raw.intersection(node.all_input_nodes)
         if on_grid or node.op == "output":
             continue
-        if len(node.users) == 1 and isinstance(module_of(next(iter(node.users))), (nn.ReLU, nn.ReLU6)):
+        if len(node.users) == 1 and row_of_node(next(iter(node.users)), modules).merges():
             raw.add(node)
             continue
         name = f"{RANGES}.{node.name}"

@@ -12,7 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-PASSES_FACTORS_ON = {"Relu", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool"}
+from architectures.layers.table import LAYER_TABLE
+
 LARGEST_FACTOR = 1e4  # of channels that are all but switched off
 ROUNDS = 20
 WEIGHTED = ("Conv", "Gemm")
@@ -42,6 +43,8 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, s
 
 def _pairs(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
     """Layers whose output, through what passes factors on, is read by exactly one other layer."""
+    pass_factors_on = {name for row in LAYER_TABLE.values() for name, operator in row.operators.items()
+                       if operator.passes_factors_on}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -54,7 +57,7 @@ def _pairs(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]
         node = first
         while len(reading := readers.get(node.output[0], [])) == 1 and node.output[0] not in outputs:
             node = reading[0]
-            if node.op_type not in PASSES_FACTORS_ON:
+            if node.op_type not in pass_factors_on:
                 break
         if node is not first and node.op_type == first.op_type:  # Flatten between Conv and Gemm mixes channels
             pairs.append((first, node))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
+from architectures.layers.table import LAYER_TABLE
 from compress.evaluation.onnx_files import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
 from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
 from compress.quantization.equalization import equalize
@@ -26,13 +27,21 @@ from compress.quantization.int8_table import Coverage, decibels
 from metadata.errors import UserError
 
 NOT_QUANTIZED = "the quantizer left it float"
-WEIGHTED = ["Conv", "Gemm", "MatMul"]
-_FEW = [*WEIGHTED, "Relu", "Clip"]  # these two become part of the layer before them
-_SUMS = [*_FEW, "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Flatten"]
 Operators = Literal["weighted", "sums", "all"]
-OPERATORS: dict[Operators, list[str]] = {
-    "weighted": _FEW, "sums": _SUMS,
-    "all": [*_SUMS, "Mul", "Reshape", "Concat", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"]}
+OPERATORS: tuple[Operators, ...] = get_args(Operators)
+
+
+def quantized_operators(choice: Operators) -> list[str]:
+    """Return the ONNX operators that a choice gives integers, by the layer table."""
+    included = OPERATORS[:OPERATORS.index(choice) + 1]
+    return sorted({name for row in LAYER_TABLE.values() for name, operator in row.operators.items()
+                   if operator.quantized in included})
+
+
+def weighted_operators() -> list[str]:
+    """Return the ONNX operators of layers with weights."""
+    return sorted({name for row in LAYER_TABLE.values() if row.weighted for name, operator in row.operators.items()
+                   if operator.quantized == "weighted"})
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,9 @@ class Calibration:
 
 def layers_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes that are layers with weights, in order."""
+    operators = weighted_operators()
     constants = {tensor.name for tensor in model.graph.initializer}
-    return [node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in constants]
+    return [node for node in model.graph.node if node.op_type in operators and node.input[1] in constants]
 
 
 def layer_weights(model: onnx.ModelProto) -> dict[str, int]:
@@ -168,7 +178,7 @@ def quantize_static(calibration: Calibration, settings: StaticSettings, kept_flo
         copied, True, settings.reduced, QuantType.QInt8,  # True: weights have a scale an output channel
         QuantType.QUInt8 if settings.activations == "uint8" else QuantType.QInt8, ranges, sorted(only),
         sorted(_with_what_follows(network, stay)),
-        WEIGHTED if only else OPERATORS[settings.operators],
+        weighted_operators() if only else quantized_operators(settings.operators),
         {"ActivationSymmetric": False, "WeightSymmetric": True,
          "QuantizeBias": False})  # runtimes do that when they load a file, and a scale for each would be stored beside it
     quantizer.quantize_model()

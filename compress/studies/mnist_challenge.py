@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from architectures.counting import count_macs
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.evaluation.measure import measure_accuracy
 from compress.training.assessment import learned_parameters

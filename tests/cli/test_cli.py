@@ -57,7 +57,7 @@ def test_plan_trains_nothing_and_writes_nothing(compress: Compress, tmp_path: Pa
 
 def test_describe_prints_architecture_json(compress: Compress, submission: Path) -> None:
     from architectures.build import check_shapes
-    from architectures.layers import Architecture
+    from architectures.architecture import Architecture
     done = compress("describe", "slim_resnet18", "num_classes=100", "width=16", "input_shape=3,32,32", "stem=small")
     architecture = Architecture.model_validate(json.loads(done.stdout))
     assert architecture.num_classes == 100 and check_shapes(architecture)["conv1"] == (16, 32, 32)

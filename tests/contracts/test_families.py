@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from architectures.build import build, check_shapes
 from architectures.describe import describe
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.source import source
 from architectures.weights import load_verified
 from architectures.zoo import make, names

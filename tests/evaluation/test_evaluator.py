@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import model_loader
 from architectures.build import build, check_shapes
 from architectures.counting import count_macs, count_parameters
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from compress.evaluation.measure import measure_latency
 from compress.evaluation.score import RESULT_KEYS, guarded_score, score
 from compress.evaluation.submission import load_model

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from architectures.build import build
 from architectures.counting import count_macs
 from architectures.describe import describe
-from architectures.layers import Architecture, LAYER_TABLE
+from architectures.architecture import Architecture
+from architectures.layers.table import LAYER_TABLE
 from architectures.zoo import make
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.runtimes import answering, open_onnx

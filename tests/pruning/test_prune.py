@@ -13,7 +13,7 @@ from architectures.counting import count_macs, count_parameters
 from architectures.describe import carry_over, describe
 from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import load_verified
 from architectures.zoo import make
 from compress.pruning.prune import CRITERIA, NEEDS_GRADIENTS, accumulate_gradients, prune, widths

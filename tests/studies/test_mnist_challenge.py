@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.studies.mnist_challenge import ENTRIES, Result, WEIGHTS
 from metadata.files import read_json

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.evaluation.measure import measure_accuracy
 from compress.settings import read_mapping, recipe_names

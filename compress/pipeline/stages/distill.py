@@ -9,7 +9,7 @@ from torch import fx
 
 from architectures.build import build
 from architectures.describe import carry_over, describe
-from architectures.layers import Architecture
+from architectures.architecture import Architecture
 from architectures.zoo import make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of

@@ -1,0 +1,68 @@
+"""Normalization layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from architectures.layers.base import Layer, OnnxWriter, Operator, register
+from metadata.schemas import Size
+
+
+class BatchNorm(Layer):
+    """A batch norm with stored statistics: without them its output would depend on the batch."""
+
+    operators = {"BatchNormalization": Operator()}
+
+    num_features: Size
+    eps: float = 1e-5
+    momentum: float | None = 0.1
+    affine: bool = True
+    track_running_stats: Literal[True] = True
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        name, count = self.name, self.num_features
+        affine = ([writer.parameter(self, "weight"), writer.parameter(self, "bias")] if self.affine else
+                  [writer.constant(f"{name}.weight", np.ones(count)), writer.constant(f"{name}.bias", np.zeros(count))])
+        moments = [writer.parameter(self, "running_mean"), writer.parameter(self, "running_var")]
+        return writer.node("BatchNormalization", name, [*inputs, *affine, *moments], epsilon=self.eps)
+
+
+@register
+class BatchNorm1d(BatchNorm):
+    """`torch.nn.BatchNorm1d`."""
+
+
+@register
+class BatchNorm2d(BatchNorm):
+    """`torch.nn.BatchNorm2d`."""
+
+
+@register
+class GroupNorm(Layer):
+    """`torch.nn.GroupNorm`."""
+
+    operators = {"Reshape": Operator("all"), "InstanceNormalization": Operator(), "Mul": Operator("all"),
+                 "Add": Operator("sums")}
+
+    num_groups: Size
+    num_channels: Size
+    eps: float = 1e-5
+    affine: bool = True
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        """Write each group of channels as one channel of an InstanceNormalization, then scale and shift each channel."""
+        name, groups = self.name, self.num_groups
+        ones = writer.constant(f"{name}.ones", np.full(groups, 1))
+        zeros = writer.constant(f"{name}.zeros", np.full(groups, 0))
+        rows = writer.constant(f"{name}.rows", [0, groups, -1], np.int64)
+        grouped = writer.node("Reshape", f"{name}.grouped", [*inputs, rows])
+        normal = writer.node("InstanceNormalization", f"{name}.normal", [grouped, ones, zeros], epsilon=self.eps)
+        back = writer.constant(f"{name}.shape", [-1, *shape], np.int64)
+        if not self.affine:
+            return writer.node("Reshape", name, [normal, back])
+        plain = writer.node("Reshape", f"{name}.plain", [normal, back])
+        scale, offset = (writer.constant(f"{name}.{key}", writer.weight(self, key).reshape(-1, *[1] * (len(shape) - 1)))
+                         for key in ("weight", "bias"))
+        return writer.node("Add", name, [writer.node("Mul", f"{name}.scaled", [plain, scale]), offset])

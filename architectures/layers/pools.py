@@ -1,0 +1,152 @@
+"""Pooling layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from architectures.layers.base import Layer, OnnxWriter, Operator, outside, register, traced_argument, traced_tensors
+from metadata.errors import UserError
+from metadata.schemas import Padding, Pair
+
+if TYPE_CHECKING:
+    from torch import fx, nn
+
+
+class Pool(Layer):
+    """A pool of windows of a fixed size."""
+
+    # The arguments of the function in torch.nn.functional, in order, and their defaults.
+    arguments: ClassVar[dict[str, Any]]
+    keeps_sign = owns_output = True
+
+    kernel_size: Pair
+    stride: Pair
+    padding: Padding = (0, 0)
+    ceil_mode: bool = False
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        options = {name: traced_argument(node, position, name, default)
+                   for position, (name, default) in enumerate(cls.arguments.items(), start=1)}
+        if options.pop("divisor_override", None) is not None or options.pop("return_indices", False):
+            raise outside(node.name, f"{cls.__name__} with divisor_override or return_indices")
+        options["stride"] = options["stride"] or options["kernel_size"]
+        return list(traced_tensors(node)[:1]), options
+
+    def end_padding(self, shape: tuple[int, ...], dilation: Sequence[int]) -> list[int]:
+        """Return by axis how far the last windows reach beyond the image (C, H, W): the padding, or more by ceil_mode.
+
+        ONNX runtimes do not agree on ceil_mode (ONNX keeps a last window that begins in the padding, PyTorch does not),
+        so that ceil_mode is written out as padding.
+        """
+        ends = []
+        for size, kernel, stride, pad, step in zip(shape[1:], self.kernel_size, self.stride, self.padding, dilation,
+                                                   strict=True):
+            reach = step * (kernel - 1) + 1
+            windows = -(-(size + 2 * pad - reach) // stride) + 1
+            if (windows - 1) * stride >= size + pad:  # as PyTorch's pooling_output_shape
+                windows -= 1
+            ends.append(max(pad, (windows - 1) * stride + reach - size - pad) if self.ceil_mode else pad)
+        return ends
+
+
+@register
+class MaxPool2d(Pool):
+    """`torch.nn.MaxPool2d`."""
+
+    arguments = {"kernel_size": None, "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False,
+                 "return_indices": False}
+    functions = ("torch.nn.functional.max_pool2d",)
+    operators = {"MaxPool": Operator("sums", passes_factors_on=True)}
+    keeps_grid = True
+
+    dilation: Pair = (1, 1)
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        return writer.node("MaxPool", self.name, inputs, kernel_shape=self.kernel_size, strides=self.stride,
+                           dilations=self.dilation, pads=[*self.padding, *self.end_padding(shape, self.dilation)])
+
+
+@register
+class AvgPool2d(Pool):
+    """`torch.nn.AvgPool2d`."""
+
+    arguments = {"kernel_size": None, "stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True,
+                 "divisor_override": None}
+    functions = ("torch.nn.functional.avg_pool2d",)
+    operators = {"AveragePool": Operator("sums", passes_factors_on=True), "Mul": Operator("all")}
+
+    count_include_pad: bool = True
+
+    @classmethod
+    def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
+        if module.divisor_override:
+            raise outside(name, "AvgPool2d with padding_mode or divisor_override")
+        return super().from_module(module, name)
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        """Write the mean of what lies in the image, times its share of the window where the padding counts.
+
+        OpenVINO 2026 is wrong where it counts the padding itself and the network is int8: it pads integers with 0, which
+        does not stand for zero there.
+        """
+        ends = self.end_padding(shape, (1, 1))
+        shares = [shares_inside(*axis) for axis in zip(shape[1:], self.kernel_size, self.stride, self.padding, ends,
+                                                       strict=True)]
+        counts = self.count_include_pad and any((share < 1).any() for share in shares)
+        pooled = writer.node("AveragePool", f"{self.name}.inside" if counts else self.name, inputs,
+                             kernel_shape=self.kernel_size, strides=self.stride, pads=[*self.padding, *ends])
+        if not counts:
+            return pooled
+        return writer.node("Mul", self.name, [pooled, writer.constant(f"{self.name}.shares", np.outer(*shares))])
+
+
+def shares_inside(size: int, kernel: int, stride: int, pad: int, end: int) -> NDArray[np.float64]:
+    """Return, by window along an axis, the part in the image over the part that counts: image and padding."""
+    starts = np.arange((size + pad + end - kernel) // stride + 1) * stride - pad
+    inside = np.minimum(starts + kernel, size) - np.maximum(starts, 0)
+    return inside / (np.minimum(starts + kernel, size + pad) - starts)
+
+
+class AdaptivePool(Layer):
+    """A pool to an output of a fixed size."""
+
+    keeps_sign = True
+
+    output_size: Pair
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        size, wanted = shape[1:], self.output_size
+        over_all, windowed = self.operators
+        if wanted == (1, 1):
+            return writer.node(over_all, self.name, inputs)
+        if any(have % want for have, want in zip(size, wanted, strict=True)):
+            raise UserError(f"export: layer {self.name} pools {size[0]}x{size[1]} to {wanted[0]}x{wanted[1]}; windows of "
+                            "unequal size have no ONNX operator, only whole multiples do")
+        kernel = [have // want for have, want in zip(size, wanted, strict=True)]
+        return writer.node(windowed, self.name, inputs, kernel_shape=kernel, strides=kernel)
+
+
+@register
+class AdaptiveAvgPool2d(AdaptivePool):
+    """`torch.nn.AdaptiveAvgPool2d`."""
+
+    functions = ("torch.nn.functional.adaptive_avg_pool2d",)
+    operators = {"GlobalAveragePool": Operator("sums", passes_factors_on=True),
+                 "AveragePool": Operator("sums", passes_factors_on=True)}
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [node.args[0]], {"output_size": traced_argument(node, 1, "output_size", 1)}
+
+
+@register
+class AdaptiveMaxPool2d(AdaptivePool):
+    """`torch.nn.AdaptiveMaxPool2d`."""
+
+    operators = {"GlobalMaxPool": Operator(passes_factors_on=True), "MaxPool": Operator("sums", passes_factors_on=True)}
+    keeps_grid = True

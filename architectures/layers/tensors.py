@@ -1,0 +1,165 @@
+"""Layers that move, join or combine tensors, and those that do nothing in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
+
+import numpy as np
+
+from architectures.layers.base import (
+    FunctionLayer, Layer, OnnxWriter, Operator, outside, register, resolved, traced_argument, traced_tensors)
+from metadata.errors import UserError
+from metadata.schemas import Fraction
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+@register
+class Identity(Layer):
+    """`torch.nn.Identity`."""
+
+    methods = ("contiguous",)
+    identity = keeps_grid = True
+
+
+@register
+class Dropout(Layer):
+    """`torch.nn.Dropout`."""
+
+    functions = ("torch.nn.functional.dropout",)
+    identity = keeps_grid = True  # on the grid once it is trained
+
+    p: Fraction = 0.5
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [node.args[0]], {"p": traced_argument(node, 1, "p", 0.5)}
+
+
+@register
+class Flatten(Layer):
+    """`torch.nn.Flatten`, and `x.view(x.size(0), -1)`, the old way to write it."""
+
+    functions = ("torch.flatten",)
+    methods = ("flatten", "view", "reshape")
+    operators = {"Flatten": Operator("sums"), "Reshape": Operator("all")}
+    keeps_sign = keeps_grid = True
+
+    start_dim: int = 1
+    end_dim: int = -1
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        if node.target not in ("view", "reshape"):
+            return [node.args[0]], {"start_dim": traced_argument(node, 1, "start_dim", 0),
+                                    "end_dim": traced_argument(node, 2, "end_dim", -1)}
+        shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+        if len(shape) != 2 or shape[1] != -1:
+            raise outside(node.name, "a reshape other than flattening, x.view(x.size(0), -1),")
+        return [node.args[0]], {}
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        if self.start_dim == 1 and self.end_dim in (-1, len(shape)):
+            return writer.node("Flatten", self.name, inputs, axis=1)
+        target = writer.constant(f"{self.name}.shape", [-1, *writer.shape(self.name)], np.int64)
+        return writer.node("Reshape", self.name, [*inputs, target])
+
+
+@register
+class Mean(FunctionLayer):
+    """`torch.mean` over named dimensions."""
+
+    functions = ("torch.mean",)
+    methods = ("mean",)
+    operators = {"ReduceMean": Operator(), "GlobalAveragePool": Operator("sums", passes_factors_on=True),
+                 "Flatten": Operator("sums")}
+    keeps_sign = True
+
+    dim: list[int]
+    keepdim: bool = False
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        dim = traced_argument(node, 1, "dim", None)
+        if dim is None:
+            raise UserError(f"layer {node.name}: a mean over the batch is not in the layer table; name the dimensions")
+        return [node.args[0]], {"dim": [dim] if isinstance(dim, int) else list(dim),
+                                "keepdim": traced_argument(node, 2, "keepdim", False)}
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        axes = sorted(dim % (len(shape) + 1) for dim in self.dim)
+        if axes != [2, 3] or len(shape) != 3:
+            return writer.node("ReduceMean", self.name, inputs, axes=axes, keepdims=int(self.keepdim))
+        if self.keepdim:  # runtimes have int8 kernels for this pooling, and none for the mean
+            return writer.node("GlobalAveragePool", self.name, inputs)
+        pooled = writer.node("GlobalAveragePool", f"{self.name}.pooled", inputs)
+        return writer.node("Flatten", self.name, [pooled], axis=1)
+
+    def expression(self, inputs: list[str], module: str) -> str:
+        return f"{inputs[0]}.mean({self.dim}, keepdim={self.keepdim})"
+
+
+class Binary(FunctionLayer):
+    """An operation on two tensors of one shape, or of shapes that broadcast."""
+
+    input_count = (2, 2)
+    keeps_sign = owns_output = True
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        if len(node.args) != 2 or len(traced_tensors(node)) != 2 or node.kwargs:
+            raise UserError(f"layer {node.name}: {cls.__name__} takes two tensors here; constants are not in the layer "
+                            "table")
+        return list(traced_tensors(node)), {}
+
+
+@register
+class Add(Binary):
+    """The sum of two tensors."""
+
+    functions = ("operator.add", "_operator.iadd", "torch.add")
+    methods = ("add",)
+    operators = {"Add": Operator("sums")}
+
+    def expression(self, inputs: list[str], module: str) -> str:
+        return " + ".join(inputs)
+
+
+@register
+class Multiply(Binary):
+    """The product of two tensors, value by value."""
+
+    functions = ("operator.mul", "_operator.imul", "torch.mul")
+    methods = ("mul",)
+    operators = {"Mul": Operator("all")}
+
+    def expression(self, inputs: list[str], module: str) -> str:
+        return " * ".join(inputs)
+
+
+@register
+class Concat(FunctionLayer):
+    """Tensors joined along a dimension."""
+
+    input_count = (1, 1000)
+    functions = ("torch.cat",)
+    operators = {"Concat": Operator("all")}
+    keeps_sign = owns_output = True
+
+    dim: int = 1
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        sources: Any = node.args[0]
+        return list(sources), {"dim": traced_argument(node, 1, "dim", 0)}
+
+    def call(self, inputs: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        return resolved("torch.cat"), (inputs,), self.options()
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        return writer.node("Concat", self.name, inputs, axis=self.dim)
+
+    def expression(self, inputs: list[str], module: str) -> str:
+        return f"torch.cat([{', '.join(inputs)}], dim={self.dim})"
