@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from architectures.layers.base import Layer
 from architectures.layers.table import LAYER_TABLE
@@ -19,9 +18,9 @@ def _check_types(layers: Any) -> Any:
         kind = layer.get("type") if isinstance(layer, dict) else None
         if isinstance(kind, str) and kind not in LAYER_TABLE:
             near = closest(kind, LAYER_TABLE) if len(kind) < 50 else ""
-            error = PydanticCustomError("layer_type", "unknown layer type{near}", {"near": near})
-            raise ValidationError.from_exception_data("Architecture", [
-                InitErrorDetails(type=error, loc=(index, "type"), input=kind)])
+            raise ValidationError.from_exception_data("Architecture", [{
+                "type": "value_error", "loc": (index, "type"), "input": kind,
+                "ctx": {"error": ValueError(f"unknown layer type{near}")}}])
     return layers
 
 
