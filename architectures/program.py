@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
