@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Step:
     """One call of a `Program`: registers in, register out, and the registers that nobody reads any more.
 
@@ -84,8 +84,9 @@ class Program:
                     function = modules[node.target]
                 else:
                     function = functools.partial(_call_function, node)
-                self.steps.append(Step(function, [registers[source] for source in inputs], registers[node],
-                                       nonnegative[node], str(fused[node].layer.target) if node in fused else None))
+                self.steps.append(Step(
+                    function=function, sources=[registers[source] for source in inputs], target=registers[node],
+                    nonnegative=nonnegative[node], layer=str(fused[node].layer.target) if node in fused else None))
         self.size = len(registers)
         last = {register: step for step in self.steps for register in step.sources}
         for register, step in last.items():
@@ -122,7 +123,7 @@ class Program:
         return values[self.output].tensor  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused:
     """A layer with weights and the nodes that one kernel does with it."""
 
@@ -173,7 +174,7 @@ def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
         post_op = activation.post_op if alone or activation.post_op_anywhere else None
         if post_op:
             chain.append(following)
-        fused[chain[-1]] = Fused(node, tuple(chain[1:-1]), other, post_op)
+        fused[chain[-1]] = Fused(layer=node, between=tuple(chain[1:-1]), other=other, post_op=post_op)
     return fused
 
 

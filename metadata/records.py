@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from metadata.formats import packaged_json
-from metadata.schemas import Preprocessing, Strict
+from metadata.schemas import Baselines, Preprocessing, Strict
 
 
 class DatasetCard(Strict):
@@ -33,14 +33,6 @@ class DatasetCard(Strict):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
-
-
-class Baselines(Strict):
-    """What the scores divide by."""
-
-    size_mb: float = Field(50.0, gt=0, description="MB (2^20 bytes)")
-    latency_ms: float = Field(10.0, gt=0, description="milliseconds at batch 1")
-    accuracy: float = Field(80.0, gt=0, description="percent")
 
 
 class ModelReference(Strict):

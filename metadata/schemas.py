@@ -51,6 +51,14 @@ class Preprocessing(Strict):
         return self
 
 
+class Baselines(Strict):
+    """The model that a submission is compared with; the scores are ratios to these values."""
+
+    size_mb: float = Field(50.0, gt=0, description="MB (2^20 bytes)")
+    latency_ms: float = Field(10.0, gt=0, description="milliseconds at batch 1")
+    accuracy: float = Field(80.0, gt=0, description="percent")
+
+
 class PruningInfo(Strict):
     """What structured pruning took from a layer; `remaining_channels` must equal the weights' first dimension."""
 

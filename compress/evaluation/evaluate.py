@@ -1,4 +1,4 @@
-"""Evaluating a submission: read, verify, serve, score; the content of results.json."""
+"""Evaluate a submission: read, verify, serve, score. The result is the content of results.json."""
 
 from __future__ import annotations
 
@@ -12,31 +12,20 @@ import numpy as np
 
 from compress.evaluation.extras import evaluator_sha256, toolkit
 from compress.evaluation.measure import Progress
-from compress.evaluation.runtimes import Runtime, EvaluationSettings, TorchRuntime, open_runtime
+from compress.evaluation.runtimes import EvaluationSettings, Runtime, TorchRuntime, open_runtime
 from compress.evaluation.score import RESULT_KEYS, TASK_KEYS, accuracy_details, guarded_score, latency_details, score
-from compress.evaluation.serve import Answers, _same, classify, repeats_ratio, serve
+from compress.evaluation.serve import Answers, classify, repeats_ratio, same_answer, serve
 from compress.evaluation.submission import SubmissionFiles, combined_hash, file_hashes, read_submission
 from loaders.images import list_images
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, machine, memory_limit, torch_threads, versions
+from metadata.schemas import Baselines
+
+BASELINES = Baselines()
+CACHED = 0.7  # repeated calls that take less than this share of the first call's time were answered from a cache
 
 
-@dataclasses.dataclass(frozen=True)
-class Baselines:
-    """What a submission is compared with: MB (2^20 bytes), milliseconds at batch 1, percent."""
-
-    size: float = 50.0
-    latency: float = 10.0
-    accuracy: float = 80.0
-
-    def check(self) -> None:
-        """Raises UserError for what is not positive."""
-        for name, value in dataclasses.asdict(self).items():
-            if not 1e-9 <= value <= 1e9:
-                raise UserError(f"--baseline_{name}: expected a positive number, got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TestData:
     """The test images: (N,) paths and class indices, in the order of the folder."""
 
@@ -48,42 +37,50 @@ class TestData:
 
 @dataclasses.dataclass
 class Contestant:
-    """A submission under evaluation: what was read, what runs, what it was when it came."""
+    """A submission under evaluation: its files, its runtime, and the hash of every file before anything ran."""
 
     files: SubmissionFiles
     runtime: Runtime
     hashes: dict[str, str]
 
 
-def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseline_size: float = 50.0,
-                        baseline_latency: float = 10.0, baseline_accuracy: float = 80.0,
+def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseline_size: float = BASELINES.size_mb,
+                        baseline_latency: float = BASELINES.latency_ms, baseline_accuracy: float = BASELINES.accuracy,
                         settings: EvaluationSettings | None = None, compare: str | Path | None = None,
                         progress: Progress | None = None) -> dict[str, Any]:
-    """Loads, verifies, measures and scores a submission; the result is what `results.json` holds.
+    """Load, verify, measure and score a submission. Return what `results.json` holds.
 
     Args:
-        compare: another submission, served in turns with the first; the verdicts are in `details.compare`.
+        submission_dir: the submission's folder.
+        data_dir: the test images, one folder a class.
+        baseline_size: MB (2^20 bytes).
+        baseline_latency: milliseconds at batch 1.
+        baseline_accuracy: percent.
+        settings: how to measure; the defaults unless given.
+        compare: another submission. Its calls are interleaved with those of the first; the verdicts are in
+            `details.compare`.
+        progress: called with the number of images done and their total.
 
     Raises:
-        UserError: a folder is missing, an image is unreadable, a setting makes no sense.
+        UserError: a folder is missing, an image is unreadable, or a setting is out of range.
         VerificationError: the submission's claims do not hold, or its classes are not the data's.
     """
-    settings, baselines = settings or EvaluationSettings(), Baselines(baseline_size, baseline_latency, baseline_accuracy)
+    settings, baselines = settings or EvaluationSettings(), _baselines(baseline_size, baseline_latency, baseline_accuracy)
     settings.check()
-    baselines.check()
     if compare and settings.batch_size != 1:
         raise UserError(f"--batch_size {settings.batch_size}: --compare serves both submissions one image at a time")
     comparing = toolkit("--compare", "compare") if compare else None
-    import torch  # noqa: F401 - importing these takes far more memory than most models: before it is limited
+    import torch  # noqa: F401 - these imports take far more memory than most models: do them before memory is limited
     from PIL import Image  # noqa: F401
     classes, listed = list_images(data_dir)
-    data = TestData(Path(data_dir), classes, [path for path, _ in listed], np.array([label for _, label in listed]))
+    data = TestData(folder=Path(data_dir), classes=classes, images=[path for path, _ in listed],
+                    labels=np.array([label for _, label in listed]))
     if not compare or not comparing:
         return _evaluate([submission_dir], data, baselines, settings, progress)[0][0]
     try:
         results, served = _evaluate([submission_dir, compare], data, baselines, settings, progress)
     except VerificationError as error:
-        # Whose fault it was shows when the first is alone: the other's must not cost it its score.
+        # A failure of the other submission must not cost the first one its score: evaluate the first alone.
         result = _evaluate([submission_dir], data, baselines, settings, progress)[0][0]
         result["details"]["compare"] = {"status": f"failed: {first_line(error)}"}
         result["details"]["warnings"].append(f"there is no comparison: {first_line(error)}")
@@ -93,9 +90,17 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
     return results[0]
 
 
+def _baselines(size: float, latency: float, accuracy: float) -> Baselines:
+    """Return the baselines. Raise UserError for a value that is not positive."""
+    for name, value in (("size", size), ("latency", latency), ("accuracy", accuracy)):
+        if not 1e-9 <= value <= 1e9:
+            raise UserError(f"--baseline_{name}: expected a positive number, got {value}")
+    return Baselines(size_mb=size, latency_ms=latency, accuracy=accuracy)
+
+
 def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baselines, settings: EvaluationSettings,
               progress: Progress | None) -> tuple[list[dict[str, Any]], list[Answers]]:
-    """Results and answers of one submission, or of two that take turns."""
+    """Return the results and answers of one submission, or of two whose calls are interleaved."""
     classes, memory = len(data.classes), PeakMemory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_limit(settings.memory_limit_mb))
@@ -110,17 +115,20 @@ def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baseline
             entries.append(Contestant(files, runtime, hashes))
         if any(isinstance(entry.runtime, TorchRuntime) for entry in entries):
             stack.enter_context(torch_threads(settings.threads))
-        preprocessings = [entry.files.preprocessing for entry in entries]
-        served = serve([entry.runtime for entry in entries], preprocessings, data.images, classes, settings, progress) \
-            if settings.batch_size == 1 else [_serve_batches(entries[0], data.images, classes, settings, progress)]
+        if settings.batch_size == 1:
+            served = serve([entry.runtime for entry in entries], [entry.files.preprocessing for entry in entries],
+                           data.images, classes, settings, progress)
+        else:
+            served = [_serve_batches(entries[0], data.images, classes, settings, progress)]
         for entry in entries:
             entry.runtime.close()
-    peak = memory.details() if len(entries) == 1 else None  # of two in one process nobody can tell whose it is
+    peak = memory.details() if len(entries) == 1 else None  # two submissions share one process and its peak
     return [_result(entry, answers, data, baselines, settings, peak)
             for entry, answers in zip(entries, served, strict=True)], served
 
 
 def _check_classes(files: SubmissionFiles, classes: list[str], data_dir: str | Path) -> None:
+    """Raise VerificationError unless the submission's classes are the data's."""
     count = len(classes) if files.num_classes is None else files.num_classes
     if count == len(classes) and files.class_names in (None, classes):
         return
@@ -131,58 +139,40 @@ def _check_classes(files: SubmissionFiles, classes: list[str], data_dir: str | P
 
 def _serve_batches(entry: Contestant, images: Sequence[Path], classes: int, settings: EvaluationSettings,
                    progress: Progress | None) -> Answers:
-    """Accuracy by batches, then timed calls at batch 1, whose answers must be the same."""
+    """Answer all images in batches, then time calls at batch 1. The timed answers must be the same."""
     preprocessing = entry.files.preprocessing
     logits = classify(entry.runtime, preprocessing, images, classes, settings, progress)
     some = np.random.default_rng().permutation(len(images))[:settings.runs]
     timed = serve([entry.runtime], [preprocessing], [images[index] for index in some], classes, settings)[0]
     for index, answer in zip(some, timed.logits, strict=True):
-        if not _same(logits[index], answer, 1e-2):
+        if not same_answer(logits[index], answer, 1e-2):
             raise VerificationError(f"{images[index]}: the timed run's answer is not the one of the accuracy run")
     return dataclasses.replace(timed, logits=logits)
 
 
 def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Baselines, settings: EvaluationSettings,
             peak: dict[str, Any] | None) -> dict[str, Any]:
-    files, runtime, labels = entry.files, entry.runtime, data.labels
+    """Return a submission's result. Raise VerificationError where its folder changed while its model ran."""
+    files, runtime = entry.files, entry.runtime
     if file_hashes(files.folder) != entry.hashes:
         raise VerificationError(f"{files.folder}: the folder changed while its model ran")
-    remarks = list(runtime.warnings)
-    durations = np.random.default_rng().permutation(answers.first_ms)[:settings.runs]
     ratio = repeats_ratio(answers)
-    if ratio is not None and ratio < 0.7:
-        remarks.append(f"images that were asked again came {1 / ratio:.1f} times faster: answers are cached; only first "
-                        "calls are counted")
-    elif len(durations) < settings.runs and files.kind != "code":  # which could have kept its answers
-        durations = np.concatenate([durations, [took for _, took in answers.again][:settings.runs - len(durations)]])
-    latency = latency_details(durations, settings)
-    accuracy = accuracy_details(answers.logits, labels, data.classes, settings.batch_size)
-    chance = float(np.bincount(labels).max() / len(labels))
+    latency = latency_details(_durations(answers, files.kind, ratio, settings.runs), settings)
+    accuracy = accuracy_details(answers.logits, data.labels, data.classes, settings.batch_size)
+    chance = float(np.bincount(data.labels).max() / len(data.labels))
     size_bytes, needed = files.size_bytes(), sum(path.stat().st_size for path in files.needed())
-    if size_bytes > files.weights.stat().st_size:
-        remarks.append("files beside the weights can hold numbers, so model_size counts them: "
-                        f"{size_bytes - files.weights.stat().st_size:,} bytes")
-    if files.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
-        remarks.append(f"{needed - size_bytes:,} bytes of source, JSON and prose are much beside {size_bytes:,} of data, "
-                        "and code can read them; model_size leaves them out, the guarded score does not")
-    if accuracy["wilson_95"][0] <= chance:
-        remarks.append(f"the accuracy cannot be told from that of the best constant answer, {100 * chance:.2f} %")
-    if 100 * accuracy["fraction"] < settings.min_accuracy:
-        remarks.append(f"the accuracy is below --min_accuracy {settings.min_accuracy:g} %")
-    if settings.batch_size > 1:
-        remarks.append(f"accuracy was measured at batch {settings.batch_size}, in a random order")
-    evaluator = evaluator_sha256()
-    scores = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines.size, baselines.latency,
-                   baselines.accuracy)
-    guarded = guarded_score(scores | {"size_score": baselines.size / (needed / 2**20)}, accuracy["fraction"],
+    plain = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines)
+    guarded = guarded_score(plain | {"size_score": baselines.size_mb / (needed / 2**20)}, accuracy["fraction"],
                             baselines.accuracy / 100, chance, settings.min_accuracy / 100, accuracy["wilson_95"][0])
+    evaluator = evaluator_sha256()
     return {
-        "model_size": size_bytes / 2**20, "latency": latency["mean_ms"], "accuracy": 100 * accuracy["fraction"], **scores,
+        "model_size": size_bytes / 2**20, "latency": latency["mean_ms"], "accuracy": 100 * accuracy["fraction"], **plain,
         "details": {
             "status": "ok",
             "guarded_score": guarded,
-            "warnings": remarks,
-            "baselines": {"size_mb": baselines.size, "latency_ms": baselines.latency, "accuracy": baselines.accuracy},
+            "warnings": [*runtime.warnings, *_cache_warnings(ratio), *_size_warnings(files, size_bytes, needed),
+                         *_accuracy_warnings(accuracy, chance, settings)],
+            "baselines": baselines.model_dump(),
             "chance": chance,
             "kind": files.kind,
             "backend": runtime.backend,
@@ -203,8 +193,47 @@ def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Base
     }
 
 
+def _durations(answers: Answers, kind: str, ratio: float | None, runs: int) -> np.ndarray:
+    """Return the milliseconds of up to `runs` timed calls: first calls, then repeated ones where nothing was cached."""
+    first = np.random.default_rng().permutation(answers.first_ms)[:runs]
+    cached = ratio is not None and ratio < CACHED
+    if len(first) == runs or cached or kind == "code":  # foreign code could have kept its answers
+        return first
+    return np.concatenate([first, [took for _, took in answers.again][:runs - len(first)]])
+
+
+def _cache_warnings(ratio: float | None) -> list[str]:
+    if ratio is None or ratio >= CACHED:
+        return []
+    return [f"images that were asked again came {1 / ratio:.1f} times faster: answers are cached; only first calls are "
+            "counted"]
+
+
+def _size_warnings(files: SubmissionFiles, size_bytes: int, needed: int) -> list[str]:
+    """Return the remarks on files beside the weights. `needed` is the bytes of all files that inference needs."""
+    remarks = []
+    beside = size_bytes - files.weights.stat().st_size
+    if beside > 0:
+        remarks.append(f"files beside the weights can hold numbers, so model_size counts them: {beside:,} bytes")
+    if files.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
+        remarks.append(f"{needed - size_bytes:,} bytes of source, JSON and prose are much beside {size_bytes:,} of data, "
+                       "and code can read them; model_size leaves them out, the guarded score does not")
+    return remarks
+
+
+def _accuracy_warnings(accuracy: dict[str, Any], chance: float, settings: EvaluationSettings) -> list[str]:
+    remarks = []
+    if accuracy["wilson_95"][0] <= chance:
+        remarks.append(f"the accuracy cannot be told from that of the best constant answer, {100 * chance:.2f} %")
+    if 100 * accuracy["fraction"] < settings.min_accuracy:
+        remarks.append(f"the accuracy is below --min_accuracy {settings.min_accuracy:g} %")
+    if settings.batch_size > 1:
+        remarks.append(f"accuracy was measured at batch {settings.batch_size}, in a random order")
+    return remarks
+
+
 def failed_result(reason: str, task: str | None = None) -> dict[str, Any]:
-    """The result of what could not be scored: zero everywhere, and the reason."""
+    """Return the result of a submission that could not be scored: zero everywhere, and the reason."""
     details: dict[str, Any] = {"status": f"failed: {reason}", "warnings": []}
     details |= {"task": task} if task else {"guarded_score": 0.0}
     return dict.fromkeys(TASK_KEYS if task else RESULT_KEYS, 0.0) | {"details": details}

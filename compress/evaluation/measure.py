@@ -1,4 +1,4 @@
-"""Accuracy by batches and latency on a fixed input, as the pipeline's ledger measures them."""
+"""Accuracy in batches and latency on a fixed input, as the pipeline's ledger measures them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metadata.schemas import Preprocessing
 if TYPE_CHECKING:
     from torch import Tensor
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with the number of items done and their total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,14 @@ class Accuracy:
 
 def measure_accuracy(model: Callable[[Tensor], Tensor], batches: Iterator[tuple[Tensor, Tensor]],
                      preprocessing: Preprocessing, total: int, progress: Progress | None = None) -> Accuracy:
-    """Classifies uint8 batches with the model, a module on the device where its tensors are, and counts what is right.
+    """Classify uint8 batches with the model and count the correct answers.
+
+    Args:
+        model: (N, C, H, W) float32 -> (N, classes) logits. A module runs on the device of its tensors.
+        batches: (N, C, H, W) uint8 images and (N,) labels.
+        preprocessing: how images become the model's input.
+        total: the number of images, for `progress`.
+        progress: called with the number of images done and their total.
 
     Raises:
         VerificationError: the model's output is not (N, classes), or not finite.
@@ -58,9 +65,9 @@ def measure_accuracy(model: Callable[[Tensor], Tensor], batches: Iterator[tuple[
     return Accuracy(correct, len(predictions), predictions)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Milliseconds a call at batch 1; percentiles by linear interpolation over n timed runs."""
+    """Milliseconds a call at batch 1; percentiles by linear interpolation over `runs` timed calls."""
 
     mean_ms: float
     median_ms: float
@@ -72,8 +79,8 @@ class Latency:
 
 
 def measure_latency(model: Callable[[Tensor], Tensor], input_shape: Sequence[int], runs: int = EvaluationSettings.runs,
-                    warmup: int = 10, threads: int = 1) -> Latency:
-    """Times the model on the CPU at batch 1, on a fixed random input, one call after another."""
+                    warmup: int = EvaluationSettings.warmup, threads: int = 1) -> Latency:
+    """Time the model on the CPU at batch 1, on a fixed random input (C, H, W), one call after another."""
     import torch
     image = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     durations = []
@@ -84,4 +91,5 @@ def measure_latency(model: Callable[[Tensor], Tensor], input_shape: Sequence[int
             if run >= warmup:
                 durations.append((time.perf_counter_ns() - start) / 1e6)
     p5, median, p95 = np.percentile(durations, [5, 50, 95])
-    return Latency(float(np.mean(durations)), float(median), float(p5), float(p95), runs, warmup, threads)
+    return Latency(mean_ms=float(np.mean(durations)), median_ms=float(median), p5_ms=float(p5), p95_ms=float(p95),
+                   runs=runs, warmup=warmup, threads=threads)

@@ -1,4 +1,4 @@
-"""Reads the original style of submission: a folder with its own model.py or .onnx, and metadata in many variants."""
+"""Read the original style of submission: a folder with its own model.py or .onnx, and metadata in many variants."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _original_shape(value: Any) -> Any:
 
 
 def _original_preprocessing(value: Any) -> Any:
-    """The keys that people use, as ours."""
+    """Rename the keys that people use to the toolkit's."""
     if not isinstance(value, dict):
         return value
     value = dict(value)
@@ -44,7 +44,7 @@ def _original_preprocessing(value: Any) -> Any:
 
 
 class OriginalMetadata(BaseModel):
-    """`model_metadata.json` or `metadata.json` of a submission in the original style, in the variants seen in the wild."""
+    """`model_metadata.json` or `metadata.json` of a submission in the original style, in the variants that people use."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -62,10 +62,10 @@ class OriginalMetadata(BaseModel):
 
 
 def read_original(folder: Path, path: Path) -> SubmissionFiles:
-    """Reads a folder whose metadata file `path` is not of our schema.
+    """Read a folder whose metadata file `path` has no `schema` key.
 
     Raises:
-        VerificationError: a file is missing, malformed, huge or outside the folder, or there is no model in it.
+        VerificationError: a file is missing, malformed, over the limit or outside the folder, or the folder has no model.
     """
     metadata: OriginalMetadata = read_json(path, OriginalMetadata)
     suffixes = {"onnx": {".onnx"}, "pytorch": {".pth", ".pt"}, None: {".onnx", ".pth", ".pt"}}[metadata.model_format]
@@ -85,13 +85,15 @@ def read_original(folder: Path, path: Path) -> SubmissionFiles:
     if metadata.model_format and (metadata.model_format == "onnx") != (kind == "onnx"):
         raise VerificationError(f"{weights}: model_format in {path.name} is {metadata.model_format}")
     if kind == "code" and not (folder / "model.py").is_file():
-        raise VerificationError(f"{folder}: neither an architecture of ours ({path.name} has no schema) nor a model.py")
+        raise VerificationError(f"{folder}: neither the toolkit's format ({path.name} has no schema) nor a model.py")
     preprocessing = metadata.preprocessing or Preprocessing()
     size = preprocessing.crop or 224
     named = metadata.architecture
     return SubmissionFiles(
-        folder, kind, weights, metadata.input_shape or (len(preprocessing.mean), size, size), preprocessing,
-        path.name if metadata.preprocessing else f"the original's default, as {path.name} states none",
-        metadata.num_classes, metadata.class_names, metadata_path=path,
+        folder=folder, kind=kind, weights=weights, preprocessing=preprocessing, metadata_path=path,
+        input_shape=metadata.input_shape or (len(preprocessing.mean), size, size),
+        preprocessing_from=path.name if metadata.preprocessing else
+        f"the original's default, as {path.name} states none",
+        num_classes=metadata.num_classes, class_names=metadata.class_names,
         architecture_path=inside(folder, metadata.architecture_file) if metadata.architecture_file else None,
         model_class=named if isinstance(named, str) and named.isidentifier() else None)

@@ -1,4 +1,4 @@
-"""What a submission runs on: PyTorch, ONNX Runtime, OpenVINO, behind one interface."""
+"""The runtimes of a submission behind one interface: PyTorch, ONNX Runtime, OpenVINO."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """How a submission is measured.
+    """How to measure a submission.
 
     Args:
         runs: timed calls at batch 1.
-        warmup: calls before them.
-        threads: of one inference; 1 is the most comparable between machines.
-        batch_size: for the accuracy alone.
+        warmup: calls before the timed ones.
+        threads: threads of one inference; 1 is the most comparable between machines.
+        backend: "torch", "onnxruntime" or "openvino"; "auto" is the submission's own choice, or the first of its kind.
+        batch_size: for the accuracy; latency is always measured at batch 1.
         min_accuracy: percent; below it the guarded score is zero.
-        time_limit_s: for everything that is asked of a submission.
-        memory_limit_mb: beyond what the evaluator has before it opens the submission.
+        allow_code: run a submission's own model.py, in a process with limits.
+        time_limit_s: seconds for all calls of a submission.
+        memory_limit_mb: MB (2^20 bytes) beyond what the evaluator has before it opens the submission.
     """
 
-    runs: int = 130  # what a p95 needs
+    runs: int = 130  # as many as a p95 needs
     warmup: int = 10
     threads: int = 1
     backend: str = "auto"
@@ -51,7 +53,7 @@ class EvaluationSettings:
     memory_limit_mb: int = 4096
 
     def check(self) -> None:
-        """Raises UserError for what cannot be meant."""
+        """Raise UserError for a value out of range."""
         for name, low, high in (("runs", 1, 10**6), ("warmup", 0, 10**6), ("threads", 1, 1024), ("batch_size", 1, 4096),
                                 ("memory_limit_mb", 256, 2**20)):
             if not low <= getattr(self, name) <= high:
@@ -63,13 +65,14 @@ class EvaluationSettings:
 
 
 class Runtime:
-    """A submission that answers: (N, C, H, W) float32 -> (N, classes) logits.
+    """A submission that can be called: (N, C, H, W) float32 -> (N, classes) logits.
 
     Attributes:
         backend: "torch", "onnxruntime" or "openvino".
-        parameters: "all" stored numbers, and the "trainable" ones where that is known.
+        parameters: the number of stored numbers ("all"), and of trainable ones where that is known.
         macs: multiply-adds an image, where known.
-        errors: what a call may raise when the model cannot answer.
+        name: for messages.
+        errors: the exceptions of a call that the model cannot answer.
         details, warnings: for the result.
     """
 
@@ -77,7 +80,7 @@ class Runtime:
 
     def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
         self.backend, self.parameters, self.macs = backend, parameters, macs
-        self.name = "the model"  # for messages
+        self.name = "the model"
         self.details: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -85,11 +88,11 @@ class Runtime:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Ends what was started, and notes what can only be known at the end."""
+        """End what the runtime started, and add details that are known only at the end."""
 
 
 class TorchRuntime(Runtime):
-    """A graph of ours."""
+    """A submission of the toolkit's own format: an architecture JSON and a state dict."""
 
     def __init__(self, files: SubmissionFiles) -> None:
         import torch
@@ -109,7 +112,7 @@ class TorchRuntime(Runtime):
 
 
 class OnnxFileRuntime(Runtime):
-    """What both runtimes of an ONNX file begin with: the file is checked, and its claims."""
+    """Base of the runtimes of an ONNX file: checks the file and its claims."""
 
     def __init__(self, backend: str, files: SubmissionFiles) -> None:
         self.file = read_onnx(files.weights, files.input_shape)
@@ -144,10 +147,10 @@ class OnnxRuntime(OnnxFileRuntime):
 
 
 def onnxruntime_options(threads: int) -> Any:
-    """ONNX Runtime's session options: so many threads, silent, and integer products that are exact on every CPU.
+    """Return ONNX Runtime's session options: the number of threads, no log, and exact integer products on every CPU.
 
-    Without VNNI instructions its fast kernel saturates in 16 bits. An option makes it take the exact one there; it is not
-    set elsewhere, for it halves the speed where the fast one is exact anyway.
+    On CPUs without VNNI instructions the fast kernel saturates in 16 bits. An option selects the exact kernel there. The
+    option is not set on other CPUs, where the fast kernel is exact and twice as fast.
     """
     import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -158,12 +161,12 @@ def onnxruntime_options(threads: int) -> Any:
 
 
 class OpenvinoRuntime(OnnxFileRuntime):
-    """An ONNX file on OpenVINO's CPU plugin, compiled for the number of images in a call: fixed shapes are faster."""
+    """An ONNX file on OpenVINO's CPU plugin, compiled for each number of images in a call: fixed shapes are faster."""
 
     def __init__(self, files: SubmissionFiles, threads: int) -> None:
         super().__init__("openvino", files)
         self.threads, self.path, self.shape = threads, files.weights, files.input_shape
-        self.content = files.weights.read_bytes()  # the file may be gone when another number of images comes
+        self.content = files.weights.read_bytes()  # the file may be gone at a later call with another number of images
         self.compiled: dict[int, Any] = {}
         self._compile(1)
 
@@ -180,11 +183,17 @@ class OpenvinoRuntime(OnnxFileRuntime):
 
 
 def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:
-    """A model, or an ONNX file's bytes, compiled for OpenVINO's CPU plugin: for inputs of one shape, at short latency.
+    """Compile a model, or the bytes of an ONNX file, for OpenVINO's CPU plugin: inputs of one shape, least latency.
+
+    Args:
+        model: an OpenVINO model, or bytes.
+        shape: (N, C, H, W) of the input.
+        threads: threads of one inference.
+        options: properties of the plugin that replace the defaults here.
 
     Raises:
         UserError: OpenVINO is not installed.
-        RuntimeError: it cannot compile the model.
+        RuntimeError: OpenVINO cannot compile the model.
     """
     core = _core(import_openvino())
     if isinstance(model, bytes):
@@ -192,20 +201,20 @@ def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **optio
     model.reshape(list(shape))
     return core.compile_model(model, "CPU", {
         "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32", **options})  # its default may compute in less than float32
+        "INFERENCE_PRECISION_HINT": "f32", **options})  # the plugin's default may compute in less than float32
 
 
 @functools.cache
 def _core(openvino: Any) -> Any:
-    """OpenVINO's runtime, which is to live as long as what it compiled: one for the process."""
+    """Return OpenVINO's runtime, one for the process: the runtime must live as long as the models that it compiled."""
     return openvino.Core()
 
 
 def import_openvino() -> Any:
-    """The openvino package, with its telemetry off: on import it would report to an analytics server.
+    """Import openvino with its telemetry off; on import the package would report to an analytics server.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # openvino falls back to a stub
     try:
@@ -218,11 +227,17 @@ BACKENDS = {"graph": ("torch",), "onnx": ("onnxruntime", "openvino"), "code": ("
 
 
 def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
-    """Starts a submission on the backend that was asked for.
+    """Open a submission on the backend that the settings name.
+
+    Args:
+        files: the submission.
+        settings: backend, threads and limits.
+        classes: the number of classes of the test data.
+        data_dir: the test data, which foreign code must not be able to read.
 
     Raises:
-        UserError: a backend that cannot run this kind, or code without --allow_code.
-        VerificationError: the submission does not hold what it claims, or cannot be loaded.
+        UserError: the backend cannot run this kind of submission, or the submission is code and `allow_code` is off.
+        VerificationError: the submission's claims do not hold, or it cannot be loaded.
     """
     known = BACKENDS[files.kind]
     backend = preferred_backend(files) if settings.backend == "auto" else settings.backend
@@ -242,7 +257,7 @@ def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: 
 
 
 def preferred_backend(files: SubmissionFiles) -> str:
-    """The backend that a submission names as its own, where that is installed; else the first of its kind."""
+    """Return the backend that a submission names, if it is installed, or else the first backend of its kind."""
     named = files.metadata.runtime if files.metadata else None
     if files.kind == "onnx" and named and (named != "openvino" or importlib.util.find_spec("openvino")):
         return named
@@ -251,20 +266,21 @@ def preferred_backend(files: SubmissionFiles) -> str:
 
 def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Preprocessing, backend: str = "onnxruntime",
               threads: int = 1) -> Runtime:
-    """An ONNX file that is not packaged yet, on a runtime: the same one that will serve the package.
+    """Open an ONNX file that is not packaged yet, on the runtime that will serve the package.
 
     Raises:
         UserError: the backend is not installed.
         VerificationError: the file cannot be loaded, see `read_onnx`.
     """
-    files = SubmissionFiles(path.parent, "onnx", path, input_shape, preprocessing, "the pipeline")
+    files = SubmissionFiles(folder=path.parent, kind="onnx", weights=path, input_shape=input_shape,
+                            preprocessing=preprocessing, preprocessing_from="the pipeline")
     runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, threads)
     runtime.name = str(path)
     return runtime
 
 
 def answering(runtime: Runtime) -> Callable[[Tensor], Tensor]:
-    """A runtime as a function of tensors, for `measure_accuracy` and `measure_latency`."""
+    """Return a runtime as a function of tensors, for `measure_accuracy` and `measure_latency`."""
     import torch
 
     def answer(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Serving test images: one at a time, in an order that nobody can foresee, every call timed."""
+"""Serve the test images one at a time, in an order that nobody can foresee, and time every call."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from pathlib import Path
 import numpy as np
 
 from compress.evaluation.measure import Progress
-from compress.evaluation.runtimes import Runtime, EvaluationSettings
+from compress.evaluation.runtimes import EvaluationSettings, Runtime
 from loaders.images import read_images
 from metadata.errors import VerificationError, first_line
 from metadata.schemas import Preprocessing
 
 REPEATS = 64  # images that are asked a second time
-BURST = 32  # images decoded ahead, so that calls follow each other closely
+BURST = 32  # images that are decoded ahead, so that calls follow each other closely
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Answers:
-    """What a runtime answered, and how long each call took by this process's clock.
+    """A runtime's answers, and the time of each call by this process's clock.
 
     Args:
-        logits: (N, classes) float32, the first answer to each image, in the images' order.
-        first_ms: (N,) the first call with each image.
-        order: (N,) in which the images were asked.
-        again: (image, ms) of every repeated call.
+        logits: (N, classes) float32, the first answer to each image, in the order of the images.
+        first_ms: (N,) milliseconds of the first call with each image.
+        order: (N,) indices of the images in the order of their first calls.
+        again: (image, milliseconds) of every repeated call.
     """
 
     logits: np.ndarray
@@ -37,57 +37,62 @@ class Answers:
 
 
 class Deadline:
-    """The moment after which a submission has taken too long; looked at between calls."""
+    """The moment after which a submission has taken too long. The evaluator checks it between calls."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.moment = seconds, time.monotonic() + seconds
 
     def check(self, done: int, total: int) -> None:
-        """Raises VerificationError once the time is over."""
+        """Raise VerificationError once the time is over."""
         if time.monotonic() > self.moment:
             raise VerificationError(f"{done} of {total} images were answered within --time_limit_s {self.seconds:g}")
 
 
 def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], images: Sequence[Path], classes: int,
           settings: EvaluationSettings, progress: Progress | None = None) -> list[Answers]:
-    """Asks every runtime for every image, one at a time, in an order that nobody can foresee, and times each call.
+    """Ask every runtime for every image, one image at a time in a random order, and time each call.
 
-    Timed calls and graded calls are the same calls, so the two runs cannot differ. Some images are asked again, later:
-    their answers must be the same, and must not come suddenly faster (`repeats_ratio`). Several runtimes take turns on
-    the same image, so that what slows the machine slows all of them.
+    Timed calls and graded calls are the same calls, so a submission cannot tell them apart. Some images are asked again
+    later: the answer must be the same, and must not come suddenly faster (see `repeats_ratio`). The calls of several
+    runtimes are interleaved image by image, so that whatever slows the machine slows all of them.
+
+    Args:
+        runtimes: the submissions.
+        preprocessings: one for each runtime.
+        images: (N,) paths.
+        classes: the number of logits.
+        settings: runs, warm-up and time limit.
+        progress: called with the number of requests done and their total.
 
     Raises:
-        VerificationError: an answer is not finite logits, changes between two calls, or the time is over.
+        VerificationError: an answer is not finite logits or changes between two calls, or the time is over.
         UserError: an image is unreadable.
     """
     entropy = np.random.default_rng()  # seeded by the system: code under test must not know the order
-    order = entropy.permutation(len(images))
-    repeats = entropy.choice(len(images), max(min(REPEATS, len(images)), settings.runs - len(images)))
-    place = np.argsort(order)
-    keys = np.concatenate([np.arange(len(images)), entropy.uniform(place[repeats] + 0.5, len(images))])
-    requests = np.concatenate([order, repeats])[np.argsort(keys, kind="stable")].tolist()
-    answers = [Answers(np.full((len(images), classes), np.nan, np.float32), np.zeros(len(images)), order) for _ in runtimes]
+    order, requests = _requests(len(images), settings.runs, entropy)
+    answers = [Answers(logits=np.full((len(images), classes), np.nan, np.float32), first_ms=np.zeros(len(images)),
+                       order=order) for _ in runtimes]
     deadline, asked, seen = Deadline(settings.time_limit_s), 0, set[int]()
     for start in range(0, len(requests), BURST):
         burst = requests[start:start + BURST]
         inputs = [{image: read_images([images[image]], preprocessing) for image in burst}
                   for preprocessing in preprocessings]
-        if start == 0:  # noise, so that no test image has been seen before its timed call
+        if start == 0:
             for _ in range(settings.warmup):
                 for runtime, pixels in zip(runtimes, inputs, strict=True):
                     deadline.check(0, len(images))
+                    # Noise, so that no test image has been seen before its timed call.
                     ask(runtime, entropy.standard_normal(pixels[burst[0]].shape, np.float32), classes)
         for image in burst:
             deadline.check(len(seen), len(images))
             turns = range(len(runtimes)) if asked % 2 == 0 else reversed(range(len(runtimes)))
             for index in turns:
                 logits, took = ask(runtimes[index], inputs[index][image], classes)
-                mine = answers[index]
                 if image not in seen:
-                    mine.logits[image], mine.first_ms[image] = logits[0], took
+                    answers[index].logits[image], answers[index].first_ms[image] = logits[0], took
                     continue
-                mine.again.append((image, took))
-                if not _same(mine.logits[image], logits[0]):
+                answers[index].again.append((image, took))
+                if not same_answer(answers[index].logits[image], logits[0]):
                     raise VerificationError(f"{images[image]}: {runtimes[index].name} gave another answer when asked again")
             seen.add(image)
             asked += 1
@@ -96,11 +101,20 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
     return answers
 
 
+def _requests(count: int, runs: int, entropy: np.random.Generator) -> tuple[np.ndarray, list[int]]:
+    """Return the order of first calls, and all calls: every image once, and some again somewhere after their first call."""
+    order = entropy.permutation(count)
+    repeats = entropy.choice(count, max(min(REPEATS, count), runs - count))
+    place = np.argsort(order)
+    keys = np.concatenate([np.arange(count), entropy.uniform(place[repeats] + 0.5, count)])
+    return order, np.concatenate([order, repeats])[np.argsort(keys, kind="stable")].tolist()
+
+
 def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray, float]:
-    """One call: the logits (N, classes) float32, and its milliseconds.
+    """Call a runtime once. Return the logits, (N, classes) float32, and the milliseconds of the call.
 
     Raises:
-        VerificationError: the model cannot answer, or not with one finite logit a class.
+        VerificationError: the model cannot answer, or its answer is not one finite logit for each class.
     """
     start = time.perf_counter_ns()
     try:
@@ -117,8 +131,8 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
     return logits.astype(np.float32, copy=False), took
 
 
-def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bool:
-    """Equal but for rounding, and with the same first class, unless that is a tie but for rounding."""
+def same_answer(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bool:
+    """Tell whether two rows of logits are equal but for rounding, and have the same first class unless that is a tie."""
     first, other = int(one.argmax()), int(two.argmax())
     tie = abs(float(one[first] - one[other])) <= tolerance * max(1e-6, abs(float(one[first])))
     return tie and bool(np.abs(one - two).max() <= tolerance * max(1e-6, float(np.abs(one).max())))
@@ -126,7 +140,12 @@ def _same(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bool:
 
 def classify(runtime: Runtime, preprocessing: Preprocessing, images: Sequence[Path], classes: int,
              settings: EvaluationSettings, progress: Progress | None = None) -> np.ndarray:
-    """(N, classes) logits by batches, shuffled, so that neighbours give nothing away. Raises what `serve` raises."""
+    """Return (N, classes) logits, asked in batches of shuffled images, so that neighbours give nothing away.
+
+    Raises:
+        VerificationError: an answer is not finite logits, or the time is over.
+        UserError: an image is unreadable.
+    """
     order = np.random.default_rng().permutation(len(images))
     logits = np.empty((len(images), classes), np.float32)
     deadline = Deadline(settings.time_limit_s)
@@ -140,7 +159,10 @@ def classify(runtime: Runtime, preprocessing: Preprocessing, images: Sequence[Pa
 
 
 def repeats_ratio(answers: Answers) -> float | None:
-    """Median over repeated images of second time / first time; None for fewer than eight. A cache gives itself away."""
+    """Return the median of (repeated call's time / first call's time), or None for fewer than eight repeated calls.
+
+    A ratio far below 1 gives a cache of answers away.
+    """
     if len(answers.again) < 8:
         return None
     return float(np.median([took / answers.first_ms[image] for image, took in answers.again]))

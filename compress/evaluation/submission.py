@@ -1,4 +1,4 @@
-"""A submission folder: its metadata, its files and what they claim, read and verified."""
+"""Read and verify a submission folder: its metadata, its files and their claims."""
 
 from __future__ import annotations
 
@@ -27,15 +27,21 @@ PROSE = {".json", ".md", ".py", ".txt"}
 MAX_FILE_BYTES = 2**32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SubmissionFiles:
-    """A submission whose JSON files were read and whose files are what its metadata states.
+    """A submission folder that was read, and whose files have the hashes that its metadata states.
 
     Args:
+        folder: the submission.
         kind: "graph" (architecture JSON and `.pth`), "onnx", or "code" (the original style: its own model.py).
+        weights: the weights file.
+        input_shape: (C, H, W) after preprocessing.
+        preprocessing: how an image becomes the model's input.
+        preprocessing_from: the file that states the preprocessing, or that it is the original's default.
+        num_classes, class_names: None where the submission does not state them.
         metadata: None for the original style.
-        class_names: None where the submission does not say.
-        preprocessing_from: which file states the preprocessing, or that it is the original's default.
+        architecture: of a graph.
+        architecture_path, metadata_path: the JSON files.
         model_class: the class in model.py, where the metadata names one.
     """
 
@@ -54,22 +60,22 @@ class SubmissionFiles:
     model_class: str | None = None
 
     def needed(self) -> list[Path]:
-        """The files that inference needs; code can read whatever lies beside it."""
+        """Return the files that inference needs. Code can read all files beside it."""
         if self.kind == "code":
             return submission_files(self.folder)
         return [path for path in (self.weights, self.architecture_path, self.metadata_path) if path and path.is_file()]
 
     def size_bytes(self) -> int:
-        """What model_size counts: the weights; with code, which can read them, all files but source, JSON and prose."""
+        """Return the bytes that model_size counts: the weights, and for code all files but source, JSON and prose."""
         files = self.needed() if self.kind == "code" else [self.weights]
         return sum(path.stat().st_size for path in files if path == self.weights or path.suffix not in PROSE)
 
 
 def submission_files(folder: Path) -> list[Path]:
-    """Every file of a submission, sorted.
+    """Return every file of a submission, sorted.
 
     Raises:
-        VerificationError: a link leaves the folder, or something is neither a file nor a folder.
+        VerificationError: a link leaves the folder, or an entry is neither a file nor a folder.
     """
     files = []
     for path in sorted(folder.rglob("*")):
@@ -82,12 +88,12 @@ def submission_files(folder: Path) -> list[Path]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file in a folder, by its name within."""
+    """Return the SHA-256 of every file in a folder, by its relative path."""
     return {str(path.relative_to(folder)): sha256(path) for path in submission_files(folder)}
 
 
 def combined_hash(hashes: dict[str, str]) -> str:
-    """One hash over the names and hashes of a folder's files."""
+    """Return one SHA-256 over the names and hashes of a folder's files."""
     digest = hashlib.sha256()
     for name, value in hashes.items():
         digest.update(f"{name}\0{value}\n".encode(errors="surrogateescape"))
@@ -95,13 +101,13 @@ def combined_hash(hashes: dict[str, str]) -> str:
 
 
 def read_submission(folder: str | Path) -> SubmissionFiles:
-    """Reads a submission folder's JSON files, and checks the other files against what they claim.
+    """Read a submission folder's JSON files, and check the other files against their claims.
 
-    A metadata file with a `schema` is ours; one without is the original style's, which the toolkit reads.
+    Metadata with a `schema` key are of the toolkit's format; metadata without are of the original style.
 
     Raises:
         UserError: the folder does not exist.
-        VerificationError: a file is missing, malformed, outside the folder or not the one that was packaged.
+        VerificationError: a file is missing, malformed, outside the folder, or not the one that was packaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,33 +121,39 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
 
 
 def _read_packaged(folder: Path, path: Path) -> SubmissionFiles:
+    """Read a folder of the toolkit's format, whose metadata file is `path`."""
     metadata: ModelMetadata = read_json(path, ModelMetadata)
     where = inside(folder, metadata.architecture_file) if metadata.architecture_file else None
     architecture: Architecture | None = read_json(where, Architecture) if where else None
+    _check_files(folder, path.name, metadata)
+    if architecture and where:
+        for key, stated, built in (("num_classes", metadata.num_classes, architecture.num_classes),
+                                   ("input_shape", metadata.input_shape, architecture.input_shape),
+                                   ("the architecture", metadata.architecture, architecture.model_type)):
+            if stated != built:
+                raise VerificationError(f"{folder}: {key} is {stated} in {path.name} and {built} in {where.name}")
+    is_onnx = metadata.model_format == "onnx"
+    return SubmissionFiles(
+        folder=folder, kind="onnx" if is_onnx else "graph", weights=inside(folder, metadata.weights_file),
+        input_shape=metadata.input_shape, preprocessing=metadata.preprocessing, preprocessing_from=path.name,
+        num_classes=metadata.num_classes, class_names=metadata.class_names, metadata=metadata,
+        architecture=None if is_onnx else architecture, architecture_path=where, metadata_path=path)
+
+
+def _check_files(folder: Path, stated_by: str, metadata: ModelMetadata) -> None:
+    """Raise VerificationError unless every listed file is there, with the stated size and hash."""
     for name, record in metadata.files.items():
         listed = inside(folder, name)
         if not listed.is_file():
-            raise VerificationError(f"{listed}: {path.name} lists this file, but it is not there")
+            raise VerificationError(f"{listed}: {stated_by} lists this file, but it is not there")
         if record.bytes > MAX_FILE_BYTES:
             raise VerificationError(f"{listed}: {record.bytes:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
         if listed.stat().st_size != record.bytes or sha256(listed) != record.sha256:
-            raise VerificationError(f"{listed}: its bytes are not those that {path.name} states (sha256)")
-    kind: Literal["graph", "onnx"] = "onnx" if metadata.model_format == "onnx" else "graph"
-    if architecture and where:
-        for key, stated in (("num_classes", metadata.num_classes), ("input_shape", metadata.input_shape)):
-            if stated != getattr(architecture, key):
-                raise VerificationError(f"{folder}: {key} is {stated} in {path.name} and {getattr(architecture, key)} in "
-                                        f"{where.name}")
-        if metadata.architecture != architecture.model_type:
-            raise VerificationError(f"{folder}: the architecture is {metadata.architecture} in {path.name} and "
-                                    f"{architecture.model_type} in {where.name}")
-    return SubmissionFiles(folder, kind, inside(folder, metadata.weights_file), metadata.input_shape,
-                           metadata.preprocessing, path.name, metadata.num_classes, metadata.class_names, metadata,
-                           architecture if kind == "graph" else None, where, path)
+            raise VerificationError(f"{listed}: its bytes are not those that {stated_by} states (sha256)")
 
 
 def open_submission(files: SubmissionFiles) -> nn.Module:
-    """The model of a graph submission, after checking that it bears out what the metadata claims of it.
+    """Return the model of a graph submission, after checking the metadata's claims about it.
 
     Raises:
         UserError: the submission is of another kind.
@@ -149,7 +161,8 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
     """
     metadata, architecture = files.metadata, files.architecture
     if metadata is None or architecture is None:
-        raise UserError(f"{files.folder}: no PyTorch graph of ours but {files.kind}; it can be evaluated, not loaded")
+        raise UserError(f"{files.folder}: the submission is {files.kind}, no PyTorch graph; it can be evaluated, not "
+                        "loaded")
     model = open_model(architecture, files.weights)
     check_claims(files, count_parameters(model), count_macs(model, metadata.input_shape))
     weighted = {layer.name: layer.type.startswith("Int8") for layer in architecture.layers if layer.width}
@@ -163,10 +176,10 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
 
 
 def check_claims(files: SubmissionFiles, parameters: int, macs: int | None) -> None:
-    """Holds the metadata's counts to those of the model.
+    """Check the counts that the metadata state against the model's.
 
     Raises:
-        VerificationError: they differ.
+        VerificationError: the counts differ.
     """
     if files.metadata is None:
         return
@@ -177,14 +190,16 @@ def check_claims(files: SubmissionFiles, parameters: int, macs: int | None) -> N
 
 
 def load_model(model_path: str | Path) -> nn.Module:
-    """Loads a packaged model, verified, in eval mode, on the CPU. Evaluation panels call this.
+    """Load a packaged model, verified, in eval mode, on the CPU. Evaluation panels call this function.
 
-    Takes the weights file or the submission folder; the architecture JSON lies beside the weights. The module maps
-    `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` logits.
+    The module maps `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` logits.
+
+    Args:
+        model_path: the weights file with the architecture JSON beside it, or the submission folder.
 
     Raises:
         UserError: the path does not exist, or is a submission of another kind.
-        VerificationError: the weights do not bear out the architecture.
+        VerificationError: the weights do not fit the architecture.
     """
     path = Path(model_path)
     if path.is_dir():

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from compress.evaluation.compare import SAME, latency_ratio_interval, mcnemar, verdicts
 from compress.evaluation.runtimes import Runtime, EvaluationSettings
 from compress.evaluation.score import PERCENTILES, accuracy_details, latency_details, wilson
-from compress.evaluation.serve import Answers, _same, repeats_ratio, serve
+from compress.evaluation.serve import Answers, repeats_ratio, same_answer, serve
 from metadata.errors import VerificationError
 from metadata.schemas import Preprocessing
 from tests.helpers.verdicts import Evaluate, assert_refused
@@ -129,9 +129,9 @@ def test_answers_that_change_or_do_not_fit_are_refused(pictures: list[Path]) -> 
 
 def test_answers_may_differ_by_rounding_and_not_by_class() -> None:
     one = np.array([-1e6, 1.0, 2.0], np.float32)
-    assert _same(one, one + np.float32(1e-5)) and not _same(one, one[[0, 2, 1]])
+    assert same_answer(one, one + np.float32(1e-5)) and not same_answer(one, one[[0, 2, 1]])
     tie = np.array([1.0, 1.0000001, 0.0], np.float32)
-    assert _same(tie, tie[[1, 0, 2]])
+    assert same_answer(tie, tie[[1, 0, 2]])
 
 
 def test_warm_up_shows_no_test_image(pictures: list[Path]) -> None:
@@ -168,7 +168,7 @@ def result_of(size: float) -> dict[str, Any]:
 
 def answers_of(right: np.ndarray, times: np.ndarray) -> Answers:
     logits = np.eye(2, dtype=np.float32)[right.astype(int)]
-    return Answers(logits, times, np.arange(len(right)))
+    return Answers(logits=logits, first_ms=times, order=np.arange(len(right)))
 
 
 def test_verdicts_on_planted_differences() -> None:
