@@ -103,14 +103,15 @@ def test_preprocessing_is_read_or_the_originals(stated: Any, resize: int, crop: 
     assert files.input_shape == (3, crop, crop)
 
 
-def test_a_class_is_found_without_being_named_and_checkpoints_are_unwrapped(folder: Path, evaluate: Evaluate) -> None:
+def test_a_class_is_found_without_being_named_and_checkpoints_are_unwrapped(folder: Path, evaluate: Evaluate,
+                                                                            honest: dict[str, Any]) -> None:
     weights = torch.load(folder / "best_weights.pth", weights_only=True)
     torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}},
                folder / "best_weights.pth")
     edit(folder, model_name=None)
     code, result, error = evaluate(folder, ALLOW)
     assert code == 0, error
-    assert result["details"]["sandbox"]["model_class"] == "SlimResNet18" and result["accuracy"] > 80
+    assert result["details"]["sandbox"]["model_class"] == "SlimResNet18" and result["accuracy"] == honest["accuracy"]
 
 
 # ---------------------------------------------------------------------------------------------- what must be refused
@@ -349,10 +350,11 @@ def test_data_that_code_could_read_are_refused(folder: Path) -> None:
         open_runtime(read_submission(folder), EvaluationSettings(allow_code=True), 10, Path(sys.prefix))
 
 
-def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission: Path, evaluate: Evaluate) -> None:
+def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission: Path, evaluate: Evaluate,
+                                                        honest: dict[str, Any]) -> None:
     wrap("return honest(self, x)[:, :5]")(folder)
     code, result, error = evaluate(submission, ALLOW, "--compare", str(folder))
-    assert code == 0 and result["accuracy"] > 80, error
+    assert code == 0 and result["accuracy"] == honest["accuracy"], error
     assert str(folder) in result["details"]["compare"]["status"]
     assert any("there is no comparison" in warning for warning in result["details"]["warnings"])
 
