@@ -15,6 +15,7 @@ from compress.pipeline.config import RunConfig, resolve
 from compress.pipeline.plan import RunPlan, make_plan
 from compress.pipeline.run import RunOutcome, run_pipeline
 from compress.pruning import prune as pruning
+from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS
 from compress.quantization.dynamic import as_graph, without_stochastic_depth
 from compress.training.run import run_training
 from compress.training.trackers import Tracker
@@ -92,9 +93,9 @@ def prune(model: nn.Module, example_input: Tensor, *, ratio: float = 0.3, multip
     Raises:
         UserError: the model is outside the layer table, a layer would lose all channels, or nothing could be removed.
     """
-    if criterion not in pruning.CRITERIA:
-        raise UserError(f"criterion {criterion!r}: expected one of {', '.join(pruning.CRITERIA)}")
-    if criterion in pruning.NEEDS_GRADIENTS and gradients is None:
+    if criterion not in CRITERIA:
+        raise UserError(f"criterion {criterion!r}: expected one of {', '.join(CRITERIA)}")
+    if criterion in NEEDS_GRADIENTS and gradients is None:
         raise UserError(f"criterion {criterion!r} needs gradients; pass a function that fills them")
     if not 0 < ratio < 1 or multiple < 1 or scope not in ("uniform", "global"):
         raise UserError(f"ratio {ratio}, multiple {multiple}, scope {scope!r}: expected a ratio between 0 and 1, a "

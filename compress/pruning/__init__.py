@@ -1,1 +1,1 @@
-"""Structured pruning on modules. Imports architectures and metadata."""
+"""Structured pruning of modules: groups of coupled channels and their importance. Imports metadata."""

@@ -16,7 +16,7 @@ import torch
 
 import compress
 from compress.pipeline.stages.prune import Prune
-from compress.pruning.prune import widths
+from compress.pruning.groups import widths
 from metadata.errors import UserError
 from tests.helpers.commands import PROJECT, SMALL
 

@@ -16,7 +16,9 @@ from architectures.int8 import int8_layers
 from architectures.architecture import Architecture
 from architectures.weights import load_verified
 from architectures.zoo import make
-from compress.pruning.prune import CRITERIA, NEEDS_GRADIENTS, accumulate_gradients, prune, widths
+from compress.pruning.groups import widths
+from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS, accumulate_gradients
+from compress.pruning.prune import prune
 from compress.quantization.dynamic import quantize_graph, quantize_weight
 from metadata.errors import UserError
 

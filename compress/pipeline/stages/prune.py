@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from architectures.counting import count_macs, count_parameters
 from architectures.describe import carry_over, describe
 from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
-from compress.pruning.prune import NEEDS_GRADIENTS, accumulate_gradients, prune, widths
+from compress.pruning.groups import widths
+from compress.pruning.importance import NEEDS_GRADIENTS, accumulate_gradients
+from compress.pruning.prune import prune
 from compress.training.assessment import ROUNDS, RUNS, interleaved_times
 from compress.training.data import Data, seeded
 from compress.training.distillation import cross_entropy
