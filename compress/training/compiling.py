@@ -10,6 +10,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,8 +20,8 @@ from compress.training.state import TrainingState
 from compress.training.updates import Updater
 from metadata.errors import first_line
 
-LONG_SECONDS, LONG_STEPS = 1200.0, 200  # a shorter training is nearly over before compiling has paid
-ROUNDS, STEPS = 3, 3
+ROUNDS, STEPS = 3, 3  # of the interleaved comparison
+Work = Callable[[nn.Module], None]
 
 
 def compile_if_faster(updater: Updater, state: TrainingState, make_batch: Callable[[], Batch], steps: int,
@@ -48,54 +49,73 @@ def compile_if_faster(updater: Updater, state: TrainingState, make_batch: Callab
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """Return the compiled form: the same parameters, and code for each size of batch and image."""
+    """Return the compiled form: it shares the parameters, and has code for each batch and image size that it meets."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on a CPU
     return torch.compile(network, dynamic=False)  # type: ignore[return-value]
 
 
-def faster(network: nn.Module, work: Callable[[nn.Module], None], steps: int, say: Callable[[str], None]) -> nn.Module:
-    """Return the network, or its compiled form if a step of that is faster; weights and statistics stay as they are.
+def seconds_per_step(network: nn.Module, work: Work) -> float:
+    """Return the mean time of a step."""
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        work(network)
+    return (time.perf_counter() - started) / STEPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """How a compiled network is tried.
 
     Args:
-        network: what to train.
-        work: a step's forward and backward pass.
-        steps: how many the training has left.
-        say: takes the result of a trial.
+        long_seconds: a training that takes less time is as good as over before compiling has paid.
+        long_steps: a training with fewer steps is not even timed.
+        compile: makes the compiled form.
+        seconds: times a step.
     """
-    if steps < LONG_STEPS:
+
+    long_seconds: float = 1200.0
+    long_steps: int = 200
+    compile: Callable[[nn.Module], nn.Module] = compiled
+    seconds: Callable[[nn.Module, Work], float] = seconds_per_step
+
+
+def faster(network: nn.Module, work: Work, steps: int, say: Callable[[str], None],
+           trial: Trial = Trial()) -> nn.Module:
+    """Return the compiled network where a step of it is faster, and else the network itself.
+
+    Args:
+        network: the network to train; its weights and statistics stay unchanged.
+        work: a step's forward and backward pass.
+        steps: the number of steps that the training has left.
+        say: gets a line on the outcome of a trial.
+        trial: how to try.
+    """
+    if steps < trial.long_steps:
         return network
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     try:
         with torch.random.fork_rng(devices=[]):
             work(network)  # the first step is slower
-            if seconds_per_step(network, work) * steps < LONG_SECONDS:
+            if trial.seconds(network, work) * steps < trial.long_seconds:
                 return network
-            return try_compiled(network, work, say)
+            return _try_compiled(network, work, say, trial)
     finally:
         network.load_state_dict(state)
         network.zero_grad(set_to_none=True)
 
 
-def try_compiled(network: nn.Module, work: Callable[[nn.Module], None], say: Callable[[str], None]) -> nn.Module:
+def _try_compiled(network: nn.Module, work: Work, say: Callable[[str], None], trial: Trial) -> nn.Module:
     """Compile a network and return the faster form, by interleaved timing."""
-    candidate, started = compiled(network), time.monotonic()
+    candidate, started = trial.compile(network), time.monotonic()
     try:
         work(candidate)
     except (RuntimeError, OSError) as error:  # no C++ compiler, no Python headers, an unsupported operator
         say(f"not compiled: {first_line(error)}")
         return network
     spent = time.monotonic() - started
-    plain, fused = zip(*((seconds_per_step(network, work), seconds_per_step(candidate, work)) for _ in range(ROUNDS)),
+    plain, fused = zip(*((trial.seconds(network, work), trial.seconds(candidate, work)) for _ in range(ROUNDS)),
                        strict=True)
     ratio = statistics.median(plain) / statistics.median(fused)
     verdict = "compiled" if ratio > 1 else "left as it is"
     say(f"a compiled step is {ratio:.2f} times as fast (tried for {spent:.0f} s): {verdict}")
     return candidate if ratio > 1 else network
-
-
-def seconds_per_step(network: nn.Module, work: Callable[[nn.Module], None]) -> float:
-    """Return the mean seconds of a few steps."""
-    started = time.perf_counter()
-    for _ in range(STEPS):
-        work(network)
-    return (time.perf_counter() - started) / STEPS

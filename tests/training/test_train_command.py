@@ -156,7 +156,8 @@ finally:
     assert "test" in done.stdout and len(list((tmp_path / "w" / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "timm:resnest14d", "timm:resnest26d"])
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnest14d", pytest.param("resnet50", marks=pytest.mark.slow),
+                                  pytest.param("timm:resnest26d", marks=pytest.mark.slow)])
 def test_zoo_models_train_on_an_image_folder(name: str, compress: Compress, tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "images", classes=2, images=6, size=32)
     done = compress("train", "--dataset", "image_folder", "--data_root", root, "--image_size", "32", "--model_name", name,
