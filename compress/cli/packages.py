@@ -31,7 +31,7 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
 
     Original image files are copied. Images that have none are written as PNG.
     """
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.training.trackers import Tracker
     from loaders.arrays import write_image_folder
     from loaders.catalog import load
@@ -40,7 +40,7 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
 
     if out.exists():
         raise UserError(f"--out {out}: already there; nothing was written")
-    with Tracker(report.terminal()).progress("reading images") as advance:
+    with Tracker(terminal()).progress("reading images") as advance:
         splits = load(Request(name=name, root=root, download=download, on_progress=advance))
         test = splits.open_test()
     out.parent.mkdir(parents=True, exist_ok=True)

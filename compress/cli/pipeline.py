@@ -20,13 +20,13 @@ def run(recipe: RecipeName, overrides: Overrides = None,
         update: Annotated[bool, typer.Option("--update", help="redo the stages that the changed settings affect")] = False,
         ) -> None:
     """Run a recipe from teacher to scored submission. The same command continues an interrupted run."""
-    from compress.pipeline import report
+    from compress.cli.terminal import print_ledger, terminal
     from compress.pipeline.config import resolve
     from compress.pipeline.run import run_pipeline
 
-    console = report.terminal()
+    console = terminal()
     outcome = run_pipeline(resolve(recipe, overrides or []), console, update)
-    report.print_table(console, outcome.rows)
+    print_ledger(console, outcome.rows)
     for text in outcome.warnings:
         console.print(f"warning: {text}", style="bold red", highlight=False)
     if outcome.results:
@@ -40,12 +40,12 @@ def run(recipe: RecipeName, overrides: Overrides = None,
 
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Check a recipe and its data, and print what would run. Train nothing and write nothing."""
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.pipeline.config import resolve
     from compress.pipeline.plan import make_plan
     from compress.training.trackers import Tracker
 
-    console = report.terminal()
+    console = terminal()
     planned = make_plan(resolve(recipe, overrides or []), Tracker(console))
     card = planned.splits.card
     console.print(f"{planned.config.recipe}: {card.name}, {card.num_classes} classes, {list(card.input_shape)}, "

@@ -51,12 +51,12 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
         seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the bootstrap")] = 0,
         no_plots: Annotated[bool, typer.Option("--no_plots", help="write tables only")] = False) -> None:
     """Fit scaling laws to runs. Rank the forms by their error on held-out points, and plot them."""
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies.scaling import summary
     from compress.studies.scaling.analysis import analyse
     from compress.studies.scaling.runs import read_runs
 
-    console = report.terminal()
+    console = terminal()
     runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
     analysis = analyse(runs, classes, form.value if form else None, _positive("--num_epochs", num_epochs), replicates, seed)
     summary.print_summary(console, analysis)
@@ -80,7 +80,7 @@ def predict(
         loss_column: LossColumn = None, accuracy_column: AccuracyColumn = None, dataset: DataSet = None,
         form: FormOption = None) -> None:
     """Predict the loss of a new configuration. Give a 95 % interval with it."""
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies.scaling.analysis import fit_for_prediction
     from compress.studies.scaling.plans import make_point
     from compress.studies.scaling.summary import print_prediction
@@ -101,7 +101,7 @@ def predict(
         n = _positive("--parameters", parameters)
     assert n is not None and d is not None
     chosen, forms, ranking = fit_for_prediction(runs, classes, form.value if form else None)
-    print_prediction(report.terminal(), runs, chosen, forms, ranking, n, d, epochs, network)
+    print_prediction(terminal(), runs, chosen, forms, ranking, n, d, epochs, network)
 
 
 def _positive(flag: str, value: float | None) -> float | None:

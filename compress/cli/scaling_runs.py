@@ -39,11 +39,11 @@ def run(seed: Annotated[int, typer.Option("--seed", help="seed of subset, weight
 
     An experiment that diverges keeps its row, marked as diverged, and the command exits with 1.
     """
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies.scaling.experiment import run_experiment
     from metadata.errors import VerificationError
 
-    console = report.terminal()
+    console = terminal()
     row = run_experiment(seed, batch_size, num_epochs, test_freq, width, depth, dataset_size, dataset=dataset,
                          data_root=data_root, base_dir=base_dir, device=device,
                          threads=threads, download=download, checkpoint_seconds=checkpoint_seconds, console=console)
@@ -65,11 +65,11 @@ def sweep(plan: PlanName, workers: Workers = None,
 
     Exit with 1 if a point failed. A point that diverged counts as finished: its row is kept and marked.
     """
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies.scaling.sweep import run_sweep
 
     try:
-        rows = run_sweep(_read(plan, base_dir, data_root, device), report.terminal(), workers, ray)
+        rows = run_sweep(_read(plan, base_dir, data_root, device), terminal(), workers, ray)
     except KeyboardInterrupt as error:
         typer.echo("interrupted; the same command continues", err=True)
         raise typer.Exit(130) from error
@@ -80,10 +80,10 @@ def sweep(plan: PlanName, workers: Workers = None,
 def plan(plan: PlanName, workers: Workers = None, base_dir: BaseDir = None, data_root: DataRoot = None,
          device: Device = None) -> None:
     """Print a plan's points and the time left. Mark what is done; estimate the rest from a short calibration."""
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies.scaling.estimate import estimate
 
-    estimate(_read(plan, base_dir, data_root, device), report.terminal(), workers)
+    estimate(_read(plan, base_dir, data_root, device), terminal(), workers)
 
 
 def _read(name: str, base_dir: Path | None, data_root: Path | None, device: str | None) -> SweepPlan:

@@ -25,15 +25,15 @@ def train(context: typer.Context) -> None:
         for line in help_lines():
             typer.echo(line)
         return
-    from compress.pipeline import report
+    from compress.cli.terminal import print_training, terminal
     from compress.training.flags import resolve_training
     from compress.training.run import run_training
 
-    console = report.terminal()
+    console = terminal()
     config = resolve_training(context.args)
     summary = run_training(config, console)
     if summary:
-        report.print_training(console, config.log_dir, summary)
+        print_training(console, config.log_dir, summary)
 
 
 def mnist_challenge(
@@ -51,16 +51,16 @@ def mnist_challenge(
 
     The weights are counted as parameters, biases included. Each of the five epochs must keep the bound.
     """
-    from compress.pipeline import report
+    from compress.cli.terminal import terminal
     from compress.studies import mnist_challenge as challenge
     from metadata.errors import UserError
 
     if verify:
-        challenge.verify(data_root, download, report.terminal())
+        challenge.verify(data_root, download, terminal())
         return
     try:
         numbers = [int(part) for part in seeds.split(",")] if seeds is not None else None
     except ValueError as error:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from error
     models = list(challenge.ENTRIES) if model == "all" else [model]
-    challenge.run_challenge(models, numbers, data_root, download, log_dir, threads, epochs, report.terminal())
+    challenge.run_challenge(models, numbers, data_root, download, log_dir, threads, epochs, terminal())

@@ -1,13 +1,9 @@
-"""What a run ends with: the table on the terminal, `report.md` and `plot.png`."""
+"""What a run leaves for its reader: the ledger as a table, `report.md` and `plot.png`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from metadata.files import write_atomically
 from metadata.formats import read_csv, write_figure
@@ -16,47 +12,11 @@ from metadata.records import LedgerRow
 HEADER = ("stage", "parameters", "MACs", "size", "latency", "accuracy", "seconds")
 
 
-def terminal() -> Console:
-    """Return the console that the verbs print on; a file or a pipe gets lines of 120 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def cells(row: LedgerRow) -> tuple[str, ...]:
     """Return a ledger row as the cells of a table."""
     stage = row.stage + (" (test)" if row.split == "test" else "")
     return (stage, f"{row.parameters:,}", f"{row.macs / 1e6:,.2f} M", f"{row.size_bytes / 2**20:,.3f} MB",
             f"{row.latency_ms:.2f} ms", f"{row.accuracy:.2%}", f"{row.seconds:,.1f}")
-
-
-def print_table(console: Console, rows: list[LedgerRow]) -> None:
-    """Print the ledger as a table."""
-    table = Table(title="what each stage left (validation accuracy; latency: batch 1, one thread)", box=box.SIMPLE_HEAD,
-                  pad_edge=False, collapse_padding=True)  # fits 80 columns
-    for index, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
-
-
-def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> None:
-    """Print the results of a training, and the files that hold it."""
-    table = Table(title=f"{summary['model']['name']}: {summary['parameters']:,} parameters, {summary['macs'] / 1e6:,.2f} M "
-                        "MACs", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("split", "images", "right", "accuracy", "loss"):
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for name in ("validation", "test"):
-        if name in summary:
-            found = summary[name]
-            table.add_row(name, f"{found['images']:,}", f"{found['correct']:,}", f"{found['accuracy']:.2%}",
-                          f"{found['loss']:.4f}")
-    console.print(table)
-    console.print(f"weights of epoch {summary['kept_epoch']} of {summary['epochs']}, {summary['seconds']:,.1f} s of "
-                  f"training, {summary['images_per_second']:,.0f} images/s", highlight=False)
-    for what, name in (("weights", "weights.pth"), ("metrics", "metrics.csv"), ("curves", "curves.png"),
-                       ("summary", "summary.json")):
-        console.print(f"{what + ':':12}{folder / name}", highlight=False, soft_wrap=True)
 
 
 def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: list[str],
