@@ -10,16 +10,15 @@ import yaml
 from rich.console import Console
 from torch import Tensor, fx, nn
 
-from compress.pipeline import report
 from compress.pipeline.config import RunConfig, resolve
 from compress.pipeline.plan import RunPlan, make_plan
 from compress.pipeline.run import RunOutcome, run_pipeline
 from compress.pruning import prune as pruning
 from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS
 from compress.quantization.dynamic import as_graph, without_stochastic_depth
-from compress.training.run import run_training
-from compress.training.trackers import Tracker
 from compress.training.flags import resolve_training
+from compress.training.run import run_training
+from compress.training.trackers import Tracker, terminal
 from metadata.errors import UserError
 
 
@@ -127,4 +126,4 @@ def _yaml(value: Any) -> str:
 
 
 def _console(quiet: bool) -> Console:
-    return Console(quiet=True) if quiet else report.terminal()
+    return Console(quiet=True) if quiet else terminal()

@@ -31,8 +31,7 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
 
     Original image files are copied. Images that have none are written as PNG.
     """
-    from compress.cli.terminal import terminal
-    from compress.training.trackers import Tracker
+    from compress.training.trackers import Tracker, terminal
     from loaders.arrays import write_image_folder
     from loaders.catalog import load
     from loaders.request import Request

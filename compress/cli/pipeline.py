@@ -20,7 +20,8 @@ def run(recipe: RecipeName, overrides: Overrides = None,
         update: Annotated[bool, typer.Option("--update", help="redo the stages that the changed settings affect")] = False,
         ) -> None:
     """Run a recipe from teacher to scored submission. The same command continues an interrupted run."""
-    from compress.cli.terminal import print_ledger, terminal
+    from compress.cli.tables import print_ledger
+    from compress.training.trackers import terminal
     from compress.pipeline.config import resolve
     from compress.pipeline.run import run_pipeline
 
@@ -40,10 +41,9 @@ def run(recipe: RecipeName, overrides: Overrides = None,
 
 def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Check a recipe and its data, and print what would run. Train nothing and write nothing."""
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import Tracker, terminal
     from compress.pipeline.config import resolve
     from compress.pipeline.plan import make_plan
-    from compress.training.trackers import Tracker
 
     console = terminal()
     planned = make_plan(resolve(recipe, overrides or []), Tracker(console))

@@ -51,7 +51,7 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
         seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the bootstrap")] = 0,
         no_plots: Annotated[bool, typer.Option("--no_plots", help="write tables only")] = False) -> None:
     """Fit scaling laws to runs. Rank the forms by their error on held-out points, and plot them."""
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies.scaling import summary
     from compress.studies.scaling.analysis import analyse
     from compress.studies.scaling.runs import read_runs
@@ -80,7 +80,7 @@ def predict(
         loss_column: LossColumn = None, accuracy_column: AccuracyColumn = None, dataset: DataSet = None,
         form: FormOption = None) -> None:
     """Predict the loss of a new configuration. Give a 95 % interval with it."""
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies.scaling.analysis import fit_for_prediction
     from compress.studies.scaling.plans import make_point
     from compress.studies.scaling.summary import print_prediction

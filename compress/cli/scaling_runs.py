@@ -39,7 +39,7 @@ def run(seed: Annotated[int, typer.Option("--seed", help="seed of subset, weight
 
     An experiment that diverges keeps its row, marked as diverged, and the command exits with 1.
     """
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies.scaling.experiment import run_experiment
     from metadata.errors import VerificationError
 
@@ -65,7 +65,7 @@ def sweep(plan: PlanName, workers: Workers = None,
 
     Exit with 1 if a point failed. A point that diverged counts as finished: its row is kept and marked.
     """
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies.scaling.sweep import run_sweep
 
     try:
@@ -80,7 +80,7 @@ def sweep(plan: PlanName, workers: Workers = None,
 def plan(plan: PlanName, workers: Workers = None, base_dir: BaseDir = None, data_root: DataRoot = None,
          device: Device = None) -> None:
     """Print a plan's points and the time left. Mark what is done; estimate the rest from a short calibration."""
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies.scaling.estimate import estimate
 
     estimate(_read(plan, base_dir, data_root, device), terminal(), workers)

@@ -25,7 +25,8 @@ def train(context: typer.Context) -> None:
         for line in help_lines():
             typer.echo(line)
         return
-    from compress.cli.terminal import print_training, terminal
+    from compress.cli.tables import print_training
+    from compress.training.trackers import terminal
     from compress.training.flags import resolve_training
     from compress.training.run import run_training
 
@@ -51,7 +52,7 @@ def mnist_challenge(
 
     The weights are counted as parameters, biases included. Each of the five epochs must keep the bound.
     """
-    from compress.cli.terminal import terminal
+    from compress.training.trackers import terminal
     from compress.studies import mnist_challenge as challenge
     from metadata.errors import UserError
 

@@ -29,6 +29,12 @@ class Advance(Protocol):
 QUIET_SECONDS = 10.0  # between lines where the output is a file
 
 
+def terminal() -> Console:
+    """Return the console that the verbs print on; a file or a pipe gets lines of 120 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 @dataclass
 class Tracker:
     """Shows progress on a console and keeps a stage's metrics.

@@ -1,4 +1,4 @@
-"""What the verbs print on: the console, and tables of a run and of a training."""
+"""Tables that the verbs print: the ledger of a run, and the results of a training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from rich.table import Table
 
 from compress.pipeline.report import HEADER, cells
 from metadata.records import LedgerRow
-
-
-def terminal() -> Console:
-    """Return the console that the verbs print on; a file or a pipe gets lines of 120 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
 
 
 def print_ledger(console: Console, rows: list[LedgerRow]) -> None:
