@@ -1,4 +1,4 @@
-"""What a search for static int8 is asked for, tries and finds: the records of compress/quantization/search.py."""
+"""The records of a search for static int8 (compress/quantization/search.py): its request, its candidates, its result."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from compress.quantization.static import Int8Network, StaticSettings
 SENSITIVE, SLOWER = "returned to float for its effect on the logits", "faster in float"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Candidate:
-    """An int8 file, and what was measured of it.
+    """An int8 file with its measurements.
 
     Args:
-        settings: how it was made.
-        kept_float: layers that stay float, beside those that the settings or the user named.
-        reason: why they do.
+        settings: how it was quantized.
+        kept_float: layers that stay float in addition to those that the settings or the user named.
+        reason: why they stay float.
         quantized: the network.
-        content: its file.
-        correct: right answers on the validation images.
-        images: so many.
-        int8_ms: of layers that stay float because they are slower in int8, what they took there.
-        latency_ms: at batch 1 on one thread, in turns with the others; None until it was measured.
-        portability: see compress/quantization/portability.py; None where it was not looked at.
+        content: the ONNX file.
+        correct: number of right answers on the validation images.
+        images: number of validation images.
+        int8_ms: int8 latency of the layers that stay float because int8 makes them slower.
+        latency_ms: at batch 1 on one thread, interleaved with the other candidates; None until it is measured.
+        portability: see compress/quantization/portability.py; None where it was not verified.
     """
 
     settings: StaticSettings
@@ -47,12 +47,12 @@ class Candidate:
 
     @property
     def milliseconds(self) -> float:
-        """Its latency, which must have been measured."""
+        """The latency, which must have been measured."""
         assert self.latency_ms is not None
         return self.latency_ms
 
     def row(self) -> dict[str, Any]:
-        """For the record."""
+        """Return the row for stage.json."""
         return {"name": self.name, "settings": asdict(self.settings), "kept_float": list(self.kept_float),
                 "kept_float_reason": self.reason if self.kept_float else None,
                 "size_bytes": len(self.content), "correct": self.correct, "images": self.images,
@@ -61,20 +61,20 @@ class Candidate:
 
 
 def name_of(settings: StaticSettings, kept_float: Sequence[str], reason: str) -> str:
-    """A candidate in words."""
+    """Return a candidate's settings in words."""
     count, how = len(kept_float), "for speed" if reason == SLOWER else "again"
     return str(settings) + (f", {count} layer{'s' * (count > 1)} float {how}" if count else "")
 
 
-@dataclass(frozen=True)
-class Wanted:
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
     """What the user asked for.
 
     Args:
-        max_drop: of validation accuracy against the float network, a fraction.
+        max_drop: tolerated drop of validation accuracy against the float network, a fraction.
         portable: the accuracy must also hold on CPUs without VNNI.
-        budget_seconds: for the search; what was begun is ended, and the portability of those that would be chosen is looked
-            at in any case.
+        budget_seconds: for the search. A step that has begun is finished, and the portability of the candidates that would
+            be chosen is verified in any case.
         exclude: layers that stay float.
     """
 
@@ -84,21 +84,23 @@ class Wanted:
     exclude: tuple[str, ...] = ()
 
 
-@dataclass
-class Found:
+@dataclass(kw_only=True)
+class SearchResult:
     """The outcome of a search.
 
     Args:
         best: the candidate to take.
-        reached: whether it has the accuracy, and the portability, that was asked for.
-        candidates: all, in the order in which they were tried.
-        not_tried: names of settings for which there was no time.
-        failed: of candidates that could not be built or run, the reasons by their names.
-        float_correct, images: the float network's right answers on the validation images.
-        float_ms: its latency on the chosen runtime.
-        times: of operators and runtimes, from which the search chose first.
-        sensitivity: of each layer, where it was measured: mean squared error of the logits, relative to the float ones',
-            when that layer alone is int8.
+        reached: whether it has the requested accuracy and portability.
+        candidates: all candidates, in the order in which they were tried.
+        not_tried: names of the candidates for which there was no time.
+        failed: the reasons of the candidates that could not be built or run, by name.
+        float_correct: number of right answers of the float network on the validation images.
+        images: number of validation images.
+        float_ms: latency of the float network on the chosen runtime.
+        backend: the chosen runtime.
+        latencies: of every choice of operators and runtime, one row each.
+        sensitivity: of each layer, where it was measured: mean squared error of the logits, relative to the variance of the
+            float logits, when that layer alone is int8.
     """
 
     best: Candidate
@@ -110,5 +112,5 @@ class Found:
     images: int
     float_ms: float
     backend: Backend
-    times: list[dict[str, Any]]
+    latencies: list[dict[str, Any]]
     sensitivity: dict[str, float] = field(default_factory=dict)

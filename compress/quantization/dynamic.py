@@ -27,7 +27,7 @@ from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers
 from architectures.kernels import QuantizedTensor, no_int8_kernels
 from architectures.program import Program, Step, int8_graph
-from compress.quantization.int8_table import Coverage, check_excluded, sqnr_db
+from compress.quantization.int8_table import Int8Row, check_excluded, sqnr_db
 from metadata.errors import UserError, first_line
 
 PASSES = 25  # timed ones of each form of a network, in turns
@@ -57,7 +57,7 @@ def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collectio
     return quantize(model, example_input, exclude)[0]
 
 
-def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Coverage]]:
+def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Int8Row]]:
     """As `quantize_dynamic`, with the coverage table."""
     _check_numbers(model, example_input)
     try:
@@ -106,7 +106,7 @@ def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMod
 
 
 def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
-                   choose: bool = True) -> tuple[fx.GraphModule, list[Coverage]]:
+                   choose: bool = True) -> tuple[fx.GraphModule, list[Int8Row]]:
     """A folded copy of a graph with int8 layers, and the coverage table.
 
     Args:
@@ -129,12 +129,12 @@ def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example
     as_float = FLOAT_LAYER
     if measured:
         times, as_float = _choose(quantized, folded, chosen, example_input[:1], choose)  # type: ignore[index]
-    coverage = _coverage(quantized, folded, layers, example_input, times, as_float)
-    return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), coverage
+    rows = _int8_rows(quantized, folded, layers, example_input, times, as_float)
+    return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), rows
 
 
 def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str],
-                       ) -> tuple[nn.Module, list[Coverage]]:
+                       ) -> tuple[nn.Module, list[Int8Row]]:
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention))}
@@ -144,8 +144,8 @@ def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collect
     chosen = _replace(quantized, layers, {*exclude, *left})
     times = {} if no_int8_kernels() else _choose_in_place(quantized, model, chosen, example_input[:1])
     silent = {name: reason for name, reason in left.items() if name not in exclude}
-    coverage = [replace(row, reason=silent.get(row.layer, row.reason))
-                for row in _coverage(quantized, model, layers, example_input, times)]
+    rows = [replace(row, reason=silent.get(row.layer, row.reason))
+                for row in _int8_rows(quantized, model, layers, example_input, times)]
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
@@ -156,7 +156,7 @@ def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collect
     if silent:
         warnings.warn("quantize_dynamic: float stays " + "; ".join(f"{name} ({why})" for name, why in silent.items()),
                       UserWarning, stacklevel=3)
-    return quantized, coverage
+    return quantized, rows
 
 
 def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[str, str]:
@@ -251,8 +251,8 @@ def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[st
     return times
 
 
-def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
-              times: dict[str, tuple[float, float]], as_float: str = FLOAT_LAYER) -> list[Coverage]:
+def _int8_rows(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
+              times: dict[str, tuple[float, float]], as_float: str = FLOAT_LAYER) -> list[Int8Row]:
     """The table; `quantized` still computes layer by layer, so that each can be watched."""
     before = {} if images is None else _observe(model, images, layers)
     after = {} if images is None else _observe(quantized, images, {
@@ -263,10 +263,12 @@ def _coverage(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Modul
     rows = []
     for name, layer in layers.items():
         dtype, reason = _type_and_reason(quantized.get_submodule(name), as_float)
-        rows.append(Coverage(name, type(layer).__name__, dtype, reason, weights[name].numel(),
-                             macs[name] / max(sum(macs.values()), 1),
-                             sqnr_db(before[name], after[name]) if name in after and name in before else None,
-                             *times.get(name, (None, None))))
+        before_ms, after_ms = times.get(name, (None, None))
+        rows.append(Int8Row(
+            layer=name, kind=type(layer).__name__, dtype=dtype, reason=reason, weights=weights[name].numel(),
+            macs_share=macs[name] / max(sum(macs.values()), 1),
+            sqnr_db=sqnr_db(before[name], after[name]) if name in after and name in before else None,
+            before_ms=before_ms, after_ms=after_ms))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What a quantize stage leaves to read: layer by layer what is int8, why not, how exact it is, what it takes."""
+"""The table that a quantize stage prints: for each layer its type with the reason, its error, and its latency."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from torch import Tensor
 from metadata.errors import UserError
 
 
-@dataclass(frozen=True)
-class Coverage:
-    """What became of one layer.
+@dataclass(frozen=True, kw_only=True)
+class Int8Row:
+    """One layer after quantization.
 
     Args:
+        layer: its name.
+        kind: "Conv2d" or "Linear", or a subclass's name.
         dtype: "int8" or "float32".
         reason: why it has this type.
-        macs_share: of the model's multiply-adds.
-        sqnr_db: of its output against the float model's, on real or random inputs; None where it was not measured.
-        before_ms, after_ms: of the layer alone at batch 1, as float and as int8; None where they were not measured.
+        weights: number of weights, without the bias.
+        macs_share: share of the model's multiply-adds.
+        sqnr_db: of its output against the float model's output, on real or random inputs; None where it was not measured.
+        before_ms, after_ms: latency of the layer alone at batch 1, as float and as int8; None where it was not measured.
     """
 
     layer: str
@@ -38,27 +41,27 @@ class Coverage:
 
 
 def sqnr_db(expected: Tensor, got: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in decibels, 10 log10(|expected|^2 / |got - expected|^2); 200 at most."""
+    """Return the signal-to-quantization-noise ratio, 10 log10(|expected|^2 / |got - expected|^2) dB, at most 200."""
     expected, got = expected.detach().double(), got.detach().double()
     return decibels(float(expected.square().sum()), float((got - expected).square().sum()))
 
 
 def decibels(signal: float, noise: float) -> float:
-    """The same from the two sums of squares."""
+    """Return the ratio of two sums of squares in decibels, at most 200."""
     if noise <= signal * 1e-20:
         return 200.0
     return 10 * math.log10(max(signal, 1e-300) / noise)
 
 
 def check_excluded(stage: str, exclude: Collection[str], layers: Collection[str]) -> None:
-    """Raises UserError for a layer that is to stay float and that the network does not have."""
+    """Raise UserError if a name in `exclude` is no layer of the network."""
     unknown = next((name for name in exclude if name not in layers), None)
     if unknown is not None:
         raise UserError(f"{stage}.exclude: {unknown!r} is no Conv2d or Linear layer of the model ({', '.join(layers)})")
 
 
-def show(rows: Sequence[Coverage], console: Console) -> None:
-    """Prints the table."""
+def print_table(rows: Sequence[Int8Row], console: Console) -> None:
+    """Print the rows as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
     table.add_column("kind")

@@ -23,7 +23,7 @@ from architectures.layers.table import LAYER_TABLE
 from compress.evaluation.onnx_files import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
 from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
 from compress.quantization.equalization import equalize
-from compress.quantization.int8_table import Coverage, decibels
+from compress.quantization.int8_table import Int8Row, decibels
 from metadata.errors import UserError
 
 NOT_QUANTIZED = "the quantizer left it float"
@@ -44,7 +44,7 @@ def weighted_operators() -> list[str]:
                    if operator.quantized == "weighted"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StaticSettings:
     """One way to quantize.
 
@@ -287,8 +287,8 @@ def layers_and_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 # ------------------------------------------------------------------------------------------------- what became of it
 
 
-def coverage(calibration: Calibration, quantized: Int8Network, images: Images, why_float: dict[str, str],
-             times: dict[str, tuple[float | None, float | None]]) -> list[Coverage]:
+def int8_rows(calibration: Calibration, quantized: Int8Network, images: Images, why_float: dict[str, str],
+              times: dict[str, tuple[float | None, float | None]]) -> list[Int8Row]:
     """The table, layer by layer.
 
     Args:
@@ -308,9 +308,11 @@ def coverage(calibration: Calibration, quantized: Int8Network, images: Images, w
     for node in layers:
         int8, kind = set(now[node.name].input[:2]) <= restored, "Conv2d" if node.op_type == "Conv" else "Linear"
         reason = "static, per channel" if int8 else why_float.get(node.name, NOT_QUANTIZED)
-        rows.append(Coverage(node.name, kind, "int8" if int8 else "float32", reason, weights[node.name],
-                             macs[node.name] / max(sum(macs.values()), 1), noise[node.name],
-                             *times.get(node.name, (None, None))))
+        before_ms, after_ms = times.get(node.name, (None, None))
+        rows.append(Int8Row(
+            layer=node.name, kind=kind, dtype="int8" if int8 else "float32", reason=reason, weights=weights[node.name],
+            macs_share=macs[node.name] / max(sum(macs.values()), 1), sqnr_db=noise[node.name], before_ms=before_ms,
+            after_ms=after_ms))
     return rows
 
 

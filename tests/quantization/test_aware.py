@@ -35,6 +35,7 @@ from compress.training.assessment import accuracy_of
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
+from compress.training.memory_format import unsafe_channels_last
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.augment import Augmenter
@@ -318,33 +319,54 @@ def student(width: int = 8) -> fx.GraphModule:
         nn.Linear(2 * width, 10)), (1, 8, 8))
 
 
-def learn(seed: int, folder: Path) -> tuple[float, float, float]:
-    """Accuracies on the test digits: of the float network, with 4-bit weights, and of those after training with them."""
-    splits = load(Request(name="digits", channels=1, seed=seed))
-    preprocessing, test = splits.card.preprocessing, splits.open_test()
-    augmenter = Augmenter(names=[], size=(8, 8), padding=0, seed=seed, samples=len(splits.train))
-    data = Data(train=splits.train, validation=splits.validation, augmenter=augmenter, preprocessing=preprocessing)
+def unbalanced(model: fx.GraphModule) -> fx.GraphModule:
+    """The same function with channels of very different ranges, which one scale a layer cannot serve with 4 bits.
 
-    def fit(model: nn.Module, name: str, epochs: int, lr: float) -> float:
-        settings = TrainingSettings(epochs=epochs, batch_size=64, lr=lr, compile=False)
-        train(model, data, cross_entropy(0), settings, label=name, seed=seed, device=torch.device("cpu"),
-              checkpoint=folder / f"{name}.pth", tracker=Tracker(Console(file=io.StringIO())))
-        return accuracy_of(model, test, preprocessing)
-    torch.manual_seed(seed)
-    model = student()
-    exact = fit(model, "float", 20, 0.1)
-    images = normalize(splits.train.images.batch(torch.arange(512)), preprocessing)
-    passes = 10 * (len(splits.train) // 64)
-    prepared = prepare(model, [images], freeze_after=passes // 2, weight_bits=4, per_channel=False)
-    rounded = accuracy_of(prepared, test, preprocessing)
-    return exact, rounded, fit(prepared, "rounded", 10, 0.002)
+    A ReLU passes a positive factor on, so a batch norm's channels are multiplied by what the next layer divides by.
+    """
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for norm, layer, ends in (("1", "3", (-1, 1)), ("7", "10", (1, -1))):
+            factor = torch.logspace(*ends, len(changed.get_parameter(f"{norm}.weight")), base=2.5)
+            changed.get_parameter(f"{norm}.weight").mul_(factor)
+            changed.get_parameter(f"{norm}.bias").mul_(factor)
+            changed.get_parameter(f"{layer}.weight").div_(factor.view(-1, 1, 1, 1))
+    return changed
 
 
 def test_training_recovers_what_four_bits_lose(tmp_path: Path) -> None:
-    """Seeds 0, 1, 2 recover 0.95 of the loss or more."""
-    exact, rounded, trained = learn(0, tmp_path)
-    assert exact > 0.95 and exact - rounded > 0.08
-    assert trained - rounded > 0.5 * (exact - rounded)
+    """Seeds 0 to 7 lose 0.24 or more, and recover 0.68 of that or more."""
+    splits = load(Request(name="digits", channels=1))
+    preprocessing, test = splits.card.preprocessing, splits.open_test()
+    augmenter = Augmenter(names=[], size=(8, 8), padding=0, seed=0, samples=len(splits.train))
+    data = Data(train=splits.train, validation=splits.validation, augmenter=augmenter, preprocessing=preprocessing)
+
+    def fit(model: nn.Module, name: str, lr: float) -> float:
+        settings = TrainingSettings(epochs=10, batch_size=64, lr=lr, compile=False)
+        train(model, data, cross_entropy(0), settings, label=name, seed=0, device=torch.device("cpu"),
+              checkpoint=tmp_path / f"{name}.pth", tracker=Tracker(Console(file=io.StringIO())))
+        return accuracy_of(model, test, preprocessing)
+    torch.manual_seed(0)
+    model = student()
+    exact = fit(model, "float", 0.1)
+    model = unbalanced(model)
+    assert exact > 0.93 and abs(accuracy_of(model, test, preprocessing) - exact) < 0.006
+    images = normalize(splits.train.images.batch(torch.arange(512)), preprocessing)
+    passes = 10 * (len(splits.train) // 64)
+    prepared = prepare(model, [images], freeze_after=passes // 2, weight_bits=4, per_channel=False)
+    lost = exact - accuracy_of(prepared, test, preprocessing)
+    assert lost > 0.15
+    assert exact - fit(prepared, "rounded", 0.002) < 0.6 * lost
+
+
+@pytest.mark.skipif("AVX512" in torch.backends.cpu.get_cpu_capability(), reason="no layer is unsafe with AVX512")
+def test_a_wrapped_layer_that_is_unsafe_channels_last_is_found() -> None:
+    """The backward pass of a narrow 1x1 convolution with a stride corrupts memory, wrapped or not."""
+    model = graph_of(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+                                   nn.Conv2d(4, 8, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
+    device = torch.device("cpu")
+    assert "layer 3:" in unsafe_channels_last(model, device)
+    assert "layer 3.layer:" in unsafe_channels_last(prepare(model, some(1)), device)
 
 
 # ------------------------------------------------------------------------------------------------------ stage finetune
@@ -380,7 +402,7 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
     torch.manual_seed(0)
     model = student(4)
     before = copy.deepcopy(model.state_dict())
-    settings = TrainingSettings(epochs=4, batch_size=64, lr=0.05, augment=["crop"], padding=1, checkpoint_seconds=0,
+    settings = TrainingSettings(epochs=4, batch_size=192, lr=0.05, augment=["crop"], padding=1, checkpoint_seconds=0,
                                 ema=0.9, optimizer=optimizer)  # type: ignore[arg-type]
     stage = Finetune(quantization_aware=True, freeze_after=0.5, train=settings)
     first, context = finetuned(tmp_path / "first", model, stage)
@@ -388,7 +410,7 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
     with pytest.raises(KilledError):
         finetuned(tmp_path / "killed", model, stage, Stopping)
     state = torch.load(tmp_path / "killed" / "checkpoint.pth", weights_only=True)
-    steps = len(context.splits.train) // 64
+    steps = len(context.splits.train) // 192
     passes = 2 if optimizer == "sam" else 1
     assert state["step"] == 3 * steps - 1 and state["model"]["activation_ranges.input_1.seen"] == passes * state["step"]
     resumed, _ = finetuned(tmp_path / "killed", model, stage)
@@ -403,7 +425,7 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
 def test_settings_that_would_do_nothing_are_refused(compress: Compress) -> None:
     for key in ("weight_bits=7", "freeze_after=0.1"):
         assert_one_line_error(compress("plan", "slim_resnet18_digits", f"finetune.{key}"),
-                              f"finetune.{key.partition('=')[0]}: it does nothing without quantization_aware: true")
+                              f"finetune.{key.partition('=')[0]}: the setting has no effect without quantization_aware: true")
 
 
 def test_bfloat16_is_refused_at_plan_time(compress: Compress) -> None:

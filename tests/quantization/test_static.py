@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,16 @@ from compress.quantization.calibration import Histogram, histograms, range_of
 from compress.quantization.equalization import equalize
 from compress.quantization.int8_table import sqnr_db
 from compress.quantization.layer_times import layer_times
-from compress.quantization.static import (Calibration, Int8Network, OPERATORS, StaticSettings, correct_biases, coverage,
+from compress.quantization.static import (Calibration, Int8Network, OPERATORS, StaticSettings, correct_biases, int8_rows,
                                           layers_of, quantize_static)
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
 
 SHAPE = (3, 32, 32)
+BACKENDS = ("onnxruntime", "openvino")
+# Runtimes whose int8 kernels add two products in 16 bits on CPUs without VNNI, whatever the options: what a test shows of
+# them, it shows with 7-bit weights, with which no sum of two products can leave 16 bits on any CPU.
+SATURATING = ("openvino",)
 
 
 def images(count: int = 32, seed: int = 1) -> np.ndarray:
@@ -177,9 +182,9 @@ def test_equalising_changes_the_ranges_and_not_the_function(tmp_path: Path) -> N
 
 # --------------------------------------------------------------------------------------------------------- building
 
-VARIANTS = [StaticSettings(), StaticSettings("weighted"), StaticSettings("all"), StaticSettings(method="percentile"),
-            StaticSettings(method="mse"), StaticSettings(method="entropy"), StaticSettings(correct=False),
-            StaticSettings(equalise=True), StaticSettings(images=8), StaticSettings(activations="int8"),
+VARIANTS = [StaticSettings(), StaticSettings(operators="weighted"), StaticSettings(operators="all"),
+            StaticSettings(method="percentile"), StaticSettings(method="mse"),
+            StaticSettings(method="entropy"), StaticSettings(correct=False), StaticSettings(equalise=True), StaticSettings(images=8), StaticSettings(activations="int8"),
             StaticSettings(reduced=True)]
 
 
@@ -189,8 +194,9 @@ def test_candidates_answer_alike_on_both_runtimes(slim: tuple[Calibration, torch
     model, graph = slim
     quantized = quantize_static(model, settings)
     expected = exact(graph, images(8, seed=2))
-    for backend in ("onnxruntime", "openvino"):
-        assert sqnr_db(expected, answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 22
+    for backend in reversed(BACKENDS):
+        file = quantize_static(model, replace(settings, reduced=True)) if backend in SATURATING else quantized
+        assert sqnr_db(expected, answers(file.model, images(8, seed=2), tmp_path, backend)) > 22
     file = read_onnx(tmp_path / "model.onnx", SHAPE)
     assert set(file.layers) == {node.name for node in layers_of(model.model)} and all(file.layers.values())
     assert file.macs == count_macs(graph, SHAPE)
@@ -204,15 +210,17 @@ def test_candidates_answer_alike_on_both_runtimes(slim: tuple[Calibration, torch
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(2, 2, 1, ceil_mode=True),
                                   nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.MaxPool2d(3, 2, 1)], ids=str)
 def test_padded_pools_answer_alike_on_both_runtimes(pool: nn.Module, relu: bool, activations: str, tmp_path: Path) -> None:
-    """Padding with the integer 0 instead of what stands for zero would leave 3 to 20 dB."""
+    """Padding with the integer 0 instead of the zero point would leave 3 to 20 dB."""
     torch.manual_seed(0)
     file, graph = float_file(nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU() if relu else nn.Identity(), pool,
                                            nn.Conv2d(16, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
+    calibration = Calibration(file, images())
     for operators in OPERATORS:
-        quantized = quantize_static(Calibration(file, images()), StaticSettings(operators, activations))  # type: ignore[arg-type]
-        for backend in ("onnxruntime", "openvino"):
+        for backend in BACKENDS:
+            quantized = quantize_static(calibration, StaticSettings(
+                operators=operators, activations=activations, reduced=backend in SATURATING))  # type: ignore[arg-type]
             assert sqnr_db(exact(graph, images(8, seed=2)), answers(quantized.model, images(8, seed=2), tmp_path, backend)
-                           ) > 35, (operators, backend)
+                           ) > 40, (operators, backend)
 
 
 @pytest.mark.parametrize("activations", ["uint8", "int8"])
@@ -247,7 +255,7 @@ def test_biases_take_off_the_mean_error_of_rounding(mobile: tuple[Calibration, t
     layer = "features.2.conv.2"
     outputs = {}
     for correct in (False, True):  # the network up to this layer is float: what is measured is its own weights' error
-        quantized = quantize_static(model, StaticSettings("weighted", correct=correct), only=[layer]).model
+        quantized = quantize_static(model, StaticSettings(operators="weighted", correct=correct), only=[layer]).model
         node = next(node for node in quantized.graph.node if node.name == layer)
         outputs[correct] = calibrating.session(calibrating.watched(quantized, [node.output[0]]), 1).run(
             None, {"input": model.images})[0]
@@ -273,14 +281,15 @@ class Planes(nn.Module):
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_linear_layers_without_a_bias_answer_alike_for_every_batch(backend: str, biased: bool, tmp_path: Path) -> None:
-    """OpenVINO 2026.0 is wrong for small batches behind a Gemm without a bias, so the file has one."""
+    """OpenVINO 2026.0 gives wrong answers for small batches behind a Gemm without a bias, so the file has a bias."""
     torch.manual_seed(0)
     file, graph = float_file(nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(192, 64, bias=biased), nn.ReLU(),
                                            nn.Linear(64, 10, bias=False)))
-    quantized = quantize_static(Calibration(file, images(64)), StaticSettings()).model
+    settings = StaticSettings(reduced=backend in SATURATING)
+    quantized = quantize_static(Calibration(file, images(64)), settings).model
     inputs = images(16, seed=2)
     singly = torch.cat([answers(quantized, image[None], tmp_path, backend) for image in inputs])
-    assert sqnr_db(exact(graph, inputs), singly) > 25
+    assert sqnr_db(exact(graph, inputs), singly) > 30
     assert sqnr_db(singly, answers(quantized, inputs, tmp_path, backend)) > 40
 
 
@@ -289,9 +298,9 @@ def test_linear_layers_on_planes_and_layers_with_names_like_ours(backend: str, t
     torch.manual_seed(2)
     file, graph = float_file(Planes())
     model = Calibration(file, images(64))
-    quantized = quantize_static(model, StaticSettings())
-    assert sqnr_db(exact(graph, images(8, seed=2)), answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 25
-    rows = coverage(model, quantized, model.images[:4], {}, {})
+    quantized = quantize_static(model, StaticSettings(reduced=backend in SATURATING))
+    assert sqnr_db(exact(graph, images(8, seed=2)), answers(quantized.model, images(8, seed=2), tmp_path, backend)) > 30
+    rows = int8_rows(model, quantized, model.images[:4], {}, {})
     assert [row.layer for row in rows] == ["n3", "conv", "square.product", "mixed.product", "t5"]
     assert all(row.dtype == "int8" and (row.sqnr_db or 0) > 20 for row in rows)
     assert rows[2].macs_share == pytest.approx(6 * 256 / count_macs(graph, SHAPE))
@@ -305,23 +314,32 @@ def test_biases_that_are_corrected_are_counted(slim: tuple[Calibration, Any]) ->
     assert changed.SerializeToString() != before
 
 
+def on_onnxruntime(model: onnx.ModelProto, precise: bool = False, literal: bool = False) -> Tensor:
+    """Logits of four images by 8-bit kernels, by exact integer sums, or by the QDQ nodes as they stand, in float32."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
+    if literal:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": images(4)})[0])
+
+
 @pytest.mark.parametrize("network", ["slim", "mobile"])
 def test_files_are_a_quarter_and_load_without_vnni(network: str, request: pytest.FixtureRequest) -> None:
-    """The option is what the evaluator sets on CPUs without VNNI: weights become unsigned, and products stay exact."""
+    """The precise mode is what the evaluator sets on CPUs without VNNI: weights become unsigned, and products stay exact.
+
+    Without VNNI the fast kernels saturate with 8-bit weights (to 21 dB for `slim`); with 7-bit weights no kernel can.
+    """
     model, _ = request.getfixturevalue(network)
-    content = quantize_static(model, StaticSettings()).model.SerializeToString()
-    assert len(content) <= 0.27 * len(model.model.SerializeToString())
-    results = []
-    for precise in ("0", "1"):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 4
-        options.add_session_config_entry("session.x64quantprecision", precise)
-        session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-        results.append(torch.from_numpy(session.run(None, {"input": images(4)})[0]))
-    assert sqnr_db(*results) > 60
+    quantized = quantize_static(model, StaticSettings()).model
+    assert len(quantized.SerializeToString()) <= 0.27 * len(model.model.SerializeToString())
+    assert sqnr_db(on_onnxruntime(quantized, literal=True), on_onnxruntime(quantized, precise=True)) > 25
+    reduced = quantize_static(model, StaticSettings(reduced=True)).model
+    assert sqnr_db(on_onnxruntime(reduced), on_onnxruntime(reduced, precise=True)) > 60
 
 
-def test_the_coverage_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> None:
+def test_the_int8_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> None:
     model, graph = slim
     quantized = quantize_static(model, StaticSettings(), ["fc"])
     times = layer_times(model.model, "onnxruntime", model.images[:1])
@@ -329,13 +347,13 @@ def test_the_coverage_table(slim: tuple[Calibration, torch.fx.GraphModule]) -> N
     after = layer_times(quantized.model, "onnxruntime", model.images[:1])
     assert set(after) == set(times)
     assert len(layer_times(quantized.model, "openvino", model.images[:1])) >= len(times) - 1
-    rows = coverage(model, quantized, model.images[:8], {"fc": "for this test"}, {"conv1": (0.5, 0.25)})
+    rows = int8_rows(model, quantized, model.images[:8], {"fc": "for this test"}, {"conv1": (0.5, 0.25)})
     assert [row.layer for row in rows] == [node.name for node in layers_of(model.model)]
     assert {row.layer: row.reason for row in rows if row.dtype == "float32"} == {"fc": "for this test"}
     assert (rows[0].before_ms, rows[0].after_ms, rows[1].before_ms) == (0.5, 0.25, None)
     assert sum(row.macs_share for row in rows) == pytest.approx(1)
     assert rows[0].macs_share == pytest.approx(16 * 27 * 1024 / count_macs(graph, SHAPE))
-    equalised = coverage(model, quantize_static(model, StaticSettings(equalise=True)), model.images[:8], {}, {})
+    equalised = int8_rows(model, quantize_static(model, StaticSettings(equalise=True)), model.images[:8], {}, {})
     assert min(row.sqnr_db or 0 for row in equalised) > 18  # against the equalised network
     assert [row for row in rows if row.dtype == "int8" and not 18 < (row.sqnr_db or 0) < 60] == []
 

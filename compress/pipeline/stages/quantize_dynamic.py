@@ -12,7 +12,7 @@ from architectures.describe import carry_over, describe
 from architectures.kernels import no_int8_kernels
 from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
 from compress.quantization.dynamic import quantize_graph
-from compress.quantization.int8_table import show
+from compress.quantization.int8_table import print_table
 from metadata.machine import torch_threads
 
 EXAMPLES = 8  # training images that layers are measured on
@@ -31,25 +31,25 @@ class QuantizeDynamic(CompressingStage):
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("quantize_dynamic")
         if sketch.model is not None:
-            sketch.model, coverage = quantize_graph(sketch.model, self.exclude)
-            int8 = sum(row.dtype == "int8" for row in coverage)
-            sketch.lines.append(f"{int8} of {len(coverage)} layers to int8")
+            sketch.model, rows = quantize_graph(sketch.model, self.exclude)
+            int8 = sum(row.dtype == "int8" for row in rows)
+            sketch.lines.append(f"{int8} of {len(rows)} layers to int8")
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
         examples = context.examples(EXAMPLES)
         with torch_threads(1):
-            quantized, coverage = quantize_graph(copy.deepcopy(model.module).cpu(), self.exclude, examples,
+            quantized, rows = quantize_graph(copy.deepcopy(model.module).cpu(), self.exclude, examples,
                                                  choose=self.arithmetic == "measured")
-        show(coverage, context.tracker.console)
-        weights_only = sum(row.reason.startswith("weights only") for row in coverage)
-        int8 = sum(row.dtype == "int8" for row in coverage)
-        context.tracker.say(f"  {int8} of {len(coverage)} layers are int8" + (
+        print_table(rows, context.tracker.console)
+        weights_only = sum(row.reason.startswith("weights only") for row in rows)
+        int8 = sum(row.dtype == "int8" for row in rows)
+        context.tracker.say(f"  {int8} of {len(rows)} layers are int8" + (
             f", {weights_only} of them for their weights alone" if weights_only else ""))
         if reason := no_int8_kernels():
             context.warn(f"on this machine the int8 layers compute in float32, with the same results to rounding: {reason}")
         if weights_only == int8:
             context.warn("int8 arithmetic makes no layer of this network faster on this machine: it is smaller, not faster")
-        context.note("coverage", [dataclasses.asdict(row) for row in coverage])
+        context.note("coverage", [dataclasses.asdict(row) for row in rows])
         steps = [*model.architecture.compression_steps, self.history]
         architecture = carry_over(describe(quantized, model.architecture.input_shape), model.architecture,
                                   compression_steps=steps)

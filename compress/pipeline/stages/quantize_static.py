@@ -18,12 +18,13 @@ from rich.table import Table
 from architectures.describe import carry_over, describe
 from compress.packaging.export import export
 from compress.pipeline.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
-from compress.quantization.candidates import Candidate, Found, Wanted
-from compress.quantization.int8_table import Coverage, check_excluded, show
+from compress.quantization.candidates import Candidate, SearchRequest, SearchResult
+from compress.quantization.int8_table import Int8Row, check_excluded, print_table
 from compress.quantization.layer_times import layer_times
 from compress.quantization.portability import Backend
 from compress.quantization.search import AS_FAST, Search
-from compress.quantization.static import Calibration, NOT_QUANTIZED, coverage, layers_of
+from compress.quantization.static import Calibration, NOT_QUANTIZED, int8_rows, layers_of
+from compress.quantization.workbench import OnnxWorkbench
 from metadata.errors import UserError, VerificationError
 from metadata.files import write_atomically, write_json
 
@@ -69,17 +70,18 @@ class QuantizeStatic(CompressingStage):
             (context.folder / name).unlink(missing_ok=True)
         images = context.examples(self.calibration_images).numpy()
         calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
-        wanted = Wanted(self.max_drop, self.portable, self.budget_seconds, tuple(self.exclude))
+        request = SearchRequest(max_drop=self.max_drop, portable=self.portable, budget_seconds=self.budget_seconds,
+                                exclude=tuple(self.exclude))
 
         def keep(candidates: list[Candidate]) -> None:
             write_atomically(context.folder / BEST, candidates[0].content)
             write_json(context.folder / CANDIDATES, [candidate.row() for candidate in candidates])
 
         with tempfile.TemporaryDirectory() as folder:
-            found = Search(calibration, context.splits.validation, self.validation_images,
-                           context.splits.card.preprocessing, self._backends(), wanted, Path(folder),
-                           context.tracker.say, keep).run()
-        rows = self._coverage(calibration, found)
+            workbench = OnnxWorkbench(calibration, context.splits.validation, self.validation_images,
+                                      context.splits.card.preprocessing, folder=Path(folder))
+            found = Search(workbench, request, self._backends(), context.tracker.say, keep).run()
+        rows = self._int8_rows(calibration, found)
         self._note(context, found, rows)
         result = OnnxModel(found.best.content, carry_over(
             model.architecture, model.architecture,
@@ -103,7 +105,7 @@ class QuantizeStatic(CompressingStage):
                                     "them in quantize_static.exclude if that is meant")
         return result
 
-    def _coverage(self, calibration: Calibration, found: Found) -> list[Coverage]:
+    def _int8_rows(self, calibration: Calibration, found: SearchResult) -> list[Int8Row]:
         """Layer by layer: times on the runtime that was chosen, noise on ONNX Runtime, which shows every tensor."""
         image, threads = calibration.images[:1], 1
         before = layer_times(calibration.model, found.backend, image, threads)
@@ -113,13 +115,13 @@ class QuantizeStatic(CompressingStage):
             ends, "first or last layer, float in this candidate") | dict.fromkeys(self.exclude, "excluded by the recipe")
         as_int8 = {name: ms for name, ms in after.items() if name not in why} | found.best.int8_ms
         times = {name: (before.get(name), as_int8.get(name)) for name in before.keys() | after.keys()}
-        return coverage(calibration, found.best.quantized, calibration.images[:EXAMPLES], why, times)
+        return int8_rows(calibration, found.best.quantized, calibration.images[:EXAMPLES], why, times)
 
-    def _note(self, context: Context, found: Found, rows: list[Coverage]) -> None:
+    def _note(self, context: Context, found: SearchResult, rows: list[Int8Row]) -> None:
         """The tables, on screen and for stage.json."""
         console, say = context.tracker.console, context.tracker.say
         _show_candidates(found, console)
-        show(rows, console)
+        print_table(rows, console)
         int8 = sum(row.dtype == "int8" for row in rows)
         say(f"  chosen: {found.best.name}, on {found.backend}; {int8} of {len(rows)} layers are int8, "
             f"{found.best.correct}/{found.images} against {found.float_correct} in float, "
@@ -139,13 +141,13 @@ class QuantizeStatic(CompressingStage):
                                     for candidate in found.candidates])
         context.note("not_tried", found.not_tried)
         context.note("failed", found.failed)
-        context.note("operators", found.times)
+        context.note("operators", found.latencies)
         context.note("float", {"correct": found.float_correct, "images": found.images, "latency_ms": found.float_ms})
         context.note("sensitivity", found.sensitivity)
         context.note("coverage", [dataclasses.asdict(row) for row in rows])
 
 
-def _show_candidates(found: Found, console: Console) -> None:
+def _show_candidates(found: SearchResult, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("candidate", overflow="fold")
     for name in ("right", "ms", "kB"):
