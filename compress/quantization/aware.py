@@ -1,9 +1,9 @@
-"""Quantization-aware training: a float network that computes as its static int8 form will, and can still be trained.
+"""Quantization-aware training: train a float network that computes as its static int8 form will compute.
 
-`prepare` makes a copy in which every tensor that a static int8 model (QDQ: quantize and dequantize around each operator)
-would hold in 8 bits is rounded to its grid and back; gradients pass through the rounding as if it were not there (the
-straight-through estimator). `restored` puts what was trained into a plain float network of the original architecture.
-In eval mode a prepared network that was never trained is post-training quantization with min-max calibration.
+`prepare` returns a copy that rounds to a grid and back every tensor that a static int8 model (QDQ: quantize and dequantize
+around each operator) holds in 8 bits. Gradients pass through the rounding unchanged (the straight-through estimator).
+`restored` copies the trained weights into a plain float network of the original architecture. Without training, a prepared
+network in eval mode is post-training quantization with min-max calibration.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 section 3; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper", section 3.2.
@@ -25,17 +25,17 @@ from metadata.errors import UserError
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
 AVERAGING = 0.01  # share of a batch's range in the moving average, as in torch.ao's MovingAverageMinMaxObserver
-SMALLEST_SCALE = 1e-12  # as in compress.quantization: a tensor or channel of zeros
+SMALLEST_SCALE = 1e-12  # of a tensor or channel of zeros, as in compress.quantization.dynamic
 
 
 class FakeQuantizedActivation(nn.Module):
-    """Rounds a tensor of any shape to uint8 and back, with one range and a zero point.
+    """Round a tensor of any shape to uint8 and back, with one scale and one zero point.
 
-    The range is a moving average of the batches' least and greatest value for the first `freeze_after` training passes and
-    stays as it is from then on. It always holds 0, so that padding is exact.
+    For the first `freeze_after` training passes the range is a moving average of the batches' minimum and maximum; then the
+    range is frozen. The range always contains 0, so that padding is exact.
 
     Args:
-        freeze_after: training passes.
+        freeze_after: number of training passes.
     """
 
     def __init__(self, freeze_after: int) -> None:
@@ -62,7 +62,7 @@ class FakeQuantizedActivation(nn.Module):
     @torch.no_grad()
     def _follow(self, input: Tensor) -> None:
         # No branch on a tensor's value: that would wait for the device, and break a compiled network in two.
-        # The first batches count in full: what was calibrated is of other batch norm statistics than a batch's own.
+        # The first batches count in full: the calibrated range is of other batch norm statistics than a batch's own.
         share = (1 / (self.seen + 1)).clamp(min=AVERAGING) * (self.seen < self.freeze_after)
         self.low.lerp_(input.amin().clamp(max=0), share)
         self.high.lerp_(input.amax().clamp(min=0), share)
@@ -70,24 +70,25 @@ class FakeQuantizedActivation(nn.Module):
 
 
 class FakeQuantizedLayer(nn.Module):
-    """A Conv2d or Linear, the batch norm behind it folded in, whose weights are rounded to symmetric integers and back.
+    """A Conv2d or Linear with its batch norm folded in, whose weights are rounded to symmetric integers and back.
 
-    Weights are scaled as in the folded network, by gamma / sqrt(running variance + eps), and rounded so. For the first
-    `freeze_after` training passes the output is then normalized by the batch's own mean and variance, which are
-    remembered as a batch norm does: training is as stable as with the batch norm itself, while the rounding does not
-    jitter with each batch's variance. From then on the remembered statistics are used, as after the training, so that
-    the rest of the weights learn what the folded network will compute. Of the forms in Krishnamoorthi 2018, section
-    3.2.2 (correction, then freezing), it is the one that needs one convolution instead of two. A channel whose weights are
-    all rounded to 0, because gamma is or because the others' are much larger, shows nothing of its statistics: it computes
-    with the remembered ones and leaves them as they are.
+    The layer scales its weights as the folded network does, by gamma / sqrt(running variance + eps), and rounds them. For
+    the first `freeze_after` training passes the layer then normalizes its output by the batch's own mean and variance, and
+    updates the running statistics as a batch norm does: training is as stable as with the batch norm itself, and the
+    rounding does not jitter with each batch's variance. After that the layer uses the running statistics, as in eval mode,
+    so that the remaining passes train what the folded network will compute. Of the forms in Krishnamoorthi 2018, section
+    3.2.2 (correction, then freezing), this one needs one convolution instead of two.
+
+    A channel whose weights all round to 0, because gamma is 0 or the other channels' weights are much larger, says nothing
+    about its statistics: the channel uses its running statistics and does not update them.
 
     Args:
-        layer: stays as it is and is trained.
-        norm: its batch norm or None; stays as it is and is trained.
-        norm_name: its name in the original network.
-        freeze_after: training passes.
-        weight_bits: 8 or less; the integers are -127..127 for 8 bits, and -64..64 for 7, as in files of reduced range.
-        per_channel: a scale an output channel, else one for all.
+        layer: the layer, which stays trainable.
+        norm: its batch norm, which stays trainable, or None.
+        norm_name: the batch norm's name in the original network.
+        freeze_after: number of training passes.
+        weight_bits: at most 8; the integers are -127..127 for 8 bits, and -64..64 for 7, as in files of reduced range.
+        per_channel: one scale for each output channel; otherwise one for the layer.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d | None, norm_name: str,
@@ -109,7 +110,7 @@ class FakeQuantizedLayer(nn.Module):
         beta = norm.bias if norm.affine else torch.zeros_like(norm.running_var)
         bias = torch.zeros_like(norm.running_var) if self.layer.bias is None else self.layer.bias
         reciprocal = torch.rsqrt(norm.running_var + norm.eps)
-        factor = gamma * reciprocal  # so, and not gamma / deviation: the folded weights have the same bits
+        factor = gamma * reciprocal  # not gamma / deviation: the folded weights must have the same bits
         shift = beta + factor * (bias - norm.running_mean)
         folded = self.rounded(weight * factor.view(-1, *[1] * (weight.dim() - 1)))
         if not self.training:
@@ -119,7 +120,7 @@ class FakeQuantizedLayer(nn.Module):
         variance, mean = torch.var_mean(output, dims, correction=0)  # of factor * (the convolution without its bias)
         shows, following = folded.detach().flatten(1).any(1), self.seen < self.freeze_after
         divisor = torch.where(shows, factor, 1.0)
-        variance = variance / divisor / divisor  # its square might underflow
+        variance = variance / divisor / divisor  # the divisor's square could underflow
         live = shows & following
         self._remember(mean / divisor + bias, variance, output.numel() // output.shape[1], live, following)
         ratio = torch.rsqrt(variance + norm.eps) / reciprocal
@@ -129,11 +130,11 @@ class FakeQuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, count: int, live: Tensor, following: Tensor) -> None:
-        """The moving averages of a batch norm: (out,) each, over `count` values a channel, where the channel is live."""
+        """Update the running statistics of the live channels: (out,) each, over `count` values a channel."""
         norm = self.norm
         assert norm is not None and norm.running_mean is not None and norm.running_var is not None
         self.seen += 1
-        if not norm.track_running_stats:  # see compress.optimizers.frozen_statistics
+        if not norm.track_running_stats:  # see compress.training.optimizers.frozen_statistics
             return
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += following
@@ -142,7 +143,7 @@ class FakeQuantizedLayer(nn.Module):
         norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """(out, ...) folded weights -> the same, rounded to their grid; see `quantize_weight`."""
+        """Round folded weights, (out, ...), to their grid; see `quantize_weight`."""
         if self.calibrating:
             return weight
         largest = weight.detach().abs().flatten(1).amax(1)
@@ -161,20 +162,20 @@ class FakeQuantizedLayer(nn.Module):
 
 def prepare(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0, weight_bits: int = 8,
             per_channel: bool = True) -> fx.GraphModule:
-    """A copy that computes with fake-quantized weights and activations, in eval mode, calibrated.
+    """Return a calibrated copy with fake-quantized weights and activations, in eval mode.
 
-    Quantized are the network's input, the logits, and every tensor between its operators, once for all who use it (both
-    inputs of an addition, what a pool gives). As in a static int8 model, a convolution or sum that only a ReLU or ReLU6
-    uses is quantized behind that. Biases stay float: a static int8 model holds them in 32 bits.
+    Quantize the network's input, its logits, and every tensor between operators, once for all readers (both inputs of an
+    addition, the output of a pool). As in a static int8 model, quantize a convolution or sum that only a ReLU or ReLU6
+    reads behind that activation. Biases stay float: a static int8 model holds them in 32 bits.
 
     Args:
-        model: as `architectures.build.build` makes them, float; it stays as it is.
-        batches: (N, C, H, W) normalised images, one batch or more, to calibrate with: each tensor's range is the least
-            and the greatest value that the float network shows on them.
-        freeze_after: training passes after which ranges and batch norm statistics stay as they are (not those of a batch
-            norm that no layer can take in: no weight's rounding depends on them).
+        model: a float graph from `architectures.build.build`, which is not changed.
+        batches: (N, C, H, W) normalised images, one batch or more, to calibrate with: each tensor's range is its minimum
+            and maximum in the float network.
+        freeze_after: number of training passes after which ranges and batch norm statistics are frozen. A batch norm that
+            is folded into no layer is not frozen: no weight's rounding depends on its statistics.
         weight_bits: 2 to 8.
-        per_channel: weights with a scale an output channel, else one for all.
+        per_channel: one weight scale for each output channel; otherwise one for each layer.
 
     Raises:
         UserError: the model is int8 already, it has no Conv2d or Linear, or there are no batches.
@@ -193,7 +194,7 @@ def prepare(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: i
 
 
 def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per_channel: bool) -> int:
-    """Puts fake-quantized layers in place, and takes the batch norms behind them out of the graph; how many there are."""
+    """Replace the layers by fake-quantized ones, fold in the batch norms behind them, and return the number of layers."""
     modules, count = dict(model.named_modules()), 0
     for node in list(model.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -213,7 +214,7 @@ def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per
 
 
 def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
-    """Quantizes every tensor of the graph that is not on a grid already."""
+    """Quantize every tensor of the graph that is not on a grid already."""
     modules, raw = dict(model.named_modules()), set[fx.Node]()
 
     for node in list(model.graph.nodes):
@@ -233,7 +234,7 @@ def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
 
 @torch.no_grad()
 def _calibrate(prepared: fx.GraphModule, batches: Iterable[Tensor]) -> None:
-    """Sets the ranges to what the float network shows on some images."""
+    """Set each range to the float network's minimum and maximum on some images."""
     parts = [module for module in prepared.modules() if isinstance(module, (FakeQuantizedActivation, FakeQuantizedLayer))]
     device, count = next(prepared.parameters()).device, 0
     for part in parts:
@@ -248,14 +249,14 @@ def _calibrate(prepared: fx.GraphModule, batches: Iterable[Tensor]) -> None:
 
 
 def restored(prepared: fx.GraphModule, original: fx.GraphModule) -> fx.GraphModule:
-    """The trained float network, in eval mode: the original's architecture with the prepared copy's weights and statistics.
+    """Return a float network of the original's architecture with the trained weights and statistics, in eval mode.
 
-    Folding its batch norms and rounding its weights gives those that the prepared network computes with in eval mode; its
-    activations' ranges are left behind, for whoever quantizes it calibrates it (or measures them at run time).
+    Folding its batch norms and rounding its weights gives the weights of the prepared network in eval mode. The activation
+    ranges are dropped: quantizing the network calibrates it again, or measures the ranges at run time.
 
     Args:
-        prepared: by `prepare`, from a network of the original's architecture.
-        original: stays as it is.
+        prepared: the result of `prepare` for a network of the original's architecture, trained.
+        original: the network that `prepare` was called with, which is not changed.
     """
     state = prepared.state_dict()
     for name, module in prepared.named_modules():

@@ -1,7 +1,7 @@
-"""What the tensors of a float ONNX network hold on some images, and the ranges that int8 should cover of it.
+"""Calibration: histograms of a float ONNX network's tensors, and the ranges that int8 should cover.
 
-Two passes over the images and one histogram a tensor: no memory but that of the images themselves grows with their number,
-and every way of choosing ranges works on the same histograms.
+Calibration takes two passes over the images and keeps one histogram for each tensor, so that memory does not grow with the
+number of images. Every method of choosing ranges works on the same histograms.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from compress.evaluation.runtimes import onnxruntime_options
 from metadata.errors import UserError
 
 BINS = 2048
-MEMORY_BYTES = 256 * 2**20  # of all tensors of one call
-PERCENTILE = 0.9999  # of the values lie below the upper end, and as many above the lower
+MEMORY_BYTES = 256 * 2**20
+PERCENTILE = 0.9999  # share of the values below the upper end, and above the lower end
 LEVELS = 256
-CLIPPED = np.linspace(0.1, 1, 91)  # shares of the range that the searches try
+CLIPPED = np.linspace(0.1, 1, 91)  # shares of the full range that "mse" and "entropy" try
 
 Array = NDArray[np.float64]
 Images = NDArray[np.float32]
 Method = Literal["min-max", "percentile", "mse", "entropy"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """One tensor over all images.
+    """One tensor's values over all images.
 
     Args:
-        low, high: its least and greatest value.
-        counts: of values in BINS bins of equal width between them, (BINS,).
+        low, high: the minimum and the maximum.
+        counts: number of values in each of BINS bins of equal width between them, (BINS,).
         channel_means: mean over images and positions, (C,).
-        shape: of one image's tensor, without the batch.
+        shape: of the tensor for one image, without the batch.
     """
 
     low: float
@@ -50,12 +50,12 @@ class Histogram:
 
 
 def session(model: onnx.ModelProto, threads: int) -> Any:
-    """A model in memory on ONNX Runtime's CPU provider."""
+    """Load a model on ONNX Runtime's CPU provider."""
     return onnxruntime.InferenceSession(model.SerializeToString(), onnxruntime_options(threads), ["CPUExecutionProvider"])
 
 
 def watched(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
-    """A copy whose outputs are the named tensors."""
+    """Return a copy whose outputs are the named tensors."""
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     del copied.graph.output[:]
@@ -63,13 +63,15 @@ def watched(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     return copied
 
 
-def histograms(model: onnx.ModelProto, images: Images, threads: int = 1) -> dict[str, Histogram]:
-    """The histogram of the input and of every tensor that a node gives.
+def histograms(model: onnx.ModelProto, images: Images, threads: int = 1,
+               memory_bytes: int = MEMORY_BYTES) -> dict[str, Histogram]:
+    """Return the histogram of the input and of every node's output, by tensor name.
 
     Args:
-        model: float, as `compress.export.export` writes it.
+        model: float, as `compress.packaging.export.export` writes it.
         images: (N, C, H, W), preprocessed.
-        threads: of ONNX Runtime.
+        threads: number of ONNX Runtime's threads.
+        memory_bytes: bound on the tensors of one call, which sets the batch; at least one image runs at a time.
 
     Raises:
         UserError: there are no images, or a tensor is not finite on them.
@@ -82,7 +84,7 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1) -> dict
 
     def passes() -> Iterator[dict[str, Images]]:
         first = runtime.run(None, {input_name: images[:1]})
-        chunk = max(1, MEMORY_BYTES // sum(tensor.nbytes for tensor in first))
+        chunk = max(1, memory_bytes // sum(tensor.nbytes for tensor in first))
         for start in range(0, len(images), chunk):
             part = images[start:start + chunk]
             yield {input_name: part, **dict(zip(names, runtime.run(None, {input_name: part}), strict=True))}
@@ -109,17 +111,18 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1) -> dict
                 counts[name] += torch.histc(torch.from_numpy(tensor), BINS, low, high)
             else:
                 counts[name][0] += tensor.size
-    return {name: Histogram(low, high, counts[name].numpy(), sums[name] / len(images), shapes[name])
-            for name, (low, high) in bounds.items()}
+    return {name: Histogram(low=low, high=high, counts=counts[name].numpy(), channel_means=sums[name] / len(images),
+                            shape=shapes[name]) for name, (low, high) in bounds.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- ranges
 
 
 def range_of(histogram: Histogram, method: Method) -> tuple[float, float]:
-    """The least and the greatest value that 8 bits should cover; the rest is clipped. It holds 0, as padding needs.
+    """Return the least and the greatest value that 8 bits should cover; values outside are clipped.
 
-    Of a tensor of zeros it is 0 to 1: what a dead ReLU gives must not become negative, and (0, 0) would have no such end.
+    The range contains 0, because padding must be exact. For a tensor of zeros the range is 0 to 1: a dead ReLU's output
+    must not become negative, and (0, 0) has no scale.
     """
     if histogram.low == histogram.high == 0:
         return 0.0, 1.0
@@ -139,7 +142,7 @@ def _min_max(histogram: Histogram) -> tuple[float, float]:
 
 
 def _percentile(histogram: Histogram) -> tuple[float, float]:
-    """What is outside is at most 1 - PERCENTILE of the values on either side, to the width of a bin."""
+    """Leave at most 1 - PERCENTILE of the values outside on either side, to the width of a bin."""
     edges = np.linspace(histogram.low, histogram.high, BINS + 1)
     below = np.concatenate([[0.0], np.cumsum(histogram.counts)]) / histogram.counts.sum()
     first = int(np.searchsorted(below, 1 - PERCENTILE, side="right")) - 1
@@ -148,7 +151,7 @@ def _percentile(histogram: Histogram) -> tuple[float, float]:
 
 
 def _least_squares(histogram: Histogram) -> tuple[float, float]:
-    """The share of the range with the least expected squared error: rounding inside, clipping outside.
+    """Take the share of the range with the least expected squared error: rounding inside, clipping outside.
 
     Source: Banner et al. 2019, "Post training 4-bit quantization of convolutional networks for rapid-deployment", eq. 1:
     step^2 / 12 for each value inside, the squared distance to the range for each outside.
@@ -167,21 +170,21 @@ def _least_squares(histogram: Histogram) -> tuple[float, float]:
 
 
 def _entropy(histogram: Histogram) -> tuple[float, float]:
-    """The share of the range whose distribution on the grid tells least apart from the true one (Kullback-Leibler).
+    """Take the share of the range with the least Kullback-Leibler divergence of the quantized from the true distribution.
 
-    Source: Migacz 2017, "8-bit inference with TensorRT": what is outside is counted to the last level inside, for the
-    reference; a level's count is spread evenly over those of its bins that hold something.
+    Source: Migacz 2017, "8-bit inference with TensorRT": the reference distribution counts values outside the range to the
+    last level inside; a level's count is spread evenly over its bins that are not empty.
     """
     centres, counts = _centres(histogram), histogram.counts.copy()
     bottom, top = min(histogram.low, 0.0), max(histogram.high, 0.0)
-    # Zeros, of which a ReLU gives many, are exact in any range; spread over a level they would outweigh all else.
+    # A ReLU's many zeros are exact in any range. Spread over a level, they would outweigh all other values.
     zero = int(np.abs(centres).argmin())
     counts[zero] = np.mean([counts[index] for index in (zero - 1, zero + 1) if 0 <= index < BINS])
 
     def divergence(share: float) -> float:
         low, high = share * bottom, share * top
         inside = (centres >= low) & (centres <= high)
-        if inside.sum() < LEVELS:  # less than a bin a level: nothing to compare
+        if inside.sum() < LEVELS:  # fewer bins than levels: there is nothing to compare
             return math.inf
         own = counts[inside]
         reference = own.copy()
@@ -195,7 +198,7 @@ def _entropy(histogram: Histogram) -> tuple[float, float]:
         if not both.any():
             return math.inf
         p, q = reference / reference.sum(), spread / spread.sum()
-        lost = float(p[~both].sum())  # mass where the grid has none; smoothed, so that it counts and is finite
+        lost = float(p[~both].sum())  # mass where the grid has none; smoothed, so that the divergence stays finite
         return float((p[both] * np.log(p[both] / q[both])).sum()) + lost * math.log(1e6)
 
     share = min(reversed(CLIPPED), key=divergence)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from compress.quantization.portability import Backend
+from compress.quantization.saturation import Backend
 from compress.quantization.static import Int8Network, StaticSettings
 
 SENSITIVE, SLOWER = "returned to float for its effect on the logits", "faster in float"

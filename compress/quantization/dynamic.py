@@ -1,9 +1,8 @@
-"""Dynamic int8: BatchNorm is folded, then every Conv2d and Linear gets int8 weights and quantizes its input as it runs.
+"""Dynamic int8: fold BatchNorm, then give every Conv2d and Linear int8 weights; each layer quantizes its input at run time.
 
-PyTorch's own dynamic quantization skips every Conv2d without a word. Here a coverage table says for each layer whether
-it is int8 and why, how exact it is and what it takes; a layer that was asked for and stayed float is an error, or a warning
-in a model outside the layer table. A layer that int8 arithmetic would make slower is int8 on disk alone, and says so with
-both times.
+PyTorch's own dynamic quantization skips every Conv2d silently. Here a table lists for each layer its type with the reason,
+its error and its latency. A layer that cannot become int8 is an error, or a warning in a model outside the layer table. A
+layer that int8 arithmetic would make slower stores int8 weights and computes in float32; its row shows both latencies.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from architectures.program import Program, Step, int8_graph
 from compress.quantization.int8_table import Int8Row, check_excluded, sqnr_db
 from metadata.errors import UserError, first_line
 
-PASSES = 25  # timed ones of each form of a network, in turns
-GAIN = 1.03  # int8 arithmetic must be so many times faster than float to be worth its error
+PASSES = 25  # timed passes of each form of a network, interleaved
+GAIN = 1.03  # the speedup over float from which int8 arithmetic is worth its error
 FLOAT_LAYER = "weights only, float is faster here"
 FLOAT_NETWORK = "weights only, the network as a whole is faster in float"
 
@@ -40,25 +39,25 @@ FLOAT_NETWORK = "weights only, the network as a whole is faster in float"
 
 
 def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> nn.Module:
-    """An int8 copy of a model, for one thread or many, at its fastest for images of the example's size.
+    """Return an int8 copy of a model, tuned for images of the example's size; it runs on one thread or several.
 
-    A model that the layer table holds becomes a graph with BatchNorm folded and activations fused; its state dict is int8
-    data. In any other model each Conv2d and Linear is replaced where it stands.
+    A model of the layer table becomes a graph with BatchNorm folded and activations fused; its state dict is int8 data. In
+    any other model, replace each Conv2d and Linear in place.
 
     Args:
-        model: as trained; it stays as it is.
-        example_input: (N, C, H, W) float32, preprocessed; real images, if the ranges are to mean something.
+        model: the trained model, which is not changed.
+        example_input: (N, C, H, W) float32, preprocessed. Use real images to get meaningful errors in the table.
         exclude: names of layers that keep float weights.
 
     Raises:
-        UserError: the model does not take the example; an excluded name is no such layer; a layer cannot be quantized and
-            is not excluded; or there was nothing to quantize.
+        UserError: the model does not accept the example; an excluded name is no Conv2d or Linear; a layer cannot be
+            quantized and is not excluded; or there is nothing to quantize.
     """
     return quantize(model, example_input, exclude)[0]
 
 
 def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Int8Row]]:
-    """As `quantize_dynamic`, with the coverage table."""
+    """Return the result of `quantize_dynamic` and the table's rows."""
     _check_numbers(model, example_input)
     try:
         with torch.no_grad():
@@ -70,13 +69,13 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
     try:
         _, channels, height, width = example_input.shape
         graph = as_graph(evaluated, (channels, height, width))
-    except (UserError, ValueError):  # not images, or not of the layer table: what is around the layers stays as it is
+    except (UserError, ValueError):  # the input is no image, or the layer table does not cover the model
         return _quantize_in_place(evaluated, example_input, exclude)
     return quantize_graph(graph, exclude, example_input)
 
 
 def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
-    """Raises UserError for numbers of which no ranges can be taken."""
+    """Raise UserError for an empty or non-float example, and for NaN or infinite values."""
     if example_input.dtype not in (torch.float32, torch.float64) or not len(example_input):
         raise UserError(f"quantize_dynamic: the example must be one image or more in float32, not "
                         f"{list(example_input.shape)} in {example_input.dtype}")
@@ -86,7 +85,7 @@ def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
 
 
 def without_stochastic_depth(model: nn.Module) -> nn.Module:
-    """A copy in eval mode, without what does nothing there and would keep the model out of the layer table."""
+    """Return a copy in eval mode without StochasticDepth, which does nothing there and is not in the layer table."""
     evaluated = copy.deepcopy(model).eval()
     for name, module in model.named_modules():
         if isinstance(module, StochasticDepth):
@@ -95,10 +94,10 @@ def without_stochastic_depth(model: nn.Module) -> nn.Module:
 
 
 def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
-    """The model as a graph of the layer table, in eval mode, with copies of its weights.
+    """Return the model as a graph of the layer table, in eval mode, with copies of its weights.
 
     Raises:
-        UserError: it is not of the layer table.
+        UserError: the layer table does not cover the model.
     """
     graph = build(describe(model, input_shape))
     graph.load_state_dict(model.state_dict())
@@ -107,13 +106,13 @@ def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMod
 
 def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
                    choose: bool = True) -> tuple[fx.GraphModule, list[Int8Row]]:
-    """A folded copy of a graph with int8 layers, and the coverage table.
+    """Return a folded copy of a graph with int8 layers, and the table's rows.
 
     Args:
-        model: as `architectures.build.build` makes them; it stays as it is.
+        model: a graph from `architectures.build.build`, which is not changed.
         exclude: names of layers that keep float weights.
         example_input: (N, C, H, W) images; without them nothing is measured, and all layers compute in int8.
-        choose: let layers compute in float32 where that is faster.
+        choose: let layers compute in float32 where float32 is faster.
 
     Raises:
         UserError: see `quantize_dynamic`.
@@ -160,11 +159,11 @@ def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collect
 
 
 def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[str, str]:
-    """Those of the layers that have no int8 form where they stand, and why."""
+    """Return the layers that cannot be replaced in place, with the reason."""
     left = {}
     for name, layer in layers.items():
         if isinstance(layer, nn.MultiheadAttention):
-            left[name] = "its projections' weights are its own, not a layer's"
+            left[name] = "its projections' weights belong to no layer"
         elif "forward" in vars(layer) or type(layer).forward not in (nn.Conv2d.forward, nn.Linear.forward):
             left[name] = f"a {type(layer).__name__} with a forward of its own"
         elif name not in called:
@@ -173,7 +172,7 @@ def _left_float(layers: dict[str, nn.Module], called: Collection[str]) -> dict[s
 
 
 def _alone(layer: nn.Module) -> fx.GraphModule:
-    """A graph of a single layer, which runs on the int8 kernels."""
+    """Return a graph of this layer alone, which runs on the int8 kernels."""
     graph = fx.Graph()
     graph.output(graph.call_module("int8", (graph.placeholder("input"),)))
     return int8_graph()(nn.ModuleDict({"int8": layer}), graph).eval()
@@ -183,7 +182,7 @@ def _alone(layer: nn.Module) -> fx.GraphModule:
 
 
 def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
-    """Puts int8 layers into a copy of the model, and returns their names."""
+    """Put int8 layers into a copy of the model, and return their names."""
     check_excluded("quantize_dynamic", exclude, layers)
     chosen = [name for name in layers if name not in exclude]
     if not chosen:
@@ -195,7 +194,10 @@ def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collec
 
 def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[str], image: Tensor, choose: bool,
             ) -> tuple[dict[str, tuple[float, float]], str]:
-    """Each layer's milliseconds as float and as int8; if asked, lets layers compute in float where that is faster, and why.
+    """Return each layer's milliseconds as float and as int8, and the reason for computing in float32.
+
+    With `choose`, let each layer compute in float32 where float32 is faster; if the whole network is faster in float32, let
+    all layers compute in float32.
     """
     as_float, as_int8 = _medians((Program(folded), Program(quantized)), image)
 
@@ -208,7 +210,7 @@ def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[
             if as_float[name] < GAIN * as_int8[name]:
                 keep_float(name)
         whole_float, whole_mixed = (row[""] for row in _medians((Program(folded), Program(quantized)), image))
-        if GAIN * whole_float < whole_mixed:  # switching to and fro costs more than the layers save
+        if GAIN * whole_float < whole_mixed:  # converting between the types costs more than the layers save
             why = FLOAT_NETWORK
             for name in chosen:
                 keep_float(name)
@@ -216,7 +218,7 @@ def _choose(quantized: fx.GraphModule, folded: fx.GraphModule, chosen: Sequence[
 
 
 class _Timed(nn.Module):
-    """A layer that notes how long each call takes, in milliseconds."""
+    """A layer that records the milliseconds of each call."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -233,7 +235,7 @@ class _Timed(nn.Module):
 @torch.no_grad()
 def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[str], image: Tensor,
                      ) -> dict[str, tuple[float, float]]:
-    """As `_choose`, for layers where they stand."""
+    """Do the same as `_choose` for layers replaced in place."""
     as_float, as_int8 = copy.deepcopy(model), copy.deepcopy(quantized)
     for name in chosen:
         as_float.set_submodule(name, _Timed(as_float.get_submodule(name)))
@@ -253,12 +255,12 @@ def _choose_in_place(quantized: nn.Module, model: nn.Module, chosen: Sequence[st
 
 def _int8_rows(quantized: nn.Module, model: nn.Module, layers: dict[str, nn.Module], images: Tensor | None,
               times: dict[str, tuple[float, float]], as_float: str = FLOAT_LAYER) -> list[Int8Row]:
-    """The table; `quantized` still computes layer by layer, so that each can be watched."""
+    """Return the table's rows. `quantized` must still compute layer by layer, so that each layer can be observed."""
     before = {} if images is None else _observe(model, images, layers)
     after = {} if images is None else _observe(quantized, images, {
         name: quantized.get_submodule(name) for name in layers})
     weights = {name: layer.weight if isinstance(layer, (nn.Conv2d, nn.Linear)) else next(layer.parameters())
-               for name, layer in layers.items()}  # not the first parameter of a layer whose weight is computed
+               for name, layer in layers.items()}  # a parametrized layer's first parameter is not its weight
     macs = {name: _macs(weight, before.get(name)) for name, weight in weights.items()}
     rows = []
     for name, layer in layers.items():
@@ -282,18 +284,18 @@ def _type_and_reason(layer: nn.Module, as_float: str) -> tuple[str, str]:
 
 @torch.no_grad()
 def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The first outputs of those of the layers that are called."""
+    """Return the first output of each layer that is called."""
     seen: dict[str, Tensor] = {}
 
     def observed(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def observe(*inputs: Any, **options: Any) -> Any:
             output = forward(*inputs, **options)
-            if name not in seen and isinstance(output, Tensor):  # an attention gives its weights, too
+            if name not in seen and isinstance(output, Tensor):  # an attention layer returns a tuple
                 seen[name] = output.clone()
             return output
         return observe
     own = [(layer, vars(layer).get("forward")) for layer in layers.values()]
-    for name, layer in layers.items():  # not by hooks: with these, a TransformerEncoderLayer calls what it never calls else
+    for name, layer in layers.items():  # no hooks: they keep a TransformerEncoderLayer from its fast path
         layer.forward = observed(name, layer.forward)
     try:
         model.eval()(images)
@@ -306,19 +308,21 @@ def _observe(model: nn.Module, images: Tensor, layers: dict[str, nn.Module]) -> 
 
 
 def _macs(weight: Tensor, output: Tensor | None) -> int:
-    """Multiply-adds of a layer with such weights for one image; where its output was not seen, their number."""
+    """Return a layer's multiply-adds for one image; the number of weights where the layer was not called."""
     return weight.numel() if output is None else weight.numel() * output[0].numel() // len(weight)
 
 
 @torch.no_grad()
 def _layer_times(program: Program, image: Tensor) -> dict[str, float]:
-    """Milliseconds of each layer with weights in one pass over the network, where its weights and input are as cold as
-    they will be in use. A tensor's range and integers are computed once, and all int8 layers that read it share the time.
+    """Return the milliseconds of each layer with weights in one pass over the network.
+
+    In a whole pass the weights and inputs are as cold in the caches as in use. A tensor's range and integers are computed
+    once; all int8 layers that read the tensor share that time.
     """
     marks: list[tuple[str | None, int]] = []
     readers: dict[int, list[str]] = {}
     quantizing: dict[int, float] = {}
-    held: list[QuantizedTensor] = []  # so that no two have the same id
+    held: list[QuantizedTensor] = []  # keeps them alive, so that no two have the same id
 
     def watch(step: Step, source: QuantizedTensor) -> None:
         if step.layer is not None and getattr(step.function, "int8", False):
@@ -341,7 +345,7 @@ def _layer_times(program: Program, image: Tensor) -> dict[str, float]:
 
 
 def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float]]:
-    """Each program's layer times, medians over passes in turns; "" is the whole pass."""
+    """Return each program's layer times, medians over interleaved passes; "" is the whole pass."""
     passes: list[list[dict[str, float]]] = [[] for _ in programs]
     for turn in range(-3, PASSES):
         for program, seen in zip(programs, passes, strict=True):
@@ -354,7 +358,7 @@ def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float
 
 
 def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 weights with a scale an output channel: (out, ...) float -> (out, ...) int8, (out,) float.
+    """Quantize weights to symmetric int8 with per-channel scales: (out, ...) float -> (out, ...) int8, (out,) float.
 
     Raises:
         UserError: the weights are not finite.

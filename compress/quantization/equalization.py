@@ -1,6 +1,7 @@
-"""Cross-layer equalisation: channels of two layers in a row are scaled against each other so that both need the same range.
+"""Cross-layer equalisation: rescale the channels between two consecutive layers so that both layers use similar ranges.
 
-The network computes the same, for what stands between the layers passes positive factors on; it is easier to quantize.
+The network's function stays the same, because the operators between the layers commute with positive factors. The
+equalised network loses less when it is quantized.
 
 Source: Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", section 4.1.
 """
@@ -14,7 +15,7 @@ from onnx import numpy_helper
 
 from architectures.layers.table import LAYER_TABLE
 
-LARGEST_FACTOR = 1e4  # of channels that are all but switched off
+LARGEST_FACTOR = 1e4  # bounds the factor of channels that are almost zero
 ROUNDS = 20
 WEIGHTED = ("Conv", "Gemm")
 
@@ -22,10 +23,10 @@ Array = NDArray[np.float32]
 
 
 def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, str]]]:
-    """An equalised copy, and the pairs of layers, by node name, that were scaled against each other.
+    """Return an equalised copy, and the pairs of layers, by node name, that were rescaled.
 
     Args:
-        model: float, as `compress.export.export` writes it.
+        model: float, as `compress.packaging.export.export` writes it.
     """
     equalized = onnx.ModelProto()
     equalized.CopyFrom(model)
@@ -33,7 +34,7 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, s
     tensors = {tensor.name: tensor for tensor in equalized.graph.initializer}
     weights = {name: numpy_helper.to_array(tensors[name]).astype(np.float32, copy=True)
                for pair in pairs for node in pair for name in node.input[1:]}
-    for _ in range(ROUNDS):  # a layer is the second of one pair and the first of the next
+    for _ in range(ROUNDS):  # a layer can be the second of one pair and the first of the next
         for first, second in pairs:
             _scale(first, second, weights)
     for name, values in weights.items():
@@ -42,7 +43,7 @@ def equalize(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[tuple[str, s
 
 
 def _pairs(graph: onnx.GraphProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    """Layers whose output, through what passes factors on, is read by exactly one other layer."""
+    """Return the pairs of layers of which the second alone reads the first, through operators that pass factors on."""
     pass_factors_on = {name for row in LAYER_TABLE.values() for name, operator in row.operators.items()
                        if operator.passes_factors_on}
     readers: dict[str, list[onnx.NodeProto]] = {}
@@ -69,10 +70,10 @@ def _groups(node: onnx.NodeProto) -> int:
 
 
 def _scale(first: onnx.NodeProto, second: onnx.NodeProto, weights: dict[str, Array]) -> None:
-    """Divides the first layer's channels by sqrt(r1 / r2), and multiplies the second's inputs by it."""
+    """Divide the first layer's output channels by sqrt(r1 / r2), and multiply the second layer's input channels by it."""
     before, after = weights[first.input[1]], weights[second.input[1]]
     groups = _groups(second)
-    # (groups, out of a group, in of a group, kernel): the inputs of the second layer are the first one's outputs
+    # (groups, outputs of a group, inputs of a group, kernel): the second layer's inputs are the first layer's outputs
     grouped = after.reshape(groups, after.shape[0] // groups, after.shape[1], -1)
     reach_before = np.abs(before).reshape(len(before), -1).max(axis=1)
     reach_after = np.abs(grouped).max(axis=(1, 3)).reshape(-1)

@@ -1,4 +1,4 @@
-"""How long each layer of an ONNX file takes on a runtime, by the runtime's own profiler."""
+"""The latency of each layer of an ONNX file on a runtime, measured by the runtime's profiler."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from compress.quantization.static import layers_and_products
 
 PASSES, WARMUP = 25, 3
 ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish"}
-# What runtimes put behind the name of the node that a fused kernel was made of.
+# Suffixes that runtimes append to a node's name to name a fused kernel.
 _SUFFIX = re.compile(r"(_kernel_time|_nchwc|_token_\d+|_quant|/WithoutBiases|/fq.*)$")
 
 
 def layer_times(model: onnx.ModelProto, backend: str, image: Images, threads: int = 1) -> dict[str, float]:
-    """Milliseconds of each layer at batch 1, with what is fused into it; median of some passes.
+    """Return the milliseconds of each layer at batch 1, including the operators fused into it; the median of the passes.
 
-    A layer whose kernel does not bear its name, nor that of its activation, is left out.
+    A layer is left out if no kernel carries its name or its activation's name.
 
     Args:
-        model: float, or int8 in QDQ form; layers are told by the names of their nodes.
+        model: float, or int8 in QDQ form; a layer is identified by its node's name.
         backend: "onnxruntime" or "openvino".
         image: (1, C, H, W), preprocessed.
-        threads: of the runtime.
+        threads: number of the runtime's threads.
     """
     owner = _owners(model)
     passes = (_on_onnxruntime if backend == "onnxruntime" else _on_openvino)(model, image, threads)
@@ -45,7 +45,7 @@ def layer_times(model: onnx.ModelProto, backend: str, image: Images, threads: in
 
 
 def _owners(model: onnx.ModelProto) -> dict[str, str]:
-    """The layer for each name that a fused kernel of it may bear."""
+    """Return the layer for each name that a fused kernel can carry."""
     owner: dict[str, str] = {}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
@@ -53,7 +53,7 @@ def _owners(model: onnx.ModelProto) -> dict[str, str]:
             readers.setdefault(name, []).append(node)
     layers = layers_and_products(model.graph)
     for node in layers:
-        owner |= dict.fromkeys((node.name, node.output[0]), node.name)  # some kernels bear their output's name
+        owner |= dict.fromkeys((node.name, node.output[0]), node.name)  # some kernels carry their output's name
         reading = readers.get(node.output[0], [])
         if len(reading) == 1 and reading[0].op_type in ACTIVATIONS:
             owner |= dict.fromkeys((reading[0].name, reading[0].output[0]), node.name)

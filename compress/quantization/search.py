@@ -22,7 +22,7 @@ from compress.packaging.export import check_same
 from compress.quantization.calibration import RANGES
 from compress.quantization.candidates import Candidate, SearchRequest, SearchResult, SENSITIVE, SLOWER, name_of
 from compress.quantization.int8_table import check_excluded
-from compress.quantization.portability import Backend
+from compress.quantization.saturation import Backend
 from compress.quantization.static import Int8Network, OPERATORS, Operators, StaticSettings
 from compress.quantization.workbench import Answer, Workbench
 from metadata.errors import UserError, VerificationError, first_line

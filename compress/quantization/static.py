@@ -1,8 +1,8 @@
-"""Static int8: a float ONNX network becomes one whose weights and activations have fixed 8-bit grids, in QDQ form.
+"""Static int8: quantize a float ONNX network to fixed 8-bit grids for weights and activations, in QDQ form.
 
-QDQ (quantize and dequantize around each operator) is what both ONNX Runtime and OpenVINO turn into integer arithmetic. The
-nodes are placed by ONNX Runtime's quantizer; what it is told, and what is done to its result, is here: ranges chosen from
-histograms, corrected biases, equalised layers, and a file without the bytes that its long names take.
+ONNX Runtime and OpenVINO turn QDQ (quantize and dequantize around each operator) into integer arithmetic. ONNX Runtime's
+quantizer places the nodes. This file chooses its options and finishes its result: ranges from histograms, equalised
+layers, corrected biases, and short names, which make the file smaller.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ class StaticSettings:
     """One way to quantize.
 
     Args:
-        operators: which are given integers: layers with weights; sums and pools too; or all that there is a kernel for.
+        operators: which operators become int8: "weighted": layers with weights; "sums": sums and pools too; "all": every
+            operator that has an int8 kernel.
         activations: unsigned or signed 8 bits.
-        reduced: weights in 7 bits, so that no pair of products leaves 16 bits on CPUs without VNNI.
-        method: how ranges are chosen.
-        images: how many of the calibration images are used; 0: all.
-        correct: shift biases by the mean error that rounding the weights makes.
-        equalise: scale channels of neighbouring layers against each other first.
-        float_ends: the first and the last layer stay float.
+        reduced: 7-bit weights, so that no sum of two products exceeds 16 bits on CPUs without VNNI.
+        method: how to choose ranges.
+        images: number of calibration images to use; 0: all.
+        correct: subtract from each bias the mean error of the rounded weights.
+        equalise: first equalise the channel ranges of neighbouring layers.
+        float_ends: keep the first and the last layer float.
     """
 
     operators: Operators = "sums"
@@ -69,7 +70,7 @@ class StaticSettings:
     float_ends: bool = False
 
     def ends(self, names: Sequence[str]) -> set[str]:
-        """Of a network's layers, in order, those that stay float by `float_ends`."""
+        """Return which of a network's layers, given in order, `float_ends` keeps float."""
         return {names[0], names[-1]} if self.float_ends and names else set()
 
     def __str__(self) -> str:
@@ -82,28 +83,28 @@ class StaticSettings:
 
 @dataclass
 class Calibration:
-    """A float network and its calibration images; what candidates have in common is computed once.
+    """A float network and its calibration images. Candidates share its histograms and its equalised form.
 
     Args:
-        model: as `compress.export.export` writes it.
+        model: as `compress.packaging.export.export` writes it.
         images: (N, C, H, W), preprocessed.
-        threads: of ONNX Runtime.
+        threads: number of ONNX Runtime's threads.
     """
 
     model: onnx.ModelProto
     images: Images
     threads: int = 1
-    _models: dict[bool, onnx.ModelProto] = field(default_factory=dict)
-    _histograms: dict[tuple[bool, int], dict[str, Histogram]] = field(default_factory=dict)
+    _models: dict[bool, onnx.ModelProto] = field(init=False, default_factory=dict)
+    _histograms: dict[tuple[bool, int], dict[str, Histogram]] = field(init=False, default_factory=dict)
 
     def network(self, equalised: bool = False) -> onnx.ModelProto:
-        """The float network, or its equalised form."""
+        """Return the float network, or its equalised form."""
         if equalised not in self._models:
             self._models[equalised] = equalize(self.model)[0] if equalised else self.model
         return self._models[equalised]
 
     def histograms(self, equalised: bool = False, images: int = 0) -> dict[str, Histogram]:
-        """Of its tensors on the first so many images; 0: on all."""
+        """Return the histograms of the network's tensors on the first `images` images; 0: on all."""
         key = equalised, images
         if key not in self._histograms:
             self._histograms[key] = histograms(self.network(equalised), self.images[:images or None], self.threads)
@@ -111,20 +112,20 @@ class Calibration:
 
 
 def layers_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The nodes that are layers with weights, in order."""
+    """Return the nodes that are layers with weights, in order."""
     operators = weighted_operators()
     constants = {tensor.name for tensor in model.graph.initializer}
     return [node for node in model.graph.node if node.op_type in operators and node.input[1] in constants]
 
 
 def layer_weights(model: onnx.ModelProto) -> dict[str, int]:
-    """How many weights each of these layers has, without its bias."""
+    """Return the number of weights of each layer, without its bias."""
     constants = _constants(model.graph)
     return {node.name: int(np.prod(constants[node.input[1]].dims)) for node in layers_of(model)}
 
 
 def _with_what_follows(network: onnx.ModelProto, floats: Collection[str]) -> set[str]:
-    """Float layers, and the operators without weights that read anything float: rounding there would gain nothing."""
+    """Return the float layers and the operators without weights that read a float tensor: int8 there would gain nothing."""
     layers = {node.name for node in layers_of(network)}
     stay, float_tensors = set(floats), set[str]()
     for node in network.graph.node:
@@ -140,9 +141,9 @@ class Int8Network:
 
     Args:
         model: in QDQ form.
-        outputs: by the name of the layer, the tensor of the float network that its output stands for: its own, or that of
-            the activation that it took over; in `model` it is that node's output.
-        network: the float network that it was made from, equalised where the settings say so.
+        outputs: for each layer, by name, the tensor of the float network that the layer's output in `model` corresponds to:
+            the layer's own output, or that of the activation fused into the layer.
+        network: the float network that was quantized, equalised if the settings say so.
     """
 
     model: onnx.ModelProto
@@ -152,16 +153,16 @@ class Int8Network:
 
 def quantize_static(calibration: Calibration, settings: StaticSettings, kept_float: Collection[str] = (),
                     only: Collection[str] = ()) -> Int8Network:
-    """The int8 network.
+    """Quantize a float network.
 
     Args:
-        calibration: the float network, and what its tensors hold.
+        calibration: the float network with its histograms.
         settings: how to quantize.
         kept_float: names of layers that stay float.
-        only: if given, the names of the layers that become int8, and nothing else does.
+        only: if given, quantize these layers alone.
 
     Raises:
-        UserError: no layer is left that becomes int8.
+        UserError: no layer is left to become int8.
     """
     network = calibration.network(settings.equalise)
     found = calibration.histograms(settings.equalise, settings.images)
@@ -175,12 +176,12 @@ def quantize_static(calibration: Calibration, settings: StaticSettings, kept_flo
     copied = onnx.ModelProto()
     copied.CopyFrom(network)
     quantizer = QDQQuantizer(
-        copied, True, settings.reduced, QuantType.QInt8,  # True: weights have a scale an output channel
+        copied, True, settings.reduced, QuantType.QInt8,  # True: per-channel weight scales
         QuantType.QUInt8 if settings.activations == "uint8" else QuantType.QInt8, ranges, sorted(only),
         sorted(_with_what_follows(network, stay)),
         weighted_operators() if only else quantized_operators(settings.operators),
         {"ActivationSymmetric": False, "WeightSymmetric": True,
-         "QuantizeBias": False})  # runtimes do that when they load a file, and a scale for each would be stored beside it
+         "QuantizeBias": False})  # runtimes quantize biases when they load the file; stored scales would only add bytes
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized: onnx.ModelProto = quantizer.model.model
@@ -199,7 +200,7 @@ def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
 
 
 def _rounded(graph: onnx.GraphProto) -> dict[str, NDArray[np.float64]]:
-    """What the weights' integers stand for, by the name of the output of the DequantizeLinear node that restores them."""
+    """Return the dequantized weights, by the name of the output of their DequantizeLinear node."""
     constants, values = _constants(graph), {}
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
@@ -213,10 +214,10 @@ def _rounded(graph: onnx.GraphProto) -> dict[str, NDArray[np.float64]]:
 
 
 def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: dict[str, Histogram]) -> int:
-    """Takes from each int8 layer's bias the mean error that rounding its weights makes, in place; how many layers.
+    """Subtract from each int8 layer's bias the mean error of the rounded weights, in place; return the number of layers.
 
-    Source: Nagel et al. 2019 (see compress/equalization.py), section 4.2, eq. 17: the rounding error of the weights times
-    the input's mean a channel; borders are taken for the inside.
+    Source: Nagel et al. 2019 (see compress/quantization/equalization.py), section 4.2, eq. 17: the rounding error of the
+    weights times the mean of each input channel; borders count as the inside.
     """
     floats, constants, rounded = _constants(network.graph), _constants(quantized.graph), _rounded(quantized.graph)
     inputs = {node.name: node for node in layers_of(network)}
@@ -236,10 +237,10 @@ def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: 
 
 
 def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same file with constants that are alike stored once, and short names for all but layers, input and output.
+    """Store equal constants once, and give short names to all but layers, input and output.
 
-    In a network of a few hundred thousand weights the names that a quantizer gives are a tenth of the file. Weights' zero
-    points stay, one for each layer, though all are zero: where there is no VNNI, ONNX Runtime rewrites them in place.
+    In a network of a few hundred thousand weights the quantizer's names are a tenth of the file. Each layer keeps its own
+    zero points, though all are zero: on CPUs without VNNI, ONNX Runtime rewrites them in place.
     """
     graph = model.graph
     alike: dict[tuple[int, tuple[int, ...], bytes], str] = {}
@@ -270,7 +271,7 @@ def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
         node.input.extend(inputs)
         node.output.extend(outputs)
         if node.name not in layers:
-            node.name = next(new_nodes)  # ONNX Runtime makes up names of tensors from it, so it must be there
+            node.name = next(new_nodes)  # ONNX Runtime derives tensor names from the node's name, so it must not be empty
         node.doc_string = ""
     tensors = [numpy_helper.from_array(numpy_helper.to_array(tensor), shortened(tensor.name)) for tensor in kept]
     del graph.initializer[:]
@@ -280,21 +281,21 @@ def compacted(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def layers_and_products(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes that the evaluator counts as layers: their names stand in a submission's metadata."""
+    """Return the nodes that the evaluator counts as layers; a submission's metadata lists their names."""
     return [node for node in graph.node if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS]
 
 
-# ------------------------------------------------------------------------------------------------- what became of it
+# --------------------------------------------------------------------------------------------------------- the table
 
 
 def int8_rows(calibration: Calibration, quantized: Int8Network, images: Images, why_float: dict[str, str],
               times: dict[str, tuple[float | None, float | None]]) -> list[Int8Row]:
-    """The table, layer by layer.
+    """Return one row for each layer.
 
     Args:
         calibration: the float network.
-        quantized: as `quantize_static` made it.
-        images: (N, C, H, W), on which the outputs are compared.
+        quantized: the result of `quantize_static`.
+        images: (N, C, H, W), to compare the layers' outputs on.
         why_float: the reason for each layer that stayed float.
         times: each layer's milliseconds as float and as int8, where they were measured.
     """
@@ -317,11 +318,11 @@ def int8_rows(calibration: Calibration, quantized: Int8Network, images: Images, 
 
 
 def _noise(calibration: Calibration, quantized: Int8Network, images: Images) -> dict[str, float]:
-    """The signal-to-noise ratio of each layer's output in decibels, on all images, of which one at a time is in memory."""
+    """Return the signal-to-noise ratio of each layer's output over all images, in decibels; run one image at a time."""
     graph = quantized.model.graph
     restoring = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
     rounding = {node.input[0]: restoring.get(node.output[0], node.input[0]) for node in graph.node
-                if node.op_type == "QuantizeLinear"}  # a ReLU that a layer took over happens when its output is rounded
+                if node.op_type == "QuantizeLinear"}  # a ReLU fused into a layer is applied by the rounding of its output
     results = {node.name: rounding.get(node.output[0], node.output[0]) for node in layers_and_products(graph)}
     names = [node.name for node in layers_of(quantized.network)]
     expected, got = (session(watched(model, sorted({tensors[name] for name in names})), calibration.threads)
@@ -337,12 +338,12 @@ def _noise(calibration: Calibration, quantized: Int8Network, images: Images) -> 
 
 
 def _answers(runtime: Any, image: Images) -> dict[str, NDArray[np.float32]]:
-    """What a session gives for one image, (C, H, W), by the names of the outputs."""
+    """Return a session's outputs for one image, (C, H, W), by name."""
     values = runtime.run(None, {runtime.get_inputs()[0].name: image[None]})
     return {output.name: value for output, value in zip(runtime.get_outputs(), values, strict=True)}
 
 
 def _macs(node: onnx.NodeProto, weights: int, shape: tuple[int, ...]) -> int:
-    """Multiply-adds for one image; `shape` is of the layer's output, without the batch."""
+    """Return the multiply-adds of a layer for one image; `shape` is the output's shape without the batch."""
     channels = shape[0] if node.op_type != "MatMul" else shape[-1]
     return weights * int(np.prod(shape)) // channels

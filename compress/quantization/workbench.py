@@ -20,7 +20,8 @@ from compress.evaluation.measure import measure_accuracy
 from compress.evaluation.runtimes import answering, open_onnx
 from compress.quantization.calibration import Images, session
 from compress.quantization.layer_times import layer_times
-from compress.quantization.portability import Backend, verify_portability
+from compress.quantization.portability import verify_portability
+from compress.quantization.saturation import Backend
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layer_weights, layers_of, quantize_static
 from compress.training.assessment import interleaved_times
 from loaders.arrays import Split

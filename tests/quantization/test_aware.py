@@ -424,8 +424,9 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
 
 def test_settings_that_would_do_nothing_are_refused(compress: Compress) -> None:
     for key in ("weight_bits=7", "freeze_after=0.1"):
+        name = key.partition("=")[0]
         assert_one_line_error(compress("plan", "slim_resnet18_digits", f"finetune.{key}"),
-                              f"finetune.{key.partition('=')[0]}: the setting has no effect without quantization_aware: true")
+                              f"finetune.{name}: the setting has no effect without quantization_aware: true")
 
 
 def test_bfloat16_is_refused_at_plan_time(compress: Compress) -> None:

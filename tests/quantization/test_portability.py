@@ -24,7 +24,8 @@ from architectures.kernels import no_int8_kernels
 from architectures.zoo import make
 from compress.packaging.export import export
 from compress.quantization.int8_table import sqnr_db
-from compress.quantization.portability import Backend, drop_bound, saturating, verify_portability
+from compress.quantization.portability import drop_bound, verify_portability
+from compress.quantization.saturation import Backend, saturating
 from metadata.errors import UserError
 
 PROJECT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from compress.evaluation.onnx_files import read_onnx
 from compress.packaging.export import export
 from compress.quantization.calibration import RANGES
 from compress.quantization.candidates import SLOWER, SearchRequest
-from compress.quantization.portability import Backend
+from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layers_of
 from compress.quantization.workbench import OnnxWorkbench
@@ -318,9 +318,9 @@ def workbench(tmp_path_factory: pytest.TempPathFactory) -> OnnxWorkbench:
         logits = graph.eval()(normalize(pixels, plain))
     file, _ = export(graph, describe(graph, (3, 12, 12)))
     first, second = logits.topk(2).values.unbind(1)
-    unsure = (first - second).argsort()[:64]
+    unsure = (first - second).argsort()[:192]
     split = Split(ArrayImages(pixels[unsure]), logits[unsure].argmax(1))
-    return OnnxWorkbench(Calibration(file, normalize(pixels[:32], plain).numpy()), split, 64, plain,
+    return OnnxWorkbench(Calibration(file, normalize(pixels[:32], plain).numpy()), split, 192, plain,
                          folder=tmp_path_factory.mktemp("search"))
 
 
@@ -328,7 +328,7 @@ def test_a_search_on_both_runtimes(workbench: OnnxWorkbench, tmp_path: Path) -> 
     """No answer may change, so layers return to float."""
     found = search(workbench, replace(ASKED, max_drop=0.0), BOTH).run()
     names = [node.name for node in layers_of(workbench.calibration.model)]
-    assert found.float_correct == found.images == 64 and not found.not_tried and not found.failed
+    assert found.float_correct == found.images == 192 and not found.not_tried and not found.failed
     assert len(found.latencies) == 8 and len(found.candidates) > 10 and found.float_ms > 0
     assert set(found.sensitivity) == set(names) and min(found.sensitivity.values()) > 0
     assert max(candidate.correct for candidate in found.candidates if candidate.kept_float) > max(
@@ -344,7 +344,7 @@ def test_a_search_on_openvino_alone(workbench: OnnxWorkbench, monkeypatch: pytes
     found = search(workbench, request, ("openvino",)).run()
     assert found.reached and found.backend == "openvino" and len(found.candidates) == 1
     layers = {node.name for node in layers_of(found.best.quantized.network)}
-    assert "conv1" in layers and found.best.latency_ms and found.best.correct >= 0.7 * 64
+    assert "conv1" in layers and found.best.latency_ms and found.best.correct >= 0.7 * 192
     monkeypatch.setitem(sys.modules, "openvino", None)  # as where it is not installed
     with pytest.raises(UserError, match="the package is not installed"):
         search(workbench, request, ("openvino",)).run()

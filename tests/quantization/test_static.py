@@ -80,7 +80,7 @@ def exact(graph: torch.fx.GraphModule, inputs: np.ndarray) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- calibration
 
 
-def test_histograms_hold_what_the_tensors_hold(slim: tuple[Calibration, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_histograms_hold_what_the_tensors_hold(slim: tuple[Calibration, Any]) -> None:
     model, _ = slim
     whole = model.histograms()
     assert set(whole) == {"input", *(name for node in model.model.graph.node for name in node.output)}
@@ -88,28 +88,26 @@ def test_histograms_hold_what_the_tensors_hold(slim: tuple[Calibration, Any], mo
     assert (pixels.low, pixels.high) == (model.images.min(), model.images.max()) and pixels.shape == SHAPE
     assert pixels.counts.sum() == model.images.size
     assert pixels.channel_means == pytest.approx(model.images.mean((0, 2, 3)), abs=1e-6)
-    monkeypatch.setattr(calibrating, "MEMORY_BYTES", 1)  # image by image
-    for name, histogram in histograms(model.model, model.images).items():
+    for name, histogram in histograms(model.model, model.images, memory_bytes=1).items():  # image by image
         assert histogram.low == pytest.approx(whole[name].low, abs=1e-4)
         assert np.abs(histogram.counts - whole[name].counts).sum() <= 0.002 * histogram.counts.sum() + 4
         assert histogram.channel_means == pytest.approx(whole[name].channel_means, abs=1e-4)
 
 
-def test_images_that_are_broken_or_missing_are_one_line(slim: tuple[Calibration, Any],
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_are_broken_or_missing_are_one_line(slim: tuple[Calibration, Any]) -> None:
     broken = images(2)
     broken[1, 0, 0, 0] = np.nan
     for memory in (calibrating.MEMORY_BYTES, 1):  # all at once, and image by image
-        monkeypatch.setattr(calibrating, "MEMORY_BYTES", memory)
         with pytest.raises(UserError, match="tensor input holds NaN"):
-            histograms(slim[0].model, broken)
+            histograms(slim[0].model, broken, memory_bytes=memory)
     with pytest.raises(UserError, match="no images"):
         histograms(slim[0].model, broken[:0])
 
 
 def of(values: np.ndarray) -> Histogram:
     counts, _ = np.histogram(values, calibrating.BINS, (values.min(), values.max()))
-    return Histogram(float(values.min()), float(values.max()), counts.astype(float), np.zeros(1), (1,))
+    return Histogram(low=float(values.min()), high=float(values.max()), counts=counts.astype(float),
+                     channel_means=np.zeros(1), shape=(1,))
 
 
 def rounding_error(values: np.ndarray, low: float, high: float) -> float:
@@ -183,9 +181,9 @@ def test_equalising_changes_the_ranges_and_not_the_function(tmp_path: Path) -> N
 # --------------------------------------------------------------------------------------------------------- building
 
 VARIANTS = [StaticSettings(), StaticSettings(operators="weighted"), StaticSettings(operators="all"),
-            StaticSettings(method="percentile"), StaticSettings(method="mse"),
-            StaticSettings(method="entropy"), StaticSettings(correct=False), StaticSettings(equalise=True), StaticSettings(images=8), StaticSettings(activations="int8"),
-            StaticSettings(reduced=True)]
+            StaticSettings(method="percentile"), StaticSettings(method="mse"), StaticSettings(method="entropy"),
+            StaticSettings(correct=False), StaticSettings(equalise=True), StaticSettings(images=8),
+            StaticSettings(activations="int8"), StaticSettings(reduced=True)]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)

@@ -11,7 +11,8 @@ import pytest
 from tests.helpers.commands import SMALL, Compress, assert_one_line_error, run_compress
 from tests.helpers.folders import draw_folder
 
-QUICK = [*SMALL, "quantize_static.max_drop=0.05"]
+# The budget ends after the first candidate, which keeps 70 % of the accuracy on any CPU: test_search.py tests the search.
+QUICK = [*SMALL, "quantize_static.budget_seconds=0.001", "quantize_static.max_drop=0.3"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def static_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_static_run_packages_what_was_measured(static_run: Path) -> None:
     record = json.loads((static_run / "06-quantize_static" / "stage.json").read_text())
     rows, candidates = record["notes"]["coverage"], record["notes"]["candidates"]
-    assert len(candidates) >= 10 and sum(row["chosen"] for row in candidates) == 1
+    assert len(record["notes"]["not_tried"]) == 9 and [row["chosen"] for row in candidates] == [True]
     assert all(row["sqnr_db"] > 10 and row["dtype"] in ("int8", "float32") for row in rows)
     metadata = json.loads((static_run / "submission" / "model_metadata.json").read_text())
     assert metadata["quantization"]["scheme"] == "static_int8" and metadata["model_format"] == "onnx"
@@ -52,13 +53,13 @@ def test_a_static_run_that_is_finished_is_not_searched_again(static_run: Path, c
 
 
 def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(static_run: Path, compress: Compress) -> None:
-    again = ["run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
-             *QUICK[:-1]]
-    # No budget for more than the first candidate, and too few validation images to show that it holds to so little.
-    done = compress(*again, "quantize_static.max_drop=0", "quantize_static.budget_seconds=0.001")
+    # The validation split has too few images to show that no accuracy at all is lost.
+    done = compress("run", "slim_resnet18_digits_static", f"run_dir={static_run.parent}", "name=mine", "--update",
+                    *QUICK[:-1], "quantize_static.max_drop=0")
     folder = static_run / "06-quantize_static"
     assert len(json.loads((folder / "candidates.json").read_text())["candidates"]) == 1
-    assert_one_line_error(done, "no candidate is as asked; the best one, U8S8", "best_candidate.onnx", "max_drop", code=1)
+    assert_one_line_error(done, "no candidate fulfils the request; the best one, U8S8", "best_candidate.onnx", "max_drop",
+                          code=1)
     assert (folder / "best_candidate.onnx").is_file() and not (folder / "stage.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Stage `export`: the student as one ONNX file, held to the network on real images."""
+"""Stage `export`: write the student as one ONNX file, and compare its answers with the network's on real images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from loaders.images import normalize
 
 
 class Export(Stage):
-    """ONNX, with BatchNorm folded; error if its answers are not the network's."""
+    """ONNX with BatchNorm folded; an error if the file's answers differ from the network's."""
 
     history = "onnx_export"
 
-    images: int = Field(256, ge=1, description="validation images on which the file is held to the network")
+    images: int = Field(256, ge=1, description="number of validation images to compare the file with the network on")
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("export")

@@ -15,7 +15,7 @@ from compress.quantization.dynamic import quantize_graph
 from compress.quantization.int8_table import print_table
 from metadata.machine import torch_threads
 
-EXAMPLES = 8  # training images that layers are measured on
+EXAMPLES = 8  # training images to measure layers on
 
 
 class QuantizeDynamic(CompressingStage):
@@ -25,8 +25,8 @@ class QuantizeDynamic(CompressingStage):
 
     exclude: list[str] = Field([], description="layers that keep float weights, by name")
     arithmetic: Literal["measured", "int8"] = Field(
-        "measured", description="measured: a layer that is faster in float32 on this machine computes so, from int8 "
-                                "weights; int8: all compute in int8, and two runs end with the same file")
+        "measured", description="measured: a layer that is faster in float32 on this machine computes in float32 from int8 "
+                                "weights; int8: all layers compute in int8, and two runs write the same file")
 
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("quantize_dynamic")
@@ -48,7 +48,7 @@ class QuantizeDynamic(CompressingStage):
         if reason := no_int8_kernels():
             context.warn(f"on this machine the int8 layers compute in float32, with the same results to rounding: {reason}")
         if weights_only == int8:
-            context.warn("int8 arithmetic makes no layer of this network faster on this machine: it is smaller, not faster")
+            context.warn("int8 arithmetic makes no layer of this network faster on this machine: only the file is smaller")
         context.note("coverage", [dataclasses.asdict(row) for row in rows])
         steps = [*model.architecture.compression_steps, self.history]
         architecture = carry_over(describe(quantized, model.architecture.input_shape), model.architecture,

@@ -1,4 +1,4 @@
-"""Stage `quantize_static`: int8 with fixed ranges, for ONNX Runtime and OpenVINO; of many candidates the best measured."""
+"""Stage `quantize_static`: int8 with fixed ranges for ONNX Runtime and OpenVINO, chosen from many measured candidates."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from compress.pipeline.stage import CompressingStage, Context, OnnxCard, OnnxMod
 from compress.quantization.candidates import Candidate, SearchRequest, SearchResult
 from compress.quantization.int8_table import Int8Row, check_excluded, print_table
 from compress.quantization.layer_times import layer_times
-from compress.quantization.portability import Backend
+from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, NOT_QUANTIZED, int8_rows, layers_of
 from compress.quantization.workbench import OnnxWorkbench
 from metadata.errors import UserError, VerificationError
 from metadata.files import write_atomically, write_json
 
-BEST, CANDIDATES = "best_candidate.onnx", "candidates.json"  # what a search leaves that found nothing good enough
-EXAMPLES = 16  # calibration images on which the layers' outputs are compared
+BEST, CANDIDATES = "best_candidate.onnx", "candidates.json"  # files that a search without a good enough candidate leaves
+EXAMPLES = 16  # calibration images to compare the layers' outputs on
 
 
 class QuantizeStatic(CompressingStage):
-    """Static int8: ways to calibrate are tried, the best is chosen by measured accuracy and latency."""
+    """Static int8: try calibration methods and corrections, and choose by measured accuracy and latency."""
 
     history = "static_quantization"
 
-    max_drop: float = Field(0.003, ge=0, lt=1, description="of validation accuracy against the float model, a fraction")
+    max_drop: float = Field(0.003, ge=0, lt=1, description="tolerated drop of validation accuracy from float, a fraction")
     backend: Literal["auto", "onnxruntime", "openvino"] = Field(
-        "auto", description="the runtime that it is chosen for and served on; auto: the faster of those installed")
-    portable: bool = Field(True, description="accept only what keeps its accuracy on CPUs without VNNI, too")
-    calibration_images: int = Field(512, ge=1, le=4096, description="training images that ranges are taken from")
-    validation_images: int = Field(5000, ge=1, description="validation images that candidates are compared on, at most")
-    budget_seconds: float = Field(900, gt=0, description="for the search; what was begun is ended")
+        "auto", description="the runtime to choose for and to serve on; auto: the faster of the installed ones")
+    portable: bool = Field(True, description="accept only a candidate that also keeps its accuracy on CPUs without VNNI")
+    calibration_images: int = Field(512, ge=1, le=4096, description="number of training images to calibrate with")
+    validation_images: int = Field(5000, ge=1, description="largest number of validation images to compare candidates on")
+    budget_seconds: float = Field(900, gt=0, description="for the search; a step that has begun is finished")
     exclude: list[str] = Field([], description="layers that stay float, by the name of their ONNX node")
 
     def check(self, sketch: Sketch) -> None:
@@ -66,7 +66,7 @@ class QuantizeStatic(CompressingStage):
         return ["onnxruntime", "openvino"] if importlib.util.find_spec("openvino") else ["onnxruntime"]
 
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
-        for name in (BEST, CANDIDATES):  # of an earlier try
+        for name in (BEST, CANDIDATES):  # left by an earlier run
             (context.folder / name).unlink(missing_ok=True)
         images = context.examples(self.calibration_images).numpy()
         calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
@@ -96,17 +96,17 @@ class QuantizeStatic(CompressingStage):
             write_json(context.folder / CANDIDATES, context.notes)
             assert found.best.portability is not None
             raise VerificationError(
-                f"quantize_static: no candidate is as asked; the best one, {found.best.name}, has "
-                f"{found.best.correct}/{found.images} against the float model's {found.float_correct}, and without VNNI "
-                f"{found.best.portability['verdict']}; it is {context.folder / BEST}, and all candidates are in "
-                f"{CANDIDATES} there. Raise quantize_static.max_drop or budget_seconds, or set portable=false")
+                f"quantize_static: no candidate fulfils the request; the best one, {found.best.name}, has "
+                f"{found.best.correct}/{found.images} right answers against the float model's {found.float_correct}, and "
+                f"without VNNI {found.best.portability['verdict']}. The candidate is {context.folder / BEST}; {CANDIDATES} "
+                "beside it lists all. Raise quantize_static.max_drop or budget_seconds, or set portable=false")
         if missed := [row.layer for row in rows if row.reason == NOT_QUANTIZED]:
-            raise VerificationError(f"quantize_static: {', '.join(missed)} stayed float though int8 was asked for; name "
-                                    "them in quantize_static.exclude if that is meant")
+            raise VerificationError(f"quantize_static: {', '.join(missed)} stayed float though int8 was requested; list "
+                                    "them in quantize_static.exclude if they shall stay float")
         return result
 
     def _int8_rows(self, calibration: Calibration, found: SearchResult) -> list[Int8Row]:
-        """Layer by layer: times on the runtime that was chosen, noise on ONNX Runtime, which shows every tensor."""
+        """Return the table's rows: latencies on the chosen runtime, errors on ONNX Runtime, which shows every tensor."""
         image, threads = calibration.images[:1], 1
         before = layer_times(calibration.model, found.backend, image, threads)
         after = layer_times(found.best.quantized.model, found.backend, image, threads)
@@ -118,7 +118,7 @@ class QuantizeStatic(CompressingStage):
         return int8_rows(calibration, found.best.quantized, calibration.images[:EXAMPLES], why, times)
 
     def _note(self, context: Context, found: SearchResult, rows: list[Int8Row]) -> None:
-        """The tables, on screen and for stage.json."""
+        """Print the tables, and note them for stage.json."""
         console, say = context.tracker.console, context.tracker.say
         _show_candidates(found, console)
         print_table(rows, console)
@@ -130,7 +130,7 @@ class QuantizeStatic(CompressingStage):
         say(f"  without VNNI: {found.best.portability['verdict']}")
         if found.best.milliseconds > AS_FAST * found.float_ms:
             context.warn(f"quantize_static: int8 is slower here, {found.best.milliseconds:.3f} ms against "
-                         f"{found.float_ms:.3f} in float; it is the file that becomes smaller")
+                         f"{found.float_ms:.3f} in float; only the file becomes smaller")
         if found.failed:
             context.warn(f"quantize_static: {len(found.failed)} candidates could not be built or run: "
                          + "; ".join(f"{name}: {reason}" for name, reason in found.failed.items()))
