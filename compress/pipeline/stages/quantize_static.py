@@ -102,7 +102,7 @@ class QuantizeStatic(CompressingStage):
                 "beside it lists all. Raise quantize_static.max_drop or budget_seconds, or set portable=false")
         if missed := [row.layer for row in rows if row.reason == NOT_QUANTIZED]:
             raise VerificationError(f"quantize_static: {', '.join(missed)} stayed float though int8 was requested; list "
-                                    "them in quantize_static.exclude if they shall stay float")
+                                    "them in quantize_static.exclude if they should stay float")
         return result
 
     def _int8_rows(self, calibration: Calibration, found: SearchResult) -> list[Int8Row]:
