@@ -239,8 +239,8 @@ def test_missing_pets_are_skipped_only_when_asked(tmp_path: Path) -> None:
 def test_pets_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"data\.root is not set"):
         load(Request(name="oxford_iiit_pet"))
-    missing = (tmp_path / "nowhere").as_uri()  # stands for a server that does not answer
-    monkeypatch.setattr(datasets.OxfordIIITPet, "_RESOURCES", [(f"{missing}/images.tar.gz", "0" * 32)])
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(UserError, match="expected"):
         load(pets(tmp_path))
     assert not any(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from compress.evaluation.runtimes import EvaluationSettings
 from compress.packaging.bundle import MARK, START, BundleError, bundle, is_bundle
 from compress.packaging.import_graph import import_order
 from tests.helpers.commands import PROJECT, Compress, assert_one_line_error
-from tests.packaging.test_import_graph import plant
+from tests.helpers.sources import plant
 
 
 def isolated(script: str, *arguments: object, cwd: Path) -> str:

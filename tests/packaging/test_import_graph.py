@@ -7,15 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.packaging.import_graph import ImportCycleError, import_closure, import_order, imported_modules, module_file
-
-
-def plant(root: Path, **files: str) -> Path:
-    """Write a package `house` with modules of the given texts."""
-    (root / "house").mkdir()
-    (root / "house" / "__init__.py").write_text('"""A house."""\n')
-    for name, text in files.items():
-        (root / "house" / f"{name}.py").write_text(text)
-    return root
+from tests.helpers.sources import plant
 
 
 def test_every_way_to_import_is_found(tmp_path: Path) -> None:

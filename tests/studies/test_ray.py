@@ -17,7 +17,7 @@ import pytest
 
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
-from tests.studies.test_scaling_sweep import SMALL, forks, start, wait_for, write_plan
+from tests.helpers.sweeps import SMALL, forks, start, wait_for, write_plan
 
 
 def descendants(process: int) -> list[int]:

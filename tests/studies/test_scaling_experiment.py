@@ -36,6 +36,7 @@ from metadata.formats import read_csv
 from metadata.schemas import Preprocessing
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
 from tests.helpers.folders import draw_folder
+from tests.helpers.sweeps import without_seconds
 
 CPU = torch.device("cpu")
 
@@ -53,10 +54,6 @@ def run(base_dir: Path, **changes: object) -> dict[str, object]:
     settings: dict[str, object] = dict(seed=0, batch_size=64, num_epochs=13, test_freq=2, width=4, depth=1,
                                        dataset_size=200, dataset="digits", base_dir=base_dir, threads=1)
     return run_experiment(**(settings | changes))  # type: ignore[arg-type]
-
-
-def without_seconds(path: Path) -> list[dict[str, str]]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_csv(path)]
 
 
 # ------------------------------------------------------------------------------------------------------- the network

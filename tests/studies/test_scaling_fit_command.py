@@ -25,6 +25,7 @@ from compress.studies.scaling.summary import number, print_summary, write_all
 from compress.studies.scaling.runs import read_runs
 from metadata.errors import UserError
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_compress
+from tests.helpers.laws import foreign, grid
 
 PLOTS = ("loss_n", "loss_d", "loss_c", "isoflop", "residuals", "frontier", "held_out")
 
@@ -55,16 +56,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-def foreign(path: Path, points: list[tuple[float, float, float]], header: str = "N,D,loss") -> Path:
-    path.write_text("\n".join([header, *(",".join(f"{value:.10g}" for value in point) for point in points)]) + "\n")
-    return path
-
-
-def grid(n_levels: int = 5, d_levels: int = 4) -> list[tuple[float, float, float]]:
-    return [(float(n), float(d), 1.7 + 400 * n**-0.34 + 410 * d**-0.28)
-            for n in np.geomspace(1e7, 1e10, n_levels) for d in np.geomspace(1e8, 1e11, d_levels)]
 
 
 # ------------------------------------------------------------------------------------------------- the whole way

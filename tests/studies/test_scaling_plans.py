@@ -11,7 +11,7 @@ import pytest
 
 from compress.studies.scaling.plans import PLANS, SweepPlan, Point, read_plan
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
-from tests.studies.test_scaling_sweep import SMALL, write_plan
+from tests.helpers.sweeps import SMALL, write_plan
 
 
 def points(plan: dict[str, Any]) -> list[Point]:

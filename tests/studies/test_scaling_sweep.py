@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,47 +23,8 @@ from compress.studies.scaling.plans import read_plan
 from compress.studies.scaling.results import Results
 from compress.studies.scaling.sweep import open_study, run_sweep
 from metadata.formats import read_csv
-from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
-from tests.studies.test_scaling_experiment import without_seconds
-
-COMMON = {"dataset": "digits", "batch_size": 64, "num_epochs": 3, "test_freq": 1, "checkpoint_seconds": 0}
-SMALL = {"kind": "data", "dataset_sizes": [100, 200], "width": 2, "depth": 1}
-
-
-def write_plan(path: Path, *parts: dict[str, Any], **common: Any) -> Path:
-    path.write_text(json.dumps({**COMMON, **common, "sweeps": list(parts)}))  # JSON is YAML
-    return path
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """A command that Ctrl-C reaches, even where the tests themselves run in the background and are deaf to it."""
-    return subprocess.Popen([sys.executable, "-m", "compress", "scaling", *map(str, arguments)], cwd=PROJECT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
-def forks(process: int) -> list[int]:
-    """The children of a process."""
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return [int(word) for task in Path(f"/proc/{process}/task").iterdir()
-                for word in (task / "children").read_text().split()]
-    return []
-
-
-def worker_processes(process: int) -> list[int]:
-    """The worker processes of a sweep: the forks of its fork server."""
-    found = []
-    for child in forks(process):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if "multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_text():
-                found += forks(child)
-    return found
-
-
-def wait_for(process: subprocess.Popen[str], happened: Any) -> None:
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+from tests.helpers.commands import Compress, assert_one_line_error
+from tests.helpers.sweeps import SMALL, start, wait_for, without_seconds, worker_processes, write_plan
 
 
 @contextmanager

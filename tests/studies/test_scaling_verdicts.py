@@ -14,8 +14,7 @@ from compress.studies.scaling.forms import single_forms
 from compress.studies.scaling.intervals import allowed, parameter_intervals
 from compress.studies.scaling.ranking import HeldOut, JudgedForm, judge, rank
 from tests.helpers.commands import Compress, assert_one_line_error
-from tests.studies.test_scaling_fit_command import foreign, grid
-from tests.studies.test_scaling_fits import additive, forms, planted
+from tests.helpers.laws import additive, foreign, forms, grid, planted
 
 
 @pytest.mark.parametrize(("dataset", "parameters"), [("mnist", 1702), ("cifar10", 1774)])
