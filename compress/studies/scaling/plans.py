@@ -272,8 +272,8 @@ def read_plan(name: str) -> SweepPlan:
             raise UserError(f"plan {name}: {_place(first['loc'])}: kind is missing {known}") from error
         if first["type"] == "union_tag_invalid":
             kind = first["ctx"]["tag"]
-            raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, SWEEP_KINDS)} {known}"
-                            ) from error
+            raise UserError(f"plan {name}: {_place(first['loc'])}: unknown kind {kind!r}{closest(kind, SWEEP_KINDS)} "
+                            f"{known}") from error
         kind = next((found["loc"][2] for found in error.errors() if len(found["loc"]) > 3), None)  # sweeps.0.KIND.key
         raise settings_error(f"plan {name}", error, SWEEP_KINDS.get(str(kind), SweepPlan).model_fields) from error
 
