@@ -1,8 +1,9 @@
-"""Rooms point down only, files stay short and say what they are for, and nothing is unpickled."""
+"""Rooms point down only, ARCHITECTURE.md is the tree as it is, files are short, and nothing is unpickled."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -50,9 +51,16 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def arrows() -> set[tuple[str, str]]:
+    """The pairs of rooms of which the first imports the second. `python tests/test_layering.py` prints them."""
+    pairs = {(room_of(name_of(path)), room_of(other)) for path in project_files() for other in imports(path)
+             if other != "model_loader"}
+    return {(room, other) for room, other in pairs if room != other}
+
+
 def test_imports_point_down() -> None:
     files = project_files()
-    assert len(files) > 100
+    assert len(files) > 100 and len(arrows()) > 20
     wrong = []
     for path in files:
         own = room_of(name_of(path))
@@ -60,6 +68,27 @@ def test_imports_point_down() -> None:
             if other == "model_loader" or (room_of(other) != own and ROOMS[room_of(other)] <= ROOMS[own]):
                 wrong.append(f"{name_of(path)} imports {other}")
     assert wrong == []
+
+
+def listed_tree() -> list[str]:
+    """The paths in the tree of ARCHITECTURE.md; folders end with a slash."""
+    found, folders = [], []
+    for line in re.search(r"```text\n(.*?)```", (PROJECT / "ARCHITECTURE.md").read_text(), re.DOTALL)[1].splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders = [*folders[:depth], name]
+        found.append("".join(folders))
+    return found
+
+
+def test_architecture_lists_the_tree_as_it_is() -> None:
+    listed = listed_tree()
+    assert len(listed) == len(set(listed)) > 100
+    wrong = [name for name in listed if not (PROJECT / name).exists() or (PROJECT / name).is_dir() != name.endswith("/")]
+    assert wrong == []
+    inside = [path for room in ("metadata", "architectures", "loaders", "compress") for path in (PROJECT / room).rglob("*")]
+    folders = {f"{path.relative_to(PROJECT)}/" for path in inside if path.is_dir() and path.name != "__pycache__"}
+    assert sorted(folders - set(listed)) == []
+    assert all(f"`{room.replace('.', '/')}" in (PROJECT / "ARCHITECTURE.md").read_text() for room in ROOMS)
 
 
 def test_the_evaluator_imports_only_the_standard_library_numpy_and_pydantic_at_the_top() -> None:
@@ -82,3 +111,8 @@ def test_no_pickle_and_no_unsafe_load() -> None:
             if "torch.load(" in line and not line.strip().startswith(("#", "model.load_state_dict", '"')):
                 assert "weights_only=True" in line, f"{path}:{number}"
             assert "import pickle" not in line, f"{path}:{number}"
+
+
+if __name__ == "__main__":
+    print(*(f"{room} -> {other}" for room, other in sorted(arrows())), sep="\n")
+    print(f"{len(ROOMS)} rooms on {len(FLOORS)} floors, {len(arrows())} arrows")

@@ -1,39 +1,83 @@
-"""The README's commands are run, as they stand there."""
+"""Every command and every Python example of the README and of docs/ runs as it is written there.
+
+Each runs in a workspace whose folders are named like the placeholders of the pages (DIR, RUN, SUBMISSION, ...). Flags are
+only appended, to make trainings short. A recipe for a large data set is planned instead of run, and a scaling plan is a
+tiny one. Most commands run inside this process; REAL lists those that run as a process of their own.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers.commands import PROJECT, SMALL
+from tests.helpers.commands import PROJECT, Compress
 from tests.helpers.folders import draw_folder
+from tests.helpers.sharing import shared_folder
+
+PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+TINY = ["data.name=image_folder", "data.root=TINY_IMAGES", "data.resize=8", "data.crop=8", "data.validation_fraction=0.25",
+        "teacher.options.width=4", "teacher.floor=0", "distill.options.width=8", "prune.multiple=4", "threads=1",
+        *(f"{stage}.train.{setting}" for stage in ("teacher", "distill", "finetune")
+          for setting in ("epochs=1", "batch_size=16"))]
+STATIC = ["quantize_static.max_drop=0.9", "quantize_static.portable=false", "quantize_static.budget_seconds=0.01",
+          "prune.allow_slower=true", "quantize_static.allow_slower=true"]
+DYNAMIC = ["distill.control=false", "prune.allow_slower=true", "quantize_dynamic.allow_slower=true"]
+# What makes a command short: the first rule whose pattern is in the command appends its words.
+SHORTER = [
+    (r"compress run slim_resnet18_digits_static", [*TINY, *STATIC]),
+    (r"compress run slim_resnet18_digits\b", [*TINY, *DYNAMIC]),
+    (r"compress train --config", ["--num_epochs", "1", "--threads", "1"]),
+    (r"scaling run", ["--num_epochs", "1"]),
+    (r"scaling fit", ["--bootstrap", "50", "--no_plots"]),
+    (r"model_loader.py --task", ["--threads", "1"]),
+    (r"model_loader.py --submission_dir", ["--runs", "10"]),
+]
+REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
+PLAN = """dataset: digits
+batch_size: 64
+num_epochs: 1
+sweeps: [{kind: width, widths: [2], depth: 1, dataset_size: 100}]
+"""
+MY_RECIPE = """data: {name: image_folder, root: TINY_IMAGES, resize: 8, crop: 8, validation_fraction: 0.25}
+threads: 1
+stages:
+  - teacher: {options: {width: 8, stem: small}, floor: 0, train: {epochs: 1, batch_size: 16, augment: [crop], padding: 1}}
+  - distill: {options: {width: 8, stem: small}, train: {epochs: 1, batch_size: 16, augment: [crop], padding: 1}}
+  - prune: {multiple: 4, allow_slower: true}
+  - package
+  - evaluate
+"""
 
 
-STATIC = ["quantize_static.max_drop=0.5", "quantize_static.portable=false", "quantize_static.budget_seconds=0.01"]
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The name of the page and the text of each fenced block in a language."""
+    return [(page.stem, block) for page in PAGES
+            for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-def commands() -> list[str]:
-    """Every line of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.replace("\\\n", "").splitlines() if line.strip()]
+def commands() -> list[tuple[str, str]]:
+    """The page and the text of every command, each command once."""
+    found: dict[str, str] = {}
+    for page, block in blocks("sh"):
+        for line in block.replace("\\\n", "").splitlines():
+            if line.strip():
+                found.setdefault(line.split(" #")[0].strip(), page)
+    return [(page, command) for command, page in found.items()]
 
 
-def test_readme_starts_with_the_two_commands() -> None:
-    found = commands()
-    assert [line.split("#")[0].strip() for line in found[:2]] == ["make demo", "make test"]
-    makefile = (PROJECT / "Makefile").read_text()
-    assert "run slim_resnet18_digits" in makefile and '-m "not slow"' in makefile
-    for line in found:
-        if line.startswith("make"):
-            assert f"\n{line.split()[1]}:" in makefile, line
+TESTED = [(page, command) for page, command in commands() if not command.startswith("make ")]
 
 
 def write_law(path: Path) -> None:
-    """Runs of the study's CNN whose loss is a law of N and D, with a little noise."""
+    """Write runs of the study's CNN whose loss is a law of N and D, with a little noise."""
     rows = [(n, d, (0.4 + 6 / n**0.35 + 20 / d**0.4) * (1 + 0.01 * ((n * 7 + d) % 5 - 2)))
             for n in (1774, 6286, 23_654, 91_702) for d in (1000, 2500, 10_000, 50_000)]
     path.parent.mkdir(parents=True)
@@ -41,42 +85,88 @@ def write_law(path: Path) -> None:
         f"{n},{d},20,cifar10,done,{loss:.5f}\n" for n, d, loss in rows))
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
-def test_readme_command_runs(command: str, small_run: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Each command with its placeholders filled in; runs are shortened, real data sets are planned instead of trained."""
-    words = command.split("#")[0].split()
-    images = tmp_path / "images"
-    filled = {"DIR": str(images), "CIFAR10": str(images), "RUN": str(small_run), "OUT": str(tmp_path / "out"),
-              "TEST_IMAGES": str(small_run / "07-evaluate" / "test_images"), "SUBMISSION": str(small_run / "submission"),
-              "OTHER_SUBMISSION": str(small_run / "submission")}
-    words = [re.sub(r"\b(" + "|".join(filled) + r")\b", lambda match: filled[match[0]], word) for word in words]
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image folders that stand for data sets."""
+    def draw(folder: Path) -> None:
+        draw_folder(folder / "DIR", classes=100, images=2, size=32)
+        draw_folder(folder / "CIFAR10", classes=10, images=4, size=32)
+        draw_folder(folder / "TINY_IMAGES", classes=4, images=16, size=8)
+
+    return shared_folder(tmp_path_factory, "drawn", draw)
+
+
+@pytest.fixture
+def workspace(drawn: Path, small_run: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder but for what the pages' placeholders name."""
+    for folder in drawn.iterdir():
+        (tmp_path / folder.name).symlink_to(folder)
+    shutil.copytree(small_run, tmp_path / "RUN")
+    for name in ("SUBMISSION", "OTHER_SUBMISSION"):
+        shutil.copytree(small_run / "submission", tmp_path / name)
+    shutil.copytree(few, tmp_path / "TEST_IMAGES")
+    (tmp_path / "my_recipe.yaml").write_text(MY_RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepared(command: str, workspace: Path, request: pytest.FixtureRequest) -> list[str]:
+    """The words of a command, with files of the project by their full path and what makes it short appended."""
+    words = [str(PROJECT / word) if word.endswith(".py") and (PROJECT / word).is_file() else word
+             for word in shlex.split(command)]
+    if "MNIST" in words:
+        words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
+    if "final_data.csv" in command:
+        write_law(workspace / "STUDY" / "results" / "final_data.csv")
+    if "scaling sweep" in command or "scaling plan" in command:
+        (workspace / "tiny.yaml").write_text(PLAN)
+        words[words.index("digits")] = "tiny.yaml"
+    if "data.root=" in command:
+        words[words.index("run") if "run" in words else words.index("plan")] = "plan"
+    return words + next((added for pattern, added in SHORTER if re.search(pattern, command)), [])
+
+
+@pytest.mark.parametrize(("page", "command"), TESTED, ids=[f"{page}: {command[:60]}" for page, command in TESTED])
+def test_command_runs(page: str, command: str, workspace: Path, request: pytest.FixtureRequest) -> None:
+    words = prepared(command, workspace, request)
     assert words[0] == "python", command
-    if "run" in words and any(word.startswith("slim_resnet18_digits") for word in words):
-        words += [f"run_dir={tmp_path}", *SMALL, *(STATIC if "static" in command else [])]
-    elif "train" in words or "mnist_challenge" in words:
-        if "MNIST" in words:
-            words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
-        if "--config" in words and "--data_root" in words:
-            draw_folder(images, 100 if "cifar100" in command else 10, 3, size=32)
-        if "--config" in words:
-            words += ["--num_epochs", "1", "--log_dir", str(tmp_path / "log"), "--threads", "1"]
-    elif any(word.startswith("data.root=") for word in words):
-        classes = 10 if "cifar10" in command else 100
-        draw_folder(images, classes, 3, size=32)
-        words[words.index("run")] = "plan"
-    if "scaling" in words:
-        study = tmp_path / "study"
-        words = [word.replace("STUDY", str(study)) for word in words]
-        if "sweep" in words:  # of the packaged plan, one point
-            plan = tmp_path / "plan.yaml"
-            plan.write_text("dataset: digits\nbatch_size: 64\nnum_epochs: 1\nsweeps: [{kind: width, widths: [2], depth: 1, "
-                            "dataset_size: 100}]\n")
-            words[words.index("digits")] = str(plan)
-        if "final_data.csv" in command:
-            write_law(study / "results" / "final_data.csv")
-    if "--task" in words:
-        words += ["--threads", "1"]  # other tests keep the other core busy
-    if "--output_file" in words:
-        words[words.index("--output_file") + 1] = str(tmp_path / "results.json")
-    done = subprocess.run([sys.executable, *words[1:]], cwd=PROJECT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    if any(part in command for part in REAL):
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+        return
+    if words[1:3] == ["-m", "compress"]:
+        compress: Compress = request.getfixturevalue("compress")
+        ran = compress(*words[3:])
+        assert ran.returncode == 0, ran.stdout[-1500:] + ran.stderr[-1500:]
+        return
+    assert words[1] == str(PROJECT / "model_loader.py"), command
+    import model_loader
+    assert model_loader.main(words[2:]) == 0
+
+
+def test_some_commands_run_as_processes_of_their_own() -> None:
+    assert [sum(part in command for _, command in TESTED) for part in REAL] == [1, 1, 1] and len(TESTED) > 25
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=[page for page, _ in blocks("python")])
+def test_python_example_runs(page: str, code: str, workspace: Path) -> None:
+    exec(compile(code, f"{page}.md", "exec"), {"__name__": page})
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Commands set the number of threads for their process."""
+    torch.set_num_threads(1)
+
+
+def test_readme_starts_with_the_two_commands_and_is_short() -> None:
+    readme = (PROJECT / "README.md").read_text()
+    assert [command for _, command in commands()[:2]] == ["make demo", "make test"]
+    makefile = (PROJECT / "Makefile").read_text()
+    assert "run slim_resnet18_digits" in makefile and '-m "not slow"' in makefile
+    assert len(readme.splitlines()) < 150
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    assert all(f"docs/{page.name}" in readme for page in PAGES[1:])
