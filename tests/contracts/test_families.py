@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.build import build, check_shapes
+from architectures.counting import count_macs, count_parameters, layer_costs
 from architectures.describe import describe
 from architectures.architecture import Architecture
 from architectures.source import source
@@ -52,6 +53,9 @@ def test_describe_and_build_are_inverse(name: str, options: dict[str, object]) -
     images = torch.randn(2, *shape)
     assert torch.allclose(rebuilt.eval()(images), model(images), atol=1e-5)
     assert check_shapes(architecture)[architecture.layers[-1].name] == (7,)
+    costs = layer_costs(architecture).values()
+    assert sum(cost.parameters for cost in costs) == count_parameters(model)
+    assert sum(cost.macs for cost in costs) == count_macs(model, shape)
 
 
 @pytest.mark.parametrize(("name", "options"), STUDENTS, ids=lambda value: str(value))

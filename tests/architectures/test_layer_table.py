@@ -1,0 +1,269 @@
+"""The layer table: a new type is one class, and each row keeps what it promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from architectures.architecture import Architecture
+from architectures.build import build
+from architectures.counting import count_macs, count_parameters, layer_costs
+from architectures.describe import carry_over, describe
+from architectures.layers.base import Layer, OnnxWriter, Operator, traced_argument
+from architectures.layers.table import LAYER_TABLE, registered, row_of_module
+from architectures.source import source
+from compress.evaluation.evaluate import evaluate_submission
+from compress.evaluation.runtimes import EvaluationSettings
+from compress.packaging.export import export
+from compress.packaging.package import TorchPackage
+from compress.pruning.prune import prune
+from compress.quantization.dynamic import quantize_graph
+from compress.quantization.equalization import equalize
+from compress.quantization.static import Calibration, StaticSettings, quantize_static
+from metadata.errors import UserError
+from metadata.records import DatasetCard
+from metadata.schemas import Preprocessing, Size
+from tests.helpers.folders import draw_folder
+
+SHAPE = (3, 16, 16)
+
+
+class PReLU(Layer):
+    """A type with weights of its own, one a channel."""
+
+    operators = {"PRelu": Operator(passes_factors_on=True)}
+
+    num_parameters: Size = 1
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        slopes = writer.constant(f"{self.name}.weight", writer.weight(self, "weight").reshape(-1, 1, 1))
+        return writer.node("PRelu", self.name, [*inputs, slopes])
+
+
+class ELU(Layer):
+    """A type without weights that is also called as a function."""
+
+    functions = ("torch.nn.functional.elu",)
+    operators = {"Elu": Operator()}
+
+    alpha: float = 1.0
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [node.args[0]], {"alpha": traced_argument(node, 1, "alpha", 1.0)}
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        return writer.node("Elu", self.name, inputs, alpha=self.alpha)
+
+
+class Network(nn.Module):
+    """Convolutions with PReLU, ELU as a module and ELU as a function between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.prelu = nn.PReLU(16)
+        self.second = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.elu = nn.ELU(alpha=0.5)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.elu(self.norm(self.second(self.prelu(self.first(x)))))
+        return self.fc(nn.functional.elu(x, alpha=0.75).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def new_types() -> Iterator[None]:
+    with registered(PReLU), registered(ELU):
+        yield
+
+
+@pytest.fixture
+def described(new_types: None) -> tuple[fx.GraphModule, Architecture]:
+    torch.manual_seed(0)
+    model = Network()
+    nn.init.uniform_(model.prelu.weight, 0.1, 0.9)
+    model(torch.randn(16, *SHAPE))  # so that the norm's statistics are not the identity
+    model.eval()
+    architecture = describe(model, SHAPE)
+    graph = build(architecture)
+    graph.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(graph.eval()(images()), model(images()))
+    return graph, architecture
+
+
+def images() -> Tensor:
+    return torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+def answers(content: bytes) -> Tensor:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": images().numpy()})[0])
+
+
+def test_a_new_type_is_described_and_built(described: tuple[fx.GraphModule, Architecture]) -> None:
+    graph, architecture = described
+    assert [layer.type for layer in architecture.layers] == [
+        "Conv2d", "PReLU", "Conv2d", "BatchNorm2d", "ELU", "ELU", "Mean", "Linear"]
+    assert describe(graph, SHAPE, architecture.model_type) == architecture
+    assert Architecture.model_validate(architecture.to_json()) == architecture
+    rows = {layer["name"]: layer for layer in architecture.to_json()["layers"]}
+    assert rows["prelu"] == {"name": "prelu", "type": "PReLU", "inputs": ["first"], "num_parameters": 16}
+    assert sorted(row["alpha"] for row in rows.values() if row["type"] == "ELU") == [0.5, 0.75]
+    assert layer_costs(architecture)["prelu"].parameters == 16
+
+
+def test_a_new_type_is_pruned(described: tuple[fx.GraphModule, Architecture]) -> None:
+    graph, architecture = described
+    pruned = prune(graph, torch.zeros(1, *SHAPE), ratio=0.5, multiple=4, criterion="l2", scope="uniform")
+    smaller = carry_over(describe(pruned, SHAPE), architecture, pruning_rate=0.5)
+    row, = (layer for layer in smaller.layers if layer.name == "prelu")
+    assert row.options() == {"num_parameters": 8}
+    again = build(smaller).eval()
+    again.load_state_dict(pruned.state_dict(), strict=True)
+    assert torch.equal(again(images()), pruned(images()))
+
+
+def test_a_new_type_is_exported_equalised_and_quantized(described: tuple[fx.GraphModule, Architecture]) -> None:
+    graph, architecture = described
+    exported, _ = export(graph, architecture)
+    with torch.no_grad():
+        expected = graph(images())
+        assert torch.allclose(answers(exported.SerializeToString()), expected, atol=1e-5)
+        dynamic, _ = quantize_graph(graph, choose=False)
+        assert torch.allclose(dynamic(images()), expected, atol=0.05 * float(expected.abs().max()))
+    equalized, pairs = equalize(exported)
+    assert pairs == [("first", "second")]  # PReLU passes factors on, ELU does not
+    assert torch.allclose(answers(equalized.SerializeToString()), expected, atol=1e-4)
+    calibration = Calibration(model=exported, images=images().numpy())
+    quantized = quantize_static(calibration, StaticSettings(reduced=True))  # 8-bit products saturate without VNNI
+    assert torch.allclose(answers(quantized.model.SerializeToString()), expected, atol=0.1 * float(expected.abs().max()))
+
+
+def test_a_new_type_is_packaged_and_scored(described: tuple[fx.GraphModule, Architecture], tmp_path: Path) -> None:
+    graph, architecture = described
+    card = DatasetCard(name="drawn", class_names=[f"class_{label:03d}" for label in range(4)], input_shape=SHAPE,
+                       preprocessing=Preprocessing(resize=16, crop=16, mean=[0.5] * 3, std=[0.5] * 3))
+    measured = {"correct": 1, "images": 4, "accuracy": 0.25, "latency_ms": 1.0, "latency_p5_ms": 1.0,
+                "latency_p95_ms": 1.0}
+    folder = tmp_path / "submission"
+    TorchPackage(architecture=architecture, card=card, name="new", measured=measured, model=graph).write(folder)
+    data = draw_folder(tmp_path / "data", classes=4, images=2, size=16, splits=("test",))
+    result = evaluate_submission(folder, data / "test", 1.0, 10.0, 80.0, EvaluationSettings(runs=5, warmup=1))
+    assert result["total_score"] > 0 and result["details"]["parameters"]["all"] == count_parameters(graph)
+    torch.save({"images": images(), "logits": graph(images()).detach()}, tmp_path / "expected.pth")
+    script = """import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import Network
+model = Network().eval()
+model.load_state_dict(torch.load(sys.argv[1] + "/compressed_new.pth", weights_only=True), strict=True)
+expected = torch.load(sys.argv[2], weights_only=True)
+assert torch.allclose(model(expected["images"]), expected["logits"], atol=1e-5)
+assert not [name for name in sys.modules if name.split(".")[0] in ("architectures", "compress", "metadata")]
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "expected.pth")],
+                          capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_registration_ends_with_its_block() -> None:
+    before = dict(LAYER_TABLE)
+    with registered(PReLU):
+        assert LAYER_TABLE["PReLU"] is PReLU and row_of_module(nn.PReLU()) is PReLU
+        with pytest.raises(ValueError, match="has a row PReLU already"), registered(PReLU):
+            pass
+        assert LAYER_TABLE["PReLU"] is PReLU
+    assert dict(LAYER_TABLE) == before
+    with pytest.raises(UserError, match="layer prelu: PReLU is not in the layer table"):
+        describe(Network(), SHAPE)
+
+
+def test_rows_agree_on_the_operators_that_they_share() -> None:
+    seen: dict[str, Operator] = {}
+    for row in LAYER_TABLE.values():
+        for name, operator in row.operators.items():
+            assert seen.setdefault(name, operator) == operator, f"{row.__name__}: {name}"
+    assert {name for name, operator in seen.items() if operator.quantized == "weighted"} == {
+        "Conv", "Gemm", "MatMul", "Relu", "Clip"}
+
+
+VALUES = torch.linspace(-8, 8, 2 * 4 * 6 * 6)[torch.randperm(288, generator=torch.Generator().manual_seed(2))].reshape(
+    2, 4, 6, 6)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Conv2d": {"in_channels": 4, "out_channels": 6, "kernel_size": [3, 2], "stride": [2, 1], "groups": 2},
+    "Linear": {"in_features": 6, "out_features": 5, "bias": False},
+    "Int8Conv2d": {"in_channels": 4, "out_channels": 6, "kernel_size": [3, 3], "padding": [1, 1], "dilation": [2, 2]},
+    "Int8Linear": {"in_features": 6, "out_features": 5},
+    "BatchNorm1d": {"num_features": 4}, "BatchNorm2d": {"num_features": 4, "affine": False},
+    "GroupNorm": {"num_groups": 2, "num_channels": 4}, "MaxPool2d": {"kernel_size": [2, 2], "stride": [2, 2]},
+    "AvgPool2d": {"kernel_size": [2, 2], "stride": [1, 1], "padding": [1, 1]},
+    "AdaptiveAvgPool2d": {"output_size": [2, 3]}, "AdaptiveMaxPool2d": {"output_size": [1, 1]},
+    "Mean": {"dim": [2, 3]}}
+
+
+def example(kind: str) -> tuple[Layer, list[Tensor]]:
+    """A layer of the type, and tensors that the layer takes."""
+    values = [VALUES] * LAYER_TABLE[kind].input_count[0]
+    if kind == "BatchNorm1d":
+        values = [VALUES[:, :, 0]]
+    return LAYER_TABLE[kind].model_validate({"name": "layer", "type": kind, "inputs": ["input"] * len(values),
+                                             **OPTIONS.get(kind, {})}), values
+
+
+@pytest.mark.parametrize("kind", LAYER_TABLE)
+def test_a_row_keeps_what_it_promises(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, values = example(kind)
+    output = layer.run(values)
+    if layer.identity:
+        assert output is values[0]
+    if layer.nonnegative:
+        assert bool((output >= 0).all())
+    if layer.keeps_sign:
+        assert bool((layer.run([value.abs() for value in values]) >= 0).all())
+    if layer.keeps_grid:
+        assert set(output.unique().tolist()) <= {0.0, *VALUES.unique().tolist()}
+    if layer.owns_output:
+        assert output.untyped_storage().data_ptr() not in {value.untyped_storage().data_ptr() for value in values}
+    if any(operator.passes_factors_on for operator in layer.operators.values()):
+        factors = torch.tensor([0.5, 1.0, 2.0, 4.0]).view(-1, 1, 1)
+        scaled = layer.run([value * factors for value in values])
+        assert torch.allclose(scaled, output * (factors if output.dim() == 4 else factors.flatten()), rtol=1e-5)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        layer.run([value[:1] for value in values])
+    assert counter.get_total_flops() == 2 * layer.macs(tuple(output.shape[1:]))
+    assert layer.weighted == (counter.get_total_flops() > 0) == (layer.width is not None)
+
+
+def test_source_of_every_type_builds_the_layer() -> None:
+    for kind in LAYER_TABLE:
+        layer, values = example(kind)
+        namespace: dict[str, Any] = {"torch": torch, "nn": nn, "values": values}
+        namespace |= {definition.__name__: definition for definition in layer.definitions()}
+        if (row := type(layer)).module_class() is not None:
+            namespace["module"] = eval(layer.constructor({}), namespace).eval()
+            options = row.from_module(namespace["module"], "layer")
+            again = row.model_validate({"name": "layer", "type": kind, "inputs": ["input"], **options})
+            assert again.options() == layer.options()
+        output = eval(layer.expression([f"values[{index}]" for index in range(len(values))], "module"), namespace)
+        assert output.shape == layer.run(values).shape
+
+
+def test_costs_of_a_network_are_the_sum_of_its_layers(described: tuple[fx.GraphModule, Architecture]) -> None:
+    graph, architecture = described
+    costs = layer_costs(architecture).values()
+    assert sum(cost.parameters for cost in costs) == count_parameters(graph)
+    assert sum(cost.macs for cost in costs) == count_macs(graph, SHAPE)
+    assert "nn.PReLU(num_parameters=16)" in source(architecture, "weights.pth")
