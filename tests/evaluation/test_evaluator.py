@@ -1,15 +1,12 @@
-"""The evaluator: scores, measuring, and submissions that lie, leave their folder or try to run code."""
+"""The evaluator: measuring, and submissions that lie, leave their folder or try to run code."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,186 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import model_loader
-from architectures.build import build, check_shapes
-from architectures.counting import count_macs, count_parameters
+from architectures.build import build
 from architectures.architecture import Architecture
 from compress.evaluation.measure import measure_latency
-from compress.evaluation.score import RESULT_KEYS, guarded_score, score
+from compress.evaluation.score import RESULT_KEYS
 from compress.evaluation.submission import load_model
 from metadata.errors import UserError, VerificationError
-from metadata.files import read_json, write_atomically
-from metadata.machine import memory_limit
-from metadata.schemas import Baselines
-from tests.helpers.commands import PROJECT
+from tests.helpers.architectures import layer, tiny
 from tests.helpers.submissions import edit_json, edit_weights, rename_weights, restate, weights_of
 
 
-def layer(name: str, kind: str, inputs: list[str], **options: Any) -> dict[str, Any]:
-    return {"name": name, "type": kind, "inputs": inputs, **options}
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    """A small architecture as JSON, with changes to its top level."""
-    return {"schema": 1, "model_type": "Tiny", "num_classes": 4, "input_shape": [3, 8, 8], "output_shape": [4],
-            "layers": [layer("conv", "Conv2d", ["input"], in_channels=3, out_channels=6, kernel_size=[3, 3]),
-                       layer("relu", "ReLU", ["conv"]), layer("pool", "Mean", ["relu"], dim=[2, 3]),
-                       layer("fc", "Linear", ["pool"], in_features=6, out_features=4)], **changes}
-
-
-# --------------------------------------------------------------------------------------------------------- scores
-
-
-def test_score_is_the_users_formula() -> None:
-    scores = score(10.0, 5.0, 60.0, Baselines())
-    assert scores == {"size_score": 5.0, "latency_score": 2.0, "accuracy_score": 0.75,
-                      "total_score": pytest.approx(0.3 * 5 + 0.3 * 2 + 0.4 * 0.75)}
-
-
-# A public competition with this formula, baselines 44.7 MB, 30 ms, 40 %, 100 classes: MB, ms, %, published total.
-# The most accurate entry's latency was not published; it follows from its total.
-COMPETITION = Baselines(size_mb=44.7, latency_ms=30.0, accuracy=40.0)
-LEADERBOARD = {"winner": (0.31, 4.71, 0.82, 45.31), "second": (0.35, 8.63, 8.38, 39.43),
-               "third": (0.43, 2.13, 2.16, 35.36), "best useful": (1.58, 7.0, 18.40, 9.94),
-               "baseline ResNet18": (42.91, 30.6, 28.7, 0.90), "most accurate": (21.04, 20.6, 23.60, 1.31)}
-
-
-def test_guarded_score_ranks_the_useless_last_on_the_public_leaderboard() -> None:
-    plain, guarded = {}, {}
-    for name, (size, latency, accuracy, published) in LEADERBOARD.items():
-        scores = score(size, latency, accuracy, COMPETITION)
-        plain[name] = scores["total_score"]
-        assert plain[name] == pytest.approx(published, rel=0.03)
-        guarded[name] = guarded_score(scores, accuracy / 100, 0.40, 0.01)
-    assert max(plain, key=plain.__getitem__) == "winner"
-    ranked = sorted(guarded, key=guarded.__getitem__, reverse=True)
-    assert ranked[0] == "best useful" and ranked[-2:] == ["third", "winner"] and guarded["winner"] == 0.0
-    assert guarded["third"] < guarded["baseline ResNet18"] / 3
-
-
-def test_guarded_score_is_zero_at_chance_and_capped() -> None:
-    useful = score(1.58, 7.0, 18.4, COMPETITION)
-    assert 0 < guarded_score(useful, 0.184, 0.4, 0.01) < useful["total_score"]
-    assert guarded_score(useful, 0.184, 0.4, 0.01, floor=0.2) == 0.0
-    assert guarded_score(useful, 0.184, 0.4, 0.01, lower=0.009) == 0.0
-    assert guarded_score(useful, 0.184, 0.4, 0.184) == 0.0
-    tiny_and_fast = score(1e-6, 1e-6, 50.0, Baselines())
-    skill = (0.5 - 0.1) / (0.8 - 0.1)
-    assert guarded_score(tiny_and_fast, 0.5, 0.8, 0.1) == pytest.approx(skill * (3 + 3) + 0.4 * skill)
-    # A baseline that guesses is no yardstick: at least a tenth of the way from chance to perfection counts as skill 1.
-    assert guarded_score(tiny_and_fast, 0.5, 0.05, 0.1) == pytest.approx(3 + 3 + 0.4 * 0.4 / 0.09)
-    assert guarded_score(tiny_and_fast, 0.11, 0.101, 0.1) == pytest.approx(guarded_score(tiny_and_fast, 0.11, 0.1, 0.1))
-
-
-@given(st.floats(0.11, 1), st.floats(0.11, 1), st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
-def test_guarded_score_grows_with_accuracy(one: float, two: float, size: float, latency: float) -> None:
-    low, high = sorted((one, two))
-    scores = score(size, latency, 50.0, Baselines())
-    assert guarded_score(scores, low, 0.8, 0.1) <= guarded_score(scores, high, 0.8, 0.1)
-
-
-@given(st.floats(1e-3, 1e3), st.floats(1e-3, 1e3), st.floats(0, 100), st.floats(1e-2, 0.9))
-def test_smaller_faster_better_never_scores_less(size: float, latency: float, accuracy: float, less: float) -> None:
-    worse = score(size, latency, accuracy, Baselines())["total_score"]
-    assert score(size * less, latency, accuracy, Baselines())["total_score"] > worse
-    assert score(size, latency * less, accuracy, Baselines())["total_score"] > worse
-    assert score(size, latency, accuracy + 1, Baselines())["total_score"] > worse
-
-
-# ------------------------------------------------------------------------------------------- schemas and the table
-
-
-def test_architecture_round_trips_and_rebuilds() -> None:
-    architecture = Architecture.model_validate(tiny())
-    assert Architecture.model_validate(architecture.to_json()) == architecture
-    assert build(architecture)(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
-    assert check_shapes(architecture) == {"conv": (6, 6, 6), "relu": (6, 6, 6), "pool": (6,), "fc": (4,)}
-
-
-def changed(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
-    def change(content: dict[str, Any]) -> None:
-        content["layers"][index].update(changes)
-    return change
-
-
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda a: a.update(schema=2), "schema"), (lambda a: a.update(extra=1), "extra"),
-    (lambda a: a.pop("num_classes"), "num_classes"), (lambda a: a.update(num_classes="four"), "num_classes"),
-    (lambda a: a.update(model_type="X; import os"), "model_type"), (lambda a: a.update(layers=[]), "layers"),
-    (lambda a: a.update(output_shape=[5]), "output_shape"), (changed(0, type="Conv3d"), "Conv3d"),
-    (changed(0, out_channels=10**9), "out_channels"), (changed(0, out_channels=-1), "out_channels"),
-    (changed(0, groups=2), "groups 2 does not divide"), (changed(0, inputs=["fc"]), "is no earlier layer"),
-    (changed(0, inputs=["conv"]), "is no earlier layer"), (changed(1, inputs=["nowhere"]), "is no earlier layer"),
-    (changed(1, inputs=["conv", "conv"]), "takes 1 to 1 inputs"), (changed(1, name="conv"), "used twice"),
-    (changed(1, inputs=["input"]), "nothing uses its output"),
-    (changed(0, pruning_info={"num_channels_pruned": 2, "remaining_channels": 5}), "remaining_channels is 5"),
-    (changed(0, name='a"), __import__("os").system("true"), ("b'), "name"), (changed(0, name="a..b"), "name"),
-    (changed(0, name="_private"), "name"), (changed(0, kernel_size=[3, 3, 3]), "kernel_size"),
-])
-def test_bad_architectures_are_refused(change: Callable[[dict[str, Any]], None], said: str, tmp_path: Path) -> None:
-    content = tiny()
-    change(content)
-    path = tmp_path / "architecture.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(VerificationError) as caught:
-        read_json(path, Architecture)
-    message = str(caught.value)
-    assert said in message and str(path) in message and "\n" not in message
-
-
-@pytest.mark.parametrize("name", ["class", "self", "forward", "parameters.0", "training", "state_dict", "layer.keys"])
-def test_names_that_torch_keeps_to_itself(name: str) -> None:
-    content = tiny()
-    content["layers"][0]["name"] = name
-    content["layers"][1]["inputs"] = [name]
-    with pytest.raises(VerificationError, match="torch modules keep to themselves"):
-        build(Architecture.model_validate(content))
-
-
-def test_layer_inside_a_layer_is_refused() -> None:
-    content = tiny()
-    content["layers"][1]["name"] = "conv.relu"
-    content["layers"][2]["inputs"] = ["conv.relu"]
-    with pytest.raises(ValueError, match="layer conv: other layers lie inside it"):
-        Architecture.model_validate(content)
-
-
-@pytest.mark.parametrize("extra", [
-    [layer("all", "Mean", ["fc"], dim=[0], keepdim=True), layer("vote", "Add", ["fc", "all"])],
-    [layer("all", "Mean", ["fc"], dim=[-2], keepdim=True), layer("vote", "Add", ["fc", "all"])],
-    [layer("both", "Concat", ["fc", "fc"], dim=0)], [layer("flat", "Flatten", ["fc"], start_dim=0)],
-], ids=["mean", "negative dim", "concat", "flatten"])
-def test_layers_that_mix_the_images_of_a_batch_are_refused(extra: list[dict[str, Any]]) -> None:
-    """Test images come class by class: a vote over the batch would lift the accuracy."""
-    content = tiny()
-    content["layers"] += extra
-    with pytest.raises(VerificationError, match="mixes the images of a batch"):
-        check_shapes(Architecture.model_validate(content))
-    content["layers"] = [*tiny()["layers"], layer("bn", "BatchNorm1d", ["fc"], num_features=4, track_running_stats=False)]
-    with pytest.raises(ValueError, match="track_running_stats"):
-        Architecture.model_validate(content)
-
-
-def test_shapes_that_do_not_fit_name_the_layer() -> None:
-    content = tiny()
-    content["layers"][3]["in_features"] = 7
-    with pytest.raises(VerificationError, match="layer fc does not fit its inputs"):
-        check_shapes(Architecture.model_validate(content))
-
-
-def test_absurd_sizes_allocate_nothing() -> None:
-    wide = tiny()
-    wide["layers"][0]["out_channels"] = 2**20
-    wide["layers"][1] = layer("relu", "Conv2d", ["conv"], in_channels=2**20, out_channels=2**20, kernel_size=1)
-    with pytest.raises(VerificationError, match="are over the limit"):
-        check_shapes(Architecture.model_validate(wide))
-    tall = tiny()
-    tall["layers"][2] = layer("pool", "AdaptiveAvgPool2d", ["relu"], output_size=[2**20, 2**20])
-    with pytest.raises(VerificationError, match="elements is over the limit"):
-        check_shapes(Architecture.model_validate(tall))
+# --------------------------------------------------------------------------------------------------- architectures
 
 
 def test_a_network_that_would_take_for_ever_is_not_run(tmp_path: Path) -> None:
@@ -208,29 +38,6 @@ def test_a_network_that_would_take_for_ever_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"never read")
     with pytest.raises(VerificationError, match="multiply-adds an image are over the limit"):
         load_model(tmp_path / "w.pth")
-
-
-def test_memory_limit_holds_inside_and_only_there() -> None:
-    import resource
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with memory_limit(200):
-        torch.zeros(2**20)
-    for greedy in (lambda: torch.zeros(2**30), lambda: bytearray(2**32)):
-        with pytest.raises(VerificationError, match="more than --memory_limit_mb 200"), memory_limit(200):
-            greedy()
-    with pytest.raises(RuntimeError, match="shape"), memory_limit(200):
-        torch.zeros(2) + torch.zeros(3).reshape(5)
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
-    assert torch.zeros(2**27).numel() == 2**27
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-                    max_leaves=12), st.sampled_from(["schema", "layers", "input_shape", "num_classes", "model_type"]))
-def test_any_json_is_accepted_or_refused_never_crashes(value: Any, key: str) -> None:
-    with contextlib.suppress(ValueError):  # pydantic's ValidationError is one
-        Architecture.model_validate(tiny(**{key: value}))
 
 
 # ------------------------------------------------------------------------------------------------------ measuring
@@ -245,22 +52,6 @@ def test_latency_counts_runs_and_orders_percentiles() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_counts_include_what_hides_in_buffers() -> None:
-    class Hides(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("table", torch.zeros(1000))
-            self.fc = torch.nn.Linear(3, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x.flatten(1))  # type: ignore[no-any-return]
-
-    assert count_parameters(Hides()) == 1008
-    assert count_macs(Hides(), (3, 1, 1)) == 6
-    architecture = Architecture.model_validate(tiny())
-    assert count_macs(build(architecture), (3, 8, 8)) == 6 * 6 * 6 * 27 + 24
-
-
 def test_model_output_that_is_no_logits_is_refused() -> None:
     from compress.evaluation.measure import measure_accuracy
     from metadata.schemas import Preprocessing
@@ -269,24 +60,6 @@ def test_model_output_that_is_no_logits_is_refused() -> None:
     torch.nn.init.constant_(nan[1].bias, float("nan"))
     with pytest.raises(VerificationError, match="finite logits"):
         measure_accuracy(nan, iter([(images, labels)]), Preprocessing(), 4)
-
-
-# -------------------------------------------------------------------------------------------------- atomic writing
-
-
-def test_write_atomically_replaces_or_leaves_alone(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
-    assert path.stat().st_mode & 0o044
-    script = ("import resource, sys; from pathlib import Path; from metadata.files import write_atomically\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-              "try: write_atomically(Path(sys.argv[1]), bytes(5000))\n"
-              "except OSError as error: print(type(error).__name__)")
-    done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=PROJECT,
-                          capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "OSError" and path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
 
 
 # ------------------------------------------------------------------------------------- broken and hostile packages
