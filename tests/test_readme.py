@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.commands import PROJECT, Compress
+from tests.helpers.commands import PROJECT, SMALL, Compress
 from tests.helpers.folders import draw_folder
 from tests.helpers.sharing import shared_folder
 
@@ -29,13 +29,13 @@ TINY = ["data.name=image_folder", "data.root=TINY_IMAGES", "data.resize=8", "dat
           for setting in ("epochs=1", "batch_size=16"))]
 STATIC = ["quantize_static.max_drop=0.9", "quantize_static.portable=false", "quantize_static.budget_seconds=0.01",
           "prune.allow_slower=true", "quantize_static.allow_slower=true"]
-DYNAMIC = ["distill.control=false", "prune.allow_slower=true", "quantize_dynamic.allow_slower=true"]
+FINISHED = [*SMALL, "prune.ratio=0.4", "name=small"]  # the settings of the small run, which this command then continues
 # What makes a command short: the first rule whose pattern is in the command appends its words.
 SHORTER = [
     (r"compress run slim_resnet18_digits_static", [*TINY, *STATIC]),
-    (r"compress run slim_resnet18_digits\b", [*TINY, *DYNAMIC]),
-    (r"compress train --config", ["--num_epochs", "1", "--threads", "1"]),
-    (r"scaling run", ["--num_epochs", "1"]),
+    (r"compress run slim_resnet18_digits\b", FINISHED),
+    (r"compress train --config", ["--num_epochs", "1", "--max_steps", "4", "--threads", "1"]),
+    (r"scaling run", ["--num_epochs", "1", "--threads", "1"]),
     (r"scaling fit", ["--bootstrap", "50", "--no_plots"]),
     (r"model_loader.py --task", ["--threads", "1"]),
     (r"model_loader.py --submission_dir", ["--runs", "10"]),
@@ -49,11 +49,10 @@ sweeps: [{kind: width, widths: [2], depth: 1, dataset_size: 100}]
 MY_RECIPE = """data: {name: image_folder, root: TINY_IMAGES, resize: 8, crop: 8, validation_fraction: 0.25}
 threads: 1
 stages:
-  - teacher: {options: {width: 8, stem: small}, floor: 0, train: {epochs: 1, batch_size: 16, augment: [crop], padding: 1}}
-  - distill: {options: {width: 8, stem: small}, train: {epochs: 1, batch_size: 16, augment: [crop], padding: 1}}
+  - teacher: {options: {width: 4, stem: small}, floor: 0, train: {epochs: 1, batch_size: 16}}
+  - distill: {options: {width: 8, stem: small}, train: {epochs: 1, batch_size: 16}}
   - prune: {multiple: 4, allow_slower: true}
   - package
-  - evaluate
 """
 
 
@@ -102,6 +101,7 @@ def workspace(drawn: Path, small_run: Path, few: Path, tmp_path: Path, monkeypat
     for folder in drawn.iterdir():
         (tmp_path / folder.name).symlink_to(folder)
     shutil.copytree(small_run, tmp_path / "RUN")
+    shutil.copytree(small_run, tmp_path / "runs" / "small")
     for name in ("SUBMISSION", "OTHER_SUBMISSION"):
         shutil.copytree(small_run / "submission", tmp_path / name)
     shutil.copytree(few, tmp_path / "TEST_IMAGES")
