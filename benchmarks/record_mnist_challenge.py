@@ -17,7 +17,7 @@ from architectures.describe import describe
 from architectures.weights import read_weights
 from architectures.zoo import make
 from compress.evaluation.measure import measure_accuracy
-from compress.studies.mnist_challenge import WEIGHTS
+from compress.studies.mnist_verification import WEIGHTS
 from compress.training.assessment import learned_parameters
 from loaders.catalog import load
 from loaders.request import Request

@@ -53,7 +53,9 @@ def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_fol
             raise UserError(f"{outcome.task.point.id}: {outcome.failure}")
         ends.append(time.perf_counter())
 
-    run_local(work, [PointTask(point, base_dir, images_folder, "cpu") for point in (*first, *points)], workers, ended)
+    tasks = [PointTask(point=point, base_dir=base_dir, images_folder=images_folder, device="cpu")
+             for point in (*first, *points)]
+    run_local(work, tasks, workers, ended)
     images = sum(point.dataset_size * point.num_epochs for point in points)
     return images / (ends[-1] - ends[workers - 1])
 

@@ -57,11 +57,13 @@ def mnist_challenge(
     from metadata.errors import UserError
 
     if verify:
-        challenge.verify(data_root, download, terminal())
+        from compress.studies.mnist_verification import verify_weights
+
+        verify_weights(data_root, download, terminal())
         return
     try:
         numbers = [int(part) for part in seeds.split(",")] if seeds is not None else None
     except ValueError as error:
         raise UserError(f"--seeds {seeds!r}: expected whole numbers such as 0,1,2") from error
-    models = list(challenge.ENTRIES) if model == "all" else [model]
+    models = list(challenge.CHALLENGE_MODELS) if model == "all" else [model]
     challenge.run_challenge(models, numbers, data_root, download, log_dir, threads, epochs, terminal())

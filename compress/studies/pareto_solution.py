@@ -87,7 +87,7 @@ def bumps(rows: Tensor, centres: Tensor) -> Tensor:
     return torch.exp(-(rows.square().sum(1)[:, None] + centres.square().sum(1) - 2 * rows @ centres.T).clamp(min=0))
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Rows:
     """Labelled rows, (N, D) float32 and (N,) int64, and what several candidates need of them, computed once."""
     inputs: Tensor
@@ -103,6 +103,10 @@ class Rows:
         one = (1 / spread.square().mean().sqrt().clamp(min=1e-30)).expand_as(spread)
         self.scales = {"one": one.float(), "each": torch.where(varies, 1 / spread.clamp(min=1e-30), 0.0).float()}
         self.counts = torch.bincount(self.labels, minlength=self.num_classes).float()
+
+    def taken(self, which: Tensor) -> "Rows":
+        """The rows that a mask selects."""
+        return Rows(inputs=self.inputs[which], labels=self.labels[which], num_classes=self.num_classes)
 
     def scaled(self, units: str) -> Tensor:
         """(N, D) of mean zero, and of variance 1 on average ("one") or feature by feature ("each")."""
@@ -148,7 +152,7 @@ def k_means(rows: Tensor, labels: Tensor, counts: Tensor, number: int, rounds: i
     return means, sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Centres:
     """Gaussians of one covariance, K of each class."""
     number: int  # K
@@ -187,7 +191,7 @@ class Centres:
         return CentreHead(shift=rows.shift, bias=bias, **dict(zip(("weight", "down"), factors[::-1], strict=False)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Radial:
     """Ridge regression of the classes' indicators on bumps around K cluster means of each class."""
     number: int  # K
@@ -217,7 +221,7 @@ class Radial:
         return nn.Sequential(scaled, Bumps(centres=centres * stretch, weight=8 * weight, bias=8 * frequency))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Network:
     """A residual MLP trained on rows that are mixed in pairs and made noisy, so that no batch comes twice.
 
@@ -279,22 +283,23 @@ def closed_forms(rows: Rows, limit: int) -> list[Candidate]:
     numbers = [number for number in sorted({2, 4, 8, 16, 32, 64, most} | largest)
                if 1 < number <= most and classes * most * features < PADDED]
     shrinkages = (1.0, 0.5, 0.2, 0.05) if features**2 * (features + classes) < FIT_MACS else (1.0, 0.3)
-    settings = [(1, *setting) for setting in itertools.product(("one", "each"), shrinkages, (False, True))]
+    settings = list(itertools.product((1,), ("one", "each"), shrinkages, (False, True)))
     affordable = [number for number in numbers if (total + features) * features * classes * number < FIT_MACS]
     settings += itertools.product(affordable, ("one", "each"), (1.0, 0.3), (False,))
     found: list[Candidate] = []
-    for setting in settings:
-        rank = (limit - features - classes * setting[0]) // (features + classes * setting[0])
-        found.append(full := Centres(*setting))
+    for number, units, shrinkage, equal in settings:
+        rank = (limit - features - classes * number) // (features + classes * number)
+        found.append(full := Centres(number=number, units=units, shrinkage=shrinkage, equal=equal))
         found += [replace(full, rank=rank)] if full.size(rows) > limit and rank > 0 else []
     for number, units in itertools.product(numbers, ("one", "each")):
         bases = min(total, classes * number)
         if number >= 4 and total * bases * (bases + features) < FIT_MACS:
-            found += [Radial(number, units, *setting) for setting in itertools.product((2.0, 8.0), (1e-4, 1e-2))]
+            found += [Radial(number=number, units=units, narrowness=narrowness, ridge=ridge)
+                      for narrowness in (2.0, 8.0) for ridge in (1e-4, 1e-2)]
     return found
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Entry:
     """A candidate in the race, and which held-out rows it got right, fold by fold."""
     candidate: Candidate
@@ -329,9 +334,7 @@ def stratified(rows: Rows) -> list[tuple[Rows, Rows]]:
     total, number = len(rows.labels), min(FOLDS if rows.inputs.shape[1] ** 3 < FIT_MACS else 3, len(rows.labels))
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED)).to(rows.labels.device)
     fold = order[rows.labels[order].argsort(stable=True)].argsort() % number  # classes are dealt out one by one
-    parts = [(Rows(rows.inputs[own], rows.labels[own], rows.num_classes) for own in (fold != k, fold == k))
-             for k in range(number) if number > 1]
-    return [(train, held) for train, held in parts]
+    return [(rows.taken(fold != k), rows.taken(fold == k)) for k in range(number) if number > 1]
 
 
 def train_networks(rows: Rows, limit: int, folds: list[tuple[Rows, Rows]], leader: Entry, rest: list[Entry]) -> list[Entry]:
@@ -339,10 +342,14 @@ def train_networks(rows: Rows, limit: int, folds: list[tuple[Rows, Rows]], leade
     best = {type(entry.candidate): entry.candidate for entry in sorted(rest, key=lambda entry: -entry.errors)
             if entry.behind(leader) <= CLEARLY and not isinstance(entry.candidate, Network)}
     units, taught = leader.candidate.units, tuple(best.values())
-    width = max((n for n in range(0, 1025, 8) if Network(n, units).size(rows) <= min(limit, NETWORK_SIZE)), default=0)
+    most = min(limit, NETWORK_SIZE)
+    width = max((n for n in range(0, 1025, 8) if Network(width=n, units=units).size(rows) <= most), default=0)
+    networks = (Network(width=width // 2, units=units, teachers=taught), Network(width=width, units=units, teachers=taught),
+                Network(width=width, units=units))
     finished: list[Entry] = []
-    for network in (Network(width // 2, units, taught), Network(width, units, taught), Network(width, units))[: width]:
-        heat, entry = Entry(replace(network, shortening=HEAT), 0), Entry(network, network.size(rows))
+    for network in networks[: width]:
+        heat = Entry(candidate=replace(network, shortening=HEAT), parameters=0)
+        entry = Entry(candidate=network, parameters=network.size(rows))
         heat.run(*folds[0])
         if heat.errors > HOPELESS * (1 + int((~leader.right[0]).sum())):
             break
@@ -375,8 +382,8 @@ class Solution:
         inputs, labels = (torch.cat(parts).to(known.get("device", "cpu")) for parts in zip(*batches, strict=True))
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"expected labels 0 to {classes - 1}; got {int(labels.min())} to {int(labels.max())}")
-        rows = Rows(inputs.float(), labels.long(), classes)
-        entries = [Entry(candidate, candidate.size(rows)) for candidate in closed_forms(rows, limit)]
+        rows = Rows(inputs=inputs.float(), labels=labels.long(), num_classes=classes)
+        entries = [Entry(candidate=candidate, parameters=candidate.size(rows)) for candidate in closed_forms(rows, limit)]
         within = [entry for entry in entries if entry.parameters <= limit]
         above = [entry for entry in entries if entry.parameters > limit]  # race too, to be teachers
         if not within:

@@ -40,7 +40,7 @@ def planted(law: Law, noise: float = 0.0, seed: int = 0, n_levels: int = 6, d_le
     """A grid of two decades in N and D, with multiplicative log-normal noise."""
     n, d = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e4, 1e6, n_levels), np.geomspace(500, 5e4, d_levels)))
     noisy = np.log(law(n, d)) + noise * np.random.default_rng(seed).normal(size=len(n))
-    return Observations({"N": n, "D": d, "C": n * d * epochs}, noisy, np.ones(len(n)))
+    return Observations(values={"N": n, "D": d, "C": n * d * epochs}, log_loss=noisy, runs=np.ones(len(n)))
 
 
 def forms(data: Observations, ceiling: float | None = LN10) -> dict[str, Form]:

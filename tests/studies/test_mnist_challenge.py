@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from architectures.architecture import Architecture
 from architectures.weights import open_model
-from compress.studies.mnist_challenge import ENTRIES, Result, WEIGHTS
+from compress.studies.mnist_challenge import CHALLENGE_MODELS
+from compress.studies.mnist_result import ChallengeResult
+from compress.studies.mnist_verification import WEIGHTS
 from metadata.files import read_json
 from metadata.formats import read_csv
-from tests.helpers.commands import Compress, assert_one_line_error, run_compress
+from tests.helpers.commands import Compress, assert_one_line_error
 from tests.helpers.mnist import write_mnist
 
 
@@ -23,22 +26,28 @@ def mnist(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+def result(**changes: Any) -> ChallengeResult:
+    settings = {"model": "m", "seed": 0, "parameters": 7999, "macs": 1, "epochs": 15, "seconds": 1.0} | changes
+    return ChallengeResult(**settings)
+
+
 def test_rules_are_checked_one_by_one() -> None:
-    good = Result("m", 0, 7999, 1, 15, 1.0, [0.994, 0.995, 0.996, 0.9951, 0.9999])
+    good = result(test_accuracies=[0.994, 0.995, 0.996, 0.9951, 0.9999])
     assert list(good.rules.values()) == [True, True, True] and good.to_json()["passed"]
     assert good.to_json()["minimum"] == 0.994
-    low = Result("m", 0, 7999, 1, 15, 1.0, [0.9939, 0.999, 0.999, 0.999, 0.999])
+    low = result(test_accuracies=[0.9939, 0.999, 0.999, 0.999, 0.999])
     assert list(low.rules.values()) == [False, True, True] and not low.to_json()["passed"]
-    assert list(Result("m", 0, 8000, 1, 16, 1.0, [1.0] * 5).rules.values()) == [True, False, False]
-    assert list(Result("m", 0, 10, 1, 3, 1.0, [1.0] * 3).rules.values()) == [False, True, True]  # five epochs, not three
+    assert list(result(parameters=8000, epochs=16, test_accuracies=[1.0] * 5).rules.values()) == [True, False, False]
+    three = result(parameters=10, epochs=3, test_accuracies=[1.0] * 3)  # the rule asks for five epochs
+    assert list(three.rules.values()) == [False, True, True]
 
 
 def test_entries_are_the_published_models_and_two_of_ours_below_the_limit() -> None:
     from architectures.zoo import make
-    counts = {name: sum(p.numel() for p in make(name, num_classes=10).parameters()) for name in ENTRIES}
+    counts = {name: sum(p.numel() for p in make(name, num_classes=10).parameters()) for name in CHALLENGE_MODELS}
     assert counts == {"mnist_model_ll": 9412, "mnist_model_gap": 6992, "mnist_model_final": 6972, "mnist_under_8k": 7604,
                       "mnist_under_4k": 3903}
-    for entry in ENTRIES.values():  # nothing of the training looks at the split that is measured
+    for entry in CHALLENGE_MODELS.values():  # nothing of the training looks at the split that is measured
         assert entry.settings.get("keep", "last") == "last" and not entry.settings.get("early_patience")
 
 
@@ -97,7 +106,7 @@ def test_verify_tells_what_does_not_hold(mnist: Path, compress: Compress) -> Non
     assert_one_line_error(done, "recorded", code=1)
 
 
-def test_verify_on_real_mnist(real_mnist: Path) -> None:
-    done = run_compress("mnist_challenge", "--verify", "--data_root", real_mnist)
+def test_verify_on_real_mnist(real_mnist: Path, compress: Compress) -> None:
+    done = compress("mnist_challenge", "--verify", "--data_root", real_mnist)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("test images right") == 2

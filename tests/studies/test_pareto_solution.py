@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.pareto_study import digits_problem, mlp, nearest_mean
 from compress.evaluation.synthetic import Problem, mixture_problem, prototype_problem
 from compress.studies import pareto_solution
-from compress.studies.pareto_solution import Solution
+from compress.studies.pareto_solution import Centres, Network, Radial, Rows, Solution
 
-Rows = tuple[Tensor, Tensor]
+Labelled = tuple[Tensor, Tensor]  # rows and their labels
 
 
 def solved(problem: Problem, limit: int) -> tuple[nn.Module, Solution]:
@@ -37,7 +37,7 @@ def solved(problem: Problem, limit: int) -> tuple[nn.Module, Solution]:
     return model, solution
 
 
-def right(model: nn.Module, rows: Rows) -> float:
+def right(model: nn.Module, rows: Labelled) -> float:
     with torch.no_grad():
         return float((model(rows[0]).argmax(1) == rows[1]).double().mean())
 
@@ -57,6 +57,11 @@ def standard() -> tuple[Problem, nn.Module, Solution]:
 def little(seed: int = 0) -> Problem:
     """A mixture problem that takes a second."""
     return mixture_problem(seed, num_classes=3, input_dim=5, clusters=3, per_class=(20, 5, 20), noise=0.3)
+
+
+def little_rows() -> Rows:
+    inputs, labels = little().train
+    return Rows(inputs=inputs, labels=labels, num_classes=3)
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -137,9 +142,9 @@ def test_every_random_choice_repeats() -> None:
 
 
 def test_a_network_repeats_and_leaves_the_global_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = pareto_solution.Rows(*little().train, 3)
+    rows = little_rows()
     monkeypatch.setattr(pareto_solution, "MOST_STEPS", 200)
-    network = pareto_solution.Network(16, "each", (pareto_solution.Centres(3, "one", 1.0),))
+    network = Network(width=16, units="each", teachers=(Centres(number=3, units="one", shrinkage=1.0),))
     before = torch.get_rng_state()
     first, second = network.fit(rows), network.fit(rows)
     assert torch.equal(torch.get_rng_state(), before)
@@ -149,19 +154,19 @@ def test_a_network_repeats_and_leaves_the_global_generator_alone(monkeypatch: py
 
 
 @pytest.mark.parametrize("candidate", [
-    pareto_solution.Centres(1, "one", 1.0, True), pareto_solution.Centres(1, "each", 0.2, rank=1),
-    pareto_solution.Centres(4, "each", 0.3), pareto_solution.Centres(4, "one", 0.3, rank=2),
-    pareto_solution.Centres(99, "one", 1.0), pareto_solution.Radial(4, "each", 2.0, 1e-4),
-    pareto_solution.Radial(99, "one", 2.0, 1e-2)], ids=str)
+    Centres(number=1, units="one", shrinkage=1.0, equal=True), Centres(number=1, units="each", shrinkage=0.2, rank=1),
+    Centres(number=4, units="each", shrinkage=0.3), Centres(number=4, units="one", shrinkage=0.3, rank=2),
+    Centres(number=99, units="one", shrinkage=1.0), Radial(number=4, units="each", narrowness=2.0, ridge=1e-4),
+    Radial(number=99, units="one", narrowness=2.0, ridge=1e-2)], ids=str)
 def test_sizes_are_what_models_have(candidate: pareto_solution.Candidate) -> None:
-    rows = pareto_solution.Rows(*little().train, 3)
+    rows = little_rows()
     assert sum(p.numel() for p in candidate.fit(rows).parameters()) == candidate.size(rows)
 
 
 def test_gaussian_head_is_bayes_rule_of_its_estimates() -> None:
     inputs, labels = little().train
-    rows = pareto_solution.Rows(inputs, labels, 3)
-    logits = pareto_solution.Centres(1, "one", 0.0).fit(rows)(inputs)
+    rows = Rows(inputs=inputs, labels=labels, num_classes=3)
+    logits = Centres(number=1, units="one", shrinkage=0.0).fit(rows)(inputs)
     means = torch.stack([inputs[labels == label].mean(0) for label in range(3)])
     residual = inputs - means[labels]
     covariance = residual.T @ residual / (len(inputs) - 3)
@@ -173,14 +178,14 @@ def test_gaussian_head_is_bayes_rule_of_its_estimates() -> None:
 # ------------------------------------------------------------------------------------------------------ other shapes
 
 
-def shape(rows: int, features: int, classes: int) -> Rows:
+def shape(rows: int, features: int, classes: int) -> Labelled:
     generator = torch.Generator().manual_seed(rows)
     labels = torch.arange(rows) % classes
     centres = 3 * torch.randn(classes, features, generator=generator)
     return centres[labels] + torch.randn(rows, features, generator=generator), labels
 
 
-def odd_scales(rows: Rows) -> Rows:
+def odd_scales(rows: Labelled) -> Labelled:
     inputs = rows[0] * torch.tensor([1e6, 1e-6, 1.0, 1e-12]) + torch.tensor([1e6, 0.0, -3.0, 0.0])
     return torch.cat([inputs, torch.full((len(inputs), 1), 7.0)], 1), rows[1]
 
@@ -189,7 +194,7 @@ def odd_scales(rows: Rows) -> Rows:
     (shape(40, 2, 2), 2, 8), (shape(6, 4, 6), 6, 20_000), (shape(1, 3, 1), 2, 20_000),
     (odd_scales(shape(60, 4, 3)), 3, 200), (shape(200, 300, 50), 50, 1500), (shape(30, 4, 3), 5, 400)],
     ids=["two by two", "one row a class", "one row", "odd scales and a constant", "low rank", "classes without rows"])
-def test_other_shapes(rows: Rows, classes: int, limit: int) -> None:
+def test_other_shapes(rows: Labelled, classes: int, limit: int) -> None:
     empty = (rows[0][:0], rows[1][:0])
     model, _ = solved(Problem(rows, empty, rows), limit) if classes == int(rows[1].max()) + 1 else (None, None)
     if model is None:  # the labels do not show all classes
@@ -206,7 +211,7 @@ def test_other_shapes(rows: Rows, classes: int, limit: int) -> None:
     torch.cat([shape(119, 4, 4)[0], torch.full((1, 4), 1e5)]), torch.ones(120, 4)],
     ids=["repeated", "huge", "tiny", "far away", "outlier", "constant"])
 def test_every_closed_form_survives_odd_rows(inputs: Tensor) -> None:
-    rows = pareto_solution.Rows(inputs, torch.arange(120) % 4, 4)
+    rows = Rows(inputs=inputs, labels=torch.arange(120) % 4, num_classes=4)
     candidates = pareto_solution.closed_forms(rows, 200)
     assert len(candidates) > 50
     for candidate in candidates:

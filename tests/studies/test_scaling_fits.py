@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,10 +46,10 @@ def test_laws_without_noise_come_back_exactly(name: str, law: Law, truth: dict[s
 @pytest.mark.parametrize("variable", ["N", "D", "C"])
 def test_power_laws_in_one_variable(variable: str) -> None:
     x = np.geomspace(1e3, 1e7, 9)
-    data = Observations({variable: x}, np.log(0.2 + 30 * x**-0.5), np.ones(9))
+    data = Observations(values={variable: x}, log_loss=np.log(0.2 + 30 * x**-0.5), runs=np.ones(9))
     bare, with_floor = single_forms(variable, data.values, data.log_loss)
     assert published(fit(with_floor, data)) == pytest.approx({"E": 0.2, "A": 30, "alpha": 0.5}, rel=1e-3)
-    straight = Observations({variable: x}, np.log(30 * x**-0.5), np.ones(9))
+    straight = Observations(values={variable: x}, log_loss=np.log(30 * x**-0.5), runs=np.ones(9))
     assert published(fit(bare, straight)) == pytest.approx({"A": 30, "alpha": 0.5}, rel=1e-4)
     assert bare.needed == 3 and with_floor.needed == 4
 
@@ -132,7 +133,7 @@ def test_huber_delta_follows_the_noise_and_the_noise_between_seeds_is_its_floor(
     deltas = [fit(forms(data)["additive"], data).delta for data in (planted(additive(), noise, 1) for noise in (.005, .05))]
     assert 6 < deltas[1] / deltas[0] < 15
     data = planted(additive(), 0.005, 1)
-    noisy_seeds = Observations(data.values, data.log_loss, data.runs, seed_noise=0.08)
+    noisy_seeds = replace(data, seed_noise=0.08)
     assert fit(forms(data)["additive"], noisy_seeds).delta == pytest.approx(0.16)
 
 
@@ -141,12 +142,13 @@ def test_points_of_many_seeds_count_for_more_as_far_as_seeds_explain_the_scatter
     generator = np.random.default_rng(0)
     runs = np.where(np.arange(24) % 2, 16.0, 1.0)
     noisy = data.log_loss + 0.05 / np.sqrt(runs) * generator.normal(size=24)
-    weighted = fit(forms(data)["additive"], Observations(data.values, noisy, runs, seed_noise=0.05))
+    weighted = fit(forms(data)["additive"], Observations(values=data.values, log_loss=noisy, runs=runs, seed_noise=0.05))
     weights = weighted.root_weights**2
     assert weights.mean() == pytest.approx(1) and weights[1] / weights[0] == pytest.approx(16, rel=0.7)
     assert 0.025 < weighted.run_noise < 0.09  # of a single run, whatever the means scatter by
     misfit = data.log_loss + 0.05 * generator.normal(size=24)
-    even = fit(forms(data)["additive"], Observations(data.values, misfit, runs, seed_noise=0.001)).root_weights
+    shared = Observations(values=data.values, log_loss=misfit, runs=runs, seed_noise=0.001)
+    even = fit(forms(data)["additive"], shared).root_weights
     assert np.ptp(even) < 0.01  # seeds that agree say nothing about a misfit that they share
 
 
@@ -206,7 +208,7 @@ def test_profile_of_a_linear_problem_is_students_interval() -> None:
     """A bare power law is a straight line in logarithms, whose interval is in every textbook."""
     generator = np.random.default_rng(5)
     x = np.geomspace(1e3, 1e6, 12)
-    data = Observations({"N": x}, np.log(5 * x**-0.3) + 0.02 * generator.normal(size=12), np.ones(12))
+    data = Observations(values={"N": x}, log_loss=np.log(5 * x**-0.3) + 0.02 * generator.normal(size=12), runs=np.ones(12))
     form = single_forms("N", data.values, data.log_loss)[0]
     best = fit(form, data)
     assert np.abs(best.residuals).max() < best.delta, "no residual is cut, so Huber's fit is least squares"
@@ -229,14 +231,14 @@ def test_what_the_data_do_not_identify_is_said() -> None:
 
 
 def test_verdicts_of_intervals() -> None:
-    assert Interval(1, 0.5, 2).verdict == "identified"
-    assert Interval(1, None, 2).verdict == "not identified: only an upper limit"
-    assert Interval(1, 0.5, None).verdict == "not identified: only a lower limit"
-    assert Interval(1, None, None).verdict == "not identified"
-    assert Interval(0.1, 0.0, 0.3, limit=0.0).verdict == "cannot be told from 0"
-    assert Interval(0.1, 0.05, 0.3, limit=0.0).verdict == "identified"
-    assert Interval(1, None, 2).contains(-9) and not Interval(1, None, 2).contains(2.1)
-    assert not Interval(1, 0, 2).contains(-1) and Interval(1, 0, None).contains(99)
+    assert Interval(value=1, low=0.5, high=2).verdict == "identified"
+    assert Interval(value=1, low=None, high=2).verdict == "not identified: only an upper limit"
+    assert Interval(value=1, low=0.5, high=None).verdict == "not identified: only a lower limit"
+    assert Interval(value=1, low=None, high=None).verdict == "not identified"
+    assert Interval(value=0.1, low=0.0, high=0.3, limit=0.0).verdict == "cannot be told from 0"
+    assert Interval(value=0.1, low=0.05, high=0.3, limit=0.0).verdict == "identified"
+    assert Interval(value=1, low=None, high=2).contains(-9) and not Interval(value=1, low=None, high=2).contains(2.1)
+    assert not Interval(value=1, low=0, high=2).contains(-1) and Interval(value=1, low=0, high=None).contains(99)
 
 
 def test_bootstrap_is_repeatable_and_agrees_with_the_profile() -> None:
@@ -283,7 +285,7 @@ def test_the_form_that_made_the_data_wins_on_points_it_did_not_see(law: Law, win
 def test_held_out_points_are_not_fitted() -> None:
     """Spoiling the points that are held out changes the error there and not the prediction."""
     data = planted(additive(), 0.01, 8)
-    spoilt = Observations(data.values, data.log_loss + np.log(2) * (data.values["N"] == data.values["N"].max()), data.runs)
+    spoilt = replace(data, log_loss=data.log_loss + np.log(2) * (data.values["N"] == data.values["N"].max()))
     form = forms(data)["additive"]
     before, after = judge(form, data, ("N",)).splits["N"], judge(form, spoilt, ("N",)).splits["N"]
     assert np.array_equal(before.predicted, after.predicted)  # type: ignore[arg-type]
@@ -292,7 +294,7 @@ def test_held_out_points_are_not_fitted() -> None:
 
 def test_forms_within_the_noise_are_ties() -> None:
     data = planted(additive(), 0.05, 1)
-    tied = Observations(data.values, data.log_loss, data.runs, seed_noise=0.05)
+    tied = replace(data, seed_noise=0.05)
     ranking = rank([judge(form, tied, ("N", "D", "C")) for form in forms(tied, 30.0).values()])
     assert ranking.noise_percent == pytest.approx(100 * 0.05 * math.sqrt(2 / math.pi))
     assert set(ranking.ties) >= {"additive", "bounded"} - {ranking.winner.name}  # far below the ceiling, they are alike
@@ -342,8 +344,8 @@ def test_frontier_exponent_interval_holds_the_truth_and_turns_round_for_d() -> N
 
 
 def test_observed_frontier_keeps_what_nothing_cheaper_undercuts() -> None:
-    data = Observations({"C": np.array([1.0, 2, 3, 4, 4]), "N": np.ones(5), "D": np.ones(5)},
-                        np.log([5.0, 6, 3, 4, 2.5]), np.ones(5))
+    data = Observations(values={"C": np.array([1.0, 2, 3, 4, 4]), "N": np.ones(5), "D": np.ones(5)},
+                        log_loss=np.log([5.0, 6, 3, 4, 2.5]), runs=np.ones(5))
     assert frontier.empirical_frontier(data).tolist() == [0, 2, 4]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def judged(data: Observations, form: str, **errors: list[float]) -> JudgedForm:
     """A form with relative errors as given on the first points, in splits of these names."""
     def split(name: str, values: list[float]) -> HeldOut:
         chosen = np.arange(len(data)) < len(values)
-        return HeldOut(name, 1.0, chosen, 1 + np.array(values), np.ones(len(values)))
+        return HeldOut(variable=name, edge=1.0, chosen=chosen, predicted=1 + np.array(values),
+                       observed=np.ones(len(values)))
     return JudgedForm(fit(forms(data)[form], data), {name: split(name, values) for name, values in errors.items()})
 
 
@@ -118,14 +120,14 @@ def test_the_noise_of_held_out_points_is_not_known_to_their_fit() -> None:
     loud = data.values["N"] == data.values["N"].max()
     runs = np.where(loud, 1.0, 2.0)
     for squares, known in ((np.where(loud, 0.5, 0.0002), (0.0002, 2.0)), (np.where(loud, 0.5, 0), None)):
-        noisy = Observations(data.values, data.log_loss, np.where(loud, 2.0, runs if known else 1.0), 0.3, squares)
+        noisy = replace(data, runs=np.where(loud, 2.0, runs if known else 1.0), seed_noise=0.3, squares=squares)
         rest, held = noisy.held_apart(loud)
         assert rest.seed_noise == (None if known is None else pytest.approx(np.sqrt(known[0])))
         assert len(rest) + len(held) == len(data) and held.seed_noise == 0.3
         alone = judge(forms(data)["additive"], noisy, ("N",)).splits["N"].predicted
         assert np.array_equal(alone, fit(forms(data)["additive"], rest).predict(held.values))  # type: ignore[arg-type]
     # What noise makes any form err by is that at the held-out points: here of one seed each, half of the others.
-    single = Observations(data.values, data.log_loss, np.where(loud, 1.0, 4.0), 0.02)
+    single = replace(data, runs=np.where(loud, 1.0, 4.0), seed_noise=0.02)
     ranking = rank([judge(form, single, ("N",)) for form in forms(single).values()])
     assert ranking.noise_percent == pytest.approx(100 * 0.02 * np.sqrt(2 / np.pi))
 
@@ -198,7 +200,7 @@ def test_plans_that_no_machine_can_run(compress: Compress, tmp_path: Path, text:
 def test_the_profile_of_few_points_ends_where_a_grid_says() -> None:
     """Four points and three parameters: exponent and amplitude make up for each other over many decades."""
     sizes = np.array([1e3, 4e3, 2e4, 5e4])
-    data = Observations({"D": sizes}, np.array([0.586812, 0.335447, 0.050622, -0.072724]), np.ones(4))
+    data = Observations(values={"D": sizes}, log_loss=np.array([0.586812, 0.335447, 0.050622, -0.072724]), runs=np.ones(4))
     form = single_forms("D", data.values, data.log_loss)[1]
     best = fit(form, data)
     inputs = form.inputs(data.values)[:, 0]

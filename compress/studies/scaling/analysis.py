@@ -19,7 +19,7 @@ from metadata.errors import UserError
 JOINT = ("additive", "bounded", "kaplan", "overfitting")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Section:
     """Forms of the same variables, fitted to the same points.
 
@@ -40,7 +40,7 @@ class Section:
     draws: dict[str, Array] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tradeoff:
     """The compute-optimal frontier of the chosen form.
 
@@ -60,7 +60,7 @@ class Tradeoff:
     d_exponent: Interval
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Analysis:
     """Everything that a study's files and tables are made of."""
 
@@ -83,7 +83,7 @@ def ceiling_of(target: str, classes: int | None) -> float | None:
 def joint_section(runs: Runs, ceiling: float | None) -> tuple[Section, list[Form]]:
     """The section of the joint forms, empty, and those forms that the points are enough for."""
     data = runs.observations()
-    section = Section("joint in N and D", data)
+    section = Section(title="joint in N and D", data=data)
     for name in ("N", "D"):
         if len(np.unique(data.values[name])) < 2:
             section.skipped.append(f"joint forms need at least two values of N and of D; {name} does not vary (it is "
@@ -124,9 +124,9 @@ def _fill(section: Section, forms: list[Form], variables: tuple[str, ...], repli
 
 def _single_sections(data: Observations) -> list[Section]:
     largest_n, largest_d = float(data.values["N"].max()), float(data.values["D"].max())
-    return [Section(f"N at D = {largest_d:,.12g}", data.take(data.values["D"] == largest_d)),
-            Section(f"D at N = {largest_n:,.12g}", data.take(data.values["N"] == largest_n)),
-            Section("C along the observed frontier", data.take(frontier.empirical_frontier(data)))]
+    return [Section(title=f"N at D = {largest_d:,.12g}", data=data.take(data.values["D"] == largest_d)),
+            Section(title=f"D at N = {largest_n:,.12g}", data=data.take(data.values["N"] == largest_n)),
+            Section(title="C along the observed frontier", data=data.take(frontier.empirical_frontier(data)))]
 
 
 def choose(ranking: Ranking, wanted: str | None) -> JudgedForm:
@@ -189,15 +189,16 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
     if joint.ranking is None:
         if form is not None:
             raise UserError(f"{runs.path}: --form {form}: {'; '.join(joint.skipped)}")
-        return Analysis(runs, ceiling, joint, single, None, None, notes)
+        return Analysis(runs=runs, ceiling=ceiling, joint=joint, single=single, chosen=None, tradeoff=None, notes=notes)
     chosen = choose(joint.ranking, form)
     passes = epochs if epochs is not None else runs.passes
     budgets = np.geomspace(float(data.values["C"].min()), 10 * float(data.values["C"].max()), 60)
     best = frontier.optimum(chosen.fit, chosen.fit.theta[None], budgets, passes)
     draws = frontier.optimum(chosen.fit, joint.draws[chosen.name], budgets, passes)
-    tradeoff = Tradeoff(passes, runs.compute_rule(passes), best, draws,
-                        *frontier.exponents(chosen.fit))
-    return Analysis(runs, ceiling, joint, single, chosen, tradeoff, notes)
+    n_exponent, d_exponent = frontier.exponents(chosen.fit)
+    tradeoff = Tradeoff(passes=passes, rule=runs.compute_rule(passes), best=best, draws=draws, n_exponent=n_exponent,
+                        d_exponent=d_exponent)
+    return Analysis(runs=runs, ceiling=ceiling, joint=joint, single=single, chosen=chosen, tradeoff=tradeoff, notes=notes)
 
 
 def fit_for_prediction(runs: Runs, classes: int | None, form: str | None) -> tuple[Fit, dict[str, Fit], Ranking]:

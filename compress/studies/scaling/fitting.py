@@ -18,7 +18,7 @@ FINEST = 1e-6  # of a loss: no noise is taken to be smaller, or data without noi
 TOLERANCE = 1e-10
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Observations:
     """One point for each configuration: the mean over its seeds.
 
@@ -64,7 +64,7 @@ def pooled_noise(squares: Array, runs: Array) -> float | None:
     return float(np.sqrt(squares.sum() / freedom)) if freedom else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """A form fitted to points.
 
@@ -241,7 +241,8 @@ def fit(form: Form, data: Observations, start: Array | None = None) -> Fit:
     # A configuration of one seed has the largest variance; its weight turns the weighted scale back into a single run's.
     single = misfit + noise**2
     run_noise = np.sqrt(spread * single * float((1 / (misfit + noise**2 / data.runs)).mean())) if noise else np.sqrt(spread)
-    return Fit(form, data, theta, np.sqrt(weights), scale, delta, cost, spread, float(run_noise))
+    return Fit(form=form, data=data, theta=theta, root_weights=np.sqrt(weights), scale=scale, delta=delta, cost=cost,
+               spread=spread, run_noise=float(run_noise))
 
 
 def _spread(rest: Array, delta: float, parameters: int) -> float:

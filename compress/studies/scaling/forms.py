@@ -26,7 +26,7 @@ NEGLIGIBLE, HUGE = 1e-7, 1e4  # a term's contribution amid the data, relative to
 START_EXPONENTS = np.geomspace(0.04, 2.4, 10)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrontierTerms:
     """The two terms that a form trades against each other: exp(log_x) N^-x + exp(log_y) N^cross D^-y; fields (sets,)."""
 
@@ -191,7 +191,8 @@ class PowerSum(Form):
     def frontier_terms(self, theta: Array) -> FrontierTerms:
         # Both forms grow with h, so they are least where h is.
         values = self.reported(theta)[:, int(self.floor):]
-        return FrontierTerms(values[:, 0], values[:, 2], values[:, 1], values[:, 3], np.zeros(len(theta)))
+        return FrontierTerms(log_x=values[:, 0], x=values[:, 2], log_y=values[:, 1], y=values[:, 3],
+                             cross=np.zeros(len(theta)))
 
 
 class Overfitting(Form):
@@ -246,7 +247,7 @@ class Overfitting(Form):
 
     def frontier_terms(self, theta: Array) -> FrontierTerms:
         values = self.reported(theta)
-        return FrontierTerms(values[:, 1], values[:, 3], values[:, 2], values[:, 4], values[:, 5])
+        return FrontierTerms(log_x=values[:, 1], x=values[:, 3], log_y=values[:, 2], y=values[:, 4], cross=values[:, 5])
 
 
 class Kaplan(Form):
@@ -299,7 +300,8 @@ class Kaplan(Form):
     def frontier_terms(self, theta: Array) -> FrontierTerms:
         values = self.reported(theta)
         ratio = theta[:, 2] / theta[:, 3]
-        return FrontierTerms(ratio * values[:, 0], ratio, values[:, 1], np.ones(len(theta)), np.zeros(len(theta)))
+        return FrontierTerms(log_x=ratio * values[:, 0], x=ratio, log_y=values[:, 1], y=np.ones(len(theta)),
+                             cross=np.zeros(len(theta)))
 
 
 def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None) -> list[Form]:

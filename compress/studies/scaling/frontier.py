@@ -12,7 +12,7 @@ from compress.studies.scaling.forms import Array, Indices
 from compress.studies.scaling.intervals import Interval, LEVEL, profile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimum:
     """The compute-optimal split for each budget, for one or many parameter sets.
 
@@ -51,7 +51,7 @@ def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
     log_d = budget - log_n
     inputs = np.stack([log_n, log_d], axis=2) - best.form.centre  # (sets, budgets, 2)
     loss = np.exp(best.form.evaluate(theta, inputs)[0])
-    return Optimum(compute, np.exp(np.minimum(log_n, 600)), np.exp(np.minimum(log_d, 600)), loss)
+    return Optimum(compute=compute, n=np.exp(np.minimum(log_n, 600)), d=np.exp(np.minimum(log_d, 600)), loss=loss)
 
 
 def exponents(best: Fit) -> tuple[Interval, Interval]:
@@ -60,8 +60,8 @@ def exponents(best: Fit) -> tuple[Interval, Interval]:
         terms = best.form.frontier_terms(theta)
         return np.asarray(terms.y / (terms.x + terms.y + terms.cross))
     first = profile(best, [share])[0]
-    return first, Interval(1 - first.value, None if first.high is None else 1 - first.high,
-                           None if first.low is None else 1 - first.low)
+    return first, Interval(value=1 - first.value, low=None if first.high is None else 1 - first.high,
+                           high=None if first.low is None else 1 - first.low)
 
 
 def band(draws: Array) -> tuple[Array, Array]:

@@ -29,7 +29,7 @@ STIFF = 100.0  # the pull's curvature relative to the profile's: a lag of 1 %, a
 Quantity = Callable[[Array], Array]  # theta (k, P) -> (k,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interval:
     """A 95 % interval; an end is None where the data do not bound the quantity on that side.
 
@@ -156,7 +156,8 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
         live = live[~crossed & (stalled[live] < 3)]
         if not len(live):
             break
-    return [Interval(float(start[2 * index]), ends[2 * index], ends[2 * index + 1]) for index in range(len(quantities))]
+    return [Interval(value=float(start[2 * index]), low=ends[2 * index], high=ends[2 * index + 1])
+            for index in range(len(quantities))]
 
 
 def _curvature(best: Fit) -> Array:
@@ -212,7 +213,7 @@ def parameter_intervals(best: Fit, draws: Array | None = None) -> dict[str, Inte
         if name == "E":
             limit = 0.0
             low_end = 0.0 if low_end is None else low_end
-        made = Interval(interval.value, low_end, interval.high, spread, limit)
+        made = Interval(value=interval.value, low=low_end, high=interval.high, bootstrap=spread, limit=limit)
         result[name] = exponential(made) if name in form.log_scale else made
     return result
 
@@ -226,4 +227,5 @@ def exponential(interval: Interval) -> Interval:
         return None if value is None else power(value)
 
     spread = None if interval.bootstrap is None else (power(interval.bootstrap[0]), power(interval.bootstrap[1]))
-    return Interval(power(interval.value), end(interval.low), end(interval.high), spread, interval.limit)
+    return Interval(value=power(interval.value), low=end(interval.low), high=end(interval.high), bootstrap=spread,
+                    limit=interval.limit)

@@ -12,7 +12,7 @@ from compress.studies.scaling.fitting import Fit
 from compress.studies.scaling.intervals import LEVEL, profile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The loss of a configuration that was not run.
 
@@ -49,5 +49,5 @@ def predict(best: Fit, n: float, d: float) -> Prediction:
         smallest, largest = float(best.data.values[name].min()), float(best.data.values[name].max())
         if value > largest * (1 + 1e-9) or value < smallest * (1 - 1e-9):
             beyond[name] = max(value / largest, smallest / value)
-    return Prediction(math.exp(interval.value), (end(low, -1, 0), end(high, 1, 0)),
-                      (end(low, -1, noise), end(high, 1, noise)), beyond)
+    return Prediction(loss=math.exp(interval.value), mean=(end(low, -1, 0), end(high, 1, 0)),
+                      run=(end(low, -1, noise), end(high, 1, noise)), beyond=beyond)

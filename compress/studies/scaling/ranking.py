@@ -23,7 +23,7 @@ SHARE = 0.2  # of the configurations to hold out
 SPLIT_TITLES = {"N": "largest N", "D": "largest D", "C": "largest compute"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldOut:
     """One split: which points were held out, and what a form fitted to the others says about them.
 
@@ -88,7 +88,7 @@ class JudgedForm:
         return 100 * math.sqrt(float((self.fit.residuals**2).sum()) / self.fit.dof)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ranking:
     """Forms from best to worst.
 
@@ -150,7 +150,8 @@ def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> JudgedF
         rest, held = data.held_apart(chosen)
         enough = len(rest) >= form.needed and all(len(np.unique(rest.values[name])) > 1 for name in form.variables)
         predicted = fit(form, rest).predict(held.values) if enough else None
-        splits[variable] = HeldOut(variable, float(held.values[variable].min()), chosen, predicted, np.exp(held.log_loss))
+        splits[variable] = HeldOut(variable=variable, edge=float(held.values[variable].min()), chosen=chosen,
+                                   predicted=predicted, observed=np.exp(held.log_loss))
     return JudgedForm(whole, splits)
 
 
@@ -186,7 +187,7 @@ def rank(judged: list[JudgedForm]) -> Ranking:
         elif _doubt(best, other) > 0.05:
             ties[other.name] = (f"{difference:.2g} points apart, which the scatter over the {count} held-out "
                                 "configurations covers")
-    return Ranking(order, ties, floor, count)
+    return Ranking(forms=order, ties=ties, noise_percent=floor, tested_on=count)
 
 
 def _doubt(best: JudgedForm, other: JudgedForm) -> float:

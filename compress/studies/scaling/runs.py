@@ -33,7 +33,7 @@ SMALLEST, LARGEST = 1e-40, 1e40  # what lies beyond measures nothing, and its po
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One usable row; `line` is its line in the file."""
 
@@ -45,7 +45,7 @@ class Run:
     configuration: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LeftOut:
     """A row that is not fitted; its numbers where they can be drawn."""
 
@@ -56,7 +56,7 @@ class LeftOut:
     loss: float | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Runs:
     """The rows of a file.
 
@@ -101,11 +101,11 @@ class Runs:
         losses = [np.log([run.loss for run in group]) for group in members]
         runs = np.array([float(len(group)) for group in members])
         squares = np.array([float(((own - own.mean())**2).sum()) for own in losses])
-        return Observations({"N": np.array([group[0].n for group in members]),
+        return Observations(values={"N": np.array([group[0].n for group in members]),
                              "D": np.array([group[0].d for group in members]),
                              "C": np.array([group[0].c for group in members])},
-                            np.array([float(own.mean()) for own in losses]),
-                            runs, pooled_noise(squares, runs), squares)
+                            log_loss=np.array([float(own.mean()) for own in losses]),
+                            runs=runs, seed_noise=pooled_noise(squares, runs), squares=squares)
 
     def _by_configuration(self) -> list[list[Run]]:
         """The runs that differ in the seed alone, in order of appearance."""
@@ -151,7 +151,8 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             columns[optional] = found
     if "epochs" in columns:
         columns.pop("C", None)
-    result = Runs(path, target, columns, [], [], classes=CLASSES.get((data_set or "").lower()),
+    result = Runs(path=path, target=target, columns=columns, runs=[], left_out=[],
+                  classes=CLASSES.get((data_set or "").lower()),
                   dataset=data_set.lower() if data_set else None, from_accuracy=from_accuracy,
                   notes=unused)
     if target == "error" and loss_column is not None and not from_accuracy and "err" not in source.lower():
@@ -178,20 +179,20 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             loss = 1 - loss if from_accuracy else loss
         shown = {"n": _usable(n), "d": _usable(d), "loss": _usable(loss)}
         if not finished:
-            result.left_out.append(LeftOut(line, state, **shown))
+            result.left_out.append(LeftOut(line=line, reason=state, **shown))
             continue
         needed: dict[str, float | None] = {"N": n, "D": d, target: loss}
         needed |= {role: numbers[role] for role in ("epochs", "C") if role in numbers}
         bad = next((f"{role} is {_spelled(value)}" for role, value in needed.items() if _usable(value) is None), None)
         if bad:
-            result.left_out.append(LeftOut(line, bad, **shown))
+            result.left_out.append(LeftOut(line=line, reason=bad, **shown))
             continue
         assert n is not None and d is not None and loss is not None
         epochs = numbers.get("epochs")
         compute = n * d * epochs if epochs is not None else numbers.get("C", n * d)
         assert compute is not None
         if _usable(compute) is None:
-            result.left_out.append(LeftOut(line, f"N * D * epochs is {_spelled(compute)}", **shown))
+            result.left_out.append(LeftOut(line=line, reason=f"N * D * epochs is {_spelled(compute)}", **shown))
             continue
         configuration = (f"{n:.12g}", f"{d:.12g}", f"{compute:.12g}", *(row[name].strip() for name in own))
         # A seed tells repetitions from copies; without one, only rows that are alike in every cell are copies.
@@ -200,10 +201,10 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             first, loss_there = seen[key]
             differs = "" if math.isclose(loss, loss_there, rel_tol=1e-9) else f", where the {target} is another"
             repeated.append(f"{line} (as {first}{differs})")
-            result.left_out.append(LeftOut(line, f"repeats line {first}{differs}", **shown))
+            result.left_out.append(LeftOut(line=line, reason=f"repeats line {first}{differs}", **shown))
             continue
         seen[key] = (line, loss)
-        result.runs.append(Run(line, n, d, compute, loss, configuration))
+        result.runs.append(Run(line=line, n=n, d=d, c=compute, loss=loss, configuration=configuration))
     if not result.runs:
         reasons = "; ".join(f"line {row.line}: {row.reason}" for row in result.left_out[:3])
         raise UserError(f"{path}: none of its {len(rows)} rows can be fitted ({reasons}"

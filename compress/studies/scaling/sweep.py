@@ -28,7 +28,7 @@ from metadata.machine import usable_cores
 PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice that it is lost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PointTask:
     """A point, and where everything is; what a worker process is sent."""
 
@@ -40,7 +40,7 @@ class PointTask:
     patience_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """An opened plan: its points in the plan's order, and its images."""
 
@@ -52,8 +52,8 @@ class Study:
 
     def task(self, point: Point) -> PointTask:
         """What a worker needs for a point."""
-        return PointTask(point, self.plan.base_dir.resolve(), self.images_folder.resolve(), self.plan.device,
-                    self.plan.checkpoint_seconds)
+        return PointTask(point=point, base_dir=self.plan.base_dir.resolve(), images_folder=self.images_folder.resolve(),
+                         device=self.plan.device, checkpoint_seconds=self.plan.checkpoint_seconds)
 
     def states(self) -> dict[str, str]:
         """Id to done, diverged, failed, begun or to do."""
@@ -88,7 +88,7 @@ def open_study(plan: SweepPlan, console: Console) -> Study:
     points = plan.points(lambda width, depth: experiment.parameters_of(width, depth, images))
     for point in points:
         images.check_size(point.dataset_size)
-    return Study(plan, results, folder, images, points)
+    return Study(plan=plan, results=results, images_folder=folder, images=images, points=points)
 
 
 def check_workers(workers: int | None, device: str) -> int:
