@@ -1,17 +1,16 @@
-"""A classifier of feature rows under a parameter limit; one standalone file that needs PyTorch 2.2 or newer alone.
+"""A classifier of feature rows under a parameter limit: one standalone file that needs only PyTorch 2.2 or newer.
 
-All it knows of the data are the rows it is given. Four families, the simplest first:
+The solution knows nothing about the data but the rows. Four families of candidates, the simplest first:
 
-    Centres, K = 1   class means with one shrunk covariance, of low rank where the limit binds; closed form
+    Centres, K = 1   class means with one shrunk covariance, of low rank if the limit demands it; closed form
     Centres, K > 1   the same with several cluster means a class; k-means, then closed form
     Radial           ridge regression on Gaussian bumps around cluster means; closed form
-    Network          a residual MLP on mixed and noisy rows, mostly labelled by an ensemble of the best closed forms
+    Network          a residual MLP on mixed and noisy rows, distilled from an ensemble of the best closed forms
 
-Stratified cross-validation chooses. Closed forms race: after each fold the worse half drops out; networks run a short heat
-first. Only what is better by more than two standard errors of the paired difference displaces something simpler.
+Stratified cross-validation chooses. Closed forms race: after each fold the worse half drops out. Networks run a short heat
+first. A candidate replaces a simpler one only if it is better by more than two standard errors of the paired difference.
 
-Annotations are no strings here: dataclasses would look for their module in sys.modules, where a file that an evaluator
-loads by its path need not be.
+Annotations are not strings: dataclasses would look up their module in sys.modules, where a file loaded by path is missing.
 """
 
 import itertools
@@ -25,16 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FOLDS, SEED = 5, 2025
-CLEARLY, FEWEST = 2.0, 4  # standard errors that tell two candidates apart; how many stay in a race at least
-FIT_MACS, PADDED = 2e9, 5e7  # of one mixture or radial fit: about a second; numbers in k-means' padded array
-TRAINING_MACS, MOST_STEPS, BATCH = 3e10, 600, 128  # of one network: some seconds
-NETWORK_SIZE = 300_000  # more parameters than this learn too little within TRAINING_MACS
-BLOCKS, HEAT, HOPELESS = 2, 8, 10  # a heat has 8 times fewer steps and ends at 10 times the leader's errors
-NOISE, LISTEN = 0.3, 0.9  # in standard deviations of each feature; share of the teachers in a network's targets
+CLEARLY, FEWEST = 2.0, 4  # standard errors between distinct candidates; minimum number of candidates in a race
+FIT_MACS, PADDED = 2e9, 5e7  # of one mixture or radial fit, about a second; size of the padded array of k-means
+TRAINING_MACS, MOST_STEPS, BATCH = 3e10, 600, 128  # of one network, some seconds
+NETWORK_SIZE = 300_000  # larger networks learn too little within TRAINING_MACS
+BLOCKS, HEAT, HOPELESS = 2, 8, 10  # a heat has 1/8 of the steps; the limit is 10 times the errors of the leader
+NOISE, LISTEN = 0.3, 0.9  # in standard deviations of each feature; weight of the teachers in the targets of a network
 
 
 class Weights(nn.Module):
-    """A module whose every number is a trainable float32 parameter: it counts against the limit."""
+    """A module that holds all its numbers as trainable float32 parameters, which count against the limit."""
     shift: Tensor
     scale: Tensor
     centres: Tensor
@@ -49,16 +48,15 @@ class Weights(nn.Module):
 
 
 class Scaled(Weights):
-    """(x - shift) scale, which is exact for features of a large offset too."""
-
+    """(x - shift) scale; exact even for features with a large offset."""
     def forward(self, inputs: Tensor) -> Tensor:
         return (inputs - self.shift) * self.scale
 
 
 class CentreHead(Weights):
-    """(N, D) -> (N, C): logit_c = log sum_k exp(w_ck . (x - shift) + b_ck), Gaussians of one covariance, K of each class.
+    """(N, D) -> (N, C): logit_c = log sum_k exp(w_ck . (x - shift) + b_ck), K Gaussians a class with one covariance.
 
-    The terms in x^2 are the same and cancel. Weights are one factor (D, C K), or (D, R) and (R, C K); biases are (C, K).
+    The terms in x^2 are equal and cancel. The weights are one factor (D, C K), or (D, R) and (R, C K); biases are (C, K).
     Source: Hastie and Tibshirani 1996, "Discriminant Analysis by Gaussian Mixtures"; linear discriminants if K = 1.
     """
 
@@ -69,7 +67,7 @@ class CentreHead(Weights):
 
 
 class Bumps(Weights):
-    """Gaussian bumps around M centres, then a linear rule: exp(-|z - centre_m|^2) W + b."""
+    """Gaussian bumps around M centres, then a linear layer: exp(-|z - centre_m|^2) W + b."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return bumps(inputs, self.centres) @ self.weight + self.bias
@@ -83,49 +81,45 @@ class Residual(nn.Sequential):
 
 
 def bumps(rows: Tensor, centres: Tensor) -> Tensor:
-    """exp(-squared distance): (N, D) and (M, D) -> (N, M)."""
+    """Return exp(-squared distance): (N, D) and (M, D) -> (N, M)."""
     return torch.exp(-(rows.square().sum(1)[:, None] + centres.square().sum(1) - 2 * rows @ centres.T).clamp(min=0))
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class Rows:
-    """Labelled rows, (N, D) float32 and (N,) int64, and what several candidates need of them, computed once."""
+    """Labelled rows, (N, D) float32 and (N,) int64, and statistics that several candidates share."""
     inputs: Tensor
     labels: Tensor
     num_classes: int
-    _known: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
         rows = self.inputs.double()
         self.shift = rows.mean(0).float()
         spread = (rows - self.shift.double()).square().mean(0).sqrt()
-        varies = spread > 1e-6 * self.shift.abs() + 1e-30  # a constant feature says nothing and gets weight nought
+        varies = spread > 1e-6 * self.shift.abs() + 1e-30  # a constant feature gets weight 0
         one = (1 / spread.square().mean().sqrt().clamp(min=1e-30)).expand_as(spread)
         self.scales = {"one": one.float(), "each": torch.where(varies, 1 / spread.clamp(min=1e-30), 0.0).float()}
         self.counts = torch.bincount(self.labels, minlength=self.num_classes).float()
 
-    def taken(self, which: Tensor) -> "Rows":
-        """The rows that a mask selects."""
-        return Rows(inputs=self.inputs[which], labels=self.labels[which], num_classes=self.num_classes)
-
     def scaled(self, units: str) -> Tensor:
-        """(N, D) of mean zero, and of variance 1 on average ("one") or feature by feature ("each")."""
+        """Return (N, D) with mean zero, and with variance 1 on average ("one") or for each feature ("each")."""
         return (self.inputs - self.shift) * self.scales[units]
 
     def clusters(self, units: str, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Cluster means (C, K, D), sizes (C, K), float64 covariance (D, D) within clusters, or total if all are single."""
+        """Return cluster means (C, K, D), sizes (C, K) and the float64 covariance (D, D) within clusters (else total)."""
         if (units, number) not in self._known:
             rows = self.scaled(units)
             means, sizes = k_means(rows, self.labels, self.counts, number)
             within, total = len(rows) - int((sizes > 0).sum()), rows.double().T @ rows.double()
-            total.diagonal().add_(1e-6 * total.trace())  # beyond the rounding of the difference below
+            total.diagonal().add_(1e-6 * total.trace())  # larger than the rounding error of the difference below
             between = (means.double() * sizes[..., None]).flatten(0, 1).T @ means.double().flatten(0, 1)
             self._known[units, number] = means, sizes, (total - between) / within if within else total / len(rows)
         return self._known[units, number]
 
 
 def k_means(rows: Tensor, labels: Tensor, counts: Tensor, number: int, rounds: int = 8) -> tuple[Tensor, Tensor]:
-    """K means of each class, and sizes, 0 where it lacks rows. Source: Arthur and Vassilvitskii 2007, "k-means++"."""
+    """Return K means of each class, and sizes, 0 for missing rows. Source: Arthur and Vassilvitskii 2007, "k-means++"."""
     if number == 1:
         total = torch.zeros(len(counts), rows.shape[1], device=rows.device).index_add_(0, labels, rows)
         return (total / counts.clamp(min=1)[:, None])[:, None], counts[:, None]
@@ -140,7 +134,7 @@ def k_means(rows: Tensor, labels: Tensor, counts: Tensor, number: int, rounds: i
     generator, starts, distance = torch.Generator().manual_seed(SEED), [], real
     for _ in range(number):
         clock = torch.empty(len(counts), most).exponential_(generator=generator).to(rows.device).clamp(min=1e-9)
-        draw = (distance.clamp(min=1e-12) / clock * real).argmax(1)  # the first to ring is a draw in proportion to distance
+        draw = (distance.clamp(min=1e-12) / clock * real).argmax(1)  # a draw in proportion to the distance
         starts.append(padded[classes, draw])
         squares = (padded - starts[-1][:, None]).square().sum(2)
         distance = squares if len(starts) == 1 else torch.minimum(distance, squares)
@@ -154,11 +148,11 @@ def k_means(rows: Tensor, labels: Tensor, counts: Tensor, number: int, rounds: i
 
 @dataclass(frozen=True, kw_only=True)
 class Centres:
-    """Gaussians of one covariance, K of each class."""
+    """K Gaussians a class with one covariance."""
     number: int  # K
-    units: str  # "one" scale for all features, or "each" its own
+    units: str  # "one" scale for all features, or "each" its own scale
     shrinkage: float  # lambda in the covariance (1 - lambda) S + lambda mean(diag S) I
-    equal: bool = False  # all means of one length: lengths of means of few rows differ by noise more than in truth
+    equal: bool = False  # give all means one length, because with few rows the lengths differ mainly by noise
     rank: int = 0  # of the weights; 0 is full rank
 
     def size(self, rows: Rows) -> int:
@@ -166,7 +160,7 @@ class Centres:
         return features + outputs + (self.rank * (features + outputs) if self.rank else features * outputs)
 
     def fit(self, rows: Rows) -> nn.Module:
-        """Whitened means A = L^-1 m with L L^T = covariance; weights L^-T A, biases log frequency - |A|^2 / 2.
+        """Compute whitened means A = L^-1 m with L L^T = covariance, weights L^-T A, biases log frequency - |A|^2 / 2.
 
         Low rank keeps the directions in which the whitened means differ most.
         Source: Hastie, Tibshirani and Friedman 2009, "The Elements of Statistical Learning", sections 4.3.1 to 4.3.3.
@@ -177,7 +171,7 @@ class Centres:
         root = torch.linalg.cholesky(torch.lerp(covariance, target, self.shrinkage))
         factors = [white := torch.linalg.solve_triangular(root, means.flatten(0, 1).T.double(), upper=False)]  # (D, C K)
         if self.rank:
-            spread = white * frequency.sqrt()  # its left singular vectors, from the smaller Gram matrix
+            spread = white * frequency.sqrt()  # left singular vectors from the smaller Gram matrix
             left = len(spread) <= len(frequency)
             vectors = torch.linalg.eigh(spread @ spread.T if left else spread.T @ spread)[1][:, -self.rank:]
             basis = F.normalize(vectors if left else spread @ vectors, dim=0)
@@ -193,20 +187,20 @@ class Centres:
 
 @dataclass(frozen=True, kw_only=True)
 class Radial:
-    """Ridge regression of the classes' indicators on bumps around K cluster means of each class."""
+    """Ridge regression of the class indicators on bumps around K cluster means of each class."""
     number: int  # K
     units: str
-    narrowness: float  # divides the bumps' squared width, which is else the median squared distance
-    ridge: float  # penalty, relative to the number of rows
+    narrowness: float  # divides the squared width of the bumps, which is the median squared distance at 1
+    ridge: float  # penalty relative to the number of rows
 
     def size(self, rows: Rows) -> int:
         features, bases = rows.inputs.shape[1], int(rows.counts.clamp(max=self.number).sum())
         return 2 * features + bases * (features + rows.num_classes) + rows.num_classes
 
     def fit(self, rows: Rows) -> nn.Module:
-        """(P^T P + ridge N Q) W = P^T Y, bumps P at rows, Q at centres. Source: Rudi et al. 2015, "Less is More"."""
+        """Solve (P^T P + ridge N Q) W = P^T Y, bumps P at rows, Q at centres. Source: Rudi et al. 2015, "Less is More"."""
         means, sizes, _ = rows.clusters(self.units, self.number)
-        inputs, centres = rows.scaled(self.units).double(), means[sizes > 0].double()  # float32 would not stay definite
+        inputs, centres = rows.scaled(self.units).double(), means[sizes > 0].double()  # not definite in float32
         typical = torch.cdist(inputs[:: max(1, len(inputs) // 500)], centres).square().median().clamp(min=1e-12)
         stretch = (self.narrowness / typical).sqrt()
         at_rows = bumps(inputs * stretch, centres * stretch)
@@ -216,22 +210,22 @@ class Radial:
         frequency = rows.counts.double() / len(inputs)
         moments = at_rows.T @ (F.one_hot(rows.labels, rows.num_classes) - frequency)
         weight = torch.cholesky_solve(moments, torch.linalg.cholesky(system))
-        # Regression gives 0 to 1; times 8, a softmax reads it as probabilities, which is what a pupil needs.
+        # Regression gives values from 0 to 1; times 8, their softmax is near the probabilities that a student needs.
         scaled = Scaled(shift=rows.shift, scale=rows.scales[self.units] * stretch)
         return nn.Sequential(scaled, Bumps(centres=centres * stretch, weight=8 * weight, bias=8 * frequency))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """A residual MLP trained on rows that are mixed in pairs and made noisy, so that no batch comes twice.
+    """A residual MLP trained on rows mixed in pairs, with noise, so that no batch occurs twice.
 
-    Targets are the mixed labels, or mostly the mean of the teachers' probabilities where it has teachers. These are
+    The targets are the mixed labels, or mostly the mean probabilities of the teachers, if there are any. The teachers are
     fitted to the same rows as the network, which keeps cross-validation honest.
     Source: Zhang et al. 2018, "mixup"; Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network".
     """
     width: int
     units: str
-    teachers: tuple[Centres | Radial, ...] = ()  # closed forms of any size: they are no part of the model
+    teachers: tuple[Centres | Radial, ...] = ()  # closed forms of any size, because they are not part of the model
     shortening: int = 1  # divides the number of steps
 
     def size(self, rows: Rows) -> int:
@@ -239,10 +233,10 @@ class Network:
         return 2 * features + width * (features + 3 + BLOCKS * (width + 3) + rows.num_classes) + rows.num_classes
 
     def fit(self, rows: Rows) -> nn.Module:
-        """AdamW, one cycle; the number of steps follows from the size, not from a clock."""
+        """Train with AdamW and one cycle; the number of steps follows from the size, not from a clock."""
         (total, features), width, device = rows.inputs.shape, self.width, rows.inputs.device
         generator = torch.Generator().manual_seed(SEED)
-        with torch.random.fork_rng(devices=[]):  # layers draw from the global generator, which is put back
+        with torch.random.fork_rng(devices=[]):  # layers draw from the global generator, which is restored
             torch.default_generator.manual_seed(SEED)
             blocks = [Residual(nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)) for _ in range(BLOCKS)]
             scaled = Scaled(shift=rows.shift, scale=rows.scales[self.units])
@@ -276,7 +270,7 @@ Candidate = Centres | Radial | Network
 
 
 def closed_forms(rows: Rows, limit: int) -> list[Candidate]:
-    """The simplest first; some are above the limit, can only teach, and have versions of low rank beside them."""
+    """Return the closed forms, the simplest first; those above the limit can only teach, and have low-rank versions."""
     (total, features), classes, most = rows.inputs.shape, rows.num_classes, int(rows.counts.max())
     largest = {(limit - features) // (classes * (features + 1)),  # K that fit the limit: Centres, Radial
                (limit - 2 * features - classes) // (classes * (features + classes))}
@@ -294,21 +288,20 @@ def closed_forms(rows: Rows, limit: int) -> list[Candidate]:
     for number, units in itertools.product(numbers, ("one", "each")):
         bases = min(total, classes * number)
         if number >= 4 and total * bases * (bases + features) < FIT_MACS:
-            found += [Radial(number=number, units=units, narrowness=narrowness, ridge=ridge)
-                      for narrowness in (2.0, 8.0) for ridge in (1e-4, 1e-2)]
+            found += [Radial(number=number, units=units, narrowness=n, ridge=r) for n in (2.0, 8.0) for r in (1e-4, 1e-2)]
     return found
 
 
 @dataclass(eq=False, kw_only=True)
 class Entry:
-    """A candidate in the race, and which held-out rows it got right, fold by fold."""
+    """A candidate in the race, and the held-out rows that it classified correctly, fold by fold."""
     candidate: Candidate
     parameters: int
     right: list[Tensor] = field(default_factory=list)
     errors: int = 0
 
     def run(self, train: Rows, held: Rows) -> None:
-        """Adds a fold."""
+        """Run one more fold."""
         model = self.candidate.fit(train)
         with torch.no_grad():
             logits = torch.cat([model(part) for part in held.inputs.split(1024)])
@@ -316,40 +309,40 @@ class Entry:
         self.errors += int((~self.right[-1]).sum())
 
     def behind(self, other: "Entry") -> float:
-        """Errors more than the other's, in standard errors of the paired difference. Source: McNemar 1947."""
-        pairs = list(zip(self.right, other.right))  # noqa: B905 - the folds that both have run
+        """Return the errors beyond the other entry, in standard errors of the paired difference. Source: McNemar 1947."""
+        pairs = list(zip(self.right, other.right))  # noqa: B905 - only the folds that both have run
         differ = sum(int((own != its).sum()) for own, its in pairs)
         return sum(int(its.sum()) - int(own.sum()) for own, its in pairs) / math.sqrt(max(1, differ))
 
 
 def survivors(entries: list[Entry]) -> list[Entry]:
-    """The better half, but FEWEST at least, of those not clearly behind the best, in their order."""
+    """Return the better half, but at least FEWEST, of the entries not clearly behind the best, in their order."""
     ranked = sorted(entries, key=lambda entry: entry.errors)
     kept = [entry for entry in ranked if entry.behind(ranked[0]) <= CLEARLY][: max(FEWEST, len(entries) // 2)]
     return [entry for entry in entries if entry in kept]
 
 
 def stratified(rows: Rows) -> list[tuple[Rows, Rows]]:
-    """(train, held-out) for each fold; none if there is one row."""
+    """Return (train, held-out) for each fold; no folds if there is one row."""
     total, number = len(rows.labels), min(FOLDS if rows.inputs.shape[1] ** 3 < FIT_MACS else 3, len(rows.labels))
     order = torch.randperm(total, generator=torch.Generator().manual_seed(SEED)).to(rows.labels.device)
-    fold = order[rows.labels[order].argsort(stable=True)].argsort() % number  # classes are dealt out one by one
-    return [(rows.taken(fold != k), rows.taken(fold == k)) for k in range(number) if number > 1]
+    fold = order[rows.labels[order].argsort(stable=True)].argsort() % number  # deal out the classes one by one
+    parts = [(Rows(rows.inputs[own], rows.labels[own], rows.num_classes) for own in (fold != k, fold == k))
+             for k in range(number) if number > 1]
+    return [(train, held) for train, held in parts]
 
 
 def train_networks(rows: Rows, limit: int, folds: list[tuple[Rows, Rows]], leader: Entry, rest: list[Entry]) -> list[Entry]:
-    """Networks that ran all folds: neither hopeless in a short heat nor ever behind the leader."""
+    """Return the networks that ran all folds: not hopeless in a short heat, and never behind the leader."""
     best = {type(entry.candidate): entry.candidate for entry in sorted(rest, key=lambda entry: -entry.errors)
             if entry.behind(leader) <= CLEARLY and not isinstance(entry.candidate, Network)}
-    units, taught = leader.candidate.units, tuple(best.values())
-    most = min(limit, NETWORK_SIZE)
+    units, taught, most = leader.candidate.units, tuple(best.values()), min(limit, NETWORK_SIZE)
     width = max((n for n in range(0, 1025, 8) if Network(width=n, units=units).size(rows) <= most), default=0)
-    networks = (Network(width=width // 2, units=units, teachers=taught), Network(width=width, units=units, teachers=taught),
-                Network(width=width, units=units))
     finished: list[Entry] = []
-    for network in networks[: width]:
-        heat = Entry(candidate=replace(network, shortening=HEAT), parameters=0)
+    for size, teachers in ((width // 2, taught), (width, taught), (width, ()))[: width]:
+        network = Network(width=size, units=units, teachers=teachers)
         entry = Entry(candidate=network, parameters=network.size(rows))
+        heat = replace(entry, candidate=replace(network, shortening=HEAT), right=[])
         heat.run(*folds[0])
         if heat.errors > HOPELESS * (1 + int((~leader.right[0]).sum())):
             break
@@ -361,18 +354,18 @@ def train_networks(rows: Rows, limit: int, folds: list[tuple[Rows, Rows]], leade
 
 
 class Solution:
-    """What the evaluator loads; `report` is about all that ran all folds, the winner first."""
+    """The class that the evaluator loads; `report` lists the candidates that ran all folds, the winner first."""
 
     winner: Candidate
     report: list[tuple[str, int, float]]  # name, parameters, accuracy in cross-validation
 
     def solve(self, train_loader: Iterable[Any], val_loader: Iterable[Any], metadata: Any) -> nn.Module:
-        """Chooses by cross-validation on the rows of both loaders, then fits the choice to all of them.
+        """Choose a candidate by cross-validation on the rows of both loaders, and fit the choice to all rows.
 
-        Batches are ((B, D) float, (B,) int); metadata has num_classes, input_dim, param_limit and perhaps device.
+        Batches are ((B, D) float, (B,) int). The metadata has num_classes, input_dim, param_limit and, if wanted, device.
 
         Raises:
-            ValueError: no rows, rows that contradict the metadata, or a limit that not even a model of rank 1 keeps.
+            ValueError: no rows, rows that contradict the metadata, or a limit too low for a model of rank 1.
         """
         known = metadata if isinstance(metadata, Mapping) else {key: getattr(metadata, key) for key in dir(metadata)}
         limit, classes, input_dim = (int(known[key]) for key in ("param_limit", "num_classes", "input_dim"))
@@ -382,13 +375,13 @@ class Solution:
         inputs, labels = (torch.cat(parts).to(known.get("device", "cpu")) for parts in zip(*batches, strict=True))
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"expected labels 0 to {classes - 1}; got {int(labels.min())} to {int(labels.max())}")
-        rows = Rows(inputs=inputs.float(), labels=labels.long(), num_classes=classes)
+        rows = Rows(inputs.float(), labels.long(), classes)
         entries = [Entry(candidate=candidate, parameters=candidate.size(rows)) for candidate in closed_forms(rows, limit)]
         within = [entry for entry in entries if entry.parameters <= limit]
-        above = [entry for entry in entries if entry.parameters > limit]  # race too, to be teachers
+        above = [entry for entry in entries if entry.parameters > limit]  # race as candidates for teachers
         if not within:
             raise ValueError(f"param_limit {limit}: {input_dim} features and {classes} classes need "
-                             f"{input_dim + classes + min(input_dim * classes, input_dim + classes)} at the least (rank 1)")
+                             f"{input_dim + classes + min(input_dim * classes, input_dim + classes)} or more (rank 1)")
         folds = stratified(rows)
         for train, held in folds:
             for entry in (*within, *above):

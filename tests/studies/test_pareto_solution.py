@@ -61,7 +61,7 @@ def little(seed: int = 0) -> Problem:
 
 def little_rows() -> Rows:
     inputs, labels = little().train
-    return Rows(inputs=inputs, labels=labels, num_classes=3)
+    return Rows(inputs, labels, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -165,7 +165,7 @@ def test_sizes_are_what_models_have(candidate: pareto_solution.Candidate) -> Non
 
 def test_gaussian_head_is_bayes_rule_of_its_estimates() -> None:
     inputs, labels = little().train
-    rows = Rows(inputs=inputs, labels=labels, num_classes=3)
+    rows = Rows(inputs, labels, 3)
     logits = Centres(number=1, units="one", shrinkage=0.0).fit(rows)(inputs)
     means = torch.stack([inputs[labels == label].mean(0) for label in range(3)])
     residual = inputs - means[labels]
@@ -211,7 +211,7 @@ def test_other_shapes(rows: Labelled, classes: int, limit: int) -> None:
     torch.cat([shape(119, 4, 4)[0], torch.full((1, 4), 1e5)]), torch.ones(120, 4)],
     ids=["repeated", "huge", "tiny", "far away", "outlier", "constant"])
 def test_every_closed_form_survives_odd_rows(inputs: Tensor) -> None:
-    rows = Rows(inputs=inputs, labels=torch.arange(120) % 4, num_classes=4)
+    rows = Rows(inputs, torch.arange(120) % 4, 4)
     candidates = pareto_solution.closed_forms(rows, 200)
     assert len(candidates) > 50
     for candidate in candidates:
