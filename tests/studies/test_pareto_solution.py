@@ -126,7 +126,7 @@ def test_rows_do_not_depend_on_their_batch(standard: tuple[Problem, nn.Module, S
     torch.testing.assert_close(turned, whole, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("make", [digits_problem, mixture_problem])
+@pytest.mark.parametrize("make", [digits_problem, pytest.param(mixture_problem, marks=pytest.mark.slow)])
 def test_beats_nearest_mean_and_mlp_where_a_linear_rule_fails(make: object) -> None:
     problem = make(7)  # type: ignore[operator]
     model, solution = solved(problem, 20_000)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +32,7 @@ from loaders.augment import Augmenter
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from metadata.schemas import Preprocessing
-from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
+from tests.helpers.commands import Compress, assert_one_line_error
 from tests.helpers.folders import draw_folder
 from tests.helpers.sweeps import without_seconds
 
@@ -236,19 +234,20 @@ def test_a_diverged_run_is_a_row_with_its_message(compress: Compress, tmp_path: 
 def test_a_killed_experiment_continues_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     settings = dict(width=4, depth=2, dataset_size=1000, num_epochs=12, batch_size=64, test_freq=3)
     row = run(tmp_path / "whole", **settings)
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "compress", "scaling", "run", *flags, "--dataset", "digits", "--base_dir",
-               str(tmp_path / "killed"), "--threads", "1", "--checkpoint_seconds", "0"]
     results = Results(tmp_path / "killed")
     checkpoint = results.unfinished(str(row["id"])) / experiment.CHECKPOINT
     chance = random.Random(0)
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        while not checkpoint.is_file():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_experiment, kwargs=settings | {"seed": 0, "dataset": "digits", "base_dir": tmp_path / "killed",
+                                                  "threads": 1, "checkpoint_seconds": 0})
+    process.start()
+    while not checkpoint.is_file():
+        assert process.is_alive()
+        time.sleep(0.01)
+    time.sleep(chance.uniform(0, 0.3))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert checkpoint.is_file() and not results.rows()
     again = run(tmp_path / "killed", **settings)
     assert again["id"] == row["id"] and not checkpoint.exists()

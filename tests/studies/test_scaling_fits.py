@@ -55,7 +55,7 @@ def test_power_laws_in_one_variable(variable: str) -> None:
 
 
 @given(st.sampled_from(["additive", "bounded", "kaplan", "overfitting"]), st.integers(0, 10_000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_derivatives_agree_with_differences(name: str, seed: int) -> None:
     data = planted(bounded())
     form, generator = forms(data)[name], np.random.default_rng(seed)
@@ -74,7 +74,7 @@ def test_huber_is_summed_and_turns_linear_at_delta() -> None:
     assert huber(np.zeros((2, 4)), 1.0).shape == (2,)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3)), 3])
 def test_the_fit_is_the_best_of_many_random_starts(seed: int) -> None:
     """Twelve noisy points, and scipy's L-BFGS-B from 40 places with the same sum of Huber losses."""
     generator = np.random.default_rng(seed)
@@ -101,7 +101,7 @@ def test_the_fit_is_the_best_of_many_random_starts(seed: int) -> None:
 
 
 @given(st.floats(-0.5, 0.5), st.integers(0, 1000))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_no_irreducible_loss_is_ever_negative(shift: float, seed: int) -> None:
     data = planted(lambda n, d: 3 * n**-0.1 + 2 * d**-0.1 + shift, 0.01, seed)
     for name in ("additive", "bounded"):
@@ -167,6 +167,21 @@ def coverage(name: str, law: Law, truth: dict[str, float], draws: int, first: in
     return inside
 
 
+@pytest.mark.parametrize("name,law,alpha", [("additive", additive(), 0.35), ("bounded", bounded(), 0.35)])
+def test_stated_intervals_are_as_wide_as_the_estimates_scatter(name: str, law: Law, alpha: float) -> None:
+    """A quick look at the coverage below: ten draws find intervals that are far too narrow or too wide."""
+    found = []
+    for seed in range(10):
+        data = planted(law, 0.02, seed)
+        best = fit(forms(data)[name], data)
+        column = best.form.inner.index("alpha")
+        found += profile(best, [lambda theta, column=column: theta[:, column]])  # type: ignore[misc]
+    assert sum(interval.contains(alpha) for interval in found) >= 8
+    half_widths = [(interval.high - interval.low) / 2 for interval in found]  # type: ignore[operator]
+    assert 1.3 < np.median(half_widths) / np.std([interval.value for interval in found], ddof=1) < 3.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name,law,truth", [
     ("additive", additive(), {"alpha": 0.35, "beta": 0.45}), ("bounded", bounded(), {"alpha": 0.35, "beta": 0.45}),
     ("overfitting", overfitting(), {"alpha": 0.35, "beta": 0.6, "gamma": 0.25})])
@@ -349,18 +364,21 @@ def test_observed_frontier_keeps_what_nothing_cheaper_undercuts() -> None:
     assert frontier.empirical_frontier(data).tolist() == [0, 2, 4]
 
 
-def test_predictions_hold_new_runs_about_as_often_as_they_say() -> None:
+@pytest.mark.parametrize(("draws", "mean", "run"), [
+    (8, (6, 8), (6, 8)), pytest.param(100, (89, 99), (89, 100), marks=pytest.mark.slow)])
+def test_predictions_hold_new_runs_about_as_often_as_they_say(draws: int, mean: tuple[int, int], run: tuple[int, int]
+                                                              ) -> None:
     law, inside_mean, inside_run = bounded(), 0, 0
     true = float(law(np.array([4e6]), np.array([1e5]))[0])
-    for seed in range(100):
+    for seed in range(draws):
         data = planted(law, 0.02, seed)
         found = predict(fit(forms(data)["bounded"], data), 4e6, 1e5)
         assert found.beyond == pytest.approx({"N": 4.0, "D": 2.0}) and found.mean[0] and found.run[0]
-        run = true * math.exp(0.02 * np.random.default_rng(10_000 + seed).normal())
+        loss = true * math.exp(0.02 * np.random.default_rng(10_000 + seed).normal())
         inside_mean += found.mean[0] <= true <= (found.mean[1] or math.inf)
-        inside_run += found.run[0] <= run <= (found.run[1] or math.inf)
+        inside_run += found.run[0] <= loss <= (found.run[1] or math.inf)
         assert found.run[0] < found.mean[0] < found.loss
-    assert 89 <= inside_mean <= 99 and 89 <= inside_run <= 100, (inside_mean, inside_run)
+    assert mean[0] <= inside_mean <= mean[1] and run[0] <= inside_run <= run[1], (inside_mean, inside_run)
 
 
 def test_inside_the_runs_a_prediction_is_no_extrapolation() -> None:
