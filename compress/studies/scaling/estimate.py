@@ -1,4 +1,4 @@
-"""What a plan comes to before it runs: its points, which of them are done, and how long the others will take."""
+"""Estimate a plan before it runs: print its points, their states, and the time that the unfinished points will take."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from compress.training.malloc import keep_freed_memory
 from compress.training.trackers import Tracker
 from metadata.errors import UserError
 
-TRIAL_IMAGES, TRIAL_SECONDS = 2048, 0.5  # of a calibration; one that is over sooner is done again, longer
+TRIAL_IMAGES, TRIAL_SECONDS = 2048, 0.5  # of a calibration; a shorter one is repeated with more epochs
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Images a second of one worker, in training and in measuring."""
+    """Images a second of one worker, in training and in measuring the test split."""
 
     training: float
     measuring: float
@@ -42,16 +42,16 @@ TrialShape = tuple[int, int, int]  # width, depth, batch_size
 
 
 def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> tuple[Study, dict[str, float]]:
-    """Prints a plan's points with their state and the time that they will take, which is returned too.
+    """Print the points of a plan with their states and times, and return the times.
 
-    The time comes from training each network for a few steps, by as many processes at once as the sweep will have. The
-    study's folders are made and the decoded images stay there for the sweep; no run is begun.
+    The times come from training each network for a few steps, in as many processes at once as the sweep will have. The
+    folders of the study are created, and the decoded images stay there for the sweep. No run is started.
 
     Returns:
-        The study, and seconds of one worker by the ids of the points that are left.
+        The study, and the seconds of one worker by the ids of the unfinished points.
 
     Raises:
-        UserError: see `open_study`; no workers.
+        UserError: see `open_study`; fewer than one worker.
     """
     study = open_study(plan, console)
     workers = check_workers(workers, plan.device)
@@ -81,7 +81,7 @@ def estimate(plan: SweepPlan, console: Console, workers: int | None = None) -> t
 
 
 def calibrate(task: PointTask, report: Report) -> Speed:
-    """Trains a point's network for a few steps by the engine's own loop, and measures it on a few test images."""
+    """Train the network of a point for a few steps with the real training loop, and measure it on a few test images."""
     keep_freed_memory()
     images, device = study_images.read(task.images_folder), experiment.chosen_device(task.device)
     size = min(len(images.train), max(TRIAL_IMAGES, 4 * task.point.batch_size))
@@ -109,12 +109,12 @@ def calibrate(task: PointTask, report: Report) -> Speed:
 
 @dataclass
 class _Speeds(Tracker):
-    """Keeps each epoch's images a second; the first is slower, while kernels are chosen."""
+    """A tracker that keeps the images a second of each epoch; the first epoch is slower, while kernels are chosen."""
 
     speeds: list[float] = field(default_factory=list)
 
     def epoch(self, label: str, **metrics: Any) -> None:
-        """Takes an epoch's speed."""
+        """Keep the speed of an epoch."""
         self.speeds.append(metrics["images_per_second"])
 
 
@@ -128,7 +128,7 @@ def _seconds(point: Point, images: StudyImages, speed: Speed) -> float:
 
 
 def _print_plan(console: Console, study: Study, states: dict[str, str], seconds: dict[str, float]) -> None:
-    """A line a configuration: its sizes, its seeds' states and their time together."""
+    """Print a line for each configuration: its sizes, the states of its seeds and their total time."""
     groups: dict[str, list[Point]] = {}
     for point in study.points:
         groups.setdefault(f"{point.shape} {point.batch_size} {point.test_freq}", []).append(point)

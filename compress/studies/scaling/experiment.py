@@ -1,6 +1,7 @@
-"""One experiment: a CNN of some width and depth on a subset of some size, trained to the end of its schedule.
+"""One experiment: train a CNN of a given width and depth on a subset of a given size, to the end of the schedule.
 
-The test split is measured along the way and nothing is chosen by it: no stopping, no best epoch, no rate.
+The test split is measured during the training, but nothing is chosen by it: not the epoch to stop at, not the epoch to
+keep, not the learning rate.
 """
 
 from __future__ import annotations
@@ -36,34 +37,34 @@ from metadata.locks import remove_leftovers
 from metadata.machine import usable_cores
 
 CHECKPOINT, METRICS = "checkpoint.pth", "metrics.csv"
-LAST = 5  # measured epochs of which the final figures are the mean
+LAST = 5  # the final figures are means over this number of measured epochs
 
 
 def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, width: int, depth: int, dataset_size: int,
                    *, dataset: str = "cifar10", data_root: Path | None = None, base_dir: Path = Path("."),
                    device: str = "auto", threads: int = 0, download: bool = False, checkpoint_seconds: float = 20.0,
                    console: Console | None = None) -> ResultRow:
-    """Runs one experiment, or what is left of it, and returns its row of base_dir/results/final_data.csv.
+    """Run one experiment, or continue an interrupted one, and return its row of base_dir/results/final_data.csv.
 
     Args:
-        seed: of the subset, the weights, the order and the augmentation.
-        batch_size: images a step; an epoch ends with what is left over.
+        seed: the seed of the subset, the initial weights, the order and the augmentation.
+        batch_size: images a step; the last batch of an epoch may be smaller.
         num_epochs: passes over the subset.
-        test_freq: epochs between looks at the test split; the last is always measured.
+        test_freq: measure the test split every this number of epochs, and after the last.
         width: channels of the first stage.
         depth: convolution blocks a stage.
-        dataset_size: training images, a subset drawn class by class.
-        dataset: see loaders/.
-        data_root: where its files are.
-        base_dir: results go to results/ below it.
+        dataset_size: the number of training images, a subset drawn class by class.
+        dataset: the name of the data set; see loaders/.
+        data_root: the folder that holds its files.
+        base_dir: results are written to results/ below this folder.
         device: "auto", "cpu" or "cuda".
         threads: CPU threads; 0 for all that the process may use.
-        download: let torchvision fetch a missing set.
-        checkpoint_seconds: time between checkpoints.
-        console: where progress goes; nowhere unless given.
+        download: let torchvision download a missing data set.
+        checkpoint_seconds: seconds between checkpoints.
+        console: progress is printed here; None prints nothing.
 
     Raises:
-        UserError: a size out of range, data that is not there or too few, or another process runs the same.
+        UserError: a size out of range, missing data, too few images, or the same experiment in another process.
     """
     point = make_point("scaling run", seed=seed, batch_size=batch_size, num_epochs=num_epochs, test_freq=test_freq,
                        width=width, depth=depth, dataset_size=dataset_size, dataset=set_name(dataset))
@@ -78,25 +79,25 @@ def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, 
 
 def run_point(point: Point, results: Results, images_folder: Path, device: torch.device, tracker: Tracker,
               checkpoint_seconds: float = 20.0, patience_seconds: float = 0.0) -> ResultRow:
-    """The same, with the images prepared.
+    """Run one experiment whose images are prepared, or continue an interrupted one.
 
     Args:
-        point: what to run.
-        results: where its files go.
-        images_folder: what `images.prepare` returned.
-        device: where.
-        tracker: what is told of progress; its folder is not used.
-        checkpoint_seconds: time between checkpoints.
-        patience_seconds: how long to wait for another process that runs the same.
+        point: the configuration.
+        results: the files of the study.
+        images_folder: the folder that `images.prepare` returned.
+        device: the device to train on.
+        tracker: reports progress; its folder is not used.
+        checkpoint_seconds: seconds between checkpoints.
+        patience_seconds: how long to wait for another process that runs the same point.
 
     Raises:
-        BusyError: another process still runs the same.
-        UserError: too few images, or a checkpoint that is damaged.
+        BusyError: another process still runs the same point.
+        UserError: too few images, or a damaged checkpoint.
     """
     with results.claimed(point.id, patience_seconds):
         before = results.rows().get(point.id)
         if before and before["status"] in OVER:
-            results.forget_progress(point.id)  # if the process was killed when the row had just been written
+            results.forget_progress(point.id)  # a process killed right after it wrote the row leaves them
             tracker.say(f"{point.id}: finished before")
             return dict(before)
         keep_freed_memory()
@@ -109,7 +110,7 @@ def run_point(point: Point, results: Results, images_folder: Path, device: torch
 
 
 def chosen_device(device: str) -> torch.device:
-    """Raises UserError if it is not to be had."""
+    """Return the device; raise UserError if it is not available."""
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {device!r}: expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -119,17 +120,17 @@ def chosen_device(device: str) -> torch.device:
 
 @dataclass
 class _Measured(Tracker):
-    """Keeps the epochs that were measured, and spares the others a write of the file."""
+    """A tracker that writes only the measured epochs."""
 
     outer: Tracker | None = None
 
     def epoch(self, label: str, **metrics: Any) -> None:
-        """Adds a measured epoch to metrics.csv."""
+        """Add a measured epoch to metrics.csv."""
         if "validation_loss" in metrics:
             super().epoch(label, **metrics)
 
     def progress(self, what: str, unit: str = "images") -> Any:
-        """As the outer tracker shows it."""
+        """Show progress as the outer tracker does."""
         assert self.outer
         return self.outer.progress(what, unit)
 
@@ -157,7 +158,7 @@ def _train(point: Point, results: Results, images: StudyImages, device: torch.de
              for entry in read_csv(folder / METRICS)]
     if curve:
         write_csv(results.curve(point.id), curve)
-    else:  # it diverged before it was measured
+    else:  # the training diverged before the first measurement
         write_atomically(results.curve(point.id), (",".join(CURVE) + "\n").encode())
     losses, accuracies = ([float(entry[key]) for entry in curve] for key in ("test_loss", "test_acc"))
     if status == "done":
@@ -169,7 +170,7 @@ def _train(point: Point, results: Results, images: StudyImages, device: torch.de
 
 
 def network(point: Point, images: StudyImages) -> ScalingCNN:
-    """The point's network with its first weights."""
+    """Return the network of a point with its initial weights."""
     with seeded(point.seed, "weights"):
         model = make("scaling_cnn", num_classes=images.card.num_classes, width=point.width, depth=point.depth,
                      in_channels=images.card.input_shape[0])
@@ -184,7 +185,7 @@ def data_of(point: Point, images: StudyImages, device: torch.device) -> Data:
 
 
 def facts(point: Point, images: StudyImages) -> ResultRow:
-    """What a row says of a point that need not be trained for it."""
+    """Return the columns of a row that are known before the training."""
     shape, classes = images.card.input_shape, images.card.num_classes
     parameters = _network_facts(point.width, point.depth, shape, classes)[0]
     steps = point.training.total_steps(point.dataset_size)
@@ -195,38 +196,38 @@ def facts(point: Point, images: StudyImages) -> ResultRow:
 
 
 def parameters_of(width: int, depth: int, images: StudyImages) -> int:
-    """N: weights, norms' scales and shifts, and biases; not the norms' statistics."""
+    """Return N: weights, biases, and scales and shifts of norms, without the running statistics of norms."""
     return _network_facts(width, depth, images.card.input_shape, images.card.num_classes)[0]
 
 
 def total_flops(point: Point, images: StudyImages) -> int:
-    """Floating-point operations of the convolutions and the matrix product in training, 2 a multiply-add.
+    """Return the floating-point operations of convolutions and matrix products in training, 2 a multiply-add.
 
-    For each image that is trained on (also in an epoch's last partial batch), a layer's forward pass, the gradient of its
-    weights and that of its input cost the same each; the first layer's input, the image, needs none. Measuring on the test
-    split is not in it. Source: what torch.utils.flop_counter counts.
+    For each training image, also in the last partial batch of an epoch, the forward pass of a layer, the gradient of its
+    weights and the gradient of its input cost the same. The input of the first layer is the image and needs no gradient.
+    Measuring the test split is not included. Source: agrees with torch.utils.flop_counter.
     """
     batch_size, steps = point.training.steps(0, point.dataset_size)
-    trained = min(point.dataset_size, batch_size * steps)  # one image alone that is left over is left out
+    trained = min(point.dataset_size, batch_size * steps)  # a last batch of one image is left out
     return trained * point.num_epochs * flops_an_image(point.width, point.depth, images.card.input_shape,
                                                        images.card.num_classes)
 
 
 def flops_an_image(width: int, depth: int, shape: tuple[int, int, int], classes: int) -> int:
-    """Of training on one image; see `total_flops`."""
+    """Return the floating-point operations of training on one image; see `total_flops`."""
     _, macs, first = _network_facts(width, depth, shape, classes)
     return 2 * (3 * macs - first)
 
 
 def measuring_flops(point: Point, images: StudyImages) -> int:
-    """Floating-point operations of looking at the test split, 2 a multiply-add."""
+    """Return the floating-point operations of all measurements of the test split, 2 a multiply-add."""
     _, macs, _ = _network_facts(point.width, point.depth, images.card.input_shape, images.card.num_classes)
     return 2 * macs * len(images.test) * point.training.measurements()
 
 
 @cache
 def _network_facts(width: int, depth: int, shape: tuple[int, int, int], classes: int) -> tuple[int, int, int]:
-    """Parameters, multiply-adds of one image's forward pass, and those of the first convolution."""
-    with torch.device("meta"):  # nothing is computed
+    """Return parameters, multiply-adds of the forward pass of one image, and those of the first convolution."""
+    with torch.device("meta"):  # allocates no memory and computes nothing
         model = make("scaling_cnn", num_classes=classes, width=width, depth=depth, in_channels=shape[0]).eval()
     return learned_parameters(model), count_macs(model, shape), count_macs(model.get_submodule("stage1.0.conv"), shape)

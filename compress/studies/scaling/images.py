@@ -1,6 +1,6 @@
-"""A study's images: decoded once, kept as arrays that all its processes map into memory, and the subsets of them.
+"""The images of a study: decoded once into arrays that all processes map into memory, and their subsets.
 
-Decoding the 60,000 files of an image folder takes longer than many a point's training.
+Decoding the 60,000 files of an image folder takes longer than the training of many points.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ SPLIT_NAMES = ("train", "test")
 
 @dataclass(frozen=True)
 class StudyImages:
-    """Both splits, (N, C, H, W) uint8 with channels last in memory, and what the set is."""
+    """Both splits, (N, C, H, W) uint8 with channels last in memory, and the card of the data set."""
 
     train: Split
     test: Split
     card: DatasetCard
 
     def check_size(self, dataset_size: int) -> None:
-        """Raises UserError if the training split has fewer images."""
+        """Raise UserError if the training split has fewer images."""
         if dataset_size > len(self.train):
             raise UserError(f"dataset_size {dataset_size:,}: {self.card.name} has {len(self.train):,} training images; "
                             "choose no more")
 
 
 def prepare(results: Results, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> Path:
-    """The folder with a set's decoded arrays below results/cache, written if it is not there.
+    """Return the folder of the decoded arrays below results/cache; decode the data set if the folder is missing.
 
     Raises:
-        UserError: the set cannot be opened, or the study's earlier results come from other images of the same name.
+        UserError: the data set cannot be opened, or earlier results of the study come from other images of the same name.
     """
     dataset = set_name(dataset)
     data_root = data_root.expanduser() if data_root else None
     cache = results.folder / "cache"
     cache.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(cache):  # one decodes, the others wait for it
+    with waiting_lock(cache):  # one process decodes, the others wait
         folder = cache / f"{dataset}-{_key(dataset, data_root)}"
         if not folder.is_dir():
             remove_leftovers(cache)
@@ -66,50 +66,50 @@ def prepare(results: Results, dataset: str, data_root: Path | None, download: bo
 
 
 def read(folder: Path) -> StudyImages:
-    """The arrays that `prepare` wrote; they stay on disk until they are looked at."""
+    """Return the arrays that `prepare` wrote, mapped into memory."""
     card = DatasetCard.model_validate(json.loads((folder / CARD).read_text()))
     train, test = (_mapped(folder, name) for name in SPLIT_NAMES)
     return StudyImages(train, test, card)
 
 
 def subset(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Indices of `size` images, sorted: each class has its share of them, to one image.
+    """Return the sorted indices of `size` images; each class has its share, to within one image.
 
-    With the same seed a larger subset holds a smaller one, so that curves over D differ by what was added.
+    With the same seed, a larger subset contains a smaller one, so that curves over D differ only by the added images.
 
     Args:
         labels: (N,) int64 of the whole split.
-        size: at most N.
-        seed: decides which images.
+        size: the size of the subset, at most N.
+        seed: the seed of the draw.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
-    place = torch.empty(len(labels), dtype=torch.float64)  # where in the order of all an image is, in [0, 1)
+    place = torch.empty(len(labels), dtype=torch.float64)  # position of an image in the order of all images, in [0, 1)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().view(-1)
         members = members[torch.randperm(len(members), generator=generator)]
         place[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    # The n-th images of all classes share a place where classes are equally large; chance says which class goes first.
+    # The n-th images of equally large classes share a position; a random permutation decides which class goes first.
     shuffled = torch.randperm(len(labels), generator=generator)
     order = shuffled[place[shuffled].argsort(stable=True)]
     return order[:size].sort().values
 
 
 def taken(split: Split, ids: Tensor) -> Split:
-    """The images with these indices; all of them are not copied."""
+    """Return the images with these indices; the whole split is returned without a copy."""
     if len(ids) == len(split):
         return split
     return Split(ArrayImages(split.images.batch(ids)), split.labels[ids])
 
 
 def _mapped(folder: Path, name: str) -> Split:
-    # Copy on write, because torch warns of arrays that cannot be written; nothing here writes.
+    # Copy on write, because torch warns about read-only arrays; nothing here writes.
     pixels = np.load(folder / f"{name}_images.npy", mmap_mode="c")  # (N, H, W, C)
     return Split(ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
                  torch.from_numpy(np.load(folder / f"{name}_labels.npy")))
 
 
 def _decode(folder: Path, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> None:
-    """Decodes a set; the folder appears when it is complete."""
+    """Decode a data set; the folder appears when it is complete."""
     with tracker.progress("reading images") as advance, flags_named():
         splits = load(Request(name=dataset, root=data_root, download=download, validation_fraction=0, on_progress=advance))
         for text in splits.warnings:
@@ -135,14 +135,15 @@ def _write_arrays(folder: Path, splits: Splits) -> None:
 
 
 def _check_same(results: Results, dataset: str, folder: Path) -> None:
-    """A point's id says the set's name, so one study has one set of a name."""
+    """Raise UserError if the study holds results of other images by this name: the id of a point has the name alone."""
     path = results.folder / KNOWN
     try:
         known = json.loads(path.read_text()) if path.is_file() else {}
         found = json.loads((folder / CARD).read_text())["fingerprint"]
         before = known.get(dataset)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} or {folder / CARD}: damaged; remove {folder} and, if it is that, {path}") from error
+        raise UserError(f"{path} or {folder / CARD}: damaged; remove {folder}, and {path} if that is the damaged file"
+                        ) from error
     if before not in (None, found):
         raise UserError(f"{results.folder} holds results of other images by the name {dataset} ({path}); choose another "
                         "--base_dir")
@@ -151,7 +152,7 @@ def _check_same(results: Results, dataset: str, folder: Path) -> None:
 
 
 def _key(dataset: str, root: Path | None) -> str:
-    """A hash that changes when the set's files do: their paths, sizes and times."""
+    """Return a hash of the paths, sizes and modification times of the files."""
     digest = hashlib.sha256(f"{dataset} {root.resolve() if root else ''}".encode())
     for path in sorted(_files(root)) if root else ():
         status = path.stat()
@@ -160,7 +161,7 @@ def _key(dataset: str, root: Path | None) -> str:
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """An image folder's files; of torchvision's sets, which may lie beside others, those up to three folders deep."""
+    """Return the files of an image folder, or of torchvision's sets those up to three folders deep."""
     patterns = ("train/*/*", "test/*/*", "val/*/*", "validation/*/*", "valid/*/*") if (root / "train").is_dir() else (
         "*", "*/*", "*/*/*")
     return (path for pattern in patterns for path in root.glob(pattern) if path.is_file())

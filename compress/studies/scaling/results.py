@@ -1,6 +1,6 @@
-"""The files of a study below base_dir/results: one table of all runs, a curve a run, checkpoints of those under way.
+"""The files of a study below base_dir/results: one table of all runs, a curve for each run, checkpoints of unfinished runs.
 
-Several processes, on several machines that share the folder, write the table; a process may be killed at any moment.
+Several processes, on several machines that share the folder, write the table. A process may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ COLUMNS = ("width", "depth", "seed", "batch_size", "N", "D", "epochs", "steps", 
            "final_test_loss_avg_last5", "final_test_acc_avg_last5", "best_test_loss", "best_test_acc",
            "id", "dataset", "test_freq", "status", "message", "seconds")
 CURVE = ("epoch", "train_loss", "train_acc", "test_loss", "test_acc")
-OVER = ("done", "diverged")  # the same configuration would come to the same; what failed is tried again
+OVER = ("done", "diverged")  # a repetition would give the same result; failed runs are retried
 
 ResultRow = dict[str, Any]
 
 
 class BusyError(UserError):
-    """Another process is working on the point."""
+    """Another process runs the point."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """Where a study's files are.
+    """The files of a study.
 
     Args:
-        base_dir: the study's folder; everything is in `results` below it.
+        base_dir: the folder of the study; all files are in `results` below it.
     """
 
     base_dir: Path
 
     @property
     def folder(self) -> Path:
-        """Of all of them."""
+        """The folder of all files."""
         return self.base_dir / "results"
 
     @property
     def table(self) -> Path:
-        """A row a run, in the columns COLUMNS."""
+        """The table: a row for each run, with the columns COLUMNS."""
         return self.folder / "final_data.csv"
 
     def curve(self, point: str) -> Path:
-        """A row a measured epoch of the run with this id, in the columns CURVE."""
+        """Return the curve of the run with this id: a row for each measured epoch, with the columns CURVE."""
         return self.folder / "runs" / f"{point}.csv"
 
     def unfinished(self, point: str) -> Path:
-        """The folder of a run that is not over."""
+        """Return the folder of an unfinished run."""
         return self.folder / "checkpoints" / point
 
     def create(self) -> None:
-        """Makes the folders.
+        """Create the folders.
 
         Raises:
-            UserError: base_dir is no folder or cannot be written.
+            UserError: base_dir is not a folder, or cannot be written.
         """
         for folder in (self.folder / "runs", self.folder / "checkpoints"):
             try:
@@ -74,22 +74,22 @@ class Results:
                                 "--base_dir") from error
 
     def rows(self) -> dict[str, dict[str, str]]:
-        """The table's rows by id, in their order.
+        """Return the rows of the table by id, in their order.
 
         Raises:
-            UserError: the file is no table of this kind.
+            UserError: the file is not a table of runs.
         """
         return _by_id(self.table, read_csv(self.table))
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Adds a run's row to the table, or puts it in the place of the one with its id.
+        """Add the row of a run to the table, or replace the row with the same id.
 
-        The whole table is written anew and takes the old one's place at once, while a lock is held that the system takes
-        from a process that dies: whoever is killed whenever, each row is there whole or not at all, and none is lost.
-        A row that says that a run failed does not replace one that says how it ended.
+        The whole table is written to a new file and renamed under a lock, and the system frees the lock when its process
+        dies. So a process may be killed at any moment: each row is complete or absent, and no row is lost. The row of a
+        failed run does not replace the row of a finished run.
         """
         with waiting_lock(self.table):
-            remove_leftovers(self.table.parent, self.table.name)  # alone: the lock is the table's
+            remove_leftovers(self.table.parent, self.table.name)  # safe, because this process holds the lock of the table
             rows: dict[str, Mapping[str, Any]] = dict(self.rows())
             before = rows.get(row["id"])
             if before is None or before["status"] not in OVER or row["status"] in OVER:
@@ -98,12 +98,12 @@ class Results:
 
     @contextmanager
     def claimed(self, point: str, patience_seconds: float = 0.0) -> Iterator[None]:
-        """The run with this id for this process alone; free again when the process ends, however it does.
+        """Reserve the run with this id for this process; the system frees the run when the process ends, even if killed.
 
-        A byte of one lock file stands for an id, so that no files of finished runs are left. A process can hold one run.
+        Each id locks one byte of a single lock file, so that finished runs leave no files. A process can hold one run.
 
         Raises:
-            BusyError: another process held it for so many seconds.
+            BusyError: another process still holds the run after `patience_seconds`.
         """
         place = int.from_bytes(hashlib.sha256(point.encode()).digest()[:5], "big")
         deadline = time.monotonic() + patience_seconds
@@ -115,7 +115,7 @@ class Results:
             yield
 
     def forget_progress(self, point: str) -> None:
-        """Removes what a run that is over does not need any more."""
+        """Remove the files that a finished run no longer needs."""
         shutil.rmtree(self.unfinished(point), ignore_errors=True)
 
 
@@ -125,7 +125,7 @@ def _by_id(path: Path, rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
             raise UserError(f"{path} line {number}: expected a table of runs with the columns id and status, {missing[0]} "
                             "is missing; move the file away, or choose another --base_dir")
         if None in row:
-            raise UserError(f"{path} line {number}: more cells than the header has columns; mend the line, or move the "
+            raise UserError(f"{path} line {number}: more cells than the header has columns; correct the line, or move the "
                             "file away")
     return {row["id"]: row for row in rows}
 
@@ -133,6 +133,6 @@ def _by_id(path: Path, rows: list[dict[str, str]]) -> dict[str, dict[str, str]]:
 def _locked_byte(lock: IO[str], place: int) -> bool:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-    except (BlockingIOError, PermissionError):  # both are how a system says that another process holds it
+    except (BlockingIOError, PermissionError):  # systems use either to say that another process holds the lock
         return False
     return True

@@ -1,4 +1,4 @@
-"""Running a plan: what is done is skipped, the longest points go first, and one that fails is a row like any other."""
+"""Run a plan: skip finished points, start with the longest, and record a failed point as a row like any other."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from loaders.catalog import set_name
 from metadata.errors import UserError
 from metadata.machine import usable_cores
 
-PATIENCE_SECONDS = 300.0  # on Ray: for the process of a lost machine to notice that it is lost
+PATIENCE_SECONDS = 300.0  # on Ray: time for the process of a lost machine to end
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointTask:
-    """A point, and where everything is; what a worker process is sent."""
+    """A point and its paths, as sent to a worker process."""
 
     point: Point
     base_dir: Path
@@ -42,7 +42,7 @@ class PointTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """An opened plan: its points in the plan's order, and its images."""
+    """An opened plan: its points, in the order of the plan, and its images."""
 
     plan: SweepPlan
     results: Results
@@ -51,12 +51,12 @@ class Study:
     points: list[Point]
 
     def task(self, point: Point) -> PointTask:
-        """What a worker needs for a point."""
+        """Return the task of a point."""
         return PointTask(point=point, base_dir=self.plan.base_dir.resolve(), images_folder=self.images_folder.resolve(),
                          device=self.plan.device, checkpoint_seconds=self.plan.checkpoint_seconds)
 
     def states(self) -> dict[str, str]:
-        """Id to done, diverged, failed, begun or to do."""
+        """Return the state of each point by id: done, diverged, failed, begun or to do."""
         rows = self.results.rows()
 
         def state(point: Point) -> str:
@@ -66,23 +66,23 @@ class Study:
         return {point.id: state(point) for point in self.points}
 
     def cost(self, point: Point) -> float:
-        """About how long a point takes, in arbitrary units; narrow networks cost more than they compute."""
+        """Return the approximate time of a point in arbitrary units; narrow networks take longer than their FLOPs say."""
         work = experiment.total_flops(point, self.images) + experiment.measuring_flops(point, self.images)
         return work * (1 + 16 / point.width)
 
 
 def open_study(plan: SweepPlan, console: Console) -> Study:
-    """Decodes the images if need be, and expands the plan; everything that is wrong with it is found here.
+    """Decode the images if necessary, and expand the plan; find every mistake in it.
 
     Raises:
-        UserError: an unknown data set or one that is not there, a base_dir that cannot be written, more images than there
-            are, a device that is not there, or a constant compute that no epochs meet.
+        UserError: an unknown or missing data set, a base_dir that cannot be written, more images than the set has, an
+            unavailable device, or a constant compute that no number of epochs meets.
     """
     experiment.chosen_device(plan.device)
     plan = plan.changed(dataset=set_name(plan.dataset))
     results = Results(plan.base_dir)
     results.create()
-    results.rows()  # a damaged table is found now
+    results.rows()  # finds a damaged table now
     folder = study_images.prepare(results, plan.dataset, plan.data_root, plan.download, Tracker(console))
     images = study_images.read(folder)
     points = plan.points(lambda width, depth: experiment.parameters_of(width, depth, images))
@@ -92,10 +92,10 @@ def open_study(plan: SweepPlan, console: Console) -> Study:
 
 
 def check_workers(workers: int | None, device: str) -> int:
-    """How many processes there will be: as many as asked for, or one a core, or one on a GPU.
+    """Return the number of worker processes: the given number, else one a core, or one on a GPU.
 
     Raises:
-        UserError: none, or a device that is not there.
+        UserError: fewer than one, or an unavailable device.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: expected 1 or more")
@@ -107,20 +107,20 @@ def check_workers(workers: int | None, device: str) -> int:
 
 
 def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray: str | None = None) -> list[ResultRow]:
-    """Runs what is left of a plan, and returns the rows of all its points that have one.
+    """Run the unfinished points of a plan, and return the rows of all points that have one.
 
     Args:
-        plan: what to run.
-        console: where progress goes.
-        workers: processes on this machine; one a core unless given, and one on a GPU.
-        ray: a Ray cluster's address, or "local", instead.
+        plan: the plan.
+        console: progress is printed here.
+        workers: processes on this machine; None: one a core, or one on a GPU.
+        ray: the address of a Ray cluster, or "local", instead of processes.
 
     Raises:
-        UserError: see `open_study`; no workers, or both kinds; Ray is not installed or not there.
+        UserError: see `open_study`; fewer than one worker, both workers and Ray, Ray not installed, or no cluster.
         BusyError: another sweep still runs some of the points.
     """
     if workers is not None and ray is not None:
-        raise UserError("--workers and --ray: one of them; a Ray cluster has its own processes")
+        raise UserError("--workers and --ray: pass one of them; a Ray cluster has its own processes")
     workers = check_workers(workers, plan.device)
     study = open_study(plan, console)
     states = study.states()
@@ -146,7 +146,7 @@ def run_sweep(plan: SweepPlan, console: Console, workers: int | None = None, ray
 
 
 def work(task: PointTask, report: Report) -> ResultRow:
-    """Runs a point in a worker process; one that another process runs comes back with the status busy."""
+    """Run a point in a worker process; return the status busy if another process runs the same point."""
     try:
         return experiment.run_point(task.point, Results(task.base_dir), task.images_folder,
                                     experiment.chosen_device(task.device), _Reporting(Console(quiet=True), report=report),
@@ -157,20 +157,20 @@ def work(task: PointTask, report: Report) -> ResultRow:
 
 @dataclass
 class _Reporting(Tracker):
-    """Passes on what share of the training is done."""
+    """A tracker that reports the fraction of the training that is done."""
 
     report: Report = field(default=lambda share: None)
 
     @contextmanager
     def progress(self, what: str, unit: str = "images") -> Iterator[Advance]:
-        """Yields a function that tells the parent process."""
+        """Yield a function that reports to the parent process."""
         def advance(done: int, total: int, note: str = "") -> None:
             self.report(done / max(total, 1))
         yield advance
 
 
 class _Board:
-    """What a person sees of a sweep: a bar with the time left where there is a terminal, and a line a finished point."""
+    """The display of a sweep: a line for each finished point and, on a terminal, a bar with the time left."""
 
     def __init__(self, study: Study, points: Sequence[Point], console: Console) -> None:
         self.study, self.console, self.count = study, console, len(points)
@@ -178,7 +178,7 @@ class _Board:
         self.total = sum(self.costs.values())
         self.shares: dict[str, float] = dict.fromkeys(self.costs, 0.0)
         self.over = 0
-        self.busy: list[Point] = []  # another sweep's
+        self.busy: list[Point] = []  # run by another sweep
         self.start = time.monotonic()
         self.bars = Progress(TextColumn("{task.fields[points]}"), BarColumn(24), TextColumn("{task.percentage:>3.0f} %"),
                              TimeRemainingColumn(), TextColumn("left"), console=console, transient=True,
@@ -186,7 +186,7 @@ class _Board:
 
     @contextmanager
     def shown(self) -> Iterator[_Board]:
-        """Shows the bar inside."""
+        """Show the bar within the block."""
         self.bar = self.bars.add_task("sweep", total=1.0, points=f"0/{self.count} points")
         if not self.console.is_terminal:
             yield self
@@ -195,12 +195,12 @@ class _Board:
             yield self
 
     def progress(self, task: PointTask, share: float) -> None:
-        """A point has come so far."""
+        """Take the progress of a point."""
         self.shares[task.point.id] = share
         self._update()
 
     def outcome(self, outcome: TaskOutcome[PointTask, ResultRow]) -> None:
-        """A point is over: a row of its own if it failed, and a line."""
+        """Take the outcome of a point: record a row if the point failed, and print a line."""
         point = outcome.task.point
         row = outcome.result
         if row is None:
@@ -234,14 +234,14 @@ class _Board:
 
 
 def duration(seconds: float) -> str:
-    """Such as 45 s, 12 min or 1 h 05 min."""
+    """Format a duration, such as 45 s, 12 min or 1 h 05 min."""
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 60 else (
         f"{minutes // 60} h {minutes % 60:02d} min")
 
 
 def print_rows(console: Console, rows: Sequence[ResultRow]) -> None:
-    """The sweep's table: a line a configuration, the mean over its seeds; failed and diverged runs below it."""
+    """Print a line for each configuration with the mean over its seeds, then the failed and diverged runs."""
     groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         if row["status"] == "done":
