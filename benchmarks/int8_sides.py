@@ -18,7 +18,7 @@ from compress.evaluation.runtimes import compile_for_openvino, import_openvino
 from compress.packaging.export import export
 from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth
 from compress.quantization.static import Calibration, StaticSettings, quantize_static
-from loaders.arrays import Splits
+from loaders.splits import Splits
 
 CALIBRATION = 64  # images
 

@@ -32,7 +32,7 @@ from compress.quantization.static import Calibration, StaticSettings, quantize_s
 from compress.training.assessment import accuracy_of
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
-from loaders.arrays import Split, Splits
+from loaders.splits import Split, Splits
 from loaders.catalog import load
 from loaders.request import Request
 from metadata.errors import UserError

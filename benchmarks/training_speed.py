@@ -35,7 +35,8 @@ from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
-from loaders.arrays import ArrayImages, Split, Splits
+from loaders.arrays import ArrayImages
+from loaders.splits import Split, Splits
 from loaders.augment import Affine, Augmenter
 from loaders.catalog import load
 from loaders.images import normalize

@@ -1,1 +1,1 @@
-"""Bytes on disk -> `Splits(train, validation, test, card)`. Imports metadata alone."""
+"""Data sets: from bytes on disk to `Splits(train, validation, test, card)`. Imports only `metadata`."""

@@ -1,7 +1,7 @@
 """Augmentation of a whole batch at once: (N, C, H, W) uint8 -> (N, C, size, size) uint8.
 
-What happens to a sample is a function of (seed, view, sample id) and of nothing else: not of the batch it is in, nor of
-the order of arrival. That is what lets teacher outputs be cached and interrupted runs continue exactly.
+The augmentation of a sample depends only on (seed, view, sample id), not on its batch or the order of samples. So teacher
+outputs can be cached, and interrupted runs continue exactly.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from loaders.arrays import Splits
+from loaders.splits import Splits
 from loaders.images import normalize
 
-# Uniform numbers a sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
+# Uniform random numbers for each sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
 DRAWS = 12
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
-    """A seed for one purpose, independent of those for others."""
+    """Return a seed for one purpose, independent of the seeds for other purposes."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:7], "big")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine:
-    """How far an affine augmentation may go, to either side.
+    """The limits of the affine augmentation, in both directions.
 
     Args:
-        degrees: of rotation.
-        scale: share of the size, of height and width apart.
-        shear: share of the height by which the top is moved aside.
+        degrees: rotation.
+        scale: relative change of the height and, independently, of the width.
+        shear: sideways shift of the top as a fraction of the height.
         shift: pixels.
     """
 
@@ -48,7 +48,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Strength:
-    """Settings of the augmentations: (H, W) of the result, padding of the crop in pixels, and how far affine goes."""
+    """Settings of the augmentations: (H, W) of the result, padding of the crop in pixels, and limits of affine."""
 
     size: tuple[int, int]
     padding: int
@@ -56,9 +56,9 @@ class Strength:
 
 
 def crop(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """A random window, after `padding` black pixels on each side where the image is no larger than that."""
+    """Take a random window; first add `padding` black pixels on each side if the image is no larger than the window."""
     height, width = strength.size
-    images = images.permute(0, 2, 3, 1)  # (N, H, W, C), so that a window's row is one piece of memory
+    images = images.permute(0, 2, 3, 1)  # (N, H, W, C), so that the row of a window is contiguous
     if images.shape[1] <= height and images.shape[2] <= width and strength.padding:
         images = F.pad(images, (0, 0, *(strength.padding,) * 4))
     top = (draws[:, 0] * (images.shape[1] - height + 1)).long()
@@ -68,7 +68,7 @@ def crop(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
 
 
 def windows_by_pixel(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """(N, H, W, C) -> (N, height, width, C), a window of each image, pixel by pixel."""
+    """Take a window of each image, pixel by pixel: (N, H, W, C) -> (N, height, width, C)."""
     rows = top[:, None] + torch.arange(height, device=images.device)  # (N, height)
     columns = left[:, None] + torch.arange(width, device=images.device)  # (N, width)
     samples = torch.arange(len(images), device=images.device)
@@ -76,7 +76,7 @@ def windows_by_pixel(images: Tensor, top: Tensor, left: Tensor, height: int, wid
 
 
 def windows_by_row(images: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """The same, row by row: numpy copies whole rows of a window, torch's indexing single bytes."""
+    """Take the same windows row by row: NumPy copies whole rows, where indexing in torch copies single bytes."""
     channels = images.shape[3]
     rows = images.contiguous().flatten(2).numpy()  # (N, H, W * C)
     windows = sliding_window_view(rows, (height, width * channels), (1, 2))[:, :, ::channels]
@@ -85,12 +85,12 @@ def windows_by_row(images: Tensor, top: Tensor, left: Tensor, height: int, width
 
 
 def flip(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """Mirrors half of the images."""
+    """Mirror a random half of the images."""
     return _mirrored(images, draws[:, 2] < 0.5)
 
 
 def alternating_flip(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """Mirrors a random half of the images in even views, and the other half in odd ones, so that all is seen sooner.
+    """Mirror a random half of the images in even views and the other half in odd views, so that two views show all.
 
     Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", section 3.6.
     """
@@ -102,7 +102,7 @@ def _mirrored(images: Tensor, which: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """Blackens a square of half the image's side around a random point. Source: DeVries and Taylor 2017."""
+    """Blacken a square of half the side of the image around a random point. Source: DeVries and Taylor 2017."""
     height, width = images.shape[2:]
     radius = min(height, width) // 4
     rows = torch.arange(height, device=images.device) - (draws[:, 3:4] * height).long()  # (N, H)
@@ -112,13 +112,13 @@ def cutout(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
 
 
 def affine(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """Rotates, scales, shears and shifts, with bilinear interpolation and black outside."""
+    """Rotate, scale, shear and shift, with bilinear interpolation and black borders."""
     limits = strength.affine
     height, width = images.shape[2:]
     angle, wide, high, shear, across, down = (2 * draws[:, 6:12] - 1).unbind(1)  # each in [-1, 1)
     angle, shear = angle * math.radians(limits.degrees), shear * limits.shear
     cos, sin, wide, high = torch.cos(angle), torch.sin(angle), 1 + wide * limits.scale, 1 + high * limits.scale
-    # Where each pixel of the result comes from, in coordinates from -1 to 1: (N, 2, 3).
+    # The source of each pixel of the result, in coordinates from -1 to 1: (N, 2, 3).
     theta = torch.stack([torch.stack([cos * wide, (cos * shear - sin) * high, across * 2 * limits.shift / width], 1),
                          torch.stack([sin * wide, (sin * shear + cos) * high, down * 2 * limits.shift / height], 1)], 1)
     grid = F.affine_grid(theta, [len(images), 1, height, width], align_corners=False)
@@ -132,15 +132,15 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor, Strength], Tensor]] = {
 
 @dataclass(kw_only=True)
 class Augmenter:
-    """Augments batches of a split of `samples` images.
+    """Augment batches of a split of `samples` images.
 
     Args:
-        names: of AUGMENTATIONS, in the order in which they are applied.
-        size: (H, W) of the result; images that no random crop brought to it are cropped centrally.
-        padding: of the crop, in pixels.
-        seed: of every draw.
-        samples: length of the split.
-        affine: how far the affine augmentation goes.
+        names: names in AUGMENTATIONS, in the order of application.
+        size: (H, W) of the result; images of another size are cropped at the centre.
+        padding: padding of the crop, in pixels.
+        seed: the seed of all draws.
+        samples: the length of the split.
+        affine: the limits of the affine augmentation.
     """
 
     names: list[str]
@@ -152,7 +152,7 @@ class Augmenter:
     _draws: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
 
     def __call__(self, images: Tensor, ids: Tensor, view: int) -> Tensor:
-        """Augments (B, C, H, W) uint8 images of the samples `ids` (B,), as view number `view` of them."""
+        """Augment (B, C, H, W) uint8 images of the samples `ids` (B,) as view number `view`."""
         if self.names:
             draws = self._draws_of(view, images.device)[ids.to(images.device)]
             strength = Strength(self.size, self.padding, self.affine)
@@ -171,15 +171,16 @@ class Augmenter:
 
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """The central window, as `loaders.images.decode_image` takes it."""
+    """Return the central window, the same as `loaders.images.decode_image` takes."""
     top, left = round((images.shape[2] - size[0]) / 2), round((images.shape[3] - size[1]) / 2)
     return images[:, :, top:top + size[0], left:left + size[1]]
 
 
 def examples(splits: Splits, count: int, seed: int = 0) -> Tensor:
-    """So many training images at most, drawn at random: (N, C, H, W) float32, preprocessed, on the CPU.
+    """Return at most `count` training images drawn at random: (N, C, H, W) float32, preprocessed, on the CPU.
 
-    Files are read larger than a network sees them, so that training can shift its window; here it is the central one.
+    Training images are decoded larger than the input of the network, to leave room for random crops; here the crop is
+    central.
     """
     images = splits.train.images.batch(splits.train.sample(count, seed)).cpu()
     return normalize(center_crop(images, splits.card.input_shape[1:]), splits.card.preprocessing).contiguous()

@@ -1,6 +1,6 @@
-"""Bytes on disk -> `Splits(train, validation, test, card)`. `load(name, ...)` opens a data set; one set (or kind) a file.
+"""The known data sets: `load(request)` opens one. Each file in `loaders/sets/` holds one data set or format.
 
-A data-set file defines `SETS`, a literal dict from a set's name to a function `(Request) -> Splits`.
+A data-set file defines `SETS`, a dict from the name of a data set to a function `(Request) -> Splits`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import pkgutil
 from collections.abc import Callable
 
 import loaders.sets
-from loaders.arrays import Splits
+from loaders.splits import Splits
 from loaders.request import Request
 from metadata.closest import closest, spelled
 from metadata.errors import UserError
 
+
 def sets() -> dict[str, Callable[[Request], Splits]]:
-    """The known data sets by name, from every file in this folder."""
+    """Return the known data sets by name, from every file in `loaders/sets/`."""
     found: dict[str, Callable[[Request], Splits]] = {}
     for module in pkgutil.iter_modules(loaders.sets.__path__):
         found |= importlib.import_module(f"loaders.sets.{module.name}").SETS
@@ -24,16 +25,16 @@ def sets() -> dict[str, Callable[[Request], Splits]]:
 
 
 def set_name(name: str) -> str:
-    """The project's own spelling of a data set's name, `CIFAR-10` for `cifar10`; any other name as it is."""
+    """Return the canonical spelling of a data set's name, such as `cifar10` for `CIFAR-10`; other names are kept."""
     return spelled(name, sets())
 
 
 def load(request: Request) -> Splits:
-    """Opens a data set.
+    """Open a data set.
 
     Raises:
-        UserError: unknown name (with the closest match), missing or malformed files, or fewer or more classes than
-            the request expects.
+        UserError: an unknown name (with the closest match), missing or malformed files, or a number of classes other
+            than that of the request.
     """
     known = sets()
     if request.name not in known:

@@ -1,4 +1,4 @@
-"""Image files on disk -> uint8 arrays -> the model's input."""
+"""Read image files: from disk to uint8 arrays to the input of a model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """Lists an image folder, `<folder>/<class>/<image>`: the sorted class names, and (path, class index) in order.
+    """List an image folder, `<folder>/<class>/<image>`: return the sorted class names, and (path, class index) in order.
 
     Raises:
-        UserError: no folder, no classes, or a class without images.
+        UserError: a missing folder, no classes, or a class without images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -40,10 +40,10 @@ def list_images(folder: str | Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 
 def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Decodes, converts, resizes and crops an image file: (C, H, W) uint8. Same pixels as torchvision's transforms.
+    """Decode, convert, resize and crop an image file: (C, H, W) uint8, the same pixels as torchvision's transforms.
 
     Raises:
-        UserError: not an image, cut short, or smaller than the crop.
+        UserError: the file is not an image, is truncated, or is smaller than the crop.
     """
     from PIL import Image, UnidentifiedImageError
     try:
@@ -67,20 +67,20 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(N, C, H, W) uint8 -> float32, scaled to [0, 1], mean taken off, divided by std."""
+    """Scale to [0, 1], subtract the mean, divide by std: (N, C, H, W) uint8 -> float32."""
     import torch
     layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
     mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1).expand(1, *images.shape[1:])
                  .contiguous(memory_format=layout) for values in (preprocessing.mean, preprocessing.std))
-    # As large as an image, because subtracting three numbers from every three is ten times slower than from a row.
+    # Expanded to the size of an image, because broadcasting over channels that lie last in memory is ten times slower.
     return images.float().div_(255).sub_(mean).div_(std)
 
 
 def read_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:
-    """(N, C, H, W) float32, decoded and normalised.
+    """Decode and normalize image files: (N, C, H, W) float32.
 
     Raises:
-        UserError: an image is unreadable, or the images differ in size.
+        UserError: an unreadable image, or images of different sizes.
     """
     arrays = [decode_image(path, preprocessing) for path in paths]
     for path, array in zip(paths, arrays, strict=True):

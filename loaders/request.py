@@ -1,4 +1,4 @@
-"""What a caller asks of `loaders.catalog.load`."""
+"""The request for a data set, as `loaders.catalog.load` takes it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a caller asks of `loaders.load`.
+    """A request for a data set.
 
     Args:
         name: the data set.
-        root: where its files are, for the sets that have files.
-        download: fetch a missing set (torchvision's); never done unasked.
-        validation_fraction: share of the training split that is held out, class by class; 0 leaves validation empty,
-            except where a folder gives it apart.
-        seed: decides which images are held out.
+        root: the folder of its files, for data sets that have files.
+        download: download a missing data set through torchvision; never done without this.
+        validation_fraction: fraction of the training split that is held out, class by class; 0 leaves validation empty,
+            unless the data set has a validation folder.
+        seed: the seed of the choice of held-out images.
         num_classes: refuse a folder with another number of classes.
-        preprocessing: replaces keys of the set's own preprocessing.
-        skip_unreadable: leave damaged images out and count them, instead of stopping at the first.
-        memory_limit_gb: decoded sets above this stream from disk.
-        workers: threads or processes that decode.
+        preprocessing: replaces keys of the preprocessing of the data set.
+        skip_unreadable: skip and count damaged images, instead of stopping at the first.
+        memory_limit_gb: stream data sets from disk that are larger than this when decoded.
+        workers: the number of threads or processes that decode.
         on_progress: called with (done, total) while images are decoded.
-        channels: 3 repeats the pixels of a grey set; an RGB set is not turned into a grey one.
-        image_size: side of the model's square input; the set's own resize keeps its proportion to the crop.
+        channels: 3 repeats the channel of a grey data set; an RGB data set cannot become grey.
+        image_size: side of the square input of the model; resize keeps its proportion to the crop.
     """
 
     name: str

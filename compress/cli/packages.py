@@ -32,7 +32,7 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
     Original image files are copied. Images that have none are written as PNG.
     """
     from compress.training.trackers import Tracker, terminal
-    from loaders.arrays import write_image_folder
+    from loaders.splits import write_image_folder
     from loaders.catalog import load
     from loaders.request import Request
     from metadata.errors import UserError

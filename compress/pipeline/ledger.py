@@ -17,7 +17,7 @@ from compress.evaluation.runtimes import Runtime, EvaluationSettings, answering,
 from compress.evaluation.submission import open_submission, read_submission
 from compress.pipeline.stage import Artifact, ONNX, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
 from compress.training.trackers import Tracker
-from loaders.arrays import Splits
+from loaders.splits import Splits
 from metadata.machine import torch_threads
 from metadata.records import DatasetCard, LedgerRow
 

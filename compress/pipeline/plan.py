@@ -12,7 +12,7 @@ from compress.pipeline.config import DataConfig, RunConfig
 from compress.pipeline.stage import KINDS, Sketch, Stage, signature, stage_class
 from compress.settings import settings_error
 from compress.training.trackers import Tracker
-from loaders.arrays import Splits
+from loaders.splits import Splits
 from loaders.catalog import load
 from loaders.request import Request
 from metadata.errors import UserError

@@ -23,7 +23,7 @@ from compress.training.data import Data, check_sizes, training_data
 from compress.training.precision import usable
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
-from loaders.arrays import Splits
+from loaders.splits import Splits
 from loaders.augment import examples
 from metadata.closest import closest
 from metadata.errors import UserError

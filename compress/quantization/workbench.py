@@ -24,7 +24,7 @@ from compress.quantization.portability import verify_portability
 from compress.quantization.saturation import Backend
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layer_weights, layers_of, quantize_static
 from compress.training.assessment import interleaved_times
-from loaders.arrays import Split
+from loaders.splits import Split
 from loaders.images import normalize
 from metadata.files import write_atomically
 from metadata.schemas import Preprocessing

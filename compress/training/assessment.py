@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.evaluation.measure import measure_latency
 from compress.training.precision import autocast
-from loaders.arrays import Split
+from loaders.splits import Split
 from loaders.images import normalize
 from metadata.schemas import Preprocessing
 

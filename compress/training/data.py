@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.training.mixup import Batch
 from compress.training.settings import Augmentation, TrainingSettings
-from loaders.arrays import Split
+from loaders.splits import Split
 from loaders.augment import Affine, Augmenter, derive_seed
 from loaders.images import normalize
 from metadata.errors import UserError

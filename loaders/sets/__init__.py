@@ -1,1 +1,1 @@
-"""Data sets, one (or one format) a file: `SETS` maps a set's name to a function from `Request` to `Splits`."""
+"""Data sets, one data set or format a file: `SETS` maps a name to a function from `Request` to `Splits`."""

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from loaders.arrays import Splits, array_splits, hold_out
+from loaders.splits import Splits, array_splits, hold_out
 from loaders.request import Request
 from metadata.records import dataset_cards
 
 
 def digits(request: Request) -> Splits:
-    """Loads the digits, as RGB unless asked for one channel; a fixed fifth (359 images) is the test split.
+    """Load the digits, as RGB unless the request is for one channel. A fixed fifth (359 images) is the test split.
 
-    The test split is the same whatever the seed.
+    The test split does not depend on the seed.
     """
     from sklearn.datasets import load_digits
 

@@ -1,4 +1,4 @@
-"""Any image folder: root/train/<class>/<image>, with root/test or root/val (and both, if validation is given apart)."""
+"""Image folders: root/train/<class>/<image>, with root/test or root/val; with both, root/val is the validation split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from loaders.arrays import FileImages, Split, Splits, fingerprint, hold_out, in_memory, preprocessing_for
+from loaders.arrays import FileImages, in_memory
+from loaders.splits import Split, Splits, fingerprint, hold_out, preprocessing_for
 from loaders.images import decode_image, list_images
 from loaders.request import Request
 from metadata.errors import UserError
@@ -16,26 +17,26 @@ from metadata.records import DatasetCard, dataset_cards
 from metadata.schemas import Preprocessing
 
 
-Files = list[tuple[Path, int]]  # with the class's index
+Files = list[tuple[Path, int]]  # with the index of the class
 
 
 def image_folder(request: Request) -> Splits:
-    """Opens an image folder with ImageNet preprocessing unless the request says otherwise."""
+    """Open an image folder, with ImageNet preprocessing unless the request changes it."""
     return folder_splits(request, "image_folder", dataset_cards()["image_folder"]["preprocessing"])
 
 
 def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) -> Splits:
-    """Splits of root/train and root/test (or root/val); validation is held out of train unless both are there.
+    """Return the splits of root/train and root/test or root/val; hold validation out of train unless both exist.
 
     Raises:
-        UserError: a folder is missing or empty, a class has no images, class lists differ, or an image is damaged.
+        UserError: a missing or empty folder, a class without images, different class lists, or a damaged image.
     """
     root = request.root
     if root is None:
         raise UserError(f"data.root is not set: {name} needs a folder with train/<class>/<image> and test/ or val/ "
                         "beside it; pass data.root=DIR")
     if not (root / "train").is_dir():
-        raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>, there is no such folder")
+        raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>; there is no such folder")
     test_folder, validation_folder = _test_and_validation(root)
     classes, train = list_images(root / "train")
     for folder in filter(None, (test_folder, validation_folder)):
@@ -47,31 +48,31 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) ->
 
 def file_splits(request: Request, name: str, preprocessing: dict[str, Any], classes: list[str], train: Files, test: Files,
                 validation: Files | None = None, test_folder: Path | None = None) -> Splits:
-    """Splits of image files below `request.root`.
+    """Return the splits of image files below `request.root`.
 
     Args:
-        request: what the caller asks.
-        name: of the set.
-        preprocessing: the set's own.
+        request: the request of the caller.
+        name: the name of the data set.
+        preprocessing: the preprocessing of the data set.
         classes: sorted names.
         train: files and the indices of their classes.
-        test: the same.
-        validation: the same; held out of train unless it is given.
-        test_folder: an image folder that holds the files of `test` and no others, where there is one.
+        test: the same for the test split.
+        validation: the same for the validation split; None holds it out of train.
+        test_folder: an image folder that holds exactly the files of `test`, if there is one.
 
     Raises:
-        UserError: an image is damaged, or skipping those that are leaves a class without any.
+        UserError: a damaged image, or a class that has only damaged images.
     """
-    assert request.root is not None, "files lie somewhere"
+    assert request.root is not None, "files have a folder"
     settings = preprocessing_for(request, preprocessing)
     warnings: list[str] = []
-    train_settings = settings  # room for the random crop, where the resized image is larger than the crop
+    train_settings = settings  # leaves room for the random crop if the resized image is larger
     if settings.resize and settings.crop and settings.resize > settings.crop:
         train_settings = settings.model_copy(update={"crop": settings.resize})
     if validation is None:
         kept, held = hold_out(torch.tensor([label for _, label in train]), request.validation_fraction, request.seed)
         train, validation = [train[i] for i in kept.tolist()], [train[i] for i in held.tolist()]
-    # Test images are looked at now, though not used: a damaged one must not stop the run after hours of training.
+    # Decode the test images now, though they are not used: a damaged one must not stop the run after hours of training.
     listed, test = len(test), _usable(test, settings, request, warnings)
     if request.skip_unreadable:
         train = _usable(train, train_settings, request, warnings)
@@ -92,15 +93,15 @@ def _test_and_validation(root: Path) -> tuple[Path, Path | None]:
     if (root / "test").is_dir():
         return root / "test", validation
     if validation is None:
-        raise UserError(f"data.root {root}: expected a test split in {root}/test or {root}/val, there is neither")
-    return validation, None  # the only other split is the test split; validation comes out of train
+        raise UserError(f"data.root {root}: expected a test split in {root}/test or {root}/val; there is neither")
+    return validation, None  # root/val is the test split; validation is held out of train
 
 
 def _same_classes(train: Path, classes: list[str], folder: Path) -> None:
     other, _ = list_images(folder)
     if other != classes:
         odd = sorted(set(classes) ^ set(other))
-        raise UserError(f"{folder}: its classes are not those of {train} ({len(other)} and {len(classes)}); not in "
+        raise UserError(f"{folder}: its classes differ from those of {train} ({len(other)} and {len(classes)}); not in "
                         f"both: {', '.join(odd[:5])}")
 
 
@@ -111,7 +112,7 @@ def _split(files: Files, settings: Preprocessing, request: Request) -> Split:
 
 
 def _usable(files: Files, settings: Preprocessing, request: Request, warnings: list[str]) -> Files:
-    """The files that decode; a damaged one is an error unless the request says to skip it."""
+    """Return the files that decode; raise UserError for a damaged file unless the request skips it."""
     def problem(file: tuple[Path, int]) -> str | None:
         try:
             decode_image(file[0], settings)
@@ -124,7 +125,7 @@ def _usable(files: Files, settings: Preprocessing, request: Request, warnings: l
         for text in pool.map(problem, files):
             if text and not request.skip_unreadable:
                 pool.shutdown(cancel_futures=True)
-                raise UserError(f"{text}; data.skip_unreadable=true leaves such images out")
+                raise UserError(f"{text}; data.skip_unreadable=true skips such images")
             problems.append(text)
             if request.on_progress and len(problems) % 256 == 0:
                 request.on_progress(len(problems), len(files))
@@ -135,7 +136,7 @@ def _usable(files: Files, settings: Preprocessing, request: Request, warnings: l
     emptied = {label for _, label in files} - {label for _, label in kept}
     if emptied:
         example = next(path for path, label in files if label in emptied)
-        raise UserError(f"{example}: skipping unreadable images like this one leaves its class without any")
+        raise UserError(f"{example}: skipping unreadable images like this one leaves its class without images")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Oxford-IIIT Pets, 37 breeds of cats and dogs: torchvision's files, or the same set as an image folder.
+"""Oxford-IIIT Pets, 37 breeds of cats and dogs, from torchvision's files or from an image folder.
 
 Source: Parkhi et al. 2012, "Cats and Dogs"; https://www.robots.ox.ac.uk/~vgg/data/pets/.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from loaders.arrays import Splits, torchvision_root
+from loaders.splits import Splits, torchvision_root
 from loaders.request import Request
 from loaders.sets.image_folder import file_splits, folder_splits
 from metadata.errors import UserError, first_line
@@ -19,10 +19,10 @@ LINE = re.compile(r"(?P<image>(?P<breed>[^\s/]+)_\d+)(\s+\d+){3}")  # great_pyre
 
 
 def oxford_iiit_pet(request: Request) -> Splits:
-    """Opens the pets with ImageNet preprocessing; validation is held out of trainval, class by class.
+    """Open the pets with ImageNet preprocessing; hold validation out of trainval, class by class.
 
     Raises:
-        UserError: files are missing or damaged, or the set cannot be fetched.
+        UserError: missing or damaged files, or a failed download.
     """
     preprocessing = dataset_cards()[NAME]["preprocessing"]
     root = torchvision_root(request, NAME)
@@ -50,7 +50,7 @@ def oxford_iiit_pet(request: Request) -> Splits:
 
 
 def _fetch(root: Path) -> None:
-    """Fetches and unpacks what is missing, 800 MB, through torchvision."""
+    """Download and unpack missing files, 800 MB, through torchvision."""
     from torchvision.datasets import OxfordIIITPet
 
     try:
@@ -59,11 +59,11 @@ def _fetch(root: Path) -> None:
         raise UserError(f"data.root {root}: {NAME} cannot be fetched ({first_line(error)}); is there a network? else put "
                         f"its files into {root}/oxford-iiit-pet, or give an image folder") from error
     except ValueError:
-        pass  # it stumbled over a damaged annotation, of which the caller says more
+        pass  # a damaged annotation, which the caller reports with more detail
 
 
 def _listed(folder: Path, split: str) -> list[tuple[Path, str]]:
-    """The images of a split and their breeds, named as torchvision does: `american_bulldog_7` is an American Bulldog."""
+    """Return the images of a split and their breeds, named as in torchvision: `great_pyrenees_7` is a Great Pyrenees."""
     path = folder / "annotations" / f"{split}.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""MNIST, FashionMNIST, CIFAR-10 and CIFAR-100: torchvision's files, or the same set as an image folder."""
+"""MNIST, FashionMNIST, CIFAR-10 and CIFAR-100, from torchvision's files or from an image folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.arrays import Arrays, Splits, array_splits, torchvision_root
+from loaders.splits import LabelledPixels, Splits, array_splits, torchvision_root
 from loaders.request import Request
 from loaders.sets.image_folder import folder_splits
 from metadata.errors import UserError, first_line
@@ -16,7 +16,7 @@ from metadata.records import dataset_cards
 
 CLASSES = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
-# torchvision's ways to say that files are missing (RuntimeError) or to stumble over damaged ones
+# The errors of torchvision for missing files (RuntimeError) and for damaged files.
 DAMAGED = (RuntimeError, OSError, EOFError, AssertionError, LookupError, TypeError, ValueError)
 
 
@@ -37,8 +37,8 @@ def _open(name: str, request: Request, train: bool) -> Any:
                         ) from error
 
 
-def _arrays(dataset: Any, order: list[int], where: str) -> Arrays:
-    """(N, C, H, W) uint8 and labels as ranks of the sorted class names, which is what an image folder gives."""
+def _arrays(dataset: Any, order: list[int], where: str) -> LabelledPixels:
+    """Return (N, C, H, W) uint8 and labels as ranks of the sorted class names, as an image folder has them."""
     pixels, labels = torch.from_numpy(np.asarray(dataset.data)), torch.as_tensor(dataset.targets)
     if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) >= len(order):
         raise UserError(f"{where}: expected as many labels below {len(order)} as images, got {len(labels)} for "
@@ -56,7 +56,7 @@ def _loader(name: str) -> Callable[[Request], Splits]:
         names = known.get("class_names") or [str(label) for label in train.classes]
         order = [sorted(names).index(label) for label in names]
 
-        def open_test() -> Arrays:
+        def open_test() -> LabelledPixels:
             return _arrays(_open(name, request, train=False), order, f"{request.root}, test split of {name}")
 
         return array_splits(request, sorted(names), known["preprocessing"],

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders.arrays import FileImages, Split, hold_out, prefetched, write_image_folder
+from loaders.arrays import FileImages, prefetched
+from loaders.splits import Split, hold_out, write_image_folder
 from loaders.catalog import load, sets
 from loaders.images import decode_image, list_images, normalize, read_images
 from loaders.request import Request

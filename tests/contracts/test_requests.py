@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from compress.evaluation.measure import measure_accuracy
-from loaders.arrays import ArrayImages, FileImages, ResizedImages, Split, in_memory, prefetched, write_image_folder
+from loaders.arrays import ArrayImages, FileImages, ResizedImages, in_memory, prefetched
+from loaders.splits import Split, write_image_folder
 from loaders.catalog import load
 from loaders.images import decode_image, list_images
 from loaders.request import Request

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from loaders.arrays import FileImages, write_image_folder
+from loaders.arrays import FileImages
+from loaders.splits import write_image_folder
 from loaders.catalog import load
 from loaders.images import decode_image, list_images
 from loaders.request import Request

@@ -23,7 +23,8 @@ from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layers_of
 from compress.quantization.workbench import OnnxWorkbench
-from loaders.arrays import ArrayImages, Split
+from loaders.arrays import ArrayImages
+from loaders.splits import Split
 from loaders.images import normalize
 from metadata.errors import UserError, VerificationError
 from metadata.schemas import Preprocessing

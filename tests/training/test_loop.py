@@ -25,7 +25,8 @@ from compress.training.mixup import Batch, Loss, mixed
 from compress.training.optimizers import Ascent, OPTIMIZERS, frozen_statistics, make_optimizer, parameter_groups
 from compress.training.schedules import Plateau, rate_factor
 from compress.training.settings import TrainingSettings
-from loaders.arrays import ArrayImages, Split
+from loaders.arrays import ArrayImages
+from loaders.splits import Split
 from loaders.augment import Augmenter
 from loaders.catalog import load
 from loaders.request import Request

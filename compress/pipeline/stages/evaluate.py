@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.evaluation.measure import measure_accuracy
 from compress.evaluation.runtimes import answering, open_onnx
 from compress.pipeline.stage import Context, Evaluation, ONNX, OnnxModel, Sketch, Stage, Submission, TorchModel
-from loaders.arrays import write_image_folder
+from loaders.splits import write_image_folder
 from metadata.errors import UserError, VerificationError
 from metadata.files import write_atomically
 from metadata.machine import torch_threads

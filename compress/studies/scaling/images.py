@@ -18,7 +18,8 @@ from torch import Tensor
 from compress.studies.scaling.results import Results
 from compress.training.run import flags_named
 from compress.training.trackers import Tracker
-from loaders.arrays import ArrayImages, Split, Splits, fingerprint, prefetched
+from loaders.arrays import ArrayImages, prefetched
+from loaders.splits import Split, Splits, fingerprint
 from loaders.augment import derive_seed
 from loaders.catalog import load, set_name
 from loaders.request import Request
