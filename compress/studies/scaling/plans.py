@@ -1,6 +1,6 @@
-"""What is to be run: a point is one experiment's configuration, a plan is a YAML file that stands for many.
+"""Plans of scaling studies: a point is the configuration of one experiment, a plan is a YAML file for many points.
 
-A plan has common keys and a list of sweeps, each of a kind: width, depth, data, joint or constant_compute.
+A plan has common keys and a list of sweeps. The kinds of sweeps are width, depth, data, joint and constant_compute.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRAINING = TrainingSettings(optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=
 IDENTITY = TRAINING.model_dump(include={"optimizer", "lr", "momentum", "weight_decay", "schedule", "padding"}) | {
     "augment": ["crop", "flip"]}
 
-WIDEST, DEEPEST = 2**16, 2**10  # beyond that nothing is left of a study on small images but the memory it takes
+WIDEST, DEEPEST = 2**16, 2**10  # larger networks make no sense for small images, and exhaust the memory
 
 
 def _no_boolean(value: Any) -> Any:
@@ -47,7 +47,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 class Point(Config):
-    """One experiment: everything that decides what comes out."""
+    """The configuration of one experiment: everything that decides its result."""
 
     seed: Seed = Field(0, description="of the subset, the weights, the order and the augmentation")
     batch_size: int = Field(256, ge=2, description="images a step; an epoch ends with what is left over")
@@ -66,18 +66,18 @@ class Point(Config):
 
     @property
     def id(self) -> str:
-        """A readable name that no other configuration has."""
+        """A readable name that is unique to the configuration."""
         content = json.dumps([self.model_dump(mode="json"), IDENTITY], sort_keys=True)
         return f"{self.shape}-s{self.seed}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
 
     @property
     def shape(self) -> str:
-        """Its sizes without the seed, for people."""
+        """The sizes without the seed, for display."""
         return f"w{self.width}-d{self.depth}-D{self.dataset_size}-e{self.num_epochs}"
 
 
 def make_point(where: str, **settings: Any) -> Point:
-    """A point of checked settings; `where` they came from begins an error.
+    """Return a point with validated settings; `where` is the start of the error message.
 
     Raises:
         UserError: a size that is not positive, or of the wrong type.
@@ -89,7 +89,7 @@ def make_point(where: str, **settings: Any) -> Point:
 
 
 def _by_size(value: Any) -> Any:
-    """A number, or a mapping from dataset_size to one, as a mapping."""
+    """Convert a number, or a mapping from dataset_size to a number, to a mapping."""
     numbers = {1: value} if not isinstance(value, dict) else value
     if not numbers or not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1
                               for pair in numbers.items() for number in pair):
@@ -106,18 +106,18 @@ CountParameters = Callable[[int, int], int]  # (width, depth) -> N
 
 
 class _Sweep(Config):
-    """What all kinds may have of their own; None takes the plan's."""
+    """The keys that all kinds of sweeps share; None takes the value of the plan."""
 
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(None, description="each point is run with each")
     batch_size: Positive | None = Field(None, description="images a step")
     test_freq: BySize | None = Field(None, description="epochs between looks at the test split")
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
-        """(width, depth, dataset_size) of its points."""
+        """Yield (width, depth, dataset_size) of the points."""
         raise NotImplementedError
 
     def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: CountParameters) -> int:
-        """Passes over the subset."""
+        """Return the number of passes over the subset."""
         raise NotImplementedError
 
 
@@ -180,7 +180,7 @@ class JointSweep(_Grid, _WithEpochs):
 
 
 class ComputeSweep(_Grid):
-    """Every network on every subset, for as many epochs as make N * D * epochs the same."""
+    """Every network on every subset, with the number of epochs that gives a constant N * D * epochs."""
 
     kind: Literal["constant_compute"]
     compute: float = Field(gt=0, description="N * D * epochs")
@@ -199,7 +199,7 @@ class ComputeSweep(_Grid):
 
 AnySweep = Annotated[WidthSweep | DepthSweep | DataSweep | JointSweep | ComputeSweep, Field(discriminator="kind")]
 SWEEP_KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep, "data": DataSweep, "joint": JointSweep,
-                                  "constant_compute": ComputeSweep}
+                                        "constant_compute": ComputeSweep}
 
 
 class SweepPlan(Config):
@@ -218,7 +218,7 @@ class SweepPlan(Config):
     sweeps: list[AnySweep] = Field(min_length=1, description="one or more")
 
     def points(self, parameters: CountParameters) -> list[Point]:
-        """All points, each once.
+        """Return all points, each once.
 
         Args:
             parameters: (width, depth) -> N.
@@ -239,12 +239,12 @@ class SweepPlan(Config):
         return list(found.values())
 
     def changed(self, **settings: Any) -> Self:
-        """The same plan with those settings that are not None."""
+        """Return a copy with the settings that are not None."""
         return self.model_copy(update={key: value for key, value in settings.items() if value is not None})
 
 
 def _ruled(rule: dict[int, int], size: int, key: str) -> int:
-    """The number that holds for a size: that of the largest dataset_size in the rule up to it."""
+    """Return the number for a size: that of the largest dataset_size in the rule up to this size."""
     number = rule.get(max((start for start in rule if start <= size), default=0))
     if number is None:
         raise UserError(f"plan: {key} says nothing for dataset_size {size}, only from {min(rule)} on")
@@ -252,13 +252,13 @@ def _ruled(rule: dict[int, int], size: int, key: str) -> int:
 
 
 def read_plan(name: str) -> SweepPlan:
-    """A packaged plan by its name, or a YAML file.
+    """Read a packaged plan by its name, or a YAML file.
 
     Raises:
-        UserError: no such plan, bad YAML, an unknown key (with the closest match), or a value out of range.
+        UserError: an unknown plan, bad YAML, an unknown key (with the closest match), or a value out of range.
     """
     _, content = read_mapping(name, PLANS, "plan")
-    if "kind" in content:  # one sweep alone: its keys may stand among the common ones
+    if "kind" in content:  # a single sweep may have its keys among the common keys
         own = {key: content.pop(key) for key in list(content) if key not in SweepPlan.model_fields}
         others = content.get("sweeps") or []
         if not isinstance(others, list):

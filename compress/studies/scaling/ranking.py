@@ -1,11 +1,11 @@
-"""Which form to believe: the error on configurations that a form did not see, beside the noise of the runs themselves.
+"""Rank the forms by their errors on held-out configurations, and compare the errors with the noise between seeds.
 
-R^2 is of no use here: a loss that spans two decades gives 0.99 to forms that miss the next model by 15 %.
+R^2 is useless here: for a loss that spans two decades, forms that miss the next model by 15 % have an R^2 of 0.99.
 
-What a ranking does not know. The points of one split are predicted by one fit, whose error they share: they are fewer
-pieces of evidence than their number, and a form that is told from the best here may not be in another study. The best is
-chosen by the same errors that are then stated for it, which flatters it a little. The noise between seeds is taken to be
-the same everywhere: for configurations that ran once, it is what the repeated ones say.
+Limits of a ranking. All points of one split are predicted by one fit and share its error. They are less evidence than their
+number suggests, and a difference between forms found here may not recur in another study. The best form is chosen by the
+errors that are then stated for it, which makes them slightly too small. The noise between seeds is assumed to be the same
+everywhere: configurations that ran once have the noise of the repeated configurations.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from scipy import stats
 from compress.studies.scaling.fitting import Fit, Observations, fit
 from compress.studies.scaling.forms import Array, Form, Mask
 
-SHARE = 0.2  # of the configurations to hold out
+SHARE = 0.2  # fraction of the configurations to hold out
 SPLIT_TITLES = {"N": "largest N", "D": "largest D", "C": "largest compute"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """One split: which points were held out, and what a form fitted to the others says about them.
+    """One split: the held-out points, and their predictions by a form that was fitted to the other points.
 
     Attributes:
         variable: "N", "D" or "C".
         edge: the smallest held-out value of the variable.
         chosen: which points were held out, (points,) bool.
-        predicted: the loss there, (held,); None where too few points are left to fit.
-        observed: (held,).
+        predicted: the predicted loss, (held,); None if too few points are left to fit.
+        observed: the observed loss, (held,).
     """
 
     variable: str
@@ -58,8 +58,8 @@ class JudgedForm:
     """A form, its fit to all points and its errors on each split.
 
     Attributes:
-        fit: to all points.
-        splits: by variable, of those that could be made.
+        fit: the fit to all points.
+        splits: the possible splits, by variable.
     """
 
     fit: Fit
@@ -72,12 +72,12 @@ class JudgedForm:
 
     @property
     def in_sample_percent(self) -> float:
-        """Mean absolute relative error on the points that were fitted, in percent."""
+        """Mean absolute relative error on the fitted points, in percent."""
         return 100 * float(np.abs(np.expm1(-self.fit.residuals)).mean())
 
     @property
     def held_out_percent(self) -> float | None:
-        """The mean of the splits' errors in percent; None unless the form could be fitted in all of them."""
+        """Mean error over the splits, in percent; None unless the form could be fitted in all splits."""
         errors = [split.error_percent for split in self.splits.values()]
         known = [error for error in errors if error is not None]
         return float(np.mean(known)) if known and len(known) == len(errors) else None
@@ -93,11 +93,11 @@ class Ranking:
     """Forms from best to worst.
 
     Attributes:
-        forms: in order.
-        ties: names of those that cannot be told from the first, with the reason.
-        noise_percent: what a form would err by on the held-out points (on all, where the forms could not be tested) if it
-            missed nothing, from noise between seeds alone; None without repeated seeds.
-        tested_on: configurations that were held out, each counted once; 0 where the forms could not be tested.
+        forms: the forms in order.
+        ties: names of the forms that cannot be distinguished from the first, with the reason.
+        noise_percent: the error on the held-out points (on all points, if the forms could not be tested) that noise
+            between seeds alone causes; None without repeated seeds.
+        tested_on: the number of held-out configurations, each counted once; 0 if the forms could not be tested.
     """
 
     forms: list[JudgedForm]
@@ -107,23 +107,23 @@ class Ranking:
 
     @property
     def winner(self) -> JudgedForm:
-        """The form with the lowest held-out error; where not all could be tested, with the smallest scatter."""
+        """The form with the lowest held-out error, or with the smallest scatter if not all forms could be tested."""
         return self.forms[0]
 
     @property
     def untested(self) -> list[str]:
-        """Names of the forms that have too few points for any to be held out."""
+        """Names of the forms with too few points to hold any out."""
         return [form.name for form in self.forms if form.held_out_percent is None]
 
 
 def hold_out(values: Array) -> Mask | None:
-    """The points with the largest values: whole levels, at least one, as close to a fifth of the points as can be.
+    """Select the points with the largest values: whole levels, at least one, as close to a fifth of the points as possible.
 
     Args:
-        values: of the variable at the points.
+        values: the values of the variable, (points,).
 
     Returns:
-        Which are held out, (points,) bool; None where the variable does not vary.
+        The held-out points, (points,) bool; None if the variable does not vary.
     """
     levels = np.unique(values)
     if len(levels) < 2:
@@ -134,12 +134,12 @@ def hold_out(values: Array) -> Mask | None:
 
 
 def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> JudgedForm:
-    """Fits a form to all points, and to those that are left where the largest N, D or C are held out.
+    """Fit a form to all points, and to the rest of the points when the largest N, D or C are held out.
 
     Args:
         form: the form; needs at least `form.needed` points.
         data: all points.
-        variables: what to hold out by, of "N", "D", "C".
+        variables: the variables to hold out by, of "N", "D", "C".
     """
     whole = fit(form, data)
     splits = {}
@@ -156,14 +156,14 @@ def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> JudgedF
 
 
 def rank(judged: list[JudgedForm]) -> Ranking:
-    """Orders forms by held-out error, and says which of them the data cannot tell from the best.
+    """Order forms by held-out error, and find the forms that the data cannot distinguish from the best.
 
-    A form that could not be tested has not lost: where there is one, all go by their scatter around the points instead,
-    which counts parameters.
+    If any form could not be tested, all forms are ordered by their scatter around the points instead, which accounts for
+    the number of parameters.
 
-    Two forms cannot be told apart where their held-out errors differ by less than noise between seeds makes any form err,
-    or where the difference, configuration by configuration, scatters around zero (see `_doubt`). The noise comes from all
-    seeds: no form is fitted to it here.
+    Two forms cannot be distinguished if their held-out errors differ by less than the error that noise between seeds alone
+    causes, or if the difference between them, configuration by configuration, scatters around zero (see `_doubt`). The
+    noise comes from all seeds, because no form is fitted to the noise here.
     """
     held_out = {form.name: error for form in judged if (error := form.held_out_percent) is not None}
     tested = len(held_out) == len(judged)
@@ -173,7 +173,7 @@ def rank(judged: list[JudgedForm]) -> Ranking:
     floor = None
     if data.seed_noise is not None:
         masks = [split.chosen for split in best.splits.values()] if tested else [np.ones(len(data), dtype=bool)]
-        # Of a normal deviate the mean size is sqrt(2/pi) of its deviation; a point is the mean of its seeds.
+        # The mean absolute value of a normal variable is sqrt(2/pi) of its deviation; a point is the mean of its seeds.
         sizes = [float(np.sqrt(1 / data.runs[mask]).mean()) for mask in masks]
         floor = 100 * math.sqrt(2 / math.pi) * data.seed_noise * float(np.mean(sizes))
     count = int(np.any([split.chosen for split in best.splits.values()], axis=0).sum()) if tested else 0
@@ -191,24 +191,24 @@ def rank(judged: list[JudgedForm]) -> Ranking:
 
 
 def _doubt(best: JudgedForm, other: JudgedForm) -> float:
-    """The probability of a difference this large between two forms' held-out errors if there were none (Student's t).
+    """Return the p-value of the difference between the held-out errors of two forms (Student's t).
 
     The difference is the mean over the splits of the mean over their points. A configuration that several splits hold out
-    counts once, with all its shares, so that n is the number of configurations and not of predictions; with one split this
-    is the paired t-test. Source: Cameron and Miller 2015, section II (sums by cluster).
+    counts once, with the sum of its parts, so that n is the number of configurations, not of predictions. With one split
+    this is the paired t-test. Source: Cameron and Miller 2015, section II (sums by cluster).
 
     Args:
-        best: could be fitted in all splits.
-        other: likewise.
+        best: a form that could be fitted in all splits.
+        other: another such form.
     """
     splits = best.splits
     apart = {name: np.abs(other.splits[name].errors) - np.abs(split.errors) for name, split in splits.items()}
     difference = float(np.mean([values.mean() for values in apart.values()]))
-    shares = np.zeros(len(best.fit.data))  # of each configuration in the difference, less what would be its part of it
+    shares = np.zeros(len(best.fit.data))  # deviation of each configuration from its part of the difference
     for name, split in splits.items():
         shares[split.chosen] += (apart[name] - difference) / (len(splits) * len(apart[name]))
     count = int(np.any([split.chosen for split in splits.values()], axis=0).sum())
     error = math.sqrt(count / (count - 1) * float((shares**2).sum()))
-    if error <= 1e-12 * abs(difference) or error == 0:  # every configuration says the same
+    if error <= 1e-12 * abs(difference) or error == 0:  # all configurations have the same difference
         return 0.0 if difference else 1.0
     return float(2 * stats.t.sf(abs(difference) / error, count - 1))

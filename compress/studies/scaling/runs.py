@@ -1,4 +1,4 @@
-"""Reads a CSV of runs, ours or other people's, into the points that are fitted, and says what was left out and why."""
+"""Read a CSV file of runs, ours or foreign, into points to fit, and report the rows that are left out and why."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ALIASES = {
     "accuracy": ("final_test_acc_avg_last5", "test_acc", "test_accuracy", "val_acc", "val_accuracy", "acc", "accuracy"),
 }
 CONFIGURATION = ("width", "depth", "batch_size", "test_freq", "dataset", "lr", "weight_decay", "optimizer")
-NumberedRow = tuple[int, dict[str, str]]  # the line in the file, and the cells by column
+NumberedRow = tuple[int, dict[str, str]]  # the line number in the file, and the cells by column
 MISSING = ("", "-", "na", "n/a", "none", "null")
 FINISHED = ("", "done", "ok", "success", "finished", "complete", "completed")
-SMALLEST, LARGEST = 1e-40, 1e40  # what lies beyond measures nothing, and its powers and products overflow
+SMALLEST, LARGEST = 1e-40, 1e40  # numbers beyond are no measurements, and their powers and products overflow
 CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "fashion_mnist": 10, "digits": 10}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One usable row; `line` is its line in the file."""
+    """One usable row; `line` is its line number in the file."""
 
     line: int
     n: float
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A row that is not fitted; its numbers where they can be drawn."""
+    """A row that is not fitted, with the numbers that can still be drawn."""
 
     line: int
     reason: str
@@ -63,14 +63,14 @@ class Runs:
     Attributes:
         path: the file.
         target: "loss", or "error" = 1 - accuracy.
-        columns: the column that each of N, D, C, epochs and the target was read from.
-        runs: what is fitted.
-        left_out: what is not, with reasons.
-        notes: what the reader should know, one sentence each.
-        classes: that the data-set column tells, or None.
-        dataset: in that column, or None.
-        from_accuracy: whether the target is 1 less what its column holds.
-        depth: that all rows have, or None.
+        columns: the column from which each of N, D, C, epochs and the target was read.
+        runs: the rows to fit.
+        left_out: the other rows, with reasons.
+        notes: remarks for the reader, one sentence each.
+        classes: the number of classes of the data set, if its column names a known one.
+        dataset: the name in the data-set column, or None.
+        from_accuracy: whether the target is 1 minus the value in its column.
+        depth: the depth that all rows share, or None.
     """
 
     path: Path
@@ -86,17 +86,17 @@ class Runs:
 
     @property
     def passes(self) -> float:
-        """The median of C / (N * D): the epochs, where the file has them, or such as 6 where C is counted in FLOPs."""
+        """The median of C / (N * D): the epochs, if the file has them, or a number such as 6 if C is counted in FLOPs."""
         return statistics.median(run.c / (run.n * run.d) for run in self.runs)
 
     def compute_rule(self, passes: float) -> str:
-        """How a budget is spent, in words: `30 epochs`, or `C = 6 N D` where compute comes from a column of its own."""
+        """Return how a budget is spent, in words: `30 epochs`, or `C = 6 N D` if compute has its own column."""
         if "C" in self.columns:
             return f"C = {passes:.3g} N D"
         return f"{passes:.6g} epoch{'s' * (passes != 1)}"
 
     def observations(self) -> Observations:
-        """One point for each configuration, in order of appearance."""
+        """Return one point for each configuration, in order of appearance."""
         members = self._by_configuration()
         losses = [np.log([run.loss for run in group]) for group in members]
         runs = np.array([float(len(group)) for group in members])
@@ -108,7 +108,7 @@ class Runs:
                             runs=runs, seed_noise=pooled_noise(squares, runs), squares=squares)
 
     def _by_configuration(self) -> list[list[Run]]:
-        """The runs that differ in the seed alone, in order of appearance."""
+        """Return the groups of runs that differ only in the seed, in order of appearance."""
         groups: dict[tuple[str, ...], list[Run]] = {}
         for run in self.runs:
             groups.setdefault(run.configuration, []).append(run)
@@ -117,24 +117,24 @@ class Runs:
 
 def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_column: str | None = None,
               loss_column: str | None = None, dataset: str | None = None, accuracy_column: str | None = None) -> Runs:
-    """Reads a CSV file with columns for N, D and the loss, under any of the usual names.
+    """Read a CSV file with columns for N, D and the loss, under any of the usual names.
 
-    C is N * D * epochs where there are epochs, else the compute column, else N * D. Rows whose status is not "done" or
-    so, and rows without a positive N, D and loss from SMALLEST to LARGEST, are left out and listed; repeated rows count
-    once.
+    C is N * D * epochs if there are epochs, else the compute column, else N * D. Rows with a status other than "done" (or
+    a synonym), and rows without a positive N, D and loss from SMALLEST to LARGEST, are left out and listed. Repeated rows
+    count once.
 
     Args:
         path: the file.
         target: "loss" or "error" (1 - accuracy, which must be a fraction).
-        n_column: the column of N, where its name is not one of the usual.
-        d_column: that of D.
-        loss_column: that of the loss, or of the error with target "error" (or of the accuracy, if its name has acc).
-        dataset: only the rows of this data set, where the file has several.
-        accuracy_column: with target "error", the column that the error is 1 less than, whatever its name.
+        n_column: the column of N, if its name is unusual.
+        d_column: the column of D.
+        loss_column: the column of the loss; with target "error", of the error, or of the accuracy if its name has acc.
+        dataset: use only the rows of this data set.
+        accuracy_column: with target "error", the column of the accuracy, under any name; the error is 1 minus its value.
 
     Raises:
-        UserError: no such file, a column is missing, a cell is no number, accuracies are percentages, or there are several
-            data sets and none was chosen.
+        UserError: a missing file or column, a cell that is not a number, accuracies in percent, or several data sets of
+            which none was chosen.
     """
     header, rows = _read(path)
     rows, data_set = _of_one_set(path, header, rows, dataset)
@@ -195,7 +195,7 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
             result.left_out.append(LeftOut(line=line, reason=f"N * D * epochs is {_spelled(compute)}", **shown))
             continue
         configuration = (f"{n:.12g}", f"{d:.12g}", f"{compute:.12g}", *(row[name].strip() for name in own))
-        # A seed tells repetitions from copies; without one, only rows that are alike in every cell are copies.
+        # A seed distinguishes repetitions from copies; without a seed, only rows that are equal in every cell are copies.
         key = (*configuration, row[seed].strip()) if seed else tuple(row.values())
         if key in seen:
             first, loss_there = seen[key]
@@ -215,11 +215,11 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
 
 def _of_one_set(path: Path, header: list[str], rows: list[NumberedRow],
                 wanted: str | None) -> tuple[list[NumberedRow], str | None]:
-    """The rows of one data set and its name; all rows and None where the file has no such column."""
+    """Return the rows of one data set and its name, or all rows and None if the file has no such column."""
     column = next((name for name in header if name.lower() == "dataset"), None)
     if column is None:
         if wanted is not None:
-            raise UserError(f"{path}: --dataset {wanted}: it has no column 'dataset' (columns: {', '.join(header)})")
+            raise UserError(f"{path}: --dataset {wanted}: there is no column 'dataset' (columns: {', '.join(header)})")
         return rows, None
     present = sorted({row[column].strip() for _, row in rows})
     if wanted is None and len(present) > 1:
@@ -249,7 +249,7 @@ def _note(result: Runs, repeated: list[str]) -> None:
 
 
 def _read(path: Path) -> tuple[list[str], list[NumberedRow]]:
-    """The header and the rows, each with its line in the file; a `;` or a tab is taken for the comma it stands for."""
+    """Return the header and the rows with their line numbers; `;` and tab also work as delimiters."""
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise UserError(f"{path}: {what}; expected a CSV with columns for N, D and the loss")
@@ -285,12 +285,12 @@ def _read(path: Path) -> tuple[list[str], list[NumberedRow]]:
 
 
 def _alias(path: Path, header: list[str], role: str, advice: str) -> str | None:
-    """The column for a role, under the first of its usual names that is there."""
+    """Return the column of a role, by the first of its usual names that the file has."""
     return next((found for alias in ALIASES[role] if (found := _named(path, header, alias, role, advice))), None)
 
 
 def _named(path: Path, header: list[str], name: str, role: str, advice: str) -> str | None:
-    """The column of a name, in whatever case; of several the one that is spelled as the role is, or so."""
+    """Return the column of a name, in any case; of several, the one spelled like the role or like the name."""
     alike = [column for column in header if column.lower() == name.lower()]
     if len(alike) > 1 and name not in alike and role not in alike:
         raise UserError(f"{path}: the columns {' and '.join(alike)} differ in case alone; {advice}")
@@ -310,7 +310,7 @@ def _column(path: Path, header: list[str], role: str, named: str | None, flag: s
 
 def _target_column(path: Path, header: list[str], target: str, named: str | None, accuracy: str | None
                    ) -> tuple[str, bool]:
-    """The target's column, and whether the target is 1 less what it holds."""
+    """Return the column of the target, and whether the target is 1 minus its value."""
     if accuracy is not None:
         if target != "error" or named is not None:
             raise UserError(f"--accuracy_column {accuracy}: goes with --target error and without --loss_column")
@@ -321,13 +321,13 @@ def _target_column(path: Path, header: list[str], target: str, named: str | None
         if found := _alias(path, header, "error", "choose one with --loss_column"):
             return found, False
         flags = "--accuracy_column, or that of the error rate with --loss_column"
-        return _column(path, header, "accuracy", None, flags), True  # which is not there, and says so
+        return _column(path, header, "accuracy", None, flags), True  # raises UserError: there is no such column
     column = _column(path, header, target, named, "--loss_column")
     return column, target == "error" and "acc" in column.lower()
 
 
 def _number(path: Path, line: int, column: str, cell: str, strict: bool) -> float | None:
-    """A cell's number; None for a cell that is empty or says that it has none, and, unless strict, for any other text."""
+    """Return the number in a cell; None for an empty cell or a word such as n/a, and, unless strict, for any other text."""
     text = cell.strip().replace("_", "")
     if text.lower() in MISSING:
         return None
