@@ -1,4 +1,4 @@
-"""One study from its runs to its verdicts: which forms can be fitted, which one wins, and what follows from it."""
+"""The analysis of a study: fit and rank the forms, bound their parameters, and derive the compute-optimal frontier."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Section:
     Attributes:
         title: such as "N at D = 50,000".
         data: the points.
-        ranking: the forms that could be fitted, best first; None if there was none.
-        skipped: why a form could not be fitted, one sentence each.
-        intervals: of each form's parameters.
-        draws: each form's bootstrap, (replicates, P).
+        ranking: the fitted forms, best first; None if no form could be fitted.
+        skipped: the reasons why forms could not be fitted, one sentence each.
+        intervals: the intervals of the parameters of each form.
+        draws: the bootstrap of each form, (replicates, P).
     """
 
     title: str
@@ -45,11 +45,11 @@ class Tradeoff:
     """The compute-optimal frontier of the chosen form.
 
     Attributes:
-        passes: C / (N * D) of the budgets: the epochs, where compute is counted so.
+        passes: C / (N * D) of the budgets: the epochs, if compute is N * D * epochs.
         rule: the same in words.
-        best: at the fit, one set.
-        draws: over the bootstrap.
-        n_exponent, d_exponent: of N* ~ C^p and D* ~ C^(1 - p).
+        best: the optimum at the fit, one set.
+        draws: the optima over the bootstrap.
+        n_exponent, d_exponent: the exponents in N* ~ C^p and D* ~ C^(1 - p).
     """
 
     passes: float
@@ -62,7 +62,7 @@ class Tradeoff:
 
 @dataclass(kw_only=True)
 class Analysis:
-    """Everything that a study's files and tables are made of."""
+    """The result of an analysis, from which files and tables are made."""
 
     runs: Runs
     ceiling: float | None
@@ -74,14 +74,14 @@ class Analysis:
 
 
 def ceiling_of(target: str, classes: int | None) -> float | None:
-    """The loss, or the error, of guessing among K classes: ln K, or 1 - 1/K."""
+    """Return the loss, or the error, of guessing among K classes: ln K, or 1 - 1/K."""
     if classes is None:
         return None
     return math.log(classes) if target == "loss" else 1 - 1 / classes
 
 
 def joint_section(runs: Runs, ceiling: float | None) -> tuple[Section, list[Form]]:
-    """The section of the joint forms, empty, and those forms that the points are enough for."""
+    """Return the empty section of the joint forms, and the forms for which there are enough points."""
     data = runs.observations()
     section = Section(title="joint in N and D", data=data)
     for name in ("N", "D"):
@@ -96,7 +96,7 @@ def joint_section(runs: Runs, ceiling: float | None) -> tuple[Section, list[Form
 
 
 def _enough(section: Section, forms: list[Form]) -> list[Form]:
-    """The forms with enough points and enough distinct values; why not, for the others."""
+    """Return the forms with enough points and distinct values; note the reasons for the others in `skipped`."""
     kept = []
     for form in forms:
         distinct = [len(np.unique(section.data.values[name])) for name in form.variables]
@@ -130,10 +130,10 @@ def _single_sections(data: Observations) -> list[Section]:
 
 
 def choose(ranking: Ranking, wanted: str | None) -> JudgedForm:
-    """The winner, or the form that was asked for.
+    """Return the winner, or the wanted form.
 
     Raises:
-        UserError: that form is not known, or could not be fitted.
+        UserError: the wanted form is unknown, or could not be fitted.
     """
     if wanted is None:
         return ranking.winner
@@ -146,18 +146,18 @@ def choose(ranking: Ranking, wanted: str | None) -> JudgedForm:
 
 def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epochs: float | None = None,
             replicates: int = 500, seed: int = 0) -> Analysis:
-    """Fits, ranks and bounds every form that the runs are enough for.
+    """Fit and rank every form for which there are enough runs, and compute the intervals.
 
     Args:
-        runs: of `table.read_runs`.
-        classes: of the data set, for the bounded form; what the runs say unless given.
-        form: the joint form to go on with; the winner unless given.
-        epochs: of the compute-optimal frontier; the runs' median unless given.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
+        runs: the result of `runs.read_runs`.
+        classes: the number of classes, for the bounded form; None takes that of the runs.
+        form: the joint form to use for the frontier; None takes the winner.
+        epochs: the epochs on the compute-optimal frontier; None takes the median of the runs.
+        replicates: the number of bootstrap replicates.
+        seed: the seed of the bootstrap.
 
     Raises:
-        UserError: the runs are too few for every form.
+        UserError: too few runs for every form.
     """
     if epochs is not None and "C" in runs.columns:
         raise UserError(f"{runs.path}: --num_epochs {epochs:g}: this file has no epochs; its compute is column "
@@ -202,7 +202,7 @@ def analyse(runs: Runs, classes: int | None = None, form: str | None = None, epo
 
 
 def fit_for_prediction(runs: Runs, classes: int | None, form: str | None) -> tuple[Fit, dict[str, Fit], Ranking]:
-    """The chosen form's fit, all forms' fits by name, and the ranking; without bootstrap, profiles of parameters and plots.
+    """Return the fit of the chosen form, all fits by name, and the ranking, without intervals and plots.
 
     Raises:
         UserError: no joint form can be fitted.

@@ -1,7 +1,7 @@
-"""Robust fitting of scaling laws: a grid with non-negative least squares inside, then a bounded Levenberg-Marquardt.
+"""Robust fitting of scaling laws: a grid search with non-negative least squares, then a bounded Levenberg-Marquardt.
 
-The solver takes many problems at once (starts, bootstrap replicates, points of a profile): a thousand fits in less than a
-second, which is what makes honest intervals affordable.
+The solver handles many problems at once (starts, bootstrap replicates, points of a profile): a thousand fits take less than
+a second, which makes profile intervals affordable.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 
 from compress.studies.scaling.forms import Array, Form, Mask, Indices
 
-HUBER = 2.0  # residuals beyond twice the noise count linearly; at 2 a fit of clean Gaussian noise loses 1 % of efficiency
-FINEST = 1e-6  # of a loss: no noise is taken to be smaller, or data without noise would have no scale
+HUBER = 2.0  # residuals beyond 2 standard deviations count linearly; for Gaussian noise this costs 1 % of efficiency
+FINEST = 1e-6  # lower limit of the noise relative to a loss; data without noise would have no scale
 TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """One point for each configuration: the mean over its seeds.
+    """One point for each configuration: the mean over the seeds.
 
     Attributes:
         values: "N" parameters, "D" examples, "C" compute, each (points,).
         log_loss: mean over the seeds of the log of the loss, (points,).
-        runs: seeds behind each point, (points,).
-        seed_noise: standard deviation of the log loss between seeds, or None where no configuration is repeated.
-        squares: sum of the seeds' squared deviations from their mean, (points,); None where it is not known.
+        runs: the number of seeds of each point, (points,).
+        seed_noise: standard deviation of the log loss between seeds, or None if no configuration is repeated.
+        squares: sum of the squared deviations of the seeds from their mean, (points,); None if unknown.
     """
 
     values: dict[str, Array]
@@ -40,13 +40,13 @@ class Observations:
         return len(self.log_loss)
 
     def take(self, chosen: Mask | Indices) -> Observations:
-        """A part of the points, with the noise of all; `chosen` is boolean or an index."""
+        """Return a part of the points, with the noise of all; `chosen` is a mask or an index."""
         return replace(self, values={name: value[chosen] for name, value in self.values.items()},
                        log_loss=self.log_loss[chosen], runs=self.runs[chosen],
                        squares=None if self.squares is None else self.squares[chosen])
 
     def held_apart(self, chosen: Mask) -> tuple[Observations, Observations]:
-        """The other points, whose noise is that of their own seeds alone, and the chosen ones, which are held out."""
+        """Return the remaining points, with the noise of their own seeds only, and the chosen, held-out points."""
         rest = self.take(~chosen)
         if rest.squares is not None:
             rest = replace(rest, seed_noise=pooled_noise(rest.squares, rest.runs))
@@ -54,11 +54,11 @@ class Observations:
 
 
 def pooled_noise(squares: Array, runs: Array) -> float | None:
-    """Standard deviation of the log loss between seeds, pooled over configurations; None where none is repeated.
+    """Return the standard deviation of the log loss between seeds, pooled over configurations; None without repetitions.
 
     Args:
-        squares: sums of the seeds' squared deviations from their mean, (points,).
-        runs: seeds, (points,).
+        squares: sums of the squared deviations of the seeds from their mean, (points,).
+        runs: numbers of seeds, (points,).
     """
     freedom = float((runs - 1).sum())
     return float(np.sqrt(squares.sum() / freedom)) if freedom else None
@@ -69,12 +69,12 @@ class Fit:
     """A form fitted to points.
 
     Attributes:
-        theta: the form's inner parameters, (P,).
-        root_weights: square roots of the points' weights, (points,); their squares average to 1.
+        theta: the inner parameters of the form, (P,).
+        root_weights: square roots of the weights of the points, (points,); the weights average to 1.
         scale: robust standard deviation of the weighted residuals of log loss.
-        delta: where Huber's loss turns linear, in log loss.
+        delta: the residual at which Huber's loss becomes linear, in log loss.
         cost: sum of Huber's losses, in units of squared log loss (halved).
-        spread: variance by which twice the rise of the cost is divided for a statistic that follows F(1, n - p).
+        spread: variance; twice the rise of the cost divided by the spread follows F(1, n - p).
         run_noise: standard deviation of the log loss of a single run around the fit.
     """
 
@@ -90,28 +90,29 @@ class Fit:
 
     @property
     def dof(self) -> int:
-        """Degrees of freedom: points less parameters."""
+        """Degrees of freedom: points minus parameters."""
         return len(self.data) - len(self.theta)
 
     @property
     def inputs(self) -> Array:
-        """The form's inputs at the points."""
+        """Inputs of the form at the points."""
         return self.form.inputs(self.data.values)
 
     @property
     def residuals(self) -> Array:
-        """Observed less fitted log loss, (points,)."""
+        """Observed minus fitted log loss, (points,)."""
         return np.asarray(self.data.log_loss - self.form.evaluate(self.theta[None], self.inputs)[0][0])
 
     def predict(self, values: dict[str, Array]) -> Array:
-        """The loss at other points, (points,)."""
+        """Return the loss at other points, (points,)."""
         return np.asarray(self.form.predict(self.theta[None], values)[0])
 
 
 def huber(residuals: Array, delta: float) -> Array:
-    """Huber's loss, r^2/2 up to delta and linear beyond, summed over the last axis.
+    """Return Huber's loss, r^2/2 up to delta and linear beyond, summed over the last axis.
 
-    Summed and not averaged: an optimizer's stopping rule would take the mean's small gradients for the optimum.
+    The loss is summed, not averaged, because the stopping rule of an optimizer would take the small gradients of a mean for
+    the optimum.
     Source: Huber 1964; used on log loss by Hoffmann et al. 2022, section D.2.
     """
     size = np.abs(residuals)
@@ -123,18 +124,18 @@ Pull = Callable[[Array, Indices], tuple[Array, Array, Array]]
 
 def minimise(form: Form, starts: Array, inputs: Array, log_loss: Array, root_weights: Array, delta: float,
              pull: Pull | None = None, steps: int = 120) -> tuple[Array, Array]:
-    """Levenberg-Marquardt with Huber's weights and bounds, for many problems at once.
+    """Minimise by Levenberg-Marquardt with Huber's weights and bounds, for many problems at once.
 
     Args:
-        form: what is fitted.
+        form: the form to fit.
         starts: (problems, P).
         inputs: (points, variables).
         log_loss: (problems, points) or (1, points).
         root_weights: square roots of the weights, (points,).
-        delta: of Huber's loss.
-        pull: adds to a problem's cost; from theta (k, P) and the problems' numbers (k,) to its cost (k,), gradient (k, P)
-            and Gauss-Newton matrix (k, P, P).
-        steps: at most.
+        delta: the threshold of Huber's loss.
+        pull: an additional cost; maps theta (k, P) and the indices of the problems (k,) to cost (k,), gradient (k, P) and
+            Gauss-Newton matrix (k, P, P).
+        steps: the maximum number of steps.
 
     Returns:
         theta (problems, P) and the costs without the pull (problems,).
@@ -170,7 +171,7 @@ def minimise(form: Form, starts: Array, inputs: Array, log_loss: Array, root_wei
         largest = diagonal.max(axis=1, keepdims=True)
         diagonal += damping[live][:, None] * diagonal + 1e-14 * largest + 1e-300 + stuck * (largest + 1)
         step = np.linalg.solve(matrix, -(gradient * free)[:, :, None])[:, :, 0]
-        # A step that leaves the box ends at its walls, and no exponent or logarithm moves by more than 2 at once.
+        # A step that leaves the bounds ends there, and no exponent or logarithm moves by more than 2 at once.
         target = np.clip(at + np.clip(step, -2, 2), form.lower, form.upper)
         new_plain = residuals_at(target, live)[2]
         new_cost = new_plain + (pull(target, live)[0] if pull else 0)
@@ -188,9 +189,9 @@ def minimise(form: Form, starts: Array, inputs: Array, log_loss: Array, root_wei
 
 
 def robust_scale(residuals: Array, parameters: int) -> float:
-    """Standard deviation of the noise by the median size of the residuals, widened for the parameters that were fitted.
+    """Return the standard deviation of the noise from the median absolute residual, widened for the fitted parameters.
 
-    With fewer than five residuals to spare the median says nothing, and the root mean square is taken.
+    With fewer than five degrees of freedom the median is useless, and the root mean square is used.
     """
     spare = len(residuals) - parameters
     if spare < 5:
@@ -199,14 +200,15 @@ def robust_scale(residuals: Array, parameters: int) -> float:
 
 
 def fit(form: Form, data: Observations, start: Array | None = None) -> Fit:
-    """Fits a form by Huber's loss on the residuals of log loss, from the best points of a grid.
+    """Fit a form with Huber's loss on the residuals of log loss, from the best points of a grid.
 
-    The noise's scale is estimated along the way: Huber's delta is twice the robust scale of the residuals (or twice the
-    noise between seeds, if that is larger, since no fit can be closer than that). Points count by their number of seeds as
-    far as seeds explain their scatter: a point's variance is that of the misfit plus that between seeds over their number.
+    The scale of the noise is estimated during the fit: Huber's delta is twice the robust scale of the residuals, or twice
+    the noise between seeds if that is larger, because no fit can be closer than this noise. The weight of a point grows
+    with the number of seeds as far as seeds explain the scatter: the variance of a point is that of the misfit plus that
+    between seeds divided by the number of seeds.
 
     Args:
-        form: what to fit.
+        form: the form to fit.
         data: at least `form.needed` points.
         start: parameters to start from instead of the grid, (P,).
     """
@@ -238,7 +240,7 @@ def fit(form: Form, data: Observations, start: Array | None = None) -> Fit:
     theta, cost = best[0], float(costs.min())
     rest = (data.log_loss - form.evaluate(theta[None], inputs)[0][0]) * np.sqrt(weights)
     spread = _spread(rest, delta, parameters)
-    # A configuration of one seed has the largest variance; its weight turns the weighted scale back into a single run's.
+    # A configuration with one seed has the largest variance; its weight converts the weighted scale to that of one run.
     single = misfit + noise**2
     run_noise = np.sqrt(spread * single * float((1 / (misfit + noise**2 / data.runs)).mean())) if noise else np.sqrt(spread)
     return Fit(form=form, data=data, theta=theta, root_weights=np.sqrt(weights), scale=scale, delta=delta, cost=cost,
@@ -246,7 +248,7 @@ def fit(form: Form, data: Observations, start: Array | None = None) -> Fit:
 
 
 def _spread(rest: Array, delta: float, parameters: int) -> float:
-    """The variance that calibrates the rise of Huber's cost: E[psi^2] / E[psi'], with n - p and Huber's correction.
+    """Return the variance that calibrates the rise of Huber's cost: E[psi^2] / E[psi'], with n - p and Huber's correction.
 
     Source: Schrader and Hettmansperger 1980 (tests by the rise of a robust cost); Huber 1973, section 6 (the correction).
     """

@@ -1,9 +1,9 @@
 """The functional forms of scaling laws: their values, derivatives, reported parameters and starting points.
 
 Every form is evaluated for many parameter sets at once, on the logarithm of the loss, because the noise of a loss is
-relative. Inside, powers are taken of N / N0 and D / D0 with N0, D0 amid the data, and amplitudes are logarithms of what a
-term contributes there: so a fit's parameters are of like size and weakly correlated. `reported` turns them into the
-published ones.
+relative. The inner parameters use powers of N / N0 and D / D0, with N0 and D0 in the middle of the data, and the logarithms
+of the contributions of the terms there. So the inner parameters have similar sizes and weak correlations. `reported`
+converts them to the published parameters.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Indices = NDArray[np.intp]
 
-EXPONENTS = (0.01, 3.0)  # a slower power cannot be told from a constant, a faster one from a step
-NEGLIGIBLE, HUGE = 1e-7, 1e4  # a term's contribution amid the data, relative to the loss there
+EXPONENTS = (0.01, 3.0)  # a slower power looks like a constant, a faster one like a step
+NEGLIGIBLE, HUGE = 1e-7, 1e4  # contribution of a term in the middle of the data, relative to the loss there
 START_EXPONENTS = np.geomspace(0.04, 2.4, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrontierTerms:
-    """The two terms that a form trades against each other: exp(log_x) N^-x + exp(log_y) N^cross D^-y; fields (sets,)."""
+    """The two terms of the trade-off: exp(log_x) N^-x + exp(log_y) N^cross D^-y; fields (sets,)."""
 
     log_x: Array
     x: Array
@@ -41,12 +41,12 @@ class Form:
     """A functional form.
 
     Attributes:
-        name: as in tables and `--form`.
-        formula: for people.
-        variables: of "N", "D", "C".
-        inner: names of the parameters that are fitted.
-        names: names of the parameters that are reported.
-        log_scale: of `names`, those whose reported value is a logarithm inside (amplitudes).
+        name: the name in tables and for `--form`.
+        formula: the formula for display.
+        variables: a part of "N", "D", "C".
+        inner: names of the fitted parameters.
+        names: names of the reported parameters.
+        log_scale: the names of those that `reported` returns as logarithms (amplitudes).
         lower, upper: bounds of the inner parameters, (P,).
     """
 
@@ -62,36 +62,36 @@ class Form:
 
     @property
     def needed(self) -> int:
-        """Configurations that a fit needs: one more than parameters, or nothing is left to estimate the noise from."""
+        """The number of configurations that a fit needs: one more than parameters, to leave one for the noise."""
         return len(self.inner) + 1
 
     def inputs(self, values: dict[str, Array]) -> Array:
-        """log(variable / centre), (points, variables)."""
+        """Return log(variable / centre), (points, variables)."""
         return np.stack([np.log(values[name]) for name in self.variables], axis=1) - self.centre
 
     def evaluate(self, theta: Array, inputs: Array) -> tuple[Array, Array]:
-        """The log of the loss, (sets, points), and its derivatives, (sets, points, P), at theta (sets, P).
+        """Return the log of the loss, (sets, points), and its derivatives, (sets, points, P), at theta (sets, P).
 
         Args:
             theta: parameter sets, (sets, P).
-            inputs: (points, variables), or (sets, points, variables) where each set has points of its own.
+            inputs: (points, variables), or (sets, points, variables) if each set has its own points.
         """
         raise NotImplementedError
 
     def predict(self, theta: Array, values: dict[str, Array]) -> Array:
-        """The loss, (sets, points) for theta (sets, P)."""
+        """Return the loss, (sets, points) for theta (sets, P)."""
         return np.asarray(np.exp(self.evaluate(theta, self.inputs(values))[0]))
 
     def reported(self, theta: Array) -> Array:
-        """The parameters of `names`, amplitudes as logarithms: (sets, len(names)) for theta (sets, P)."""
+        """Return the parameters of `names`, amplitudes as logarithms: (sets, len(names)) for theta (sets, P)."""
         raise NotImplementedError
 
     def starts(self, inputs: Array, log_loss: Array) -> Array:
-        """Parameter sets to start from, one for each point of a grid over what is not linear, (grid, P)."""
+        """Return parameter sets to start from, one for each point of a grid over the nonlinear parameters, (grid, P)."""
         raise NotImplementedError
 
     def frontier_terms(self, theta: Array) -> FrontierTerms:
-        """What compute is traded between; joint forms only."""
+        """Return the terms of the compute-optimal trade-off; joint forms only."""
         raise NotImplementedError
 
     def _amplitude_bounds(self, log_loss: Array) -> tuple[float, float]:
@@ -100,23 +100,23 @@ class Form:
 
 
 def _non_negative(columns: Array, target: Array) -> Array:
-    """Least squares with non-negative coefficients; the columns are scaled first, so that none is lost to rounding."""
+    """Return non-negative least squares; the columns are scaled first, so that rounding does not drop any."""
     scale = np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
     return np.asarray(nnls(columns / scale, target)[0] / scale)
 
 
 class PowerSum(Form):
-    """E + A/N^a [+ B/D^b], in one or two variables; E is left out or at least 0; or the same bounded by chance level.
+    """E + A/N^a [+ B/D^b], in one or two variables, with E >= 0 or without E; optionally bounded by the loss of guessing.
 
-    Bounded, h/(1 + h) with h = A/N^a + B/D^b goes from E to the ceiling: a network that has learned nothing has the loss of
-    guessing and no more, which the plain sum does not know.
+    The bounded form E + (ceiling - E) h/(1 + h) with h = A/N^a + B/D^b goes from E to the ceiling: the loss of a network
+    that has learned nothing is the loss of guessing, whereas the plain sum grows without bound.
 
     Source: Hestness et al. 2017 (one variable); Hoffmann et al. 2022, equation 2 (the sum in two).
 
     Args:
         variables: such as ("N", "D").
         values: the variables of the data, for centre and bounds.
-        log_loss: of the data, (points,).
+        log_loss: the log of the loss of the data, (points,).
         floor: whether there is an E.
         ceiling: the loss of guessing, or None for the plain sum.
     """
@@ -167,7 +167,7 @@ class PowerSum(Form):
         return result
 
     def starts(self, inputs: Array, log_loss: Array) -> Array:
-        # Without a ceiling the loss is linear in E, A and B, given the exponents: E is a column of ones. With one,
+        # Given the exponents, the loss without a ceiling is linear in E, A and B: E is a column of ones. With a ceiling,
         # h = (L - E) / (ceiling - L) is linear in A and B, given E as well.
         loss, count = np.exp(log_loss), len(self.variables)
         found = []
@@ -189,18 +189,18 @@ class PowerSum(Form):
         return np.clip(np.array(found), self.lower, self.upper)
 
     def frontier_terms(self, theta: Array) -> FrontierTerms:
-        # Both forms grow with h, so they are least where h is.
+        # Both forms grow with h, so that their minima are those of h.
         values = self.reported(theta)[:, int(self.floor):]
         return FrontierTerms(log_x=values[:, 0], x=values[:, 2], log_y=values[:, 1], y=values[:, 3],
                              cross=np.zeros(len(theta)))
 
 
 class Overfitting(Form):
-    """E + A/N^alpha + B N^gamma/D^beta: what too few data cost grows with the network, gamma >= 0.
+    """E + A/N^alpha + B N^gamma/D^beta: the cost of too few data grows with the network, gamma >= 0.
 
-    The other forms fall with N at every D. A cross-entropy does not where a network is trained on few images until it knows
-    them by heart: it gets ever surer of its mistakes. This is the least that lets the error of too few data depend on the
-    size of what is fitted, as a variance does; with gamma = 0 it is the additive form.
+    The other forms fall with N at every D. The cross-entropy of a network that memorizes few images does not: the network
+    becomes ever more confident in its mistakes. This form is the simplest in which the error from too few data depends on
+    the size of the network, as a variance does. With gamma = 0 it is the additive form.
     """
 
     name, formula, variables = "overfitting", "E + A/N^alpha + B N^gamma/D^beta", ("N", "D")
@@ -217,7 +217,7 @@ class Overfitting(Form):
 
     @property
     def needed(self) -> int:
-        """More than parameters alone ask for: on so few points, holding some out would leave nothing to fit."""
+        """More than the number of parameters requires: with fewer points, holding some out would leave too few to fit."""
         return 2 * len(self.inner)
 
     def evaluate(self, theta: Array, inputs: Array) -> tuple[Array, Array]:
@@ -253,8 +253,8 @@ class Overfitting(Form):
 class Kaplan(Form):
     """((Nc/N)^(alpha_N/alpha_D) + Dc/D)^alpha_D, which has no irreducible term.
 
-    It is the norm with exponent 1/alpha_D of two power laws, p (N/N0)^-alpha_N and q (D/D0)^-alpha_D, which are what is
-    fitted: Nc = N0 p^(1/alpha_N), Dc = D0 q^(1/alpha_D).
+    The form is the norm with exponent 1/alpha_D of two power laws, p (N/N0)^-alpha_N and q (D/D0)^-alpha_D, whose
+    parameters are fitted: Nc = N0 p^(1/alpha_N), Dc = D0 q^(1/alpha_D).
 
     Source: Kaplan et al. 2020, equation 1.5.
     """
@@ -305,7 +305,7 @@ class Kaplan(Form):
 
 
 def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None) -> list[Form]:
-    """The joint forms in N and D for these data; the bounded one only where the ceiling is known.
+    """Return the joint forms in N and D for the data; the bounded form only if the ceiling is known.
 
     Args:
         values: "N" and "D", each (points,).
@@ -319,7 +319,7 @@ def joint_forms(values: dict[str, Array], log_loss: Array, ceiling: float | None
 
 
 def single_forms(variable: str, values: dict[str, Array], log_loss: Array) -> list[Form]:
-    """The power law in one variable, without and with an irreducible term."""
+    """Return the power law in one variable, without and with an irreducible term."""
     options: dict[str, Any] = {"variables": (variable,), "values": values, "log_loss": log_loss}
     return [PowerSum(f"power of {variable}", floor=False, **options),
             PowerSum(f"power of {variable} + E", floor=True, **options)]

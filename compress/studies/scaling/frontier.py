@@ -18,8 +18,8 @@ class Optimum:
 
     Attributes:
         compute: budgets, (budgets,), in the unit of N * D * epochs.
-        n, d: the best parameters and examples, (sets, budgets); NaN where one of the two powers has no slope.
-        loss: there, (sets, budgets).
+        n, d: the best parameters and examples, (sets, budgets); NaN if one of the two powers has no slope.
+        loss: the loss at the optimum, (sets, budgets).
     """
 
     compute: Array
@@ -29,15 +29,15 @@ class Optimum:
 
 
 def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
-    """N* and D* that minimise the form at N * D * epochs = C.
+    """Return N* and D* that minimise the form at N * D * epochs = C.
 
-    Every joint form falls with X N^-x + Y N^c D^-y, so that N* = G (C / epochs)^(y / (x + y + c)) with
+    Every joint form is an increasing function of X N^-x + Y N^c D^-y; hence N* = G (C / epochs)^(y / (x + y + c)) with
     G = (x X / ((y + c) Y))^(1 / (x + y + c)).
 
     Source: Hoffmann et al. 2022, equation 4, for c = 0.
 
     Args:
-        best: whose form is used.
+        best: the fit whose form is used.
         theta: parameter sets, (sets, P).
         compute: budgets, (budgets,).
         epochs: passes over the data.
@@ -55,7 +55,7 @@ def optimum(best: Fit, theta: Array, compute: Array, epochs: float) -> Optimum:
 
 
 def exponents(best: Fit) -> tuple[Interval, Interval]:
-    """The exponents p and 1 - p of N* ~ C^p and D* ~ C^(1 - p), with profile intervals."""
+    """Return the exponents p and 1 - p of N* ~ C^p and D* ~ C^(1 - p), with profile intervals."""
     def share(theta: Array) -> Array:
         terms = best.form.frontier_terms(theta)
         return np.asarray(terms.y / (terms.x + terms.y + terms.cross))
@@ -65,13 +65,13 @@ def exponents(best: Fit) -> tuple[Interval, Interval]:
 
 
 def band(draws: Array) -> tuple[Array, Array]:
-    """The middle 95 % over parameter sets: (budgets,) each from (sets, budgets)."""
+    """Return the ends of the middle 95 % over parameter sets: (budgets,) each from (sets, budgets)."""
     low, high = np.nanpercentile(draws, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0)
     return low, high
 
 
 def empirical_frontier(data: Observations) -> Indices:
-    """The points that no cheaper or equally dear point undercuts, by compute; an index."""
+    """Return the indices, by compute, of the points with a lower loss than every point of the same or less compute."""
     order = np.lexsort((data.log_loss, data.values["C"]))
     kept, lowest = [], math.inf
     for index in order:

@@ -1,12 +1,12 @@
-"""How sure a fit is: profile intervals and a bootstrap, for parameters and for anything computed from them.
+"""Intervals of a fit: profile intervals and a bootstrap, for parameters and for any quantity computed from them.
 
-The profile interval is the one that is stated. A quantity is pulled away from its best value, everything else is fitted
-again, and the interval ends where the cost has risen by what F(1, n - p) allows. It follows curved valleys, such as E
-against the exponents, needs no symmetry, stops at bounds, and shows when the data do not bound a quantity at all. In
-600 draws of each of four planted laws (24 points, 2 % noise; additive and bounded) its 95 % intervals held each true
-exponent in 94.8 to 96.0 % and E in 94.8 to 96.3 % (both exponents at once in about 90 %, as two such intervals do). The
-bootstrap is printed beside it: it follows the residuals as they are, but small samples need the widening that it is given,
-and its estimates pile up at a bound.
+The stated interval is the profile interval. A quantity is moved away from its best value, all other parameters are fitted
+again, and the interval ends where the cost has risen by the amount that F(1, n - p) allows. The profile follows curved
+valleys, such as E against the exponents, needs no symmetry, stops at bounds, and shows when the data do not bound a
+quantity. In 600 draws of each of four planted laws (24 points, 2 % noise; additive and bounded), the 95 % intervals
+contained each true exponent in 94.8 to 96.0 % and E in 94.8 to 96.3 % of the draws (both exponents at once in about 90 %,
+as expected of two such intervals). The bootstrap interval is printed beside the profile interval. The bootstrap uses the
+actual residuals, but it must be widened for small samples, and its estimates accumulate at bounds.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from compress.studies.scaling.forms import Array, Indices
 
 LEVEL = 0.95
 STEPS = 60
-LEAP, HALVINGS = 0.4, 12  # of the allowed rise of a single step; how often one side's stride is halved for it
-STIFF = 100.0  # the pull's curvature relative to the profile's: a lag of 1 %, and no ill-conditioned steps
+LEAP, HALVINGS = 0.4, 12  # maximum rise of one step relative to the allowed rise; how often a stride is halved
+STIFF = 100.0  # curvature of the pull relative to the profile: a lag of 1 %, and well-conditioned steps
 
 Quantity = Callable[[Array], Array]  # theta (k, P) -> (k,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A 95 % interval; an end is None where the data do not bound the quantity on that side.
+    """A 95 % interval; an end is None if the data do not bound the quantity on that side.
 
     Attributes:
-        value: at the best fit.
+        value: the value at the best fit.
         low, high: the ends.
         bootstrap: the percentile interval of the bootstrap, or None.
-        limit: a bound of the form that the interval starts at, such as 0 for E, or None.
+        limit: a bound of the form at which the interval may start, such as 0 for E, or None.
     """
 
     value: float
@@ -53,7 +53,7 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """What the data say about the quantity, in words."""
+        """The conclusion about the quantity, in words."""
         if self.low is None and self.high is None:
             return "not identified"
         if self.low is None:
@@ -65,17 +65,17 @@ class Interval:
         return "identified"
 
     def contains(self, value: float) -> bool:
-        """Whether the interval holds a value; an open end holds everything on its side."""
+        """Return whether the interval contains a value; an open end contains every value on its side."""
         return (self.low is None or self.low <= value) and (self.high is None or value <= self.high)
 
 
 def allowed(best: Fit) -> float:
-    """The rise of the cost at which a 95 % interval ends."""
+    """Return the rise of the cost at which a 95 % interval ends."""
     return best.spread / 2 * float(stats.f.ppf(LEVEL, 1, best.dof))
 
 
 def slope(quantity: Quantity, theta: Array) -> tuple[Array, Array]:
-    """A quantity and its gradient by central differences: (k,) and (k, P)."""
+    """Return a quantity and its gradient by central differences: (k,) and (k, P)."""
     count, width = theta.shape
     size = 1e-5 * np.maximum(1, np.abs(theta))
     moved = np.concatenate([theta[:, None, :] + size[:, None, :] * np.eye(width),
@@ -86,14 +86,15 @@ def slope(quantity: Quantity, theta: Array) -> tuple[Array, Array]:
 
 
 def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
-    """Profile intervals of quantities of a fit.
+    """Return profile intervals of quantities of a fit.
 
-    Each quantity is followed to both sides at once. A spring pulls it to a target that moves outwards; the spring's optimum
-    is the constrained optimum for the value that is reached, so that the profile is exact however soft the spring is.
+    Each quantity is followed in both directions at once. A spring pulls the quantity to a target that moves outwards. The
+    optimum with the spring is the constrained optimum at the value that is reached, so that the profile is exact for any
+    stiffness.
 
     Args:
         best: the fit.
-        quantities: what to bound, each a function from parameter sets to values; must be smooth.
+        quantities: smooth functions from parameter sets to values.
     """
     inputs, data = best.inputs, best.data
     rise, lanes = allowed(best), 2 * len(quantities)
@@ -133,7 +134,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
         root = np.sqrt(np.maximum(cost - best.cost, 0))
         value = np.array([float(quantities[int(lane) // 2](found[row:row + 1])[0]) for row, lane in enumerate(live)])
         crossed = root >= goal
-        # A step that takes most of what is allowed at once says little of where the end is: back, and half as far.
+        # After a step that uses most of the allowed rise, go back and halve the stride, to locate the end exactly.
         leap = crossed & (root - last_root[live] > LEAP * goal) & (halved[live] < HALVINGS)
         if leap.any():
             lanes_back = live[leap]
@@ -148,7 +149,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
             ends[lane] = float(last_value[lane] + share * (value[row] - last_value[lane]))
         kept = ~leap
         progress = np.maximum(root - last_root[live], 1e-12) / goal
-        # Against a bound of the form the quantity no longer moves, however far the target is.
+        # At a bound of the form the quantity stops moving, even if the target moves on.
         moved = np.abs(value - last_value[live])
         stalled[live] = np.where(kept & (moved < 1e-3 * stride[live]), stalled[live] + 1, 0)
         stride[live] *= np.where(kept, np.clip(0.15 / progress, 0.4, 2.0), 1.0)
@@ -161,7 +162,7 @@ def profile(best: Fit, quantities: Sequence[Quantity]) -> list[Interval]:
 
 
 def _curvature(best: Fit) -> Array:
-    """Inverse of the Gauss-Newton matrix at the fit, (P, P); directions without any slope get a large, finite variance."""
+    """Return the inverse of the Gauss-Newton matrix at the fit, (P, P); flat directions get a large, finite variance."""
     slopes = best.form.evaluate(best.theta[None], best.inputs)[1][0] * best.root_weights[:, None]
     matrix = slopes.T @ slopes
     matrix += 1e-8 * max(float(np.trace(matrix)), 1e-300) * np.eye(len(matrix))
@@ -169,18 +170,18 @@ def _curvature(best: Fit) -> Array:
 
 
 def bootstrap(best: Fit, replicates: int = 500, seed: int = 0) -> Array:
-    """Parameters fitted to resampled data, (replicates, P).
+    """Return parameters fitted to resampled data, (replicates, P).
 
-    Residuals of whole configurations are drawn with replacement and added to the fitted curve, so that the seeds of one
-    configuration stay together. They are widened by sqrt(n / (n - p)), because fitted residuals are smaller than the noise,
-    and by the ratio of Student's to the normal quantile, because the noise is itself estimated.
+    Residuals of whole configurations are drawn with replacement and added to the fitted curve, so that the seeds of a
+    configuration stay together. The residuals are widened by sqrt(n / (n - p)), because fitted residuals are smaller than
+    the noise, and by the ratio of Student's to the normal quantile, because the noise is an estimate.
 
     Source: Davison and Hinkley 1997, section 6.2 (resampling residuals).
 
     Args:
         best: the fit; its scale and weights are kept.
-        replicates: how many.
-        seed: of the drawing.
+        replicates: the number of replicates.
+        seed: the seed of the draws.
     """
     generator = np.random.default_rng(seed)
     count = len(best.data)
@@ -193,11 +194,11 @@ def bootstrap(best: Fit, replicates: int = 500, seed: int = 0) -> Array:
 
 
 def parameter_intervals(best: Fit, draws: Array | None = None) -> dict[str, Interval]:
-    """The intervals of a fit's reported parameters, on their own scale.
+    """Return the intervals of the reported parameters of a fit, on their own scale.
 
     Args:
         best: the fit.
-        draws: of `bootstrap`, or None.
+        draws: the result of `bootstrap`, or None.
     """
     form = best.form
     quantities: list[Quantity] = [lambda theta, index=index: form.reported(theta)[:, index]  # type: ignore[misc]
@@ -219,7 +220,7 @@ def parameter_intervals(best: Fit, draws: Array | None = None) -> dict[str, Inte
 
 
 def exponential(interval: Interval) -> Interval:
-    """The interval of exp(x) from that of x."""
+    """Return the interval of exp(x) from that of x."""
     def power(value: float) -> float:
         return math.exp(min(value, 700.0))
 

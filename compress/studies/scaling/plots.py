@@ -1,4 +1,4 @@
-"""A study's plots as PNG and SVG: loss against N, D and C, isoFLOP curves, residuals, frontier, held-out points."""
+"""The plots of a study as PNG and SVG: loss against N, D and C, isoFLOP curves, residuals, frontier, held-out points."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from compress.studies.scaling.ranking import JudgedForm, SPLIT_TITLES
 from metadata.formats import write_figure
 
 NAMES = {"N": "parameters N", "D": "training examples D"}
-CURVES = 6  # of levels of the other variable; more cannot be told apart
+CURVES = 6  # maximum number of levels of the other variable; more are indistinguishable
 MARKERS = "osD^v"
 DOTS: dict[str, Any] = {"s": 26, "edgecolor": "white", "linewidth": 0.6}
 
 
 def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
-    """Draws every plot that the analysis has the fits for.
+    """Draw every plot for which the analysis has fits.
 
     Returns:
-        The PNG files; each has an SVG beside it.
+        The PNG files; each has an SVG file beside it.
     """
     import matplotlib
     matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
 
 @contextmanager
 def _canvas(path: Path, columns: int = 1, size: tuple[float, float] = (8.0, 5.2), **options: Any) -> Iterator[Any]:
-    """Axes to draw on, (axis,) or several; written when the block is left."""
+    """Yield the axes of a figure that is written at the end of the block."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False, **options)
@@ -61,7 +61,7 @@ def _canvas(path: Path, columns: int = 1, size: tuple[float, float] = (8.0, 5.2)
 
 
 def _label_log(axis: Any, low: float, high: float) -> None:
-    """Readable ticks on a logarithmic axis: 0.5, 0.7, 1 and not 5 x 10^-1; the powers of ten alone over many decades."""
+    """Set readable ticks on a logarithmic axis: 0.5, 0.7, 1, not 5 x 10^-1; over many decades only powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     decades = math.log10(high / low) if high > low > 0 else 1.0
@@ -74,13 +74,13 @@ def _label_log(axis: Any, low: float, high: float) -> None:
 
 
 def compute_label(analysis: Analysis) -> str:
-    """The compute axis: what C is."""
+    """Return the label of the compute axis."""
     column = analysis.runs.columns.get("C")
     return f"compute C ({column})" if column else "compute C = N · D · epochs"
 
 
 def brief(value: float) -> str:
-    """A number for a label: 0.35, 1,200, 50k, 2.4M, 16B, 7.2e13."""
+    """Format a number for a label: 0.35, 1,200, 50k, 2.4M, 16B, 7.2e13."""
     if value >= 1e12:
         return scientific(value)
     if value < 1e4:
@@ -91,18 +91,18 @@ def brief(value: float) -> str:
 
 
 def scientific(value: float) -> str:
-    """7.2e11, as budgets are written."""
+    """Format a budget, such as 7.2e11."""
     return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def _levels(values: Array, most: int = CURVES) -> Array:
-    """At most so many of the distinct values, the ends among them."""
+    """Return at most `most` of the distinct values, including both ends."""
     levels = np.unique(values)
     return levels if len(levels) <= most else levels[np.unique(np.linspace(0, len(levels) - 1, most).round().astype(int))]
 
 
 def _colours(values: Array) -> tuple[Any, Any]:
-    """Shades from light to dark, and the logarithmic scale that they stand for; the palest are left out, on white."""
+    """Return shades from light to dark and their logarithmic scale, without the palest shades, which vanish on white."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm
 
@@ -120,7 +120,7 @@ def _colour_bar(axis: Any, shades: Any, norm: Any, label: str) -> None:
 
 
 def _frame(axis: Any, x: Sequence[float] | Array, y: Sequence[float] | Array, labels: tuple[str, str]) -> None:
-    """Logarithmic axes that fit the points, whatever the bands do."""
+    """Set logarithmic axes whose limits fit the points, not the bands."""
     axis.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])
     for which, values in ((axis.set_xlim, x), (axis.set_ylim, y)):
         low, high = float(np.min(values)), float(np.max(values))
@@ -131,13 +131,13 @@ def _frame(axis: Any, x: Sequence[float] | Array, y: Sequence[float] | Array, la
 
 
 def _legend(axis: Any, **options: Any) -> None:
-    """Below the axes, where there are no data."""
+    """Place the legend below the axes, where there are no data."""
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False, fontsize=9, **{"ncols": 3, **options})
 
 
 def _left_out(analysis: Analysis, axis: Any, variable: str) -> list[float]:
-    """Crosses for rows that have numbers and are not fitted; the losses of those that are drawn."""
+    """Draw crosses for rows that are left out but have numbers; return the losses of the crosses."""
     highest = 1.5 * float(np.exp(analysis.joint.data.log_loss.max()))
     shown = [(row.n if variable == "N" else row.d, row.loss) for row in analysis.runs.left_out
              if row.n and row.d and row.loss and row.loss < highest and not row.reason.startswith("repeats")]
@@ -148,7 +148,7 @@ def _left_out(analysis: Analysis, axis: Any, variable: str) -> list[float]:
 
 
 def _against(analysis: Analysis, variable: str, path: Path) -> Path:
-    """Loss against N or D, coloured by the other; the joint fit's curves, or the power law where there is no joint fit."""
+    """Draw loss against N or D, coloured by the other, with the curves of the joint fit, or of the power law if none."""
     data, other = analysis.joint.data, "D" if variable == "N" else "N"
     loss, x = np.exp(data.log_loss), data.values[variable]
     xs = np.geomspace(x.min() / 1.3, x.max() * 1.3, 80)
@@ -183,7 +183,7 @@ def _draw_single(axis: Any, section: Section, variable: str, xs: Array, colour: 
 
 
 def _against_compute(analysis: Analysis, path: Path) -> Path:
-    """Loss against compute, coloured by N, with the fit's best loss for each budget and the power law of the envelope."""
+    """Draw loss against compute, coloured by N, with the best loss of the fit for each budget and the power law."""
     data, frontier = analysis.joint.data, analysis.tradeoff
     loss, x = np.exp(data.log_loss), data.values["C"]
     shades, norm = _colours(data.values["N"])
@@ -206,11 +206,11 @@ def _against_compute(analysis: Analysis, path: Path) -> Path:
 
 
 def _isoflop(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
-    """Loss against N at equal compute: curves of the fit, their minima, and the observed points near each budget."""
+    """Draw loss against N at equal compute: curves of the fit, their minima, and the observed points near each budget."""
     assert analysis.tradeoff
     data, passes = analysis.joint.data, analysis.tradeoff.passes
     loss = np.exp(data.log_loss)
-    compute = data.values["N"] * data.values["D"] * passes  # as the curves count it
+    compute = data.values["N"] * data.values["D"] * passes  # counted as for the curves
     budgets = np.geomspace(float(np.quantile(compute, 0.1)), float(np.quantile(compute, 0.95)), 5)
     shades, norm = _colours(budgets)
     ends = data.values["N"].min() / 3, data.values["N"].max() * 3
@@ -244,7 +244,7 @@ def _isoflop(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
 
 
 def _residuals(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
-    """Observed less fitted, in percent, against N, D and the fitted loss; a structure here is what the form misses."""
+    """Draw observed minus fitted, in percent, against N, D and the fitted loss; structure shows what the form misses."""
     data = analysis.joint.data
     fitted = np.exp(data.log_loss - chosen.fit.residuals)
     percent = 100 * np.expm1(chosen.fit.residuals)
@@ -270,7 +270,7 @@ def _residuals(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
 
 
 def _frontier(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
-    """N* and D* against compute with bands; what lies beyond the data is shaded."""
+    """Draw N* and D* against compute with bands; shade the range beyond the data."""
     frontier, data = analysis.tradeoff, analysis.joint.data
     assert frontier
     last = float(data.values["C"].max())
@@ -294,7 +294,7 @@ def _frontier(analysis: Analysis, chosen: JudgedForm, path: Path) -> Path:
 
 
 def _held_out(analysis: Analysis, path: Path) -> Path:
-    """Predicted against observed on the points that a form did not see, one panel for each way of holding out."""
+    """Draw predicted against observed loss on held-out points, one panel for each split."""
     assert analysis.joint.ranking
     forms = analysis.joint.ranking.forms
     splits = [name for name in SPLIT_TITLES if any(name in form.splits and form.splits[name].predicted is not None

@@ -14,13 +14,13 @@ from compress.studies.scaling.intervals import LEVEL, profile
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The loss of a configuration that was not run.
+    """The predicted loss of a configuration that was not run.
 
     Attributes:
-        loss: at the fit.
-        mean: 95 % interval of the mean over seeds; an end is None where the data do not bound it.
-        run: 95 % interval of one run, which has the noise as well.
-        beyond: how many times N and D lie beyond the points, such as {"N": 4.0}; empty inside.
+        loss: the loss at the best fit.
+        mean: 95 % interval of the mean over seeds; an end is None if the data do not bound it.
+        run: 95 % interval of one run, which includes the noise.
+        beyond: the factor by which N and D lie beyond the points, such as {"N": 4.0}; empty inside their range.
     """
 
     loss: float
@@ -30,10 +30,10 @@ class Prediction:
 
 
 def predict(best: Fit, n: float, d: float) -> Prediction:
-    """The loss of a model of n parameters on d examples.
+    """Predict the loss of a model with n parameters on d examples.
 
-    The interval of the mean is that of the profile of the prediction itself; the noise of a run is added in quadrature, by
-    Student's t, since the noise is estimated from as many degrees of freedom.
+    The interval of the mean is the profile interval of the prediction. For the interval of a run, the noise is added in
+    quadrature, with the quantile of Student's t for the degrees of freedom of the fit.
     """
     values = {"N": np.array([n]), "D": np.array([d]), "C": np.array([n * d])}
     inputs = best.form.inputs(values)

@@ -1,4 +1,4 @@
-"""What a study says, in three forms: tables on the screen, a Markdown summary, and fit.json with everything."""
+"""The report of a study, in three forms: tables on the screen, a Markdown summary, and fit.json with all numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TableRows = list[list[str]]
 
 
 def number(value: float | None) -> str:
-    """A number for people: four digits, thousands separated; `?` for none."""
+    """Format a number for display: four digits, thousands separated; `?` for None."""
     if value is None or not math.isfinite(value):
         return "?"
     if value == 0:
@@ -37,12 +37,12 @@ def number(value: float | None) -> str:
 
 
 def span(low: float | None, high: float | None) -> str:
-    """An interval for people; an open end is a dash."""
+    """Format an interval for display; an open end is a dash."""
     return f"{'-' if low is None else number(low)} to {'-' if high is None else number(high)}"
 
 
 def verdict(name: str, interval: Interval) -> str:
-    """What the data say about a parameter; how far an amplitude is uncertain, since that is easily a factor of ten."""
+    """Return the verdict on a parameter; for an uncertain amplitude, the factor to which it is known."""
     low, high = interval.low, interval.high
     if name != "E" and low and high and low > 0 and high / low > 10:
         return f"known to a factor of {number(float(f'{math.sqrt(high / low):.2g}'))}"
@@ -53,7 +53,7 @@ def verdict(name: str, interval: Interval) -> str:
 
 
 def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], TableRows]:
-    """Header and rows: mean absolute errors in percent, best form first."""
+    """Return header and rows: mean absolute errors in percent, best form first."""
     used = [name for name in splits if any(name in form.splits for form in ranking.forms)]
     rows = []
     for form in ranking.forms:
@@ -64,12 +64,12 @@ def ranking_rows(ranking: Ranking, splits: Iterable[str]) -> tuple[list[str], Ta
 
 
 def percent(value: float | None) -> str:
-    """A percentage, or what is shown where there is none."""
+    """Format a percentage; `too few` for None."""
     return "too few" if value is None else f"{value:.2f}"
 
 
 def parameter_rows(section: Section, form: JudgedForm) -> tuple[list[str], TableRows]:
-    """Header and rows: value, profile interval, bootstrap interval and verdict of each parameter."""
+    """Return header and rows: value, profile interval, bootstrap interval and verdict of each parameter."""
     rows = [[name, number(interval.value), span(interval.low, interval.high),
              span(*interval.bootstrap) if interval.bootstrap else "", verdict(name, interval)]
             for name, interval in section.intervals[form.name].items()]
@@ -77,7 +77,7 @@ def parameter_rows(section: Section, form: JudgedForm) -> tuple[list[str], Table
 
 
 def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tuple[list[str], TableRows]:
-    """Header and rows: N*, D* and the loss at budgets over the range that was run and ten times beyond."""
+    """Return header and rows: N*, D* and the loss at budgets over the range of the runs and ten times beyond."""
     data = analysis.joint.data
     chosen = np.unique(np.linspace(0, len(tradeoff.best.compute) - 1, most).round().astype(int))
     n, d = band(tradeoff.draws.n), band(tradeoff.draws.d)
@@ -94,7 +94,7 @@ def frontier_rows(analysis: Analysis, tradeoff: Tradeoff, most: int = 7) -> tupl
 
 
 def noise_lines(analysis: Analysis) -> list[str]:
-    """The noise between seeds beside the scatter around the chosen fit."""
+    """Return lines that compare the noise between seeds with the scatter around the chosen fit."""
     data = analysis.joint.data
     repeated = data.runs[data.runs > 1]
     lines = [f"noise between seeds: {100 * data.seed_noise:.2f} % of the {analysis.runs.target} (pooled standard "
@@ -111,7 +111,7 @@ def noise_lines(analysis: Analysis) -> list[str]:
 
 
 def misfit_lines(form: JudgedForm) -> list[str]:
-    """A warning where the points lie further from a fit than noise explains: its intervals are of a form that is wrong."""
+    """Return a warning if the points lie further from a fit than noise explains: then its intervals are unreliable."""
     noise = form.fit.data.seed_noise
     return [] if not noise or form.scatter_percent <= 300 * noise else [
         f"{form.name}: the scatter ({form.scatter_percent:.2f} %) is more than three times the noise between seeds: the "
@@ -119,7 +119,7 @@ def misfit_lines(form: JudgedForm) -> list[str]:
 
 
 def verdict_lines(analysis: Analysis) -> list[str]:
-    """Which form wins and by what it cannot be told from the others; what could not be fitted."""
+    """Return lines that name the best form, the forms that cannot be distinguished from it, and the skipped forms."""
     lines = []
     ranking = analysis.joint.ranking
     if ranking and analysis.chosen:
@@ -138,7 +138,7 @@ def verdict_lines(analysis: Analysis) -> list[str]:
 
 
 def exponent_line(tradeoff: Tradeoff) -> str:
-    """The exponents of the frontier."""
+    """Return a line with the exponents of the frontier."""
     n, d = tradeoff.n_exponent, tradeoff.d_exponent
     unsure = "" if n.identified else "; the data do not identify how a budget is best spent"
     return (f"compute-optimal at {tradeoff.rule}: N* ~ C^{n.value:.3f} ({span(n.low, n.high)}), "
@@ -146,7 +146,7 @@ def exponent_line(tradeoff: Tradeoff) -> str:
 
 
 def sources(runs: Runs) -> str:
-    """Which column each variable was read from."""
+    """Return the column from which each variable was read."""
     return ", ".join(f"{role} from {'1 - ' if runs.from_accuracy and role == runs.target else ''}{name}"
                      for role, name in runs.columns.items())
 
@@ -155,7 +155,7 @@ def sources(runs: Runs) -> str:
 
 
 def print_table(console: Console, title: str, header: Sequence[str], rows: TableRows) -> None:
-    """One table: the first and the last column of words to the left, numbers to the right."""
+    """Print a table with columns of words aligned left and numbers aligned right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
                   collapse_padding=True)
     words = {"form", "parameter", "verdict", "beyond the data"}
@@ -167,7 +167,7 @@ def print_table(console: Console, title: str, header: Sequence[str], rows: Table
 
 
 def print_summary(console: Console, analysis: Analysis) -> None:
-    """The verdicts on the screen; the Markdown summary has every form's parameters."""
+    """Print the verdicts; the Markdown summary also has the parameters of every form."""
     runs = analysis.runs
     console.print(sources(runs), highlight=False)
     console.print(f"{len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {len(runs.left_out)} rows left out",
@@ -186,7 +186,7 @@ def print_summary(console: Console, analysis: Analysis) -> None:
         print_table(console, f"{form.name}: {form.fit.form.formula}", *parameter_rows(analysis.joint, form))
     for section in analysis.single:
         if section.ranking:
-            # Where they cannot be ranked, all are shown.
+            # Show all forms if they cannot be ranked.
             for form in section.ranking.forms if section.ranking.untested else [section.ranking.winner]:
                 missed = "too few points to hold any out" if form.held_out_percent is None else (
                     f"{percent(form.held_out_percent)} % held out")
@@ -204,18 +204,18 @@ def print_summary(console: Console, analysis: Analysis) -> None:
 
 def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str, Fit], ranking: Ranking, n: float, d: float,
                      epochs: float | None, network: str = "") -> None:
-    """A prediction on the screen: intervals, how far it reaches beyond the runs, and what the other forms say.
+    """Print a prediction: its intervals, how far it lies beyond the runs, and the predictions of the other forms.
 
     Args:
-        console: where to.
-        runs: what was fitted.
-        chosen: the form that predicts.
-        forms: all forms' fits by name.
-        ranking: their held-out errors.
-        n: parameters.
-        d: training examples.
-        epochs: for the compute that is shown; as the runs were trained if None.
-        network: what N is of, in words.
+        console: the console to print to.
+        runs: the fitted runs.
+        chosen: the fit that predicts.
+        forms: the fits of all forms by name.
+        ranking: the held-out errors of the forms.
+        n: the number of parameters.
+        d: the number of training examples.
+        epochs: the epochs for the compute that is printed; None takes those of the runs.
+        network: the network with N parameters, in words.
     """
     found = predict(chosen, n, d)
     passes = epochs if epochs is not None else runs.passes
@@ -250,13 +250,13 @@ def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str,
 
 
 def markdown_table(header: Sequence[str], rows: TableRows) -> list[str]:
-    """A Markdown table, its first column to the left."""
+    """Return the lines of a Markdown table with its first column aligned left."""
     return ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1),
             *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
-    """The summary as Markdown."""
+    """Return the summary as Markdown."""
     runs = analysis.runs
     lines = [f"# Scaling of the {runs.target}", "",
              f"`{runs.path.name}`: {len(runs.runs)} runs of {len(analysis.joint.data)} configurations; {sources(runs)}; "
@@ -294,7 +294,7 @@ def markdown(analysis: Analysis, plots: Sequence[Path]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON without NaN and infinities, which become null."""
+    """Convert to JSON types; NaN and infinities become null."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -335,7 +335,7 @@ def _band(values: Array) -> dict[str, Any]:
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """What fit.json holds."""
+    """Return the content of fit.json."""
     runs, tradeoff, data = analysis.runs, analysis.tradeoff, analysis.joint.data
     content: dict[str, Any] = {
         "schema": 1, "source": runs.path.name, "target": runs.target, "columns": runs.columns, "ceiling": analysis.ceiling,
@@ -357,7 +357,7 @@ def to_json(analysis: Analysis) -> dict[str, Any]:
 
 
 def write_all(analysis: Analysis, folder: Path, draw: bool = True) -> list[Path]:
-    """Writes summary.md, fit.json and, if wanted, the plots; returns the plots."""
+    """Write summary.md, fit.json and, if `draw`, the plots; return the paths of the plots."""
     from compress.studies.scaling.plots import draw_all
 
     folder.mkdir(parents=True, exist_ok=True)
