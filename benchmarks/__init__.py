@@ -1,1 +1,1 @@
-"""Scripts that measure, and `results/` with what they measured; never collected by pytest."""
+"""Benchmark scripts, and their recorded results in `results/`. Pytest does not collect them."""

@@ -1,11 +1,11 @@
-"""Accuracy against minutes on CIFAR-10: runs a training recipe with several seeds and keeps the curves.
+"""Accuracy against minutes on CIFAR-10: run a training recipe with several seeds and record the curves.
 
     python -m benchmarks.cifar10_time --data_root DIR --config cifar10_fast --seeds 0,1,2 --output benchmarks/results/NAME
 
-Writes NAME.json and NAME.png; seeds that NAME.json has already, of the same settings, are kept. Each seed is a run of
-`python -m compress train`, one after the other; its wall time includes the start of Python and the decoding of the images.
-The curve is of the images held out of train; the test split is opened once a seed, at the end. Beside its accuracy stands
-what the mean over each image and its mirror image gives.
+Write NAME.json and NAME.png; keep the seeds that NAME.json already has for the same settings. Each seed is one run of
+`python -m compress train`, one after the other. The wall time includes the start of Python and the decoding of the images.
+The curve shows the held-out images. The test split is opened once a seed, at the end, and measured twice: plainly, and with
+the mean of the logits of each image and its mirror image.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Mirrored(nn.Module):
 
 
 def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str]) -> dict[str, Any]:
-    """One seed: its curve, its test accuracy and its times."""
+    """Run one seed; return its curve, its test accuracy and its times."""
     start = time.monotonic()
     subprocess.run([sys.executable, "-m", "compress", "train", "--config", config, "--data_root", str(data_root), "--seed",
                     str(seed), "--log_dir", str(folder), *extra], check=True)
@@ -64,7 +64,7 @@ def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str])
 
 
 def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
-    """The curves of all seeds, and where each ended on the test split."""
+    """Draw the curves of all seeds, and the final test accuracy of each."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -83,7 +83,7 @@ def draw(path: Path, title: str, runs: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Runs, writes, draws; what is there after each seed is written at once."""
+    """Run the seeds; write and draw the results after each seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_root", type=Path, required=True)
     parser.add_argument("--config", default="cifar10_fast")

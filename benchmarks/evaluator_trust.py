@@ -1,10 +1,10 @@
-"""How far the evaluator's own verdicts can be trusted: A against A, and what the sandbox adds to a latency.
+"""The reliability of the evaluator's verdicts: A against A, and the latency that the sandbox adds.
 
     python benchmarks/evaluator_trust.py --submission SUBMISSION --data TEST_IMAGES --output results/evaluator_trust.json
 
-A submission is compared with itself many times: every verdict but "cannot be told apart" is a false alarm. Then with the
-same network as foreign code in the sandbox (its own model.py and weights, nothing else): the answers must be the same,
-and the ratio of the latencies is what separate processes cost. Both sides are served in turns, so the ratios are paired.
+Compare a submission with itself many times: every verdict but "cannot be told apart" is a false alarm. Then compare the
+submission with the same network as foreign code in the sandbox (only its model.py and weights): the answers must be equal,
+and the ratio of the latencies is the cost of separate processes. Both sides are interleaved, so that the ratios are paired.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from metadata.machine import machine, versions
 
 
 def as_code(submission: Path, folder: Path) -> Path:
-    """The same network in the original style: its own model.py, its weights, loose metadata."""
+    """Write the same network in the original style: its model.py, its weights, loose metadata."""
     folder.mkdir()
     card = json.loads((submission / "model_metadata.json").read_text())
     shutil.copy(submission / "model.py", folder)
@@ -39,18 +39,18 @@ def as_code(submission: Path, folder: Path) -> Path:
 
 
 def compare(one: Path, two: Path, data: Path) -> dict[str, Any]:
-    """The verdicts of one comparison."""
+    """Return the verdicts of one comparison."""
     result = evaluate_submission(one, data, settings=EvaluationSettings(allow_code=True), compare=two)
     return result["details"]["compare"]  # type: ignore[no-any-return]
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median, extremes and n."""
+    """Return median, extremes and n."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Measure and write; see the top of the file."""
     parser = argparse.ArgumentParser(description="A against A, and the sandbox against none.")
     parser.add_argument("--submission", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)

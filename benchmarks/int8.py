@@ -1,16 +1,16 @@
-"""Int8 against float and the peers' int8: latency, size and, for trained networks, accuracy, in one interleaved run.
+"""Our int8 against float and against the int8 of other libraries: latency, size and accuracy in one interleaved run.
 
     python -m benchmarks.int8 [--models resnet18 mobilenet_v2 efficientnet_b0] [--threads 1]
     python -m benchmarks.int8 --models all --sides "PyTorch eager" "PyTorch channels last" torch.compile "ours, dynamic"
     python -m benchmarks.int8 --trained runs/NAME/04-finetune --dataset cifar10 --data_root DIR
 
-Writes benchmarks/results/int8.json, .md and, where accuracies were measured, .png; other networks' rows that are there
-already are kept, and a file of another machine or number of threads is refused. torchvision's networks have random weights
-here (batch norms set by random images): their time and size do not depend on them, and nothing is said of their accuracy. A
-trained network is a stage's folder of a run; where that run goes on to quantize_static, what its search chose is our static
-side. Its test split is opened once.
+Write benchmarks/results/int8.json, .md and, if accuracies were measured, .png. Rows of other networks in the file are kept;
+a file of another machine or number of threads is refused. torchvision's networks have random weights, and batch norms of
+random images: latency and size do not depend on the weights, and their accuracy is not reported. A trained network is the
+folder of a stage of a run. If the run has a quantize_static stage, our static side is the file that its search chose. The
+test split is opened once.
 
-Peers: pip install -r benchmarks/requirements-peers.txt; one that is not installed is left out, and the table says so.
+Other libraries: pip install -r benchmarks/requirements-peers.txt; a missing one is skipped, and the table says so.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from metadata.formats import write_figure
 from metadata.machine import machine, versions
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0")
-FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")  # with MODELS, all that dynamic int8 is to make faster
-ROUNDS, CALLS = 15, 6  # timed: every side has ROUNDS turns of CALLS calls, or of fewer where they take long
+FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet")  # with MODELS, the networks that dynamic int8 should make faster
+ROUNDS, CALLS = 15, 6  # every side is timed in ROUNDS rounds of CALLS calls, or fewer if the calls are slow
 TURN_SECONDS = 0.5
-SCHEMA = 2  # of the record
+SCHEMA = 2  # version of the record
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def _in_turns(calls: dict[str, Call], image: Tensor) -> dict[str, list[float]]:
-    """Milliseconds of every call of each side."""
+def _interleaved(calls: dict[str, Call], image: Tensor) -> dict[str, list[float]]:
+    """Return the milliseconds of every call of each side; the rounds of the sides are interleaved."""
     taken: dict[str, list[float]] = {side: [] for side in calls}
     with torch.no_grad():
         for _ in range(ROUNDS):
             for side, call in calls.items():
-                call(image)  # the caches are another side's
+                call(image)  # fills the caches, which hold the data of another side
                 began = time.perf_counter()
                 for _ in range(CALLS):
                     start = time.perf_counter_ns()
@@ -74,7 +74,7 @@ def _in_turns(calls: dict[str, Call], image: Tensor) -> dict[str, list[float]]:
 
 
 def measure(subject: Subject, sides: Sequence[str], test_images: int | None) -> dict[str, dict[str, Any]]:
-    """A row for each side: its kind, bytes, milliseconds, and accuracy where there are labels; or why there is none."""
+    """Return a row for each side: kind, bytes, milliseconds, and accuracy if there are labels, or why it is skipped."""
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     image = subject.images[:1].contiguous()
@@ -93,7 +93,7 @@ def measure(subject: Subject, sides: Sequence[str], test_images: int | None) -> 
         if "left_out" in rows[side]:
             calls.pop(side, None)
         print(f"  {side}: {rows[side].get('left_out', 'ready')}", flush=True)
-    taken = _in_turns(calls, image)
+    taken = _interleaved(calls, image)
     floats = {kind: min((statistics.median(taken[side]) for side in calls if kind in SIDES[side][0]), default=float("nan"))
               for kind in ("torch float", "float")}
     for side, values in taken.items():
@@ -113,7 +113,7 @@ def measure(subject: Subject, sides: Sequence[str], test_images: int | None) -> 
 
 
 def random_subject(name: str, folder: Path, threads: int) -> Subject:
-    """A torchvision network with random weights, whose batch norms random images have set."""
+    """Return a torchvision network with random weights and batch norms set by random images."""
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def random_subject(name: str, folder: Path, threads: int) -> Subject:
 
 
 def trained_subject(stage: Path, dataset: str, data_root: Path, folder: Path, threads: int) -> Subject:
-    """A stage's model of a run, calibrated on training images."""
+    """Return the model of a stage of a run, with training images for calibration."""
     architecture = read_json(stage / "architecture.json", Architecture)
     model = open_model(architecture, stage / "weights.pth")
     splits = load(Request(name=dataset, root=data_root))
@@ -138,7 +138,7 @@ def trained_subject(stage: Path, dataset: str, data_root: Path, folder: Path, th
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables: one a network that all kinds of sides were measured for, and one of dynamic int8 for the others."""
+    """Return the tables: one for each fully measured network, and one of dynamic int8 for the others."""
     where, rates = result["machine"], result["limits"]
     parts = [f"# Int8 side by side\n\n{where['cpu']} ({', '.join(where['flags'])}), {result['threads']} thread(s), batch "
              "1. Medians of calls in turns; the ratios are to the best float time of PyTorch and of any runtime in the "
@@ -192,7 +192,7 @@ def _line(name: str, model: dict[str, Any]) -> str:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """Accuracy against latency, a panel a trained network."""
+    """Draw accuracy against latency, one panel for each trained network."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -212,7 +212,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
             axis.plot(row["latency_ms"]["median"], 100 * row["accuracy"]["correct"] / row["accuracy"]["images"],
                       markers[number], color=colours[row["kind"]], markersize=8, alpha=0.8, linestyle="none", label=side)
         low, high = axis.get_ylim()
-        middle, half = (low + high) / 2, max(1.0, high - low) / 2  # a few images of thousands are no distance
+        middle, half = (low + high) / 2, max(1.0, high - low) / 2  # at least 1 % wide
         axis.set(xlabel="milliseconds an image, batch 1", ylabel="test accuracy (%)", title=name, xscale="log",
                  ylim=(middle - half, middle + half))
         for formatted in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
@@ -223,7 +223,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Measures, writes, draws."""
+    """Measure, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=None, help=f"of torchvision; {' '.join(MODELS)} unless --trained; "
                         "all: these, and every ResNet and RegNet")

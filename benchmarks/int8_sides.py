@@ -1,4 +1,4 @@
-"""The sides of the int8 benchmark: float backends, the peers' int8 and ours, each made ready to call."""
+"""The sides of the int8 benchmark: float backends, the int8 of other libraries and ours, each ready to call."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True)
 class Subject:
-    """A network to be served: the graph, some images to calibrate with, and where its accuracy is measured, if it is."""
+    """A network to measure: the graph, images for calibration and, for a trained network, its data set."""
 
     name: str
     model: nn.Module
-    images: Tensor  # (N, C, H, W) float32, normalised, of the training split
+    images: Tensor  # (N, C, H, W) float32, normalized, from the training split
     splits: Splits | None = None
-    chosen: Path | None = None  # the static int8 file that a run's search chose
+    chosen: Path | None = None  # the static int8 file that the search of a run chose
     folder: Path = field(default_factory=Path)
     threads: int = 1
 
     def graph(self) -> tuple[fx.GraphModule, Architecture]:
-        """The network in the layer table."""
+        """The architecture of the network."""
         channels, height, width = self.images.shape[1:]
         graph = as_graph(without_stochastic_depth(self.model), (channels, height, width))
         return graph, describe(graph, (channels, height, width))
 
     def onnx_file(self) -> Path:
-        """The float network as ONNX, written once."""
+        """The float network as an ONNX file, written once."""
         path = self.folder / "float.onnx"
         if not path.exists():
             path.write_bytes(export(*self.graph())[0].SerializeToString())
@@ -55,14 +55,14 @@ class Subject:
 
 
 def torch_bytes(model: nn.Module, folder: Path) -> int:
-    """The size of the state dict as torch.save writes it."""
+    """Return the size of the state dict as torch.save writes it."""
     path = folder / "weights.pth"
     torch.save(model.state_dict(), path)
     return path.stat().st_size
 
 
 def torch_eager(subject: Subject) -> tuple[Call, int]:
-    """PyTorch as it is."""
+    """PyTorch in eager mode."""
     return subject.model, torch_bytes(subject.model, subject.folder)
 
 
@@ -73,7 +73,7 @@ def torch_channels_last(subject: Subject) -> tuple[Call, int]:
 
 
 def torch_compiled(subject: Subject) -> tuple[Call, int]:
-    """torch.compile, channels last, weights frozen into the code where it can."""
+    """torch.compile with channels last, and frozen weights if possible."""
     model = copy.deepcopy(subject.model).to(memory_format=torch.channels_last)
     compiled = torch.compile(model)
     return (lambda x: compiled(x.contiguous(memory_format=torch.channels_last))), torch_bytes(model, subject.folder)
@@ -153,7 +153,7 @@ def torchao_dynamic(subject: Subject) -> tuple[Call, int]:
 
 
 def ours_dynamic(subject: Subject) -> tuple[Call, int]:
-    """Our dynamic int8, as the stage makes it."""
+    """Our dynamic int8, as in the stage."""
     model, _ = quantize(subject.model, subject.images[:8])
     return model, torch_bytes(model, subject.folder)
 
@@ -170,7 +170,7 @@ def _static_file(subject: Subject) -> Path:
 
 
 def ours_static_onnxruntime(subject: Subject) -> tuple[Call, int]:
-    """Our static int8 on ONNX Runtime: with the settings that the search begins with, or what a run's search chose."""
+    """Our static int8 on ONNX Runtime: the first settings of the search, or the choice of the search of a run."""
     path = _static_file(subject)
     return on_onnxruntime(path, subject.threads), path.stat().st_size
 

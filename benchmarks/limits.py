@@ -1,9 +1,9 @@
-"""What a CPU can do at most: multiply-adds a second in float32 and in int8, as oneDNN's convolutions reach them.
+"""The limits of a CPU: the highest rates of multiply-adds in float32 and int8 that oneDNN's convolutions reach.
 
     python -m benchmarks.limits [--threads 1]
 
-A network takes at least its multiply-adds at that rate (unless an algorithm needs fewer of them), so the rates say how far
-from the limit a runtime is, and their ratio how much int8 can gain at all.
+A network takes at least the time of its multiply-adds at this rate, unless an algorithm needs fewer of them. So the rates
+tell how far a runtime is from the limit, and their ratio is the largest possible gain of int8.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TURNS, WARMUP = 25, 3
 
 
 def limits(threads: int = 1) -> dict[str, float]:
-    """The highest rates over some layers that suit the kernels, in 10^9 multiply-adds a second.
+    """Return the highest rates over some layers that suit the kernels, in 10^9 multiply-adds a second.
 
     Returns:
         "float32" and, where there are oneDNN's int8 kernels, "int8": levels in, levels out, nothing quantized on the way.
@@ -46,7 +46,7 @@ def limits(threads: int = 1) -> dict[str, float]:
 
 
 def _medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Seconds of each, measured in turns."""
+    """Return the seconds of each, interleaved."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-WARMUP, TURNS):
         for name, call in calls.items():
@@ -75,7 +75,7 @@ def _int8_convolution(channels: int, kernel: int, size: int) -> Callable[[], obj
 
 
 def main() -> int:
-    """Prints the rates."""
+    """Print the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     rates = limits(parser.parse_args().threads)

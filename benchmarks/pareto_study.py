@@ -1,8 +1,8 @@
-"""The solution of the 2.5M-parameter task, measured: `python benchmarks/pareto_study.py [--draws 20] [--seeds 3]`.
+"""Measure the solution of the 2.5M-parameter task: `python benchmarks/pareto_study.py [--draws 20] [--seeds 3]`.
 
-Writes benchmarks/results/pareto_2_5m.json and .png: points and seconds on the public data (a fresh process with two
-threads), accuracy on fresh draws, and accuracy on digits and on a mixture problem under several limits, each beside the
-nearest mean and an MLP. Some ten minutes with one thread. `--standard` prints the first part alone, as JSON.
+Write benchmarks/results/pareto_2_5m.json and .png: points and seconds on the public data (a fresh process with two
+threads), accuracy on fresh draws, and accuracy on digits and on a mixture problem under several limits, each compared with
+the nearest mean and an MLP. This takes about ten minutes with one thread. `--standard` prints only the first part, as JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from metadata.files import write_json
 from metadata.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results"
-FIRST_DRAW = 8000  # draws 3000 to 7059 served to find the method
+FIRST_DRAW = 8000  # draws 3000 to 7059 were used to develop the method
 REMARKS = [
     "The public test split was opened three times. A rule of one standard error with heads of equal length first gave 1013 "
     "right; two standard errors, 1012; two standard errors with the plain class means first, the rule that stands, 1014. "
@@ -47,7 +47,7 @@ Rows = tuple[Tensor, Tensor]
 
 
 def digits_problem(seed: int) -> Problem:
-    """scikit-learn's digits as rows of 64 numbers, in a random order: 1,150 train, 287 validation, 360 test."""
+    """Return scikit-learn's digits as rows of 64 numbers in random order: 1,150 train, 287 validation, 360 test."""
     from sklearn.datasets import load_digits
 
     inputs, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
@@ -57,12 +57,12 @@ def digits_problem(seed: int) -> Problem:
 
 
 def both(problem: Problem) -> Rows:
-    """Train and validation rows together: what every method here learns from."""
+    """Return train and validation rows together: every method here learns from both."""
     return (torch.cat([problem.train[0], problem.validation[0]]), torch.cat([problem.train[1], problem.validation[1]]))
 
 
 def solve(problem: Problem, limit: int) -> tuple[nn.Module, Solution, float]:
-    """(model, solution, seconds), as the public evaluator does it."""
+    """Return (model, solution, seconds), as in the public evaluator."""
     torch.manual_seed(2025)
     np.random.seed(2025)
     train = DataLoader(TensorDataset(*problem.train), BATCH, shuffle=True)
@@ -78,30 +78,30 @@ def solve(problem: Problem, limit: int) -> tuple[nn.Module, Solution, float]:
 
 
 def count(model: nn.Module) -> int:
-    """Trainable parameters."""
+    """Return the number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def accuracy(model: nn.Module, rows: Rows) -> float:
-    """In [0, 1]."""
+    """Return the accuracy in [0, 1]."""
     with torch.no_grad():
         return float((model(rows[0]).argmax(1) == rows[1]).double().mean())
 
 
 def points(value: float) -> float:
-    """The task's score: clamp((accuracy - 0.85) / 0.15 * 100, 0, 100)."""
+    """Return the score of the task: clamp((accuracy - 0.85) / 0.15 * 100, 0, 100)."""
     return min(100.0, max(0.0, (value - 0.85) / 0.15 * 100))
 
 
 def nearest_mean(problem: Problem) -> float:
-    """Accuracy of the nearest class mean."""
+    """Return the accuracy of the nearest class mean."""
     inputs, labels = both(problem)
     means = torch.stack([inputs[labels == label].mean(0) for label in range(problem.num_classes)])
     return float((torch.cdist(problem.test[0], means).argmin(1) == problem.test[1]).double().mean())
 
 
 def mlp(problem: Problem, limit: int, seed: int) -> float:
-    """Accuracy of the baseline: Linear, ReLU, Linear, ReLU, Linear of one width, the largest within the limit.
+    """Return the accuracy of the baseline: Linear, ReLU, Linear, ReLU, Linear of one width, the largest within the limit.
 
     Standardised features, Adam at 1e-3 with a cosine to zero, batches of 128, 40 epochs of train and validation rows.
     """
@@ -127,13 +127,13 @@ def mlp(problem: Problem, limit: int, seed: int) -> float:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation, n and the values."""
+    """Return mean, standard deviation, n and the values."""
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
             "n": len(values), "values": list(values)}
 
 
 def standard() -> dict[str, Any]:
-    """The public data: points, seconds and the winner."""
+    """Measure the public data: points, seconds and the winner."""
     problem = prototype_problem()
     model, solution, seconds = solve(problem, FULL)
     value = accuracy(model, problem.test)
@@ -144,7 +144,7 @@ def standard() -> dict[str, Any]:
 
 
 def fresh_draws(draws: int, mlp_draws: int) -> dict[str, Any]:
-    """The same task with other data; the public draw is not among them."""
+    """Measure the same task with fresh data; the public draw is not among the draws."""
     ours, means, perfect, networks, seconds, winners = [], [], [], [], [], []
     for index, seed in enumerate(range(FIRST_DRAW, FIRST_DRAW + draws)):
         problem = prototype_problem(seed)
@@ -163,7 +163,7 @@ def fresh_draws(draws: int, mlp_draws: int) -> dict[str, Any]:
 
 
 def other_problems(seeds: int) -> list[dict[str, Any]]:
-    """Digits and the mixture problem, under every limit."""
+    """Measure digits and the mixture problem under every limit."""
     rows = []
     for name, make in (("digits", digits_problem), ("mixture", mixture_problem)):
         for limit in LIMITS:
@@ -185,7 +185,7 @@ def other_problems(seeds: int) -> list[dict[str, Any]]:
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    """Test errors against the limit, a panel for each problem."""
+    """Draw test errors against the limit, one panel for each problem."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -204,14 +204,14 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--standard", action="store_true", help="print the public data's result as JSON and stop")
-    parser.add_argument("--public", action="store_true", help="measure the public data anew, keep the rest")
-    parser.add_argument("--threads", type=int, default=1, help="of everything but the public data's timing")
+    parser.add_argument("--standard", action="store_true", help="print only the result on the public data, as JSON")
+    parser.add_argument("--public", action="store_true", help="measure the public data again, keep the other results")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, except for the timing on the public data")
     parser.add_argument("--draws", type=int, default=20, help="fresh draws of the task")
-    parser.add_argument("--mlp_draws", type=int, default=3, help="how many of them the MLP gets, the slowest part")
-    parser.add_argument("--seeds", type=int, default=3, help="of the other problems")
+    parser.add_argument("--mlp_draws", type=int, default=3, help="draws for the MLP, the slowest part")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the other problems")
     options = parser.parse_args()
     torch.set_num_threads(2 if options.standard else options.threads)
     if options.standard:

@@ -1,11 +1,12 @@
-"""What quantization-aware finetuning wins back of what post-training quantization loses, with a control in float.
+"""The accuracy that quantization-aware finetuning recovers from post-training quantization, with a control in float.
 
     python -m benchmarks.quantization_aware runs/NAME/02-distill --dataset cifar10 --data_root DIR [--seeds 3]
 
-A run's float student is made int8 as it is ("post-training"), after further training in float ("finetuned in float", the
-control), and after as much training with fake quantization of 8-bit or 7-bit weights. Each becomes ONNX files by every way
-to choose ranges, with 8-bit weights and with 7-bit ones (which answer alike on CPUs without VNNI); what is measured on the
-test split is the file that is best on the validation split. Writes benchmarks/results/quantization_aware.json and .md.
+Quantize the float student of a run without training ("post-training"), after further training in float ("finetuned in
+float", the control), and after the same amount of training with fake quantization of 8-bit or 7-bit weights. Export each to
+ONNX files with every method to choose ranges, with 8-bit and with 7-bit weights (whose answers are the same on CPUs without
+VNNI). Measure on the test split the file that is best on the validation split. Write
+benchmarks/results/quantization_aware.json and .md.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ WEIGHTS = {"8-bit weights": False, "7-bit weights": True}
 
 
 def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: int) -> dict[str, dict[str, Any]]:
-    """By the bits of the weights: how ranges were chosen, and the validation and test accuracy on ONNX Runtime."""
+    """Return, by the bits of the weights, the method to choose ranges, and validation and test accuracy on ONNX Runtime."""
     context = _context(splits, folder, 0)
     network, _ = export(model.module, model.architecture)
     calibration = Calibration(network, context.examples(CALIBRATION).numpy(), threads)
@@ -76,14 +77,14 @@ def _context(splits: Splits, folder: Path, seed: int) -> Context:
 
 
 def float_accuracies(model: TorchModel, splits: Splits) -> dict[str, float]:
-    """Before anything is rounded."""
+    """Return the accuracies in float, before quantization."""
     preprocessing = splits.card.preprocessing
     return {"validation": accuracy_of(model.module, splits.validation, preprocessing),
             "test": accuracy_of(model.module, splits.open_test(), preprocessing)}
 
 
 def compare(student: TorchModel, splits: Splits, train: TrainingSettings, seeds: int, threads: int) -> dict[str, Any]:
-    """A row for each way and seed."""
+    """Return a row for each method and seed."""
     rows: dict[str, list[dict[str, Any]]] = {}
 
     def measured(name: str, model: TorchModel) -> None:
@@ -111,7 +112,7 @@ def compare(student: TorchModel, splits: Splits, train: TrainingSettings, seeds:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table: test accuracies in percent, mean and standard deviation over the seeds."""
+    """Return the table: test accuracies in percent, mean and standard deviation over the seeds."""
     def cell(values: list[float]) -> str:
         text = f"{100 * statistics.mean(values):.2f}"
         return text + (f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else "")
@@ -134,9 +135,9 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Trains, measures, writes."""
+    """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", type=Path, help="a stage's folder with a float student")
+    parser.add_argument("stage", type=Path, help="folder of a stage with a float student")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_root", type=Path)
     parser.add_argument("--epochs", type=int, default=3)

@@ -1,9 +1,9 @@
-"""Write a finished MNIST challenge down, and commit the weights of our two models with seed 0, whatever they came to.
+"""Record a finished MNIST challenge, and the weights of our two models with seed 0, whatever their accuracy.
 
     python -m benchmarks.record_mnist_challenge RUNS --data_root DIR
 
-Copies the comparison and each run's epochs from RUNS (a --log_dir of `compress mnist_challenge`) to
-benchmarks/results/mnist_challenge/, and weights and architectures to compress/studies/mnist_weights/.
+Copy the comparison and the epochs of each run from RUNS (a --log_dir of `compress mnist_challenge`) to
+benchmarks/results/mnist_challenge/, and the weights and architectures to compress/studies/mnist_weights/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OURS = ("mnist_under_8k", "mnist_under_4k")
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Copy the files; see the top of the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--data_root", type=Path, required=True)

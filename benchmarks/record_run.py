@@ -1,7 +1,7 @@
-"""Write a finished run down: `python benchmarks/record_run.py runs/NAME [REMARK]...` makes benchmarks/results/NAME.json.
+"""Record a finished run: `python benchmarks/record_run.py runs/NAME [REMARK]...` writes benchmarks/results/NAME.json.
 
-The record holds what a reader needs to repeat or doubt the run: settings, seed, machine, versions, data set, the ledger,
-each stage's notes, the evaluator's result, and the two claims that a compression run makes (smaller, and how much worse).
+The record holds what a reader needs to repeat or check the run: settings, seed, machine, versions, data set, ledger, the
+notes of each stage, the result of the evaluator, and the two claims of a compression run (how much smaller and worse).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def record(folder: Path, remarks: list[str]) -> dict[str, Any]:
     int8 = next(index for index, row in enumerate(stage_rows) if row["stage"].startswith("quantize_"))
     results = json.loads((folder / "results.json").read_text())
     run, card = json.loads((folder / "run.json").read_text()), json.loads((folder / "card.json").read_text())
-    run["config"]["data"]["root"] = run["config"]["run_dir"] = None  # where they lay on that machine says nothing
+    run["config"]["data"]["root"] = run["config"]["run_dir"] = None  # paths of the recording machine are of no use
     for settings in (settings for entry in run["config"]["stages"] for settings in entry.values()):
         if settings.get("checkpoint"):
             settings["checkpoint"] = Path(settings["checkpoint"]).name
@@ -53,7 +53,7 @@ def record(folder: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     if len(sys.argv) < 2:
         print("usage: python benchmarks/record_run.py runs/NAME [REMARK]...", file=sys.stderr)
         return 2

@@ -1,12 +1,12 @@
-"""What a scaling study cost, how that grows, and what one of a thousand points would need.
+"""The cost of a recorded scaling study, how the cost grows, and the cost of a study of a thousand points.
 
     python -m benchmarks.scaling_cost benchmarks/results/scaling_cifar10/final_data.csv
 
-From the recorded seconds: images a second of one worker (one core) for each width, where a look at a test image counts as
-a third of a training image (forward alone). The thousand points are 10 widths x 10 subset sizes x 10 seeds at the recorded
-study's epochs. Their time on CPU cores follows from the recorded rates (wider networks than were run: at the FLOP rate of
-the widest). On GPUs nothing was measured: there the time follows from a step time and a rate that are assumptions, and that
-the output names.
+From the recorded seconds, compute the images a second of one worker (one core) for each width; a test image counts
+as a third of a training image (forward pass only). The thousand points are 10 widths x 10 subset sizes x 10 seeds with the
+epochs of the recorded study. Their time on CPU cores follows from the recorded rates; networks wider than the recorded ones
+take the FLOP rate of the widest. Nothing was measured on GPUs: the time there follows from an assumed step time and rate,
+which the output names.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SIZES = (1000, 1500, 2500, 4000, 6000, 10_000, 15_000, 25_000, 35_000, 50_000)
 SEEDS = 10
 LOOKS, TEST_IMAGES = 25, 10_000
 NETWORK = 1, (3, 32, 32), 10  # depth, images, classes
-GPU_STEP_MS, GPU_FLOPS = 2.0, 20e12  # assumed: some hundred kernels are launched a step; far below a large GPU's peak
+GPU_STEP_MS, GPU_FLOPS = 2.0, 20e12  # assumed: some hundred kernel launches a step; a rate far below the peak of GPUs
 
 
 def equivalent_images(size: int, epochs: int) -> float:
-    """Training images of a point, with its looks at the test split."""
+    """Return the training images of a point, including its measurements of the test split."""
     return size * epochs + LOOKS * TEST_IMAGES / 3
 
 
 def main() -> None:
-    """Prints the two tables in Markdown."""
+    """Print the two tables in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="final_data.csv")
     rows = [row for row in read_csv(parser.parse_args().data) if row["status"] == "done" and row["seconds"]]
@@ -49,7 +49,7 @@ def main() -> None:
     done = sum(float(row["total_flops"]) for row in rows)
     print(f"\nThe study: {len(rows)} points, {done:.2e} FLOPs, {hours:.1f} core hours.\n")
     widest = max(rates)
-    plan = read_plan("cifar10")  # its epochs and batch size
+    plan = read_plan("cifar10")  # for its epochs and batch size
     sweep = JointSweep(kind="joint", widths=list(WIDTHS), depths=[NETWORK[0]], dataset_sizes=list(SIZES), seeds=[0])
     core_seconds = flops = steps = 0.0
     for point in plan.changed(sweeps=[sweep]).points(lambda width, depth: 0):

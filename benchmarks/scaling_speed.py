@@ -1,11 +1,11 @@
-"""What sweeps cost: two workers' throughput against one's, and a point's time against the engine's own for its training.
+"""The speed of sweeps: two workers against one, and the time of a point against the time of its training loop alone.
 
     python -m benchmarks.scaling_speed --cifar10 DIR --output benchmarks/results/scaling_speed.json
 
-The sides of a comparison are run in turns, so that a slow moment of the machine hits both. Ratios are of medians. A sweep's
-throughput is counted from when all its processes have done a first small point, which is when torch is imported. One worker
-uses all cores by threads, so it stands here twice: with both cores, and held to one. What the machine allows is measured
-beside it: small networks' training moves more bytes than it computes, and two processes share one memory.
+The sides of a comparison are interleaved, so that a slow moment of the machine affects both. Ratios are ratios of medians.
+The throughput of a sweep counts from the moment when all its processes have finished a first small point, and so have
+imported torch. One worker uses all cores through threads; it is measured twice, with both cores and restricted to one. The
+memory bandwidth is measured too, because the training of small networks is limited by memory, which the processes share.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 def throughput(workers: int, points: Sequence[Point], base_dir: Path, images_folder: Path) -> float:
-    """Training images a second of a sweep over equal points, by so many processes that share the cores."""
+    """Return the training images a second of a sweep over equal points, by worker processes that share the cores."""
     first = [points[0].model_copy(update={"seed": 1000 + number, "dataset_size": 256, "num_epochs": 1})
              for number in range(workers)]
     ends: list[float] = []
@@ -75,10 +75,10 @@ print(count * 2 * source.nbytes / (time.perf_counter() - start) / 1e9)
 
 
 def copied_gigabytes(processes: int) -> float:
-    """Gigabytes a second, read and written, that so many processes of one thread copy together."""
+    """Return the gigabytes a second, read and written, that single-threaded processes copy together."""
     team = [subprocess.Popen([sys.executable, "-c", COPYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for _ in range(processes)]
-    time.sleep(8)  # until all have imported torch
+    time.sleep(8)  # time for all processes to import torch
     for process in team:
         assert process.stdin is not None
         process.stdin.write("\n")
@@ -87,14 +87,14 @@ def copied_gigabytes(processes: int) -> float:
 
 
 def by_point(point: Point, base_dir: Path, images_folder: Path) -> float:
-    """Images a second of a whole point: opening the images, its subset, training, measuring, its files."""
+    """Return the images a second of a whole point: opening images, subset, training, measuring, files."""
     started = time.perf_counter()
     experiment.run_point(point, Results(base_dir), images_folder, CPU, Tracker(Console(quiet=True)))
     return point.dataset_size * point.num_epochs / (time.perf_counter() - started)
 
 
 def by_engine(point: Point, images: StudyImages) -> float:
-    """Images a second of the engine alone with the same recipe, network and data, which are ready; it measures as often."""
+    """Return the images a second of the training loop alone, with the same settings, network, data and measurements."""
     data, model = experiment.data_of(point, images, CPU), experiment.network(point, images)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -104,7 +104,7 @@ def by_engine(point: Point, images: StudyImages) -> float:
 
 
 def summary(sides: dict[str, list[float]]) -> dict[str, Any]:
-    """Medians and ranges in images/s, and the first side's ratios to the others."""
+    """Return medians and ranges in images/s, and the ratios of the first side to the others."""
     first, *others = (statistics.median(values) for values in sides.values())
     ratios = {name: round(first / other, 3) for name, other in zip(list(sides)[1:], others, strict=True)}
     return {**{name: spread(values) for name, values in sides.items()}, "ratio": ratios}
@@ -112,12 +112,12 @@ def summary(sides: dict[str, list[float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", type=Path, help="CIFAR-10; the digits unless given")
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10; default: the digits")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--widths", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--dataset_size", type=int, default=5000)
     parser.add_argument("--num_epochs", type=int, default=4)
-    parser.add_argument("--points", type=int, default=4, help="of a sweep; a multiple of two")
+    parser.add_argument("--points", type=int, default=4, help="points of a sweep; a multiple of two")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
 
@@ -140,7 +140,7 @@ def main() -> None:
             sweeps: dict[str, list[float]] = {"two workers": [], "one worker on both cores": [],
                                               "one worker on one core": []}
             alone: dict[str, list[float]] = {"point": [], "engine": []}
-            for turn in range(arguments.rounds + 1):  # the first warms up and is not counted
+            for turn in range(arguments.rounds + 1):  # the first round is a warm-up and does not count
                 for side, (workers, held, values) in enumerate(zip((2, 1, 1), (cores, cores, cores[:1]), sweeps.values(),
                                                                    strict=True)):
                     base = Path(folder) / f"{width}-{turn}-{side}"

@@ -1,4 +1,4 @@
-"""What benchmarks say of repeated measurements, in the same words everywhere."""
+"""The summary of repeated measurements that all benchmarks use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from collections.abc import Sequence
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median, how far the measurements reach, to one decimal, and how many there are."""
+    """Return the median and the range, to one decimal, and the number of measurements."""
     return {"median": round(statistics.median(values), 1), "lowest": round(min(values), 1),
             "highest": round(max(values), 1), "n": len(values)}

@@ -1,9 +1,9 @@
-"""Images/s of the loader against torchvision's per-image transforms, and of the training loop against a plain eager one.
+"""Images/s of the loader against torchvision's per-image transforms, and of the training loop against a plain loop.
 
     python -m benchmarks.training_speed --cifar10 DIR --mnist DIR --output benchmarks/results/training_speed.json
 
-Each side of a comparison has a process of its own and the two are run in turns, so that a slow moment of the machine hits
-both, and what one side does to its process is not the other's gain. Ratios are of medians.
+Each side of a comparison has its own process, so that its settings do not affect the other. The sides are interleaved, so
+that a slow moment of the machine affects both. Ratios are ratios of medians.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ BATCH = 128
 
 
 class PerImage(Dataset[tuple[Tensor, int]]):
-    """What torchvision's CIFAR10 and MNIST classes do: a PIL image is made and transformed whenever one is asked for."""
+    """The behaviour of torchvision's CIFAR10 and MNIST classes: make and transform a PIL image at each access."""
 
     def __init__(self, split: Split, preprocessing: Preprocessing, augment: list[Any]) -> None:
         from torchvision import transforms
@@ -68,16 +68,16 @@ class PerImage(Dataset[tuple[Tensor, int]]):
 
 
 def crop_and_flip() -> list[Any]:
-    """torchvision's, per image: crop with padding 4, flip."""
+    """Return torchvision's transforms for each image: crop with padding 4, flip."""
     from torchvision import transforms
     return [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
 
 
-Sides = dict[str, Callable[[], float]]  # a name -> a measurement in images/s; what the others are compared with is last
+Sides = dict[str, Callable[[], float]]  # name -> measurement in images/s; the last is the baseline
 
 
-def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Runs the sides of a case in turns, each in its process; the first round warms up and is not counted."""
+def interleaved(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str, Any]:
+    """Interleave the sides of a case, each in its own process; the first round is a warm-up and does not count."""
     command = [sys.executable, "-m", "benchmarks.training_speed", "--cifar10", str(arguments.cifar10), "--mnist",
                str(arguments.mnist), "--case", case, "--side"]
 
@@ -108,14 +108,14 @@ def in_turns(case: str, arguments: argparse.Namespace, rounds: int) -> dict[str,
 
 
 def serve(sides: Sides, index: int) -> None:
-    """One side's process: answers with all sides' names, or a measurement of its own, a line each."""
+    """Serve one side: answer each line with the names of all sides, or with a measurement of this side."""
     measure = list(sides.values())[index]
     for line in sys.stdin:
         print(json.dumps(list(sides) if line.strip() == "names" else measure()), flush=True)
 
 
 def data_sides(splits: Splits) -> Sides:
-    """Augmented, normalised batches on one core: ours in one thread, theirs in two worker processes on that core."""
+    """Augmented, normalized batches on one core: ours in one thread, theirs in two worker processes on this core."""
     split, card = splits.train.to(torch.device("cpu")), splits.card
     augmenter = Augmenter(names=["crop", "flip"], size=card.input_shape[1:], padding=4, seed=0, samples=len(split))
     torch.set_num_threads(1)
@@ -132,7 +132,7 @@ def data_sides(splits: Splits) -> Sides:
     def theirs() -> float:
         loader = DataLoader(PerImage(split, card.preprocessing, crop_and_flip()), BATCH, shuffle=True, num_workers=2)
         batches = iter(loader)
-        next(batches)  # the workers' start is not counted
+        next(batches)  # the start of the workers does not count
         start, images = time.perf_counter(), 0
         for _, (batch, _) in zip(range(150), batches, strict=False):
             images += len(batch)
@@ -179,7 +179,7 @@ def step_sides(make_model: Callable[[], nn.Module], splits: Splits, batch: int, 
 
 def engine(make_model: Callable[[], nn.Module], splits: Splits, settings: TrainingSettings, names: list[str],
            affine: Affine | None = None) -> Callable[[], float]:
-    """The engine, from `settings.max_steps` steps; a compiled network is compiled in the round that is not counted."""
+    """Time the training loop over `settings.max_steps` steps; a network is compiled in the warm-up round."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
     card, split = splits.card, splits.train.to(torch.device("cpu"))
@@ -203,7 +203,7 @@ def engine(make_model: Callable[[], nn.Module], splits: Splits, settings: Traini
 
 def plain_loop(make_model: Callable[[], nn.Module], splits: Splits, batch: int, steps: int, per_image: list[Any],
                settings: TrainingSettings) -> Callable[[], float]:
-    """An eager model, a DataLoader at its defaults, an optimizer at its defaults, and `loss.item()` in every step."""
+    """Time an eager model with a default DataLoader, a default optimizer, and `loss.item()` in every step."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     loader = DataLoader(PerImage(splits.train, splits.card.preprocessing, per_image), batch, shuffle=True)
 
@@ -225,7 +225,7 @@ def plain_loop(make_model: Callable[[], nn.Module], splits: Splits, batch: int, 
 
 
 def stream_sides(root: Path) -> Sides:
-    """An image folder that does not fit into memory, streamed: ours and a DataLoader over an ImageFolder."""
+    """Stream an image folder that does not fit into memory: ours, and a DataLoader over an ImageFolder."""
     from torchvision import datasets, transforms
     torch.set_num_threads(1)
     workers = len(os.sched_getaffinity(0))
@@ -259,7 +259,7 @@ def stream_sides(root: Path) -> Sides:
 
 
 def memory_by_epoch(splits: Splits) -> Iterator[float]:
-    """Peak memory of this process in MB after each epoch of a training."""
+    """Yield the peak memory of this process in MB after each epoch of a training."""
     import resource
     augmenter = Augmenter(names=["crop", "flip"], size=(32, 32), padding=4, seed=0, samples=len(splits.train))
     data = Data(train=splits.train, validation=splits.validation, augmenter=augmenter,
@@ -280,12 +280,12 @@ def memory_by_epoch(splits: Splits) -> Iterator[float]:
 
 
 def slim() -> nn.Module:
-    """The student of the CIFAR-10 recipe."""
+    """Return the student of the CIFAR-10 recipe."""
     return make("slim_resnet18", num_classes=10, width=16, stem="small")
 
 
 def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
-    """The measurements of a case."""
+    """Return the measurements of a case."""
     from torchvision import transforms
 
     if case == "stream_from_disk":
@@ -304,7 +304,7 @@ def sides_of(case: str, arguments: argparse.Namespace) -> Sides:
     if case == "step_tiny_mnist":
         return step_sides(lambda: make(published, num_classes=10), splits, 32, 300, ["affine"], rotation, adam,
                           Affine(degrees=7.0, scale=0, shear=0, shift=0))
-    assert case == "mnist_challenge", case  # our model our way, and the published one the published way
+    assert case == "mnist_challenge", case  # our model with our settings, the published model with the published settings
     muon = BASE.model_copy(update={"optimizer": "muon", "lr": 0.02, "adamw_lr": 0.01, "batch_size": 64, "max_steps": 200,
                                    "ema": 0.998})
     return {"mnist_under_8k": engine(lambda: make("mnist_under_8k", num_classes=10), splits, muon, ["affine"]),
@@ -315,7 +315,7 @@ CASES = ("data_one_core", "stream_from_disk", "step_resnet20", "step_slim_resnet
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as an image folder")
     parser.add_argument("--mnist", type=Path, required=True, help="torchvision's MNIST files")
@@ -326,12 +326,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.case:
         if arguments.side == 0:
-            keep_freed_memory()  # as `compress train` does
+            keep_freed_memory()  # as in `compress train`
         serve(sides_of(arguments.case, arguments), arguments.side)
         return
     result: dict[str, Any] = {"schema": 1, "unit": "images/s", "machine": machine(), "versions": versions()}
     for case in CASES:
-        result[case] = in_turns(case, arguments, arguments.rounds)
+        result[case] = interleaved(case, arguments, arguments.rounds)
         print(case, json.dumps(result[case]), flush=True)
     cifar = load(Request(name="cifar10", root=arguments.cifar10))
     result["peak_memory_mb_by_epoch"] = [round(peak, 1) for peak in memory_by_epoch(cifar)]

@@ -181,7 +181,7 @@ def write_image_folder(split: Split, class_names: list[str], folder: Path) -> No
         UserError: the folder exists already.
     """
     if folder.exists():
-        raise UserError(f"{folder}: exists already; nothing was written")
+        raise UserError(f"{folder}: already there; nothing was written")
     with appearing(folder) as partial:
         for name in class_names:
             (partial / name).mkdir()
