@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -50,6 +51,17 @@ EXPECTED = (UserError, OSError, RuntimeError, MemoryError)
 
 
 # ------------------------------------------------------------------------------------------------- local processes
+
+
+def process_context(module: str) -> ForkServerContext:
+    """Return a context whose processes are forks of a server that has imported torch and a module, and run nothing.
+
+    A fork of this process could use neither its threads nor CUDA, and a spawned process would spend seconds on imports.
+    The server starts with the first process; a later call does not change its imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", module])  # optimizers import _dynamo
+    return context
 
 
 def run_local(work: Work[Task, Result], tasks: Sequence[Task], workers: int, on_outcome: OnOutcome[Task, Result],
@@ -101,10 +113,7 @@ class _Worker(Generic[Task, Result]):
     """A worker process, the pipe to it, and its current task."""
 
     def __init__(self, work: Work[Task, Result], threads: int) -> None:
-        # Fork from a server process that has imported torch and run nothing: a fork of this process could use neither its
-        # threads nor CUDA, and a spawned process would spend seconds on the imports.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch._dynamo", work.__module__])  # optimizers import _dynamo
+        context = process_context(work.__module__)
         self.errors = Path(tempfile.mkstemp(prefix="worker-", suffix=".log")[1])
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work, threads, str(self.errors)), daemon=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
 import random
 import signal
 import time
@@ -22,6 +21,7 @@ from compress.studies.scaling.experiment import run_experiment
 from compress.studies.scaling.images import StudyImages, prepare, subset
 from compress.studies.scaling.plans import Point
 from compress.studies.scaling.results import COLUMNS, CURVE, Results
+from compress.studies.workers import process_context
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
@@ -238,7 +238,7 @@ def test_a_killed_experiment_continues_and_ends_as_if_it_had_not_been(tmp_path: 
     results = Results(tmp_path / "killed")
     checkpoint = results.unfinished(str(row["id"])) / experiment.CHECKPOINT
     chance = random.Random(0)
-    process = multiprocessing.get_context("forkserver").Process(
+    process = process_context(run_experiment.__module__).Process(
         target=run_experiment, kwargs=settings | {"seed": 0, "dataset": "digits", "base_dir": tmp_path / "killed",
                                                   "threads": 1, "checkpoint_seconds": 0})
     process.start()
