@@ -33,9 +33,9 @@ from compress.quantization.static import Calibration, StaticSettings, quantize_s
 from compress.training.assessment import accuracy_of
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
-from loaders.splits import Split, Splits
 from loaders.catalog import load
 from loaders.request import Request
+from loaders.splits import Split, Splits
 from metadata.errors import UserError
 from metadata.files import write_atomically, write_json
 from metadata.machine import machine, versions

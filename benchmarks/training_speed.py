@@ -36,11 +36,11 @@ from compress.training.malloc import keep_freed_memory
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages
-from loaders.splits import Split, Splits
 from loaders.augment import Affine, Augmenter
 from loaders.catalog import load
 from loaders.images import normalize
 from loaders.request import Request
+from loaders.splits import Split, Splits
 from metadata.errors import UserError
 from metadata.files import write_json
 from metadata.machine import machine, versions

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from loaders.splits import Splits
 from loaders.images import normalize
+from loaders.splits import Splits
 
 # Uniform random numbers for each sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
 DRAWS = 12

@@ -10,8 +10,8 @@ import pkgutil
 from collections.abc import Callable
 
 import loaders.sets
-from loaders.splits import Splits
 from loaders.request import Request
+from loaders.splits import Splits
 from metadata.closest import closest, spelled
 from metadata.errors import UserError
 

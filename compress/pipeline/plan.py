@@ -12,9 +12,9 @@ from compress.pipeline.config import DataConfig, RunConfig
 from compress.pipeline.stage import KINDS, Sketch, Stage, signature, stage_class
 from compress.settings import settings_error
 from compress.training.trackers import Tracker
-from loaders.splits import Splits
 from loaders.catalog import load
 from loaders.request import Request
+from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.machine import usable_cores
 

@@ -23,8 +23,8 @@ from compress.training.data import Data, check_sizes, training_data
 from compress.training.precision import usable
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
-from loaders.splits import Splits
 from loaders.augment import examples
+from loaders.splits import Splits
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import read_json, write_atomically, write_json

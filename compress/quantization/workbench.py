@@ -24,8 +24,8 @@ from compress.quantization.portability import verify_portability
 from compress.quantization.saturation import Backend
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layer_weights, layers_of, quantize_static
 from compress.training.assessment import interleaved_times
-from loaders.splits import Split
 from loaders.images import normalize
+from loaders.splits import Split
 from metadata.files import write_atomically
 from metadata.schemas import Preprocessing
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from compress.evaluation.measure import measure_latency
 from compress.training.precision import autocast
-from loaders.splits import Split
 from loaders.images import normalize
+from loaders.splits import Split
 from metadata.schemas import Preprocessing
 
 ROUNDS, RUNS = 5, 26  # of an interleaved comparison

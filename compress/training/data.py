@@ -12,9 +12,9 @@ from torch import Tensor
 
 from compress.training.mixup import Batch
 from compress.training.settings import Augmentation, TrainingSettings
-from loaders.splits import Split
 from loaders.augment import Affine, Augmenter, derive_seed
 from loaders.images import normalize
+from loaders.splits import Split
 from metadata.errors import UserError
 from metadata.records import DatasetCard
 from metadata.schemas import Preprocessing

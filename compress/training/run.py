@@ -29,11 +29,11 @@ from compress.training.loop import Trained, train
 from compress.training.malloc import keep_freed_memory
 from compress.training.precision import autocast_dtype, usable
 from compress.training.trackers import Tracker
-from loaders.splits import Splits
 from loaders.augment import center_crop
 from loaders.catalog import load, set_name
 from loaders.images import normalize
 from loaders.request import Request
+from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.files import write_json
 from metadata.formats import write_tensors

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from loaders.splits import Splits, array_splits, hold_out
 from loaders.request import Request
+from loaders.splits import Splits, array_splits, hold_out
 from metadata.records import dataset_cards
 
 

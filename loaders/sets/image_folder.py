@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from loaders.arrays import FileImages, in_memory
-from loaders.splits import Split, Splits, fingerprint, hold_out, preprocessing_for
 from loaders.images import decode_image, list_images
 from loaders.request import Request
+from loaders.splits import Split, Splits, fingerprint, hold_out, preprocessing_for
 from metadata.errors import UserError
 from metadata.records import DatasetCard, dataset_cards
 from metadata.schemas import Preprocessing

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from loaders.splits import LabelledPixels, Splits, array_splits, torchvision_root
 from loaders.request import Request
 from loaders.sets.image_folder import folder_splits
+from loaders.splits import LabelledPixels, Splits, array_splits, torchvision_root
 from metadata.errors import UserError, first_line
 from metadata.records import dataset_cards
 

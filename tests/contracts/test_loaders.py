@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from loaders.arrays import FileImages, prefetched
-from loaders.splits import Split, hold_out, write_image_folder
 from loaders.catalog import load, sets
 from loaders.images import decode_image, list_images, normalize, read_images
 from loaders.request import Request
+from loaders.splits import Split, hold_out, write_image_folder
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
 from tests.helpers.folders import draw_folder

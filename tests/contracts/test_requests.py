@@ -11,10 +11,10 @@ from PIL import Image
 
 from compress.evaluation.measure import measure_accuracy
 from loaders.arrays import ArrayImages, FileImages, ResizedImages, in_memory, prefetched
-from loaders.splits import Split, write_image_folder
 from loaders.catalog import load
 from loaders.images import decode_image, list_images
 from loaders.request import Request
+from loaders.splits import Split, write_image_folder
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
 from tests.helpers.folders import draw_folder

@@ -15,10 +15,10 @@ from PIL import Image
 from torchvision import datasets
 
 from loaders.arrays import FileImages
-from loaders.splits import write_image_folder
 from loaders.catalog import load
 from loaders.images import decode_image, list_images
 from loaders.request import Request
+from loaders.splits import write_image_folder
 from metadata.errors import UserError
 from tests.helpers.folders import draw_folder
 from tests.helpers.mnist import write_mnist

@@ -10,8 +10,8 @@ from rich.console import Console
 from compress.training.data import Data
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages
-from loaders.splits import Split
 from loaders.augment import Augmenter
+from loaders.splits import Split
 from metadata.schemas import Preprocessing
 
 

@@ -24,8 +24,8 @@ from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layers_of
 from compress.quantization.workbench import OnnxWorkbench
 from loaders.arrays import ArrayImages
-from loaders.splits import Split
 from loaders.images import normalize
+from loaders.splits import Split
 from metadata.errors import UserError, VerificationError
 from metadata.schemas import Preprocessing
 

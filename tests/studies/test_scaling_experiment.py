@@ -28,8 +28,8 @@ from compress.training.loop import train
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages
-from loaders.splits import Split
 from loaders.augment import Augmenter
+from loaders.splits import Split
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from metadata.schemas import Preprocessing

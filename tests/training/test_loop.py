@@ -26,10 +26,10 @@ from compress.training.optimizers import Ascent, OPTIMIZERS, frozen_statistics, 
 from compress.training.schedules import Plateau, rate_factor
 from compress.training.settings import TrainingSettings
 from loaders.arrays import ArrayImages
-from loaders.splits import Split
 from loaders.augment import Augmenter
 from loaders.catalog import load
 from loaders.request import Request
+from loaders.splits import Split
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from tests.helpers.commands import PROJECT

@@ -19,10 +19,10 @@ from compress.studies.scaling.results import Results
 from compress.training.run import flags_named
 from compress.training.trackers import Tracker
 from loaders.arrays import ArrayImages, prefetched
-from loaders.splits import Split, Splits, fingerprint
 from loaders.augment import derive_seed
 from loaders.catalog import load, set_name
 from loaders.request import Request
+from loaders.splits import Split, Splits, fingerprint
 from metadata.errors import UserError
 from metadata.files import write_json
 from metadata.locks import appearing, remove_leftovers, waiting_lock
