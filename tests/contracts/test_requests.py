@@ -117,7 +117,7 @@ def test_image_size_of_folders_keeps_the_room_for_the_random_crop(tmp_path: Path
 
 def test_sizes_that_contradict_each_other(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 4)
-    with pytest.raises(UserError, match=r"data\.image_size 12, data\.crop 10: both say"):
+    with pytest.raises(UserError, match=r"data\.image_size 12, data\.crop 10: both set"):
         load(Request(name="image_folder", root=root, image_size=12, preprocessing={"crop": 10}))
     with pytest.raises(UserError, match=r"8x8 arrays; pass data\.image_size"):
         load(Request(name="digits", preprocessing={"resize": 16, "crop": 16}))
