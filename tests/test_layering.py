@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,6 +97,32 @@ def test_the_evaluator_imports_only_the_standard_library_numpy_and_pydantic_at_t
     top = {node.names[0].name.split(".")[0] if isinstance(node, ast.Import) else str(node.module).split(".")[0]
            for node in ast.parse(bundle()).body if isinstance(node, (ast.Import, ast.ImportFrom))}
     assert top - set(sys.stdlib_module_names) == {"numpy", "pydantic"}
+
+
+HASHES = """
+import pathlib, sys
+from compress.evaluation.extras import evaluator_sha256
+print(evaluator_sha256())
+for name in sys.argv[1:]:
+    path = pathlib.Path(name)
+    path.write_text(path.read_text() + "# changed")
+    print(evaluator_sha256())
+"""
+
+
+def test_the_toolkits_hash_covers_every_source_of_the_evaluator(tmp_path: Path) -> None:
+    """A change in any source of the bundled evaluator changes what `details.evaluator_sha256` says for the toolkit."""
+    from compress.packaging.bundle import START
+    from compress.packaging.import_graph import import_order, module_file
+    sources = [path for name in import_order(START) if (path := module_file(name))]
+    for path in sources:
+        copied = tmp_path / path.relative_to(PROJECT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(path.read_bytes())
+    names = [str(path.relative_to(PROJECT)) for path in sources]
+    done = subprocess.run([sys.executable, "-c", HASHES, *names], cwd=tmp_path, capture_output=True, text=True, check=True)
+    hashes = done.stdout.splitlines()
+    assert [name for name, before, after in zip(names, hashes[:-1], hashes[1:], strict=True) if before == after] == []
 
 
 def test_every_file_says_what_it_is_for_and_stays_short() -> None:

@@ -30,7 +30,7 @@ def evaluator_sha256() -> str:
     if STANDALONE:
         return sha256(Path(__file__))
     home, digest = Path(__file__).parents[2], hashlib.sha256()
-    for pattern in ("metadata/*.py", "architectures/*.py", "loaders/images.py", "compress/evaluation/*.py"):
+    for pattern in ("metadata/*.py", "architectures/**/*.py", "loaders/images.py", "compress/evaluation/*.py"):
         for path in sorted(home.glob(pattern)):
             digest.update(f"{path.relative_to(home)}\0".encode())
             digest.update(path.read_bytes())
