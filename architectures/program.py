@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 from architectures.int8 import int8_layers
+from architectures.kernels import Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
 from architectures.layers.base import Layer
 from architectures.layers.table import row_of_node
 from architectures.layers.tensors import Add
 from architectures.layers.weighted import Convolution
-from architectures.kernels import Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The zoos: torchvision's and timm's classifiers by name, pretrained where their weights can be had."""
+"""Classifiers of torchvision and timm (the zoos) by name, fresh or pretrained."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from metadata.errors import UserError, first_line
 
 def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str], stem: str = "imagenet",
              **options: Any) -> nn.Module:
-    """Builds `torchvision:NAME`, `timm:NAME` or a bare NAME (torchvision's where both have it).
+    """Build `torchvision:NAME`, `timm:NAME` or a bare NAME (torchvision's model where both have the name).
 
     Args:
         name: the model's name in the zoo.
-        num_classes: width of the head; pretrained weights of another head are left out.
+        num_classes: width of the head; pretrained weights of a head of another width are not loaded.
         pretrained: fetch the zoo's weights (a download unless they are cached).
-        known: other names for the "did you mean" of an unknown one.
-        stem: "small" keeps the image's size up to the first stage: 3x3 convolutions of stride 1, no max-pool; of ResNets,
-            MobileNets and EfficientNets.
+        known: further names to suggest for an unknown one.
+        stem: "small" keeps the image's size up to the first stage, by 3x3 convolutions of stride 1 and no max-pool. Only
+            ResNets, MobileNets and EfficientNets have such a stem.
         options: keyword arguments of the zoo's own builder.
 
     Raises:
-        UserError: unknown name or option, no such stem, or weights that cannot be fetched.
+        UserError: an unknown name or option, a stem that the model does not have, or weights that cannot be fetched.
     """
     from torchvision import models
 
@@ -41,7 +41,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
             model = _torchvision(bare, num_classes, pretrained, options)
         else:
             model = _timm(name, bare, num_classes, pretrained, known, options)
-    except (TypeError, ValueError, AssertionError, LookupError) as error:  # the zoos' ways to refuse an option
+    except (TypeError, ValueError, AssertionError, LookupError) as error:  # how a zoo refuses an option
         raise UserError(f"model {name}: its builder refuses the options {options}: {first_line(error)}") from error
     if stem == "small":
         _use_small_stem(model, name)
@@ -53,7 +53,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
 def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
-    if name in ("googlenet", "inception_v3"):  # they warn when the first is left open; the second adds outputs
+    if name in ("googlenet", "inception_v3"):  # they warn without init_weights, and aux_logits adds outputs
         options = {"init_weights": True, "aux_logits": False, **options}
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
     if pretrained:
@@ -91,14 +91,18 @@ def _cannot_fetch(name: str, error: Exception) -> UserError:
 
 
 def _use_small_stem(model: nn.Module, name: str) -> None:
-    """Exchanges a 7x7 convolution for a fresh 3x3 one; where the stem is 3x3 already it keeps its weights."""
+    """Replace a 7x7 convolution by a fresh 3x3 one. A stem that is 3x3 already keeps its weights.
+
+    Raises:
+        UserError: the model has no stem of a known form.
+    """
     if (strided := _strided_convolution(model)) is not None:
         strided.stride = (1, 1)
         return
     stem = getattr(model, "conv1", None)
     if not isinstance(stem, nn.Conv2d | nn.Sequential) or not hasattr(model, "maxpool") or not hasattr(model, "layer1"):
         raise UserError(f"model {name}: the small stem is for ResNets, which have conv1, maxpool and layer1, and for "
-                        "MobileNets and EfficientNets, which begin with a 3x3 convolution of stride 2; it is neither")
+                        "MobileNets and EfficientNets, which begin with a 3x3 convolution of stride 2")
     if isinstance(stem, nn.Conv2d):
         model.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, 1, 1, bias=stem.bias is not None)
         nn.init.kaiming_normal_(torch.as_tensor(model.conv1.weight), mode="fan_out", nonlinearity="relu")
@@ -110,7 +114,7 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
 
 
 def _strided_convolution(model: nn.Module) -> nn.Conv2d | None:
-    """The stem of a MobileNet or an EfficientNet, in torchvision's spelling or in timm's: a single 3x3 of stride 2."""
+    """Return the stem of a MobileNet or an EfficientNet, by its name in torchvision or timm: one 3x3 of stride 2."""
     parts = dict(model.named_modules())
     stem = parts.get("features.0.0", parts.get("conv_stem"))
     return stem if isinstance(stem, nn.Conv2d) and (stem.kernel_size, stem.stride) == ((3, 3), (2, 2)) else None

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import layer_costs
-from architectures.architecture import Architecture
 from metadata.errors import VerificationError, first_line
 
 if TYPE_CHECKING:

@@ -1,7 +1,9 @@
-"""Authoring models: one family a file, found by the file system. `make(name, **options)` builds, `names()` lists.
+"""Models by name: `make(name, **options)` builds a model, `names()` lists the project's own.
 
-A family file defines `MODELS`, a literal dict from a model's name to the function that builds it. Names from the zoos
-are taken too: `torchvision:resnet50`, `timm:resnest14d`, or bare (`resnet50`), own families and torchvision first.
+Each file in `architectures/families/` is a family. A family file defines `MODELS`, a dict from a model's name to the
+function that builds the model. `make` also takes the names of torchvision and timm, with their prefix
+(`torchvision:resnet50`, `timm:resnest14d`) or without (`resnet50`). A bare name is looked up in the families first, then
+in torchvision, then in timm.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ import torch
 from torch import nn
 
 import architectures.families
-
 from metadata.closest import closest, spelled
 from metadata.errors import UserError, first_line
 
+
 def families() -> dict[str, Callable[..., nn.Module]]:
-    """The project's own models by name, from every family file in this folder."""
+    """Return the project's own models: name -> the function that builds the model, from every family file."""
     found: dict[str, Callable[..., nn.Module]] = {}
     for module in pkgutil.iter_modules(architectures.families.__path__):
         found |= importlib.import_module(f"architectures.families.{module.name}").MODELS
@@ -29,21 +31,28 @@ def families() -> dict[str, Callable[..., nn.Module]]:
 
 
 def names() -> list[str]:
-    """Names of the project's own models."""
+    """Return the names of the project's own models, sorted."""
     return sorted(families())
 
 
 def own_name(name: str) -> str:
-    """The project's own spelling of a name, `SimpleMLP` for `simple_mlp`; a name of no own model as it is."""
+    """Return the project's spelling of a model's name: `simple_mlp` for `SimpleMLP`. Return other names unchanged."""
     return spelled(name, families())
 
 
 def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int], num_classes: int,
                   advice: str = "") -> None:
-    """Lets a module on the meta device look at two images, in train and in eval mode.
+    """Run a module on the meta device on two images, in train and in eval mode.
+
+    Args:
+        module: on the meta device.
+        name: what the message calls the module.
+        input_shape: (C, H, W).
+        num_classes: width of the logits.
+        advice: end of the message about a wrong output.
 
     Raises:
-        UserError: it does not take their shape, or its output is not (N, num_classes); `name` and `advice` are in it.
+        UserError: the module does not take the images, or its output is not (N, num_classes).
     """
     for training in (True, False):
         try:
@@ -58,16 +67,17 @@ def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int
 
 
 def make(name: str, *, num_classes: int, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Builds a model `(N, C, H, W) float32 -> (N, num_classes)` logits.
+    """Build a model `(N, C, H, W) float32 -> (N, num_classes)` logits.
 
     Args:
-        name: one of `names()`, or a name of torchvision's or timm's, with or without `torchvision:` / `timm:`.
+        name: one of `names()`, or a name of torchvision or timm, with or without `torchvision:` or `timm:`.
         num_classes: width of the head.
-        pretrained: zoo models only: fetch the zoo's weights; the head is fresh where the class count differs.
+        pretrained: fetch the weights of a torchvision or timm model; the head is fresh where the number of classes
+            differs.
         options: the model's own options.
 
     Raises:
-        UserError: unknown name or option (with the closest match), or pretrained weights that cannot be had.
+        UserError: an unknown name or option (with the closest match), or pretrained weights that cannot be fetched.
     """
     from architectures import timm_bridge
 

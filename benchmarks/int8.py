@@ -32,8 +32,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from architectures.counting import count_macs
 from architectures.architecture import Architecture
+from architectures.counting import count_macs
 from architectures.weights import open_model
 from benchmarks.int8_sides import CALIBRATION, SIDES, Call, Subject
 from benchmarks.limits import limits

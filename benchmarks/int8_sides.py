@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from architectures.describe import describe
 from architectures.architecture import Architecture
+from architectures.describe import describe
 from compress.evaluation.runtimes import compile_for_openvino, import_openvino
 from compress.packaging.export import export
 from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth

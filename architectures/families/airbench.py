@@ -1,6 +1,6 @@
 """Airbench: a plain convolutional network that learns 32x32 images in few passes, for training against the clock.
 
-Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", with SiLU for GELU, which is slower on CPUs.
+Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", with SiLU in place of GELU, which is slower on CPUs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from metadata.errors import UserError
 
-HEAD_GAIN = 1 / 9  # the paper scales the logits by it; here it is in the head's first weights
+HEAD_GAIN = 1 / 9  # the paper scales the logits by this factor; here the head's initial weights contain the factor
 
 
 class Airbench(nn.Module):
     """(N, C, H, W) -> (N, num_classes), H and W at least 9.
 
-    A frozen 2x2 convolution that whitens patches, three groups of two 3x3 convolutions, a global max-pool and a linear
-    head. Batch norms have no scale of their own (it stays 1): the convolutions after them have one.
+    The network has a frozen 2x2 convolution that whitens patches, three groups of two 3x3 convolutions, a global max-pool
+    and a linear head. The scale of the batch norms stays 1: the convolutions behind them can scale.
     """
 
     def __init__(self, num_classes: int, in_channels: int, widths: Sequence[int]) -> None:
@@ -40,7 +40,7 @@ class Airbench(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Convolutions begin by passing their input on; the whitening is a plain draw until it has seen images."""
+        """Let convolutions that do not narrow start by passing their input on; freeze the whitening and the norms' scales."""
         for module in self.groups.modules():
             if isinstance(module, nn.Conv2d) and module.out_channels >= module.in_channels:
                 nn.init.dirac_(module.weight.data[:module.in_channels])
@@ -52,9 +52,10 @@ class Airbench(nn.Module):
 
     @torch.no_grad()
     def initialize_from(self, images: Tensor) -> None:
-        """Sets the whitening from (N, C, H, W) normalised training images: patches come out uncorrelated, variance 1.
+        """Set the whitening from (N, C, H, W) normalised training images: its outputs are uncorrelated with variance 1.
 
-        Source: the paper's section 3.2; eigenvectors of the patches' covariance over the roots of their eigenvalues.
+        The weights are the eigenvectors of the patches' covariance, divided by the roots of the eigenvalues. Source:
+        section 3.2 of the paper.
         """
         channels = images.shape[1]
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, channels * 4)
@@ -71,7 +72,7 @@ class Airbench(nn.Module):
 
 
 def airbench(*, num_classes: int, in_channels: int = 3, widths: Sequence[int] = (32, 128, 256)) -> Airbench:
-    """Builds an Airbench network; `widths` are those of its three groups."""
+    """Build an Airbench network; `widths` are the channels of the three groups."""
     for name, values in (("num_classes", [num_classes]), ("in_channels", [in_channels]), ("widths", widths)):
         if not isinstance(values, Sequence) or not values or not all(
                 isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in values):

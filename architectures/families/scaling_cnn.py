@@ -1,6 +1,7 @@
 """A plain CNN that grows in width and depth, for studies of how loss scales with size.
 
-Three stages of convolution blocks with width, 2 width and 4 width channels; max-pools between them, global average pool.
+The network has three stages of convolution blocks with width, 2 width and 4 width channels, max-pools between the stages,
+and a global average pool.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from metadata.errors import UserError
 
 
 class ConvBlock(nn.Module):
-    """3x3 convolution, batch norm, ReLU: (N, in, H, W) -> (N, out, H, W). No bias: batch norm would take it away again."""
+    """3x3 convolution, batch norm, ReLU: (N, in, H, W) -> (N, out, H, W). No bias: batch norm would cancel it."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -31,16 +32,16 @@ class ScalingCNN(nn.Sequential):
 
 
 def scaling_cnn(*, num_classes: int, width: int = 32, depth: int = 2, in_channels: int = 3) -> ScalingCNN:
-    """Builds the network.
+    """Build a ScalingCNN.
 
     Args:
         num_classes: width of the head.
-        width: channels of the first stage; the others have twice and four times as many.
+        width: channels of the first stage; the other stages have 2 width and 4 width.
         depth: convolution blocks a stage.
-        in_channels: of the images.
+        in_channels: channels of the images.
 
     Raises:
-        UserError: a size that is not a positive whole number.
+        UserError: a size is not a positive whole number.
     """
     for name, value in (("num_classes", num_classes), ("width", width), ("depth", depth), ("in_channels", in_channels)):
         if not isinstance(value, int) or value < 1:

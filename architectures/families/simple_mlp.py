@@ -18,16 +18,16 @@ class SimpleMLP(nn.Sequential):
 
 def simple_mlp(*, num_classes: int, hidden: Sequence[int] = (256, 128), dropout: float = 0.0,
                input_shape: Sequence[int] = (1, 28, 28)) -> SimpleMLP:
-    """Builds a SimpleMLP.
+    """Build a SimpleMLP.
 
     Args:
         num_classes: width of the head.
-        hidden: widths of the hidden layers, in order; none leaves logistic regression.
-        dropout: probability after every hidden layer.
-        input_shape: (C, H, W) of the images; a linear layer's width is that of the flattened image.
+        hidden: widths of the hidden layers, in order; an empty list gives logistic regression.
+        dropout: probability, after every hidden layer.
+        input_shape: (C, H, W) of the images; their product is the width of the first linear layer.
 
     Raises:
-        UserError: an option out of its range.
+        UserError: an option is out of its range.
     """
     for name, values, count in (("num_classes", [num_classes], 1), ("hidden", hidden, None),
                                 ("input_shape", input_shape, 3)):

@@ -71,7 +71,7 @@ class SlimResNet18(nn.Module):
 
 def slim_resnet18(*, num_classes: int, width: int = 32, stem: Literal["imagenet", "small"] = "imagenet",
                   in_channels: int = 3) -> SlimResNet18:
-    """Builds a SlimResNet18.
+    """Build a SlimResNet18.
 
     Args:
         num_classes: width of the head.
@@ -80,7 +80,7 @@ def slim_resnet18(*, num_classes: int, width: int = 32, stem: Literal["imagenet"
         in_channels: 3 for RGB, 1 for grey.
 
     Raises:
-        UserError: an option out of its range.
+        UserError: an option is out of its range.
     """
     if stem not in ("imagenet", "small"):
         raise UserError(f"slim_resnet18: stem is 'imagenet' or 'small', got {stem!r}")

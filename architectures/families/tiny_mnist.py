@@ -1,6 +1,6 @@
-"""Networks of a few thousand parameters for 28x28 grey digits: the three published ones, to the parameter, and ours.
+"""Networks of a few thousand parameters for 28x28 grey digits: three published networks, to the parameter, and two of ours.
 
-Source: the "MNIST, 99.4 %, 15 epochs" challenge's published models; all use unpadded 3x3 convolutions without biases,
+Source: the published models of the "MNIST, 99.4 %, 15 epochs" challenge. They use unpadded 3x3 convolutions without biases,
 each followed by batch norm (affine), ReLU and, where stated, dropout.
 """
 
@@ -14,7 +14,7 @@ from metadata.errors import UserError
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, dropout: float = 0.0) -> list[nn.Module]:
-    """Convolution, batch norm, ReLU and perhaps dropout: (N, in, H, W) -> (N, out, H - k + 1, W - k + 1)."""
+    """Return convolution, batch norm, ReLU and, if asked, dropout: (N, in, H, W) -> (N, out, H - k + 1, W - k + 1)."""
     layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel_size, bias=False), nn.BatchNorm2d(out_channels),
                                nn.ReLU(inplace=True)]
     return [*layers, nn.Dropout(dropout)] if dropout else layers
@@ -29,7 +29,7 @@ class MNISTModelLL(TinyMNIST):
 
 
 class MNISTModelGAP(TinyMNIST):
-    """6,992 parameters at ten classes. Its logits pass a ReLU, as published: a class can say nothing against itself."""
+    """6,992 parameters at ten classes. Its logits pass a ReLU, as published, so that no logit is below 0."""
 
 
 class MNISTModelFinal(TinyMNIST):
@@ -37,7 +37,7 @@ class MNISTModelFinal(TinyMNIST):
 
 
 def mnist_model_ll(*, num_classes: int, in_channels: int = 1, dropout: float = 0.05) -> MNISTModelLL:
-    """Builds MNISTModelLL."""
+    """Build MNISTModelLL."""
     _check(num_classes, in_channels)
     return MNISTModelLL(*conv(in_channels, 8, 3, dropout), *conv(8, 8, 3, dropout), nn.MaxPool2d(2),
                         *conv(8, 16, 3, dropout), *conv(16, 16, 3, dropout), nn.MaxPool2d(2), *conv(16, 32, 3, dropout),
@@ -47,13 +47,13 @@ def mnist_model_ll(*, num_classes: int, in_channels: int = 1, dropout: float = 0
 
 
 def mnist_model_gap(*, num_classes: int, in_channels: int = 1, dropout: float = 0.05) -> MNISTModelGAP:
-    """Builds MNISTModelGAP."""
+    """Build MNISTModelGAP."""
     _check(num_classes, in_channels)
     return MNISTModelGAP(*_trunk(in_channels, dropout), *conv(24, num_classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
 
 
 def mnist_model_final(*, num_classes: int, in_channels: int = 1) -> MNISTModelFinal:
-    """Builds MNISTModelFinal."""
+    """Build MNISTModelFinal."""
     _check(num_classes, in_channels)
     return MNISTModelFinal(*_trunk(in_channels, 0.0), nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, num_classes, 1, bias=False),
                            nn.Flatten(1))
@@ -68,22 +68,23 @@ class MNISTUnder4k(TinyMNIST):
 
 
 def mnist_under_8k(*, num_classes: int, in_channels: int = 1) -> MNISTUnder8k:
-    """Builds MNISTUnder8k."""
+    """Build MNISTUnder8k."""
     _check(num_classes, in_channels)
     return MNISTUnder8k(*_narrow(in_channels, (8, 12, 12, 12, 14, 14), num_classes))
 
 
 def mnist_under_4k(*, num_classes: int, in_channels: int = 1) -> MNISTUnder4k:
-    """Builds MNISTUnder4k."""
+    """Build MNISTUnder4k."""
     _check(num_classes, in_channels)
     return MNISTUnder4k(*_narrow(in_channels, (8, 8, 8, 8, 10, 9), num_classes))
 
 
 def _narrow(in_channels: int, widths: Sequence[int], num_classes: int) -> list[nn.Module]:
-    """Six convolutions of these widths: 5x5 on the whole image, 3x3 on its half (three) and its quarter (two), and a head.
+    """Return six convolutions of these widths and a head.
 
-    Pooling comes before batch norm, which quarters what norm and ReLU cost. Before the head, a depthwise convolution has
-    a weight for each of the 5x5 places that are left; global average pooling would forget where something was.
+    The first convolution is 5x5 on the whole image. Three 3x3 convolutions work at half the resolution, two at a quarter.
+    Pooling comes before batch norm, which makes norm and ReLU four times cheaper. Before the head, a depthwise convolution
+    has a weight for each of the 5x5 positions that are left; global average pooling would lose the position.
     """
     one, two, three, four, five, six = widths
     return [*_block(in_channels, one, 5, pool=True), *_block(one, two), *_block(two, three),
@@ -93,7 +94,7 @@ def _narrow(in_channels: int, widths: Sequence[int], num_classes: int) -> list[n
 
 def _block(in_channels: int, out_channels: int, kernel_size: int = 3, padding: int | None = None,
            pool: bool = False) -> list[nn.Module]:
-    """Convolution (padded to keep the size, unless told), max-pool perhaps, batch norm, ReLU."""
+    """Return convolution (padded to keep the size by default), max-pool if asked, batch norm, ReLU."""
     padding = kernel_size // 2 if padding is None else padding
     return [nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False),
             *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]

@@ -10,9 +10,9 @@ from typing import Any, Literal, TYPE_CHECKING
 
 from pydantic import RootModel
 
+from architectures.architecture import Architecture
 from architectures.counting import count_macs, count_parameters
 from architectures.kernels import int8_arithmetic, no_int8_kernels
-from architectures.architecture import Architecture
 from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
 from metadata.errors import UserError, VerificationError
@@ -165,7 +165,7 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
                         "loaded")
     model = open_model(architecture, files.weights)
     check_claims(files, count_parameters(model), count_macs(model, metadata.input_shape))
-    weighted = {layer.name: layer.type.startswith("Int8") for layer in architecture.layers if layer.width}
+    weighted = {layer.name: layer.int8 for layer in architecture.layers if layer.width}
     stated_int8 = {name: text.startswith("int8") for name, text in metadata.quantization.layers.items()}
     scheme = "dynamic_int8" if architecture.is_int8 else "none"
     if stated_int8 != weighted or metadata.quantization.scheme != scheme:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
+from architectures.architecture import Architecture
 from architectures.counting import count_macs, count_parameters
 from architectures.kernels import layer_by_layer
-from architectures.architecture import Architecture
 from architectures.layers.base import Layer
 from architectures.source import source
 from compress.packaging.bundle import bundle

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import fx, nn
 
 import compress.pipeline.stages
-from architectures.int8 import int8_layers
 from architectures.architecture import Architecture
+from architectures.int8 import int8_layers
 from architectures.weights import open_model, read_weights
 from architectures.zoo import make
 from compress.settings import Config

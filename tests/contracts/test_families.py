@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from architectures.architecture import Architecture
 from architectures.build import build, check_shapes
 from architectures.counting import count_macs, count_parameters, layer_costs
 from architectures.describe import describe
-from architectures.architecture import Architecture
 from architectures.source import source
 from architectures.weights import load_verified
 from architectures.zoo import make, names

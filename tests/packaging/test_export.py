@@ -11,10 +11,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
+from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import count_macs
 from architectures.describe import describe
-from architectures.architecture import Architecture
 from architectures.layers.table import LAYER_TABLE
 from architectures.zoo import make
 from compress.evaluation.onnx_files import read_onnx

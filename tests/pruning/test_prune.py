@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import fx, nn
 
+from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import count_macs, count_parameters
 from architectures.describe import carry_over, describe
 from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers
-from architectures.architecture import Architecture
 from architectures.weights import load_verified
 from architectures.zoo import make
 from compress.pruning.groups import widths

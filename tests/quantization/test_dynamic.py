@@ -429,8 +429,8 @@ def test_a_layers_arithmetic_is_in_its_architecture_and_source(activations: str)
 CAPPED = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
-from architectures.kernels import int8_arithmetic, layer_by_layer, no_int8_kernels
 from architectures.architecture import Architecture
+from architectures.kernels import int8_arithmetic, layer_by_layer, no_int8_kernels
 from architectures.weights import load_verified
 architecture = Architecture.model_validate(json.load(open(sys.argv[2] + "/architecture.json")))
 quantized = load_verified(architecture, torch.load(sys.argv[2] + "/weights.pth", weights_only=True), "here").eval()

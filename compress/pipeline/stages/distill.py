@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field
 from torch import fx
 
+from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.describe import carry_over, describe
-from architectures.architecture import Architecture
 from architectures.zoo import make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
