@@ -40,7 +40,7 @@ class Airbench(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Let convolutions that do not narrow start by passing their input on; freeze the whitening and the norms' scales."""
+        """Start convolutions that do not narrow as identities; freeze the whitening and the norms' scales."""
         for module in self.groups.modules():
             if isinstance(module, nn.Conv2d) and module.out_channels >= module.in_channels:
                 nn.init.dirac_(module.weight.data[:module.in_channels])
