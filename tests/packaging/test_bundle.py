@@ -198,9 +198,9 @@ def verdict_of(evaluator: Path, submission: Path, data: Path, output: Path) -> d
     return dict(json.loads(output.read_text()))
 
 
-def test_the_toolkit_and_the_bundle_agree_key_by_key(submission: Path, digits_test: Path, tmp_path: Path) -> None:
-    toolkit = verdict_of(PROJECT / "model_loader.py", submission, digits_test, tmp_path / "toolkit.json")
-    single = verdict_of(submission / "model_loader.py", submission, digits_test, tmp_path / "single.json")
+def test_the_toolkit_and_the_bundle_agree_key_by_key(submission: Path, few: Path, tmp_path: Path) -> None:
+    toolkit = verdict_of(PROJECT / "model_loader.py", submission, few, tmp_path / "toolkit.json")
+    single = verdict_of(submission / "model_loader.py", submission, few, tmp_path / "single.json")
     one, two = flat(toolkit), flat(single)
     assert list(one) == list(two) and one.keys() > MEASURED
     for key, value in one.items():
@@ -217,8 +217,8 @@ def test_the_toolkit_and_the_bundle_agree_key_by_key(submission: Path, digits_te
         assert result["details"]["sha256"]["evaluator"] == result["details"]["evaluator_sha256"]
 
 
-def test_the_verdict_in_memory_names_the_toolkit_too(submission: Path, digits_test: Path) -> None:
-    result = evaluate_submission(submission, digits_test, settings=EvaluationSettings(runs=5, warmup=0))
+def test_the_verdict_in_memory_names_the_toolkit_too(submission: Path, few: Path) -> None:
+    result = evaluate_submission(submission, few, settings=EvaluationSettings(runs=5, warmup=0))
     assert result["details"]["evaluator_sha256"].startswith("toolkit ")
 
 

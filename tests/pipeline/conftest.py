@@ -57,3 +57,11 @@ def four_stages(tiny_recipe: Path, tmp_path: Path) -> Path:
     recipe = tmp_path / "four_stages.yaml"
     recipe.write_text(tiny_recipe.read_text().split("  - quantize_dynamic")[0])
     return recipe
+
+
+@pytest.fixture
+def two_stages(tiny_recipe: Path, tmp_path: Path) -> Path:
+    """The recipe's teacher and student."""
+    recipe = tmp_path / "two_stages.yaml"
+    recipe.write_text(tiny_recipe.read_text().split("  - prune")[0])
+    return recipe
