@@ -141,7 +141,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Return the tables: one for each fully measured network, and one of dynamic int8 for the others."""
     where, rates = result["machine"], result["limits"]
     parts = [f"# Int8 side by side\n\n{where['cpu']} ({', '.join(where['flags'])}), {result['threads']} thread(s), batch "
-             "1. Medians of calls in turns; the ratios are to the best float time of PyTorch and of any runtime in the "
+             "1. Medians of interleaved calls; the ratios are to the best float time of PyTorch and of any runtime in the "
              "same run.\n\nThe limit: " + " and ".join(f"{rate:.0f} G multiply-adds a second in {dtype}"
                                                   for dtype, rate in rates.items())
              + f" (oneDNN's convolutions, benchmarks/limits.py), so where int8 takes less than "
@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument("--trained", type=Path, nargs="*", default=[], help="stages' folders of runs")
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--data_root", type=Path, help="of --trained")
-    parser.add_argument("--test_images", type=int, help="of --trained: so many instead of all")
+    parser.add_argument("--test_images", type=int, help="number of test images for --trained; default: all")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES), metavar="SIDE")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "int8")

@@ -49,14 +49,14 @@ Device = Literal["auto", "cpu", "cuda"]
 class Point(Config):
     """The configuration of one experiment: everything that decides its result."""
 
-    seed: Seed = Field(0, description="of the subset, the weights, the order and the augmentation")
-    batch_size: int = Field(256, ge=2, description="images a step; an epoch ends with what is left over")
+    seed: Seed = Field(0, description="seed of the subset, the initial weights, the order and the augmentation")
+    batch_size: int = Field(256, ge=2, description="images a step; the last batch of an epoch may be smaller")
     num_epochs: Positive = Field(100, description="passes over the subset")
-    test_freq: Positive = Field(5, description="epochs between looks at the test split; the last is always measured")
+    test_freq: Positive = Field(5, description="epochs between measurements of the test split; the last is always measured")
     width: Width = Field(32, description="channels of the first stage")
     depth: Depth = Field(2, description="convolution blocks a stage")
     dataset_size: int = Field(50_000, ge=2, description="training images, a subset drawn class by class")
-    dataset: str = Field("cifar10", description="see loaders/")
+    dataset: str = Field("cifar10", description="name of a data set; see loaders/")
 
     @property
     def training(self) -> TrainingSettings:
@@ -108,9 +108,9 @@ CountParameters = Callable[[int, int], int]  # (width, depth) -> N
 class _Sweep(Config):
     """The keys that all kinds of sweeps share; None takes the value of the plan."""
 
-    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(None, description="each point is run with each")
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = Field(None, description="each point is run with each seed")
     batch_size: Positive | None = Field(None, description="images a step")
-    test_freq: BySize | None = Field(None, description="epochs between looks at the test split")
+    test_freq: BySize | None = Field(None, description="epochs between measurements of the test split")
 
     def shapes(self) -> Iterator[tuple[int, int, int]]:
         """Yield (width, depth, dataset_size) of the points."""
@@ -184,7 +184,7 @@ class ComputeSweep(_Grid):
 
     kind: Literal["constant_compute"]
     compute: float = Field(gt=0, description="N * D * epochs")
-    tolerance: float = Field(0.05, gt=0, lt=1, description="by what share of `compute` a point may miss it")
+    tolerance: float = Field(0.05, gt=0, lt=1, description="relative deviation from `compute` that a point may have")
 
     def epochs(self, plan: SweepPlan, width: int, depth: int, size: int, parameters: CountParameters) -> int:
         one = parameters(width, depth) * size
@@ -205,16 +205,16 @@ SWEEP_KINDS: dict[str, type[_Sweep]] = {"width": WidthSweep, "depth": DepthSweep
 class SweepPlan(Config):
     """A study: common keys, and sweeps that may have their own seeds, batch_size, num_epochs and test_freq."""
 
-    dataset: str = Field("cifar10", description="see loaders/")
-    data_root: Path | None = Field(None, description="where its files are: an image folder or torchvision's files")
-    download: bool = Field(False, description="let torchvision fetch a missing set")
-    base_dir: Path = Field(Path("."), description="results go to results/ below it")
-    device: Device = Field("auto", description="auto: CUDA where there is one")
-    checkpoint_seconds: float = Field(20.0, ge=0, description="time between a point's checkpoints")
-    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="each point is run with each")
+    dataset: str = Field("cifar10", description="name of a data set; see loaders/")
+    data_root: Path | None = Field(None, description="folder of its files: an image folder or torchvision's files")
+    download: bool = Field(False, description="let torchvision download a missing data set")
+    base_dir: Path = Field(Path("."), description="results are written to results/ below this folder")
+    device: Device = Field("auto", description="auto: CUDA if available")
+    checkpoint_seconds: float = Field(20.0, ge=0, description="seconds between the checkpoints of a point")
+    seeds: Annotated[list[Seed], Field(min_length=1)] = Field([0], description="each point is run with each seed")
     batch_size: int = Field(256, ge=2, description="images a step")
-    num_epochs: BySize = Field({1: 100}, description="a number, or one for each dataset_size from which on it holds")
-    test_freq: BySize = Field({1: 5}, description="likewise")
+    num_epochs: BySize = Field({1: 100}, description="a number, or a number for each dataset_size from which on it holds")
+    test_freq: BySize = Field({1: 5}, description="epochs between measurements, given like num_epochs")
     sweeps: list[AnySweep] = Field(min_length=1, description="one or more")
 
     def points(self, parameters: CountParameters) -> list[Point]:
