@@ -1,4 +1,4 @@
-"""What all settings share: the base class, YAML, packaged recipes, one line for a setting that is refused."""
+"""The base of all settings: immutable configurations, YAML, packaged recipes, and one-line errors."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _NoDuplicates(yaml.SafeLoader):
-    """YAML in which no key may stand twice; the plain loader silently takes the last."""
+    """A YAML loader that refuses a key that is given twice; the plain loader silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
-                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands there twice",
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} is given twice",
                                                         problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def load_yaml(text: str) -> Any:
-    """The content of a YAML text.
+    """Return the content of a YAML text.
 
     Raises:
-        yaml.YAMLError: it is none, or a key stands twice in a mapping.
+        yaml.YAMLError: the text is not YAML, or a mapping has a key twice.
     """
     return yaml.load(text, _NoDuplicates)  # a SafeLoader: data only
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, and an unknown key is an error."""
+    """Base class of all settings. Settings are immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    # Keys that do not change what comes out, or only its last bits.
+    # Keys that do not change the result, or only its last bits.
     WHERE: ClassVar[frozenset[str]] = frozenset()
 
     def difference(self, before: Self) -> list[str]:
-        """Keys that say what is done and whose values differ, `a.b: 1 -> 2`; not those that only say where."""
+        """Return the keys whose values differ, as `a.b: 1 -> 2`, without those in `WHERE`."""
         mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(before.model_dump(mode="json"))
         return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in [*mine, *(theirs.keys() - mine.keys())]
                 if mine.get(key) != theirs.get(key) and key.split(".")[0] not in self.WHERE]
@@ -63,15 +63,20 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def recipe_names(folder: Path = RECIPES) -> list[str]:
-    """Names of the packaged recipes in a folder."""
+    """Return the names of the packaged recipes in a folder."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def read_mapping(name: str, folder: Path, where: str) -> tuple[str, dict[str, Any]]:
-    """The name and content of a packaged recipe by bare name, or of a YAML file by path; `where` begins an error.
+    """Return the name and content of a packaged recipe by bare name, or of a YAML file by path.
+
+    Args:
+        name: of the recipe, or a path that ends in .yaml or .yml.
+        folder: where the packaged recipes are.
+        where: beginning of an error, such as the flag that gave the name.
 
     Raises:
-        UserError: no such recipe (with the closest match) or file, or not a YAML mapping.
+        UserError: there is no such recipe (with the closest match) or file, or the file is not a YAML mapping.
     """
     path, known = Path(name), recipe_names(folder)
     if path.suffix in (".yaml", ".yml"):
@@ -92,8 +97,8 @@ def read_mapping(name: str, folder: Path, where: str) -> tuple[str, dict[str, An
 
 
 def settings_error(where: str, error: ValidationError, known: Iterable[str]) -> UserError:
-    """One line for a setting that pydantic refused; an unknown key comes with the closest match."""
-    # A key that is misspelt is often one that is missing too.
+    """Return a one-line error for a setting that pydantic refused; an unknown key comes with the closest match."""
+    # A misspelt key is often missing too: report the unknown key first.
     if unknown := next((found for found in error.errors() if found["type"] == "extra_forbidden"), None):
         key = ".".join(str(part) for part in unknown["loc"])
         return UserError(f"{where}: unknown key {key!r}{closest(str(unknown['loc'][-1]), known)}")

@@ -1,4 +1,4 @@
-"""What a run is made of: every default lives here or in a stage; recipes hold differences, overrides hold fewer."""
+"""The configuration of a run. Defaults are here or in a stage; a recipe holds differences, and overrides hold fewer."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import yaml
 from pydantic import Field, ValidationError
 
 from compress.settings import Config, RECIPES, load_yaml, read_mapping, settings_error
+from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError, first_line
 
 
 class DataConfig(Config):
-    """Which images."""
+    """The data of a run."""
 
-    name: str = Field("digits", description="data set, see loaders/")
-    root: Path | None = Field(None, description="where its files are: an image folder or torchvision's files")
+    name: str = Field("digits", description="a set of loaders/; image_folder for any folder of images")
+    root: Path | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of train held out, class by class")
-    num_classes: int | None = Field(None, description="refuse a folder with another number of classes")
-    channels: Literal[1, 3] | None = Field(None, description="3 takes grey images as RGB; the set's own unless given")
-    image_size: int | None = Field(None, gt=0, description="pixels of the model's square input; the set's own unless given")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images held out, class by class")
+    num_classes: int | None = Field(None, description="refuse data with another number of classes")
+    channels: Literal[1, 3] | None = Field(None, description="3 takes gray images as RGB; the set's own unless given")
+    image_size: int | None = Field(None, gt=0, description="side in pixels of the input; the set's own unless given")
     resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
     crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
-    mean: list[float] | None = Field(None, description="a channel; the set's own unless given")
-    std: list[float] | None = Field(None, description="a channel; the set's own unless given")
-    skip_unreadable: bool = Field(False, description="leave damaged images out, and say how many")
-    memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more stream from disk")
+    mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
+    std: list[float] | None = Field(None, description="per channel; the set's own unless given")
+    skip_unreadable: bool = Field(False, description="leave damaged images out and report their number")
+    memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more are streamed from disk")
 
 
 class RunConfig(Config):
-    """A whole run, resolved: enough to repeat it."""
+    """One run, resolved. The configuration is enough to repeat the run."""
 
-    recipe: str = Field(description="the recipe it came from")
-    name: str = Field(description="the run's folder below run_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    run_dir: Path = Field(Path("runs"), description="where runs are kept")
+    recipe: str = Field(description="recipe that the run came from")
+    name: str = Field(description="folder of the run below run_dir", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: Path = Field(Path("runs"), description="folder of all runs")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the weights, the order and the augmentation")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a CUDA device")
     threads: int = Field(0, ge=0, description="CPU threads; 0: all that the process may use")
     data: DataConfig = DataConfig()
     stages: list[dict[str, dict[str, Any]]] = Field(min_length=1, description="stage names with their settings, in order")
@@ -48,10 +49,10 @@ class RunConfig(Config):
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The content of a pipeline's recipe, packaged or a file.
+    """Return the content of a pipeline's recipe, packaged or a file.
 
     Raises:
-        UserError: see `read_mapping`; or there is no list of stages.
+        UserError: the recipe cannot be read (see `read_mapping`), or has no list of stages.
     """
     stem, content = read_mapping(name, RECIPES, "recipe")
     if not isinstance(content.get("stages"), list):
@@ -71,13 +72,13 @@ def _stage_entry(entry: Any, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Reads a recipe and applies `key=value` overrides, `prune.ratio=0.4` for a stage's or the data's.
+    """Read a recipe and apply `key=value` overrides, such as `prune.ratio=0.4` for a setting of a stage or the data.
 
-    A stage that occurs twice is addressed by its place among its likes: `finetune#2.train.epochs=3`.
+    A stage that occurs more than once is addressed by its number: `finetune#2.train.epochs=3`.
 
     Raises:
-        UserError: unknown recipe or key (with the closest match), or a value of the wrong type. Keys inside a stage
-            are checked by the pipeline, which knows the stages.
+        UserError: an unknown recipe or key (with the closest match), or a value of the wrong type. The plan checks the
+            keys inside a stage.
     """
     content = read_recipe(recipe)
     for override in overrides:
@@ -96,24 +97,30 @@ def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _apply(content: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of the run, or of a stage, in the content of a recipe."""
     head, *rest = key.split(".")
     if head in RunConfig.model_fields and head != "stages":
         target: dict[str, Any] = content
         path = [head, *rest]
     else:
-        name, _, place = head.partition("#")
-        likes = [entry[name] for entry in content["stages"] if name in entry]
-        if not likes or not rest:
+        name, _, number = head.partition("#")
+        group = [entry[name] for entry in content["stages"] if name in entry]
+        if not group or not rest:
             known = [*RunConfig.model_fields, *(name for entry in content["stages"] for name in entry)]
             raise UserError(f"override {key!r}: unknown key {head!r}{closest(head, known)} (known: {', '.join(known)})")
-        if len(likes) > 1 and not place:
-            raise UserError(f"override {key!r}: the stage {name} occurs {len(likes)} times; say {name}#1."
-                            f"{'.'.join(rest)} or another place")
-        if place and not (place.isdigit() and 1 <= int(place) <= len(likes)):
-            raise UserError(f"override {key!r}: the stage {name} occurs {len(likes)} times, there is no #{place}")
-        target, path = likes[int(place or 1) - 1], rest
+        if len(group) > 1 and not number:
+            raise UserError(f"override {key!r}: the stage {name} occurs {len(group)} times; say {name}#1."
+                            f"{'.'.join(rest)} or another number")
+        if number and not (number.isdigit() and 1 <= int(number) <= len(group)):
+            raise UserError(f"override {key!r}: the stage {name} occurs {len(group)} times, there is no #{number}")
+        target, path = group[int(number or 1) - 1], rest
     for part in path[:-1]:
         if not isinstance(target.setdefault(part, {}), dict):
             raise UserError(f"override {key!r}: {part!r} is a value, not a group of settings")
         target = target[part]
-    target[path[-1]] = value
+    if path[-2:-1] == ["train"]:  # the override and the recipe may use different names of one setting
+        merged = TrainingSettings.merged(target, {path[-1]: value})
+        target.clear()
+        target.update(merged)
+    else:
+        target[path[-1]] = value

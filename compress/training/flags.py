@@ -138,7 +138,9 @@ def validated(content: dict[str, Any], where: str) -> TrainingRun:
 
 def help_lines() -> Iterable[str]:
     """Return a line for each key, and for each other name of a key, for --help."""
-    for key, info in TrainingRun.model_fields.items():
+    own = [key for key in TrainingRun.model_fields if key not in TrainingSettings.model_fields]
+    for key in (*own, *TrainingSettings.model_fields):
+        info = TrainingRun.model_fields[key]
         default = info.get_default(call_default_factory=True)
         other = f" (also --{info.validation_alias})" if info.validation_alias else ""
         yield f"  --{key} = {default if default is not None else '(none)'}{other}  {info.description}"

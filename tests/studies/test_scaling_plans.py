@@ -72,7 +72,7 @@ def test_constant_compute_takes_the_epochs_that_hold_it() -> None:
     ("sweeps: [{kind: constant_compute, compute: 3.0e+6, widths: [4], depths: [1], dataset_sizes: [1000]}]",
      "epochs brings width 4, depth 1 (N 1,774) on 1,000 images within 5% of 3e+06: 2 epochs are 3.55e+06"),
     ("sweeps: [{kind: constant_compute, compute: 3, widths: [4], dataset_sizes: [1000]}]", "no whole number of epochs"),
-    ("sweeps: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seeds: [0]\nseeds: [1]", "stands there twice"),
+    ("sweeps: [", "not valid YAML"), ("- 1", "expected a mapping"), ("seeds: [0]\nseeds: [1]", "is given twice"),
 ], ids=str)
 def test_bad_plans_get_one_line(compress: Compress, tmp_path: Path, plan: str, said: str) -> None:
     path = tmp_path / "plan.yaml"

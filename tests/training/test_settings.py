@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from compress.pipeline.config import resolve
 from compress.pipeline.stage import stage_class
 from compress.settings import RECIPES, load_yaml, read_mapping, recipe_names
 from compress.studies.mnist_challenge import ENTRIES
@@ -50,6 +51,16 @@ def test_flags_change_a_recipe_whatever_name_either_uses(tmp_path: Any) -> None:
     digits = resolve_training(["--config", "digits", "--num_epochs", "2", "--use_amp"])
     assert (digits.epochs, digits.precision) == (2, "mixed")
     assert resolve_training(["--amp_dtype", "float16"]).precision == "auto"  # without use_amp
+
+
+def test_overrides_of_a_pipeline_change_a_recipe_whatever_name_either_uses() -> None:
+    def teacher(*overrides: str) -> TrainingSettings:
+        content, = (stage["teacher"] for stage in resolve("slim_resnet18_digits", overrides).stages if "teacher" in stage)
+        return TrainingSettings.model_validate(content["train"])
+
+    assert teacher("teacher.train.num_epochs=3", "teacher.train.scheduler=linear") == teacher(
+        "teacher.train.epochs=3", "teacher.train.schedule=linear")
+    assert teacher("teacher.train.precision=float32", "teacher.train.use_amp=true").precision == "mixed"
 
 
 @pytest.mark.parametrize(("content", "message"), [
