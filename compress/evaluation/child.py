@@ -1,9 +1,9 @@
-"""The sandbox's child process: runs foreign code, answers its parent. Nothing of the project is imported.
+"""The sandbox's child process: runs foreign code and answers its parent. The file imports nothing of the project.
 
-Started as `python -I -B child.py REQUEST_FD REPLY_FD MEMORY_FD`. The first message says what to run; the process then
-gives up its rights (confine.py beside this file) and only then touches foreign code. Requests are a nonce and a shape,
-their numbers lie in shared memory; a reply is the same nonce, a status and bytes. The parent trusts none of it: it keeps
-the labels and the clock.
+The parent starts `python -I -B child.py REQUEST_FD REPLY_FD MEMORY_FD`. The first message says what to run. The process
+then gives up its rights (confine.py beside this file), and only then loads foreign code. A request is a nonce and a
+shape; its numbers lie in shared memory. A reply is the same nonce, a status and bytes. The parent trusts no reply: the
+parent keeps the labels and the clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def load_file(path: Path, name: str) -> types.ModuleType:
-    """Imports a Python file by its path."""
+    """Import a Python file by its path."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -39,12 +39,12 @@ def load_file(path: Path, name: str) -> types.ModuleType:
 
 
 def set_limits(memory_mb: int, cpu_seconds: int) -> None:
-    """Address space beyond what is there, processor time, sizes of files; no core files."""
+    """Limit further address space, processor time and the size of files; allow no core files."""
     import resource
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
     for what, limit in ((resource.RLIMIT_AS, pages * resource.getpagesize() + memory_mb * 2**20),
                         (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_FSIZE, 2**24), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_NOFILE, 128)):  # the last two also bound files that nobody can see
+                        (resource.RLIMIT_NOFILE, 128)):  # an open file may be deleted: bound size and number
         resource.setrlimit(what, (limit, limit))
 
 
@@ -52,7 +52,7 @@ def set_limits(memory_mb: int, cpu_seconds: int) -> None:
 
 
 def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model of a folder's model.py with its weights, and what it says of itself."""
+    """Return the model of a folder's model.py with its weights, and the facts that it states about itself."""
     import torch
     from torch import nn
 
@@ -66,7 +66,7 @@ def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
                and value.__module__ == "model"]
     named = [value for value in classes if value.__name__ == boot["model_class"]]
     reasons = []
-    for kind in named or classes[::-1]:  # the whole network usually stands last
+    for kind in named or classes[::-1]:  # the whole network is usually defined last
         try:
             model = construct(kind, boot["classes"])
             model.load_state_dict(weights, strict=True)
@@ -80,7 +80,7 @@ def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def state_dict_in(content: Any) -> Any:
-    """What a checkpoint keeps as its state dict, or the content itself."""
+    """Return the state dict in a checkpoint, or the content itself."""
     for key in STATE_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -88,7 +88,7 @@ def state_dict_in(content: Any) -> Any:
 
 
 def construct(kind: Callable[..., Any], classes: int) -> Any:
-    """An instance, with `num_classes` where the class takes it."""
+    """Return an instance, with `num_classes` where the class takes it."""
     try:
         parameters = inspect.signature(kind).parameters
     except (TypeError, ValueError):
@@ -98,9 +98,9 @@ def construct(kind: Callable[..., Any], classes: int) -> Any:
 
 
 def macs(model: Any, input_shape: list[int]) -> int | None:
-    """Multiply-adds of the convolutions and matrix products for one input; None where the model fails on zeros.
+    """Return the multiply-adds of convolutions and matrix products for one input, or None where the model fails on zeros.
 
-    Counted at the level of Python: torch's own counter would import its compiler, which takes as long as torch itself.
+    Calls are counted in Python: torch's own counter would import torch's compiler, which takes as long as torch itself.
     """
     import torch
     import torch.nn.functional as F
@@ -126,7 +126,7 @@ def macs(model: Any, input_shape: list[int]) -> int | None:
     try:
         with torch.no_grad(), counter:
             model(torch.zeros(1, *input_shape))
-    except Exception:  # foreign code; a figure that is not known must not end the evaluation
+    except Exception:  # foreign code; an unknown count must not end the evaluation
         return None
     return counter.total
 
@@ -135,7 +135,7 @@ def macs(model: Any, input_shape: list[int]) -> int | None:
 
 
 def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[str, Any]]:
-    """The model that a Solution trains on the arrays in shared memory, and its size."""
+    """Return the model that a Solution trains on the arrays in shared memory, and its size."""
     import numpy as np
     import torch
     from torch import nn
@@ -147,7 +147,7 @@ def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[s
     folder = Path(boot["folder"])
     os.chdir(folder)
     parameters, buffers, reach, total = nn.Module.parameters, nn.Module.named_buffers, numbers_within_reach, sum
-    module = load_file(folder / "solution.py", "solution")  # from here on names may mean something else
+    module = load_file(folder / "solution.py", "solution")  # from here on foreign code may have replaced any name
     solution = getattr(module, "Solution", None)
     if solution is None:
         raise RuntimeError("the file defines no class Solution")
@@ -167,7 +167,7 @@ def train_solution(boot: dict[str, Any], memory: mmap.mmap) -> tuple[Any, dict[s
 
 
 def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]:
-    """id -> count of the numbers that a model can reach: in tensors, arrays and bytes, in lists, closures and globals.
+    """Return id -> count of the numbers within a model's reach: tensors, arrays, bytes, in lists, closures and globals.
 
     Functions and classes of the solution's own file are followed into the globals that they name; libraries are not.
     """
@@ -185,7 +185,7 @@ def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]
         if isinstance(thing, torch.Tensor | np.ndarray):
             found[id(thing)] = int(thing.numel() if isinstance(thing, torch.Tensor) else thing.size)
         elif isinstance(thing, str | bytes | bytearray | memoryview | array.array):
-            found[id(thing)] = len(thing) // 4 if len(thing) > 1024 else 0  # as many float32; short texts are names
+            found[id(thing)] = len(thing) // 4 if len(thing) > 1024 else 0  # counted as float32; short texts are names
         elif isinstance(thing, types.FunctionType):
             if thing.__module__ == module.__name__:
                 waiting += [*(thing.__closure__ or ()), thing.__defaults__, thing.__kwdefaults__, thing.__code__]
@@ -205,12 +205,12 @@ def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]
 
 
 def tell(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def read_exactly(handle: int, count: int) -> bytes:
-    """Reads from a pipe; ends the process when the parent is gone."""
+    """Read from a pipe. End the process when the parent is gone."""
     parts = b""
     while len(parts) < count:
         part = os.read(handle, count - len(parts))
@@ -221,14 +221,14 @@ def read_exactly(handle: int, count: int) -> bytes:
 
 
 def write_all(handle: int, content: bytes) -> None:
-    """Writes to a pipe, however little it takes at a time."""
+    """Write to a pipe, which may take a few bytes at a time."""
     view = memoryview(content)
     while view:
         view = view[os.write(handle, view):]
 
 
 def main() -> None:
-    """See the top of the file."""
+    """Run the child process, as the top of the file describes."""
     request, reply, memory_handle = map(int, sys.argv[1:4])
     here = Path(__file__).resolve().parent
     boot = json.loads(read_exactly(request, int.from_bytes(read_exactly(request, 8), "little")))
@@ -247,8 +247,8 @@ def main() -> None:
 
     nonce = bytes.fromhex(boot["nonce"])
     content = json.dumps(protection).encode()
-    write_all(reply, REPLY.pack(nonce, 0, len(content)) + content)  # the last word that the parent may believe
-    for _ in range(boot["pings"]):  # what the channel costs, before foreign code can have a hand in it
+    write_all(reply, REPLY.pack(nonce, 0, len(content)) + content)  # the last message that the parent may trust
+    for _ in range(boot["pings"]):  # measure the channel before foreign code can interfere
         ping, *_ = REQUEST.unpack(read_exactly(request, REQUEST.size))
         write_all(reply, REPLY.pack(ping, 0, 0))
     try:

@@ -1,4 +1,4 @@
-"""The evaluator's command line, and the results file that is written whatever happens."""
+"""The evaluator's command line. The results file is written whatever happens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.evaluation.evaluate import evaluate_submission, failed_result
+from compress.evaluation.evaluate import BASELINES, evaluate_submission, failed_result
 from compress.evaluation.extras import toolkit
 from compress.evaluation.measure import Progress
 from compress.evaluation.runtimes import EvaluationSettings
@@ -20,14 +20,14 @@ from metadata.machine import usable_cores
 
 
 def terminal_progress() -> Progress | None:
-    """A counter with the time left on stderr, where a person is looking; None elsewhere."""
+    """Return a counter with the time left, for stderr on a terminal; None where stderr is no terminal."""
     if not sys.stderr.isatty():
         return None
     start: float | None = None
 
     def show(done: int, total: int) -> None:
         nonlocal start
-        start = start or time.monotonic()  # at the first image: loading and timing the model came before
+        start = start or time.monotonic()  # from the first image on: loading the model comes before
         left = (time.monotonic() - start) / done * (total - done)
         end = "\n" if done == total else ""
         if end or done % max(1, total // 200) == 0:
@@ -37,30 +37,37 @@ def terminal_progress() -> Progress | None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's flags."""
+    """Parse the command line."""
     plain = EvaluationSettings()
     parser = argparse.ArgumentParser(description="Scores a compressed image classifier: size, latency and accuracy.")
-    parser.add_argument("--submission_dir", help="folder with model_metadata.json and what it names")
+    parser.add_argument("--submission_dir", help="folder with model_metadata.json and the files that it names")
     parser.add_argument("--data_dir", help="test images, one folder a class")
-    parser.add_argument("--baseline_size", type=float, default=50.0, help="MB (2^20 bytes); default 50")
-    parser.add_argument("--baseline_latency", type=float, default=10.0, help="milliseconds at batch 1; default 10")
-    parser.add_argument("--baseline_accuracy", type=float, help="percent, default 80; of --task a fraction, default 0.85")
-    parser.add_argument("--output_file", default="results.json", help="where the result is written")
+    parser.add_argument("--baseline_size", type=float, default=BASELINES.size_mb,
+                        help=f"MB (2^20 bytes); default {BASELINES.size_mb:g}")
+    parser.add_argument("--baseline_latency", type=float, default=BASELINES.latency_ms,
+                        help=f"milliseconds at batch 1; default {BASELINES.latency_ms:g}")
+    parser.add_argument("--baseline_accuracy", type=float,
+                        help=f"percent, default {BASELINES.accuracy:g}; of --task a fraction, default 0.85")
+    parser.add_argument("--output_file", default="results.json", help="file to write")
     parser.add_argument("--runs", type=int, default=plain.runs, help=f"timed calls; default {plain.runs}")
-    parser.add_argument("--warmup", type=int, default=plain.warmup, help=f"calls before them; default {plain.warmup}")
-    parser.add_argument("--threads", type=int, help="of one inference; default 1, of --task all cores")
+    parser.add_argument("--warmup", type=int, default=plain.warmup,
+                        help=f"calls before the timed ones; default {plain.warmup}")
+    parser.add_argument("--threads", type=int, help="threads of one inference; default 1, of --task all cores")
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", "onnxruntime", "openvino"])
-    parser.add_argument("--batch_size", type=int, default=1, help="for the accuracy alone; default 1")
+    parser.add_argument("--batch_size", type=int, default=1, help="batch size for the accuracy; default 1")
     parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
     parser.add_argument("--allow_code", action="store_true", help="run a submission's model.py, in a process with limits")
-    parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s, help="of all that is asked")
-    parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb, help="that a submission may take")
-    parser.add_argument("--compare", metavar="SUBMISSION", help="measure this one in turns with the first, and judge")
-    parser.add_argument("--task", choices=["imagenet_pareto_2_5m"], help="instead: evaluate a solution of a synthetic task")
+    parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s,
+                        help="seconds for all calls of a submission")
+    parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb,
+                        help="MB (2^20 bytes) that a submission may take")
+    parser.add_argument("--compare", metavar="SUBMISSION",
+                        help="measure this submission interleaved with the first, and judge")
+    parser.add_argument("--task", choices=["imagenet_pareto_2_5m"], help="evaluate a solution of a synthetic task instead")
     parser.add_argument("--solution", help="of --task: a Python file with a Solution class")
     parser.add_argument("--param_limit", type=int, default=2_500_000, help="of --task: trainable parameters")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of what broke down")
-    parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed, a fresh draw")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
+    parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed gives a fresh draw")
     options = parser.parse_args(arguments)
     required = ("solution",) if options.task else ("submission_dir", "data_dir")
     missing = [f"--{name}" for name in required if not getattr(options, name)]
@@ -74,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """What the flags ask for. Raises what the evaluation raises."""
+    """Evaluate what the flags name. Raise what the evaluation raises."""
     settings = EvaluationSettings(
         runs=options.runs, warmup=options.warmup, threads=1 if options.threads is None else options.threads,
         backend=options.backend, batch_size=options.batch_size, min_accuracy=options.min_accuracy,
@@ -84,16 +91,20 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         return task.evaluate_solution(  # type: ignore[no-any-return]
             Path(options.solution), options.param_limit, options.baseline_accuracy, options.data_seed,
             options.threads or usable_cores(), settings)
-    percent = 80.0 if options.baseline_accuracy is None else options.baseline_accuracy
+    percent = BASELINES.accuracy if options.baseline_accuracy is None else options.baseline_accuracy
     return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,
                                percent, settings, options.compare, terminal_progress())
 
 
 def main(arguments: Sequence[str] | None = None,
          run: Callable[[argparse.Namespace], dict[str, Any]] = evaluate) -> int:
-    """The command line; returns the exit code: 0 scored, 1 the submission fails verification, 2 a user's mistake.
+    """Run the command line. Return the exit code: 0 scored, 1 the submission fails verification, 2 the user's mistake.
 
-    The output file is written in every case but one: when it cannot be.
+    The output file is written in every case, unless the file itself cannot be written.
+
+    Args:
+        arguments: the flags; those of the process unless given.
+        run: what to do with the parsed flags.
     """
     options = parse(arguments)
     output = Path(options.output_file)
@@ -112,7 +123,7 @@ def main(arguments: Sequence[str] | None = None,
         code, line = error.exit_code, first_line(error)
     except OSError as error:
         code, line = 2, first_line(error)
-    except Exception as error:  # the edge: what nobody foresaw must still end in one line and a result
+    except Exception as error:  # the edge: an unexpected error, too, must end in one line and a result
         if options.debug:
             raise
         code, line = 1, f"the evaluation broke down ({type(error).__name__}: {first_line(error)}); --debug shows where"
@@ -126,13 +137,13 @@ def main(arguments: Sequence[str] | None = None,
     try:
         print_result(result, output)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; nothing is left to be flushed at exit
+    except BrokenPipeError:  # the reader closed the pipe; leave nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def print_result(result: dict[str, Any], output: Path) -> None:
-    """The scores, the verdicts and the warnings, for a person."""
+    """Print the scores, the verdicts and the warnings."""
     details = result["details"]
     shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
     shown |= {key: details[key] for key in ("guarded_score",) if key in details}

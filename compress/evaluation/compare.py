@@ -1,4 +1,4 @@
-"""Compares two submissions that were served the same images in turns: a verdict each for size, latency and accuracy."""
+"""Compare two submissions whose calls were interleaved: a verdict each for size, latency and accuracy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from scipy.stats import binomtest
 from compress.evaluation.serve import Answers
 
 RESAMPLES = 2000
-BLOCK = 8  # neighbouring calls share the machine's mood, so at least so many are drawn together
+BLOCK = 8  # the smallest block: neighbouring calls are correlated, so they are drawn together
 FEWEST_PAIRS = 20  # with fewer, the bootstrap's interval is too narrow to be believed
-MARGIN = 0.02  # a latency ratio this close to 1 depends on where the allocator put things, not on the model
+MARGIN = 0.02  # a latency ratio this close to 1 depends on memory placement, not on the model
 ALPHA = 0.05
 SAME = "cannot be told apart"
 
 
 def latency_ratio_interval(first_ms: np.ndarray, second_ms: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
-    """Ratio of the medians of paired calls, and its 95 % interval by a moving block bootstrap over the pairs.
+    """Return the ratio of the medians of paired calls, and its 95 % interval by a moving block bootstrap over the pairs.
 
     Args:
         first_ms: (N,) milliseconds in the order of the calls.
-        second_ms: (N,) of the calls beside them.
+        second_ms: (N,) milliseconds of the calls that they were interleaved with.
 
     Source: Kuensch 1989, "The Jackknife and the Bootstrap for General Stationary Observations".
     """
@@ -37,7 +37,7 @@ def latency_ratio_interval(first_ms: np.ndarray, second_ms: np.ndarray, seed: in
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> tuple[int, int, float]:
-    """Images that only the first has right, those that only the second has, and the exact two-sided p-value.
+    """Return how many images only the first, and only the second, has right, and the exact two-sided p-value.
 
     Source: McNemar 1947, "Note on the sampling error of the difference between correlated proportions"; exact form.
     """
@@ -48,12 +48,12 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> tuple[int, int
 
 
 def verdicts(results: Sequence[dict[str, Any]], served: Sequence[Answers], labels: np.ndarray) -> dict[str, Any]:
-    """What is better, worse or cannot be told apart in the first submission, against the second.
+    """Return for size, latency and accuracy whether the first submission is better, worse, or cannot be told apart.
 
     Args:
         results: of the first and the second submission, as in `results.json`.
-        served: their answers; the same images in the same order.
-        labels: (N,) of the images.
+        served: their answers to the same images in the same order.
+        labels: (N,) class indices of the images.
     """
     first, second = results
     sizes = first["model_size"], second["model_size"]
@@ -80,7 +80,7 @@ def verdicts(results: Sequence[dict[str, Any]], served: Sequence[Answers], label
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The second submission's result without what both share."""
+    """Return the second submission's result without the details that both share."""
     shared = ("machine", "versions", "settings")
     return result | {"details": {key: value for key, value in result["details"].items() if key not in shared}}
 

@@ -1,7 +1,7 @@
-"""Takes rights away from the current process for good: file access (Landlock) and system calls (seccomp), on Linux.
+"""Take rights away from the current process for good: file access (Landlock) and system calls (seccomp), on Linux.
 
-Standard library only: the sandbox's child loads this file by its path. Both mechanisms need no privileges. What the
-system does not offer is reported, never silently skipped.
+The file imports only the standard library: the sandbox's child loads it by its path. Both mechanisms need no privileges.
+A mechanism that the system does not offer is reported, never silently skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SIGKILL = 9
 AT_FDCWD_FLAGS = os.O_PATH | os.O_CLOEXEC if hasattr(os, "O_PATH") else 0
 
-# linux/landlock.h: rights on files, by the ABI version that brought them.
+# linux/landlock.h: rights on files, by the ABI version that introduced them.
 READ_FILE, READ_DIR, WRITE_FILE = 1 << 2, 1 << 3, 1 << 1
 ACCESS_BY_ABI = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, TRUNCATE = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 14
@@ -25,7 +25,7 @@ SCRATCH = READ_FILE | READ_DIR | WRITE_FILE | TRUNCATE | MAKE_REG | MAKE_DIR | R
 FILE_RIGHTS = WRITE_FILE | READ_FILE | TRUNCATE
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 
-# System calls that foreign code has no business with, by number on (x86-64, arm64).
+# System calls that a model never needs, by number on (x86-64, arm64).
 REFUSED = {
     "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "sendto": (44, 206), "socketpair": (53, 199),
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "kill": (62, 129),
@@ -52,18 +52,18 @@ ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
 def die_with_parent() -> None:
-    """The kernel kills this process when its parent ends, however that happens."""
+    """Let the kernel kill this process when its parent ends, for any reason."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
 
 
 def confine(readable: Iterable[Path], writable: Iterable[Path]) -> dict[str, str]:
-    """Leaves this process only reading below some paths, writing below others, and no network, processes or signals.
+    """Restrict this process to reading below some paths and writing below others; no network, processes or signals.
 
-    Threads that exist already would keep their rights, so there must be none.
+    Existing threads would keep their rights, so there must be none.
 
     Returns:
-        What each protection came to: "files", "network", "processes" -> "on ..." or "off: why".
+        The state of each protection: "files", "network", "processes" -> "on ..." or "off: why".
 
     Raises:
         RuntimeError: there is more than one thread.
@@ -86,7 +86,7 @@ def confine(readable: Iterable[Path], writable: Iterable[Path]) -> dict[str, str
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
-    """Root or not: no right beyond those of the files' owner. Refusing execve makes sure that none comes back."""
+    """Drop all capabilities, also for root. Refusing execve keeps them from coming back."""
     if platform.machine() in AUDIT_ARCH:
         number = CAPSET[AUDIT_ARCH[platform.machine()][0]]
         if libc.syscall(number, struct.pack("Ii", 0x20080522, 0), bytes(24)):  # version 3, this process; none of 64
@@ -94,7 +94,10 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 
 
 def _landlock(libc: ctypes.CDLL, readable: Iterable[Path], writable: Iterable[Path]) -> str:
-    """Source: Linux kernel documentation, userspace-api/landlock."""
+    """Restrict file access. Return the state.
+
+    Source: Linux kernel documentation, userspace-api/landlock.
+    """
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     if abi < 1:
         return "off: this kernel has no Landlock"
@@ -125,7 +128,7 @@ def _statement(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
 
 
 def seccomp_program(machine: str, process: int) -> bytes:
-    """The filter of a process, as classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16).
+    """Return the filter of a process, as classic BPF over `struct seccomp_data` (nr at 0, arch at 4, args from 16).
 
     Source: Linux kernel documentation, userspace-api/seccomp_filter.
     """
@@ -134,7 +137,7 @@ def seccomp_program(machine: str, process: int) -> bytes:
     refuse, allow = _statement(result, ERRNO | EPERM), _statement(result, ALLOW)
 
     def only_if(number: int, argument: int, test: int, value: int) -> list[bytes]:
-        """Lets a call pass if the low word of an argument passes a test, and refuses it otherwise."""
+        """Allow a call if the low word of an argument passes a test, and refuse the call otherwise."""
         check = [_statement(load, 16 + 8 * argument), _statement(test, value, 0, 1), allow, refuse]
         return [_statement(equal, number, 0, len(check)), *check]
 
@@ -144,14 +147,14 @@ def seccomp_program(machine: str, process: int) -> bytes:
     numbers: set[int] = {call[column] for call in REFUSED.values() if call[column] is not None}  # type: ignore[misc]
     for number in sorted(numbers):
         program += [_statement(equal, number, 0, 1), refuse]
-    # clone3 hides its flags behind a pointer; without it, libraries fall back to clone, where threads alone may pass
+    # clone3 hides its flags behind a pointer. Without clone3, libraries fall back to clone, which may make threads only.
     program += [_statement(equal, CLONE3[column], 0, 1), _statement(result, ERRNO | ENOSYS)]
     program += only_if(CLONE[column], 0, has_bits, CLONE_THREAD)
     program += only_if(TGKILL[column], 0, equal, process)  # abort() signals its own process
-    # prctl may not take back that this process dies with its parent
+    # prctl must not undo that this process dies with its parent
     program += [_statement(equal, PRCTL[column], 0, 4), _statement(load, 16), _statement(equal, PR_SET_PDEATHSIG, 0, 1),
                 refuse, allow]
-    # prlimit may read limits (its third argument, two words of 32 bits, is null), not set them
+    # prlimit may read limits (its third argument, two words of 32 bits, is null) but not set them
     program += [_statement(equal, PRLIMIT[column], 0, 5), _statement(load, 32), _statement(equal, 0, 0, 2),
                 _statement(load, 36), _statement(equal, 0, 1, 0), refuse]
     return b"".join([*program, allow])

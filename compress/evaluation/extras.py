@@ -1,4 +1,4 @@
-"""What differs between the toolkit and the single file of a submission, which is joined from the same sources."""
+"""The differences between the toolkit and the single file of a submission, which is joined from the same sources."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ STANDALONE = __name__ != "compress.evaluation.extras"
 
 
 def toolkit(flag: str, module: str) -> Any:
-    """A module of `compress.evaluation` that does not travel, for the flag that asks for it.
+    """Import a module of `compress.evaluation` that is not in the single file, for the flag that needs the module.
 
     Raises:
-        UserError: this is the single file.
+        UserError: the evaluator is the single file.
     """
     if STANDALONE:
-        raise UserError(f"{flag} needs the toolkit: this {Path(__file__).name} stands alone; run the toolkit's own "
+        raise UserError(f"{flag} needs the toolkit: {Path(__file__).name} stands alone here; run the toolkit's own "
                         "model_loader.py")
     return importlib.import_module(f"compress.evaluation.{module}")
 
 
 def evaluator_sha256() -> str:
-    """What measured: the single file's SHA-256, or "toolkit" and a SHA-256 over the evaluator's sources."""
+    """Return which evaluator measures: the single file's SHA-256, or "toolkit" and a SHA-256 over the sources."""
     if STANDALONE:
         return sha256(Path(__file__))
     home, digest = Path(__file__).parents[2], hashlib.sha256()

@@ -1,8 +1,8 @@
-"""Runs foreign code in a process of its own, with limits, and believes nothing that it says about itself.
+"""Run foreign code in a confined process, and trust nothing that the process says about itself.
 
 The parent keeps the labels, sends images, receives logits, and measures with its own clock. The child (child.py) has no
-network, no other processes, no file but the interpreter's libraries and a copy of the submission (confine.py), limits on
-memory and time, an empty environment and a temporary working folder.
+network and no other processes. It reads only the interpreter's libraries and a copy of the submission (confine.py). Its
+memory and time are limited, its environment is empty, and its working folder is temporary.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ MAX_SCRATCH_BYTES = 2**28
 MAX_SCRATCH_ENTRIES = 10_000
 PINGS = 20
 MAX_SUBMISSION_BYTES = 2**32
-# What an interpreter and its libraries read; the data, the project and home folders are not among them.
+# Paths that an interpreter and its libraries read. The data, the project and home folders are not among them.
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo",
           "/sys/devices/system", "/dev/null", "/dev/urandom")
 
 
 def readable_paths() -> list[str]:
-    """What the child may read besides its own folder."""
+    """Return the paths that the child may read besides its own folder."""
     libraries = [sys.prefix, sys.base_prefix, *site.getsitepackages(), *(path for path in sys.path if "-packages" in path)]
     return sorted({str(Path(path).resolve()) for path in (*libraries, *SYSTEM)})
 
 
 def remove(folder: Path) -> None:
-    """Deletes a folder that foreign code has filled, however deep; Python's own way is recursive."""
+    """Delete a folder that foreign code has filled, of any depth; Python's own function is recursive."""
     subprocess.run(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, check=False)
 
 
 def check_hidden(data_dir: Path) -> None:
-    """Sees to it that foreign code cannot read the test data.
+    """Check that foreign code cannot read the test data.
 
     Raises:
-        UserError: the data lie where it must read its libraries.
+        UserError: the data lie under a path that the code may read.
     """
     data = data_dir.resolve()
     for path in readable_paths():
@@ -75,17 +75,19 @@ class Child:
 
     Args:
         boot: what to run, see child.py; limits, folders and a nonce are added here.
-        files: name in the scratch folder -> file that is copied there.
-        content: bytes that lie in shared memory when the child starts.
-        capacity: bytes of shared memory.
+        files: name in the scratch folder -> file to copy there.
+        settings: limits on time and memory.
+        threads: cores that the child may use.
         where: for messages.
+        capacity: bytes of shared memory.
+        content: bytes that lie in shared memory when the child starts.
     """
 
     def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: EvaluationSettings, threads: int, where: str,
                  capacity: int, content: bytes = b"") -> None:
         if not hasattr(os, "memfd_create"):
             raise UserError(f"{where}: foreign code runs in a Linux sandbox; this is {sys.platform}")
-        self.where, self.deadline = where, time.monotonic() + max(60.0, settings.time_limit_s)  # for starting up
+        self.where, self.deadline = where, time.monotonic() + max(60.0, settings.time_limit_s)  # for the start
         self.time_limit_s, self.waited, self.looked = settings.time_limit_s, 0.0, time.monotonic()
         self.process: subprocess.Popen[bytes] | None = None
         self._stack = contextlib.ExitStack()
@@ -100,7 +102,7 @@ class Child:
             handle = os.memfd_create("images", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, handle)
             os.ftruncate(handle, max(capacity, len(content), mmap.PAGESIZE))
-            # A child that cut it short would kill the parent at its next write.
+            # A child that shrank the shared memory would kill the parent at its next write.
             fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self.memory = stack.enter_context(contextlib.closing(mmap.mmap(handle, 0)))
             self.memory[:len(content)] = content
@@ -131,13 +133,13 @@ class Child:
             stack.callback(self._kill)
             message = json.dumps(boot).encode()
             self._write(len(message).to_bytes(8, "little") + message)
-            self.protection: dict[str, str] = json.loads(self._receive(self.nonce))  # foreign code comes after this
+            self.protection: dict[str, str] = json.loads(self._receive(self.nonce))  # foreign code runs only after this
             self.channel_ms = self._round_trip(boot.get("input_shape", [0]))
             self.waited, self.deadline = 0.0, time.monotonic() + settings.time_limit_s
             self._stack = stack.pop_all()
 
     def facts(self) -> dict[str, Any]:
-        """What the child says of the model once it stands, and the seconds until then.
+        """Return what the child says of its model once that is built, and the seconds until then.
 
         Raises:
             VerificationError: the code fails, ends its process, or takes too long.
@@ -154,13 +156,13 @@ class Child:
         return facts | {"seconds": self.waited}
 
     def ask(self, inputs: np.ndarray) -> np.ndarray:
-        """Flat logits for float32 inputs.
+        """Return flat logits for float32 inputs.
 
         Raises:
             VerificationError: see `facts`.
         """
         nonce = secrets.token_bytes(16)
-        self._signal(signal.SIGCONT)  # it runs only while it is asked: no work ahead, no slowing of others
+        self._signal(signal.SIGCONT)  # the child runs only while it is asked: no work ahead, no load beside others
         if inputs.nbytes > len(self.memory):
             raise VerificationError(f"{self.where}: inputs of shape {list(inputs.shape)} are too large to send")
         if inputs.nbytes:
@@ -174,7 +176,7 @@ class Child:
         return np.frombuffer(content, np.float32)
 
     def _round_trip(self, shape: Sequence[int]) -> float:
-        """Median milliseconds of sending one input and receiving nothing."""
+        """Return the median milliseconds of sending one input and receiving nothing."""
         times, input = [], np.zeros((1, *shape), np.float32)
         for _ in range(PINGS):
             start = time.perf_counter_ns()
@@ -183,7 +185,7 @@ class Child:
         return float(np.median(times))
 
     def empty_scratch(self) -> None:
-        """Takes the temporary files away, which could hold what a model must not."""
+        """Remove the temporary files, which could hold numbers outside the model."""
         for path in self.scratch.iterdir():
             remove(path)
 
@@ -193,19 +195,19 @@ class Child:
             os.kill(self.process.pid, number)
 
     def unprotected(self) -> list[str]:
-        """A warning for each protection that the system did not offer."""
+        """Return a warning for each protection that the system did not offer."""
         return [f"sandbox: {what} {state}" for what, state in self.protection.items() if not state.startswith("on")]
 
     def forged(self) -> VerificationError:
-        """The error for a reply that no honest child sends."""
+        """Return the error for a reply that no honest child sends."""
         return VerificationError(f"{self.where}: the code wrote into the channel")
 
     def printed_bytes(self) -> int:
-        """How much the code wrote to its standard output and error, which nobody reads."""
+        """Return the bytes that the code wrote to its standard output and error, which nobody reads."""
         return self.output.stat().st_size
 
     def usage(self) -> dict[str, float | None]:
-        """Processor seconds, seconds that the parent waited, and peak memory, by the kernel's account."""
+        """Return processor seconds, the parent's waiting seconds and peak memory, by the kernel's account."""
         assert self.process
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -214,7 +216,7 @@ class Child:
         return {"cpu_s": None, "waited_s": self.waited, "peak_mb": None}
 
     def close(self) -> None:
-        """Kills the process and removes its folder."""
+        """Kill the process and remove its folder."""
         self._stack.close()
 
     def _kill(self) -> None:
@@ -254,7 +256,7 @@ class Child:
         return content
 
     def _wait(self, handle: int, writing: bool = False) -> None:
-        """Until the pipe is ready; looks at the clock, and once a second at the scratch folder, however busy the pipe."""
+        """Wait until the pipe is ready. Check the deadline, and once a second the size of the scratch folder."""
         read, write = ([], [handle]) if writing else ([handle], [])
         while True:
             now = time.monotonic()
@@ -280,7 +282,7 @@ class Child:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes below a folder that is being written to: what vanishes meanwhile counts as nothing, a crowd as too much."""
+    """Return the bytes below a folder that is being written to. Vanished files count as 0, too many entries as too much."""
     total, waiting, entries = 0, [str(folder)], 0
     while waiting:
         with contextlib.suppress(OSError), os.scandir(waiting.pop()) as found:
@@ -296,7 +298,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 class CodeRuntime(Runtime):
-    """A submission with its own model.py, behind a channel."""
+    """A submission with its own model.py, in a `Child`."""
 
     def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
         stored = check_weights(files)
@@ -316,7 +318,7 @@ class CodeRuntime(Runtime):
         trainable, macs = (facts[key] if isinstance(facts.get(key), int) else None for key in ("trainable", "macs"))
         super().__init__("torch", {"all": stored, "trainable": trainable}, macs)
         self.details["sandbox"] = {"protection": self.child.protection, "model_class": str(facts.get("class"))[:100],
-                                   "channel_ms": self.child.channel_ms,  # part of every latency; not taken off
+                                   "channel_ms": self.child.channel_ms,  # part of every latency, not subtracted
                                    "stated_by_the_code": ["parameters.trainable", "macs"]}
         self.warnings += self.child.unprotected()
         if trainable is not None and trainable < 0.5 * stored:
@@ -348,10 +350,10 @@ class CodeRuntime(Runtime):
 
 
 def check_weights(files: SubmissionFiles) -> int:
-    """Opens the state dict of an original submission without running anything, and counts its numbers.
+    """Open the state dict of an original submission without running anything. Return the number of its numbers.
 
     Raises:
-        VerificationError: unreadable, no state dict, NaN or infinite values, or channels other than the architecture
+        VerificationError: unreadable, no state dict, NaN or infinite values, or other channels than the architecture
             file's `pruning_info` states.
     """
     weights = check_tensors(state_dict_in(load_tensors(files.weights)), str(files.weights))
@@ -367,7 +369,7 @@ def check_weights(files: SubmissionFiles) -> int:
 
 
 def pruning_claims(path: Path) -> dict[str, int]:
-    """Layer -> `remaining_channels` of an architecture file in the original style.
+    """Return layer -> `remaining_channels` of an architecture file in the original style.
 
     Raises:
         VerificationError: not JSON.
@@ -383,7 +385,7 @@ def pruning_claims(path: Path) -> dict[str, int]:
 
 
 def open_code(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
-    """Starts a submission in the original style.
+    """Start a submission in the original style.
 
     Raises:
         UserError: the code could read the test data.

@@ -1,6 +1,6 @@
-"""Classification problems drawn from a seed: Gaussian prototypes (the 2.5M-parameter task's data) and mixtures.
+"""Classification problems drawn from a seed: Gaussian prototypes (the data of the 2.5M-parameter task) and mixtures.
 
-These are rows of features, not images, so this file defines no `SETS` and is not a data set that a recipe can name.
+The data are rows of features, not images, so no recipe can name them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Problem:
 
     @property
     def num_classes(self) -> int:
-        """Labels are 0 to this, exclusive; every class is in the training split."""
+        """The number of classes. Every class is in the training split."""
         return int(self.train[1].max()) + 1
 
     @property
@@ -37,10 +37,10 @@ class Problem:
 
 def prototype_problem(data_seed: int = PUBLIC_SEED, num_classes: int = 128, input_dim: int = 384,
                       per_class: tuple[int, int, int] = (16, 4, 8)) -> Problem:
-    """The public task: each class is one prototype of length 2.5 with spherical noise of standard deviation 0.4.
+    """Return the public task: each class is a prototype of length 2.5 with spherical noise of standard deviation 0.4.
 
-    The order of the draws is the public evaluator's, so that the rows are the same to the last bit. Note that one
-    generator serves a whole split: rows of class 0 first, and the permutation of the rows last.
+    The order of the draws is the public evaluator's, so that the rows are the same to the bit. One generator serves a
+    whole split: the rows of class 0 first, and the permutation of the rows last.
 
     Args:
         data_seed: 2025 gives the public data; another shifts the seeds of prototypes and splits by the difference.
@@ -64,16 +64,16 @@ def prototype_problem(data_seed: int = PUBLIC_SEED, num_classes: int = 128, inpu
 
 def mixture_problem(seed: int, num_classes: int = 10, input_dim: int = 16, clusters: int = 8,
                     per_class: tuple[int, int, int] = (90, 30, 100), noise: float = 0.6) -> Problem:
-    """A problem on which every linear rule fails: each class is several Gaussian clusters around the same mean.
+    """Return a problem on which every linear rule fails: each class is several Gaussian clusters around the same mean.
 
     A class's cluster centres are standard normal and then centred, so that all classes have mean zero and the nearest
-    mean is as good as guessing.
+    mean is no better than guessing.
 
     Args:
-        seed: decides centres and rows; each split has its own generator.
+        seed: of the centres and rows; each split has its own generator.
         num_classes: C.
         input_dim: D.
-        clusters: of each class, equally likely.
+        clusters: the number of clusters of each class, equally likely.
         per_class: rows of each class in train, validation and test.
         noise: standard deviation of every feature within a cluster; that of the centres is about 1.
     """
@@ -92,11 +92,11 @@ def mixture_problem(seed: int, num_classes: int = 10, input_dim: int = 16, clust
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own, so that the global one stays as it is."""
+    """Return a new generator, so that the global one stays as it is."""
     return torch.Generator().manual_seed(seed)
 
 
 def shuffled(inputs: Tensor, labels: Tensor, generator: torch.Generator) -> Rows:
-    """Rows and labels in one random order."""
+    """Return rows and labels in one random order."""
     order = torch.randperm(len(labels), generator=generator)
     return inputs[order], labels[order]
