@@ -3,9 +3,9 @@
     python model_loader.py --submission_dir DIR --data_dir DIR --baseline_size 50 --baseline_latency 10 \
         --baseline_accuracy 80 --output_file results.json
 
-This is the evaluator's face: its parts are in `compress/evaluation/`, on top of `architectures/`, `loaders/images.py` and
-`metadata/`. The `model_loader.py` in a submission is those parts joined into one file (`python -m compress bundle`). A
-submission is data: nothing in it is executed, unless the user says `--allow_code`, and then in a separate process.
+This file is the evaluator's face. Its parts are in `compress/evaluation/`, on top of `architectures/`, `loaders/images.py`
+and `metadata/`. The `model_loader.py` in a submission is those parts joined into one file (`python -m compress bundle`).
+A submission is data: the evaluator executes nothing in it. With `--allow_code` it runs code in a separate process.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("architectures", "compress", "compress.evaluation", "loaders", "metadata"):
         raise
-    ALONE = (f"{Path(__file__).name} is the toolkit's own and needs the folders beside it; write the single file with "
-             "`python -m compress bundle --out FILE`")
+    ALONE = (f"{Path(__file__).name} is the toolkit's own and needs the folders beside it; write a file that stands alone "
+             "with `python -m compress bundle --out FILE`")
     if __name__ != "__main__":
         raise ImportError(ALONE) from error
     print(f"error: {ALONE}", file=sys.stderr)

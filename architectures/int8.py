@@ -1,4 +1,4 @@
-"""The int8 layers as PyTorch modules: they define what dynamic int8 computes."""
+"""The int8 layers as PyTorch modules. They define what dynamic int8 computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Int8Layers:
-    """The int8 module classes and the function they share (their source also goes into a package's model.py)."""
+    """The int8 module classes and the function that they share. Their source also goes into a package's model.py."""
 
     quantize_activations: Callable[[Tensor], tuple[Tensor, Tensor]]
     Int8Conv2d: type[nn.Module]
@@ -22,32 +22,33 @@ class Int8Layers:
 
 @functools.cache
 def int8_layers() -> Int8Layers:
-    """The int8 layers, defined on first use because they need torch.
+    """Return the int8 layers. They are defined on first use because they need torch.
 
-    Weights are int8 with one scale an output channel; activations are quantized to 8 bits at run time, with one range
-    an image (the first dimension), so that a prediction never depends on the others of its batch. A layer whose
-    activations are "float32" is int8 on disk alone. These modules are the definition, and what runs where there are no
-    int8 kernels: the products are summed in float32, which is exact for integers up to 2^24. `Int8Graph` computes the
-    same, fast. Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference", eq. 1-7.
+    Weights are int8 with a per-channel scale. Activations are quantized to 8 bits at run time, with one range per image
+    (the first dimension), so that a prediction never depends on the other images of its batch. A layer whose activations
+    are "float32" is int8 on disk only. These modules define the result, and run where the CPU has no int8 kernels: they
+    sum the products in float32, which is exact for integers up to 2^24. `Int8Graph` computes the same on int8 kernels.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", eq. 1-7.
     """
     import torch
     import torch.nn.functional as F
     from torch import nn
 
     def quantize_activations(input: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, ...) float -> integers held as float, zero point taken off, and their scale (N, 1, ...)."""
+        """Return (N, ...) float as integers held as float, zero point subtracted, and their scale (N, 1, ...)."""
         dims = tuple(range(1, input.dim()))
         low = input.amin(dims, keepdim=True).clamp(max=0).double()
         high = input.amax(dims, keepdim=True).clamp(min=0).double()
         scale = ((high - low) / 255).clamp(min=1e-12)
         zero_point = (-low / scale).round()
-        # Both ends of the range must fit beside the rounded zero point.
+        # Both ends of the range must be representable with the rounded zero point.
         scale = scale.maximum(high / (255 - zero_point).clamp(min=1)).maximum(-low / zero_point.clamp(min=1))
         return (input * (1 / scale).to(input.dtype)).round_(), scale.to(input.dtype)
 
     class Int8Conv2d(nn.Module):
-        """Conv2d with int8 weights (a scale an output channel) and activations quantized at run time, or kept float."""
+        """Conv2d with int8 weights, a per-channel scale, and activations quantized at run time or kept float."""
 
         def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int],
                      stride: tuple[int, int] = (1, 1), padding: tuple[int, int] = (0, 0),
@@ -73,7 +74,7 @@ def int8_layers() -> Int8Layers:
             return output * (scale * self.weight_scale.view(-1, 1, 1)) + self.bias.view(-1, 1, 1)
 
     class Int8Linear(nn.Module):
-        """Linear with int8 weights (a scale an output feature) and activations quantized at run time, or kept float."""
+        """Linear with int8 weights, a scale per output feature, and activations quantized at run time or kept float."""
 
         def __init__(self, in_features: int, out_features: int, activations: str = "int8") -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""One int8 or float layer on oneDNN's kernels, packed, with the activation and the addition behind it."""
+"""Run one int8 or float layer on oneDNN's kernels: packed, and fused with the activation and addition behind it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @functools.cache
 def no_int8_kernels() -> str:
-    """Why the int8 layers of this process compute in float32; empty where oneDNN's int8 kernels serve them exactly.
+    """Return why int8 layers compute in float32 in this process, or "" where oneDNN's int8 kernels compute exactly.
 
-    The kernels are tried on the largest values there are: without VNNI instructions, pairs of products saturate at 16 bits,
-    and a model would answer differently from what was measured elsewhere.
+    The kernels are tried on the largest values. On CPUs without VNNI instructions, sums of two products saturate at 16
+    bits, and a model would answer differently than on other CPUs.
     """
     import torch
     levels = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def no_int8_kernels() -> str:
 
 
 def int8_arithmetic(model: nn.Module) -> str | None:
-    """How the model's int8 layers compute in this process, for reports; None where it has none."""
+    """Return how the model's int8 layers compute in this process, for reports, or None for a model without int8 layers."""
     kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
     if not any(isinstance(module, kinds) for module in model.modules()):
         return None
@@ -57,20 +57,20 @@ def int8_arithmetic(model: nn.Module) -> str | None:
 
 
 def layer_by_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model as its layers define it: without int8 kernels, where it would run on them."""
+    """Return the model as its layers define it, without int8 kernels."""
     return getattr(model, "layer_by_layer", model)
 
 
 class NotFiniteError(ArithmeticError):
-    """A tensor has no range to be quantized in."""
+    """A tensor holds NaN or infinite values, so its range is not defined."""
 
 
 class QuantizedTensor:
-    """A tensor, and its integers with their scale and zero point once somebody asks: all who use it share them.
+    """A tensor and its 8-bit integers. The integers are computed at the first use, and shared by all kernels.
 
     Args:
         tensor: (1, ...) float32.
-        nonnegative: known to hold nothing below zero, such as a ReLU's output.
+        nonnegative: the tensor is known to hold no negative value, such as a ReLU's output.
     """
 
     __slots__ = ("_parts", "nonnegative", "tensor")
@@ -80,7 +80,9 @@ class QuantizedTensor:
         self._parts: tuple[Tensor, float, int] | None = None
 
     def parts(self) -> tuple[Tensor, float, int]:
-        """Unsigned 8-bit integers of the tensor's shape, scale, zero point; see `Int8Layers.quantize_activations`.
+        """Return unsigned 8-bit integers of the tensor's shape, scale and zero point.
+
+        The arithmetic is that of `Int8Layers.quantize_activations`.
 
         Raises:
             NotFiniteError: the tensor holds NaN or infinite values.
@@ -94,20 +96,20 @@ class QuantizedTensor:
             scale = max((high - low) / 255, 1e-12)
             zero_point = round(-low / scale)
             scale = max(scale, high / max(255 - zero_point, 1), -low / max(zero_point, 1))
-            # Beside 1.5 * 2^23 a float has no bits left for a fraction: adding it rounds, half to even, and the lowest
-            # byte of the sum is the integer. Two passes over the tensor, both vectorised.
+            # A float near 1.5 * 2^23 has no bits left for a fraction: the addition rounds, half to even, and the lowest
+            # byte of the sum is the integer. That takes two passes over the tensor, both vectorized.
             shifted = torch.add(torch.tensor(12582912.0 + zero_point), self.tensor, alpha=1 / scale)
             self._parts = shifted.view(torch.int32).to(torch.uint8), scale, zero_point
         return self._parts
 
 
 class Kernel:
-    """A convolution or linear layer on oneDNN, packed for the shape of its first input, with what is fused behind it.
+    """A convolution or linear layer on oneDNN, packed for the shape of its first input, fused with what follows.
 
     Args:
         layer: Conv2d, Linear, Int8Conv2d or Int8Linear, on the CPU.
         post_op: the activation in oneDNN's words, see `Layer.post_op`, or None.
-        adds: whether a second tensor is added, before the activation.
+        adds: add a second tensor before the activation.
     """
 
     def __init__(self, layer: nn.Module, post_op: tuple[str, list[float]] | None = None, adds: bool = False) -> None:
@@ -115,20 +117,20 @@ class Kernel:
         self.attribute: tuple[str, list[float]] = post_op or ("none", [])
         self.int8 = getattr(layer, "activations", "float32") == "int8"
         self.call: Callable[..., Tensor] | None = None
-        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of what is added to each other, at the first call
+        self.shapes: tuple[torch.Size, torch.Size] | None = None  # of the input and of the added tensor, at the first call
 
     def __call__(self, value: QuantizedTensor, other: Tensor | None = None) -> Tensor:
-        """The layer's output; `other` may be overwritten with it."""
+        """Return the layer's output, plus `other`. The kernel may write the output into `other`."""
         shapes = None if other is None else (value.tensor.shape, other.shape)
         if self.call is None:
             self.call, self.shapes = self._packed(value.tensor, other), shapes
-        elif shapes != self.shapes:  # with another size of image it may broadcast
+        elif shapes != self.shapes:  # at another image size the addition may broadcast
             return self._broadcasting(value, other)
         return self.call(value, other)
 
     @functools.cached_property
     def _broadcasting(self) -> Callable[..., Tensor]:
-        """The layer, then the addition for itself, of whatever shapes."""
+        """Return the layer followed by a separate addition, for any two shapes."""
         import torch
         alone, act = Kernel(self.layer), torch.relu_ if self.attribute[0] == "relu" else lambda x: x
         return lambda value, other: act(alone(value) + other)
@@ -155,7 +157,7 @@ class Kernel:
         groups = layer.groups
         sizes = [(size + 2 * pad - reach * (kernel - 1) - 1) // step + 1 for size, pad, reach, kernel, step in
                  zip(shape[2:], padding, dilation, layer.kernel_size, stride, strict=True)]
-        if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: nothing to overwrite
+        if other is not None and list(other.shape) != [shape[0], len(weight), *sizes]:  # broadcast: not in place
             return self._broadcasting
         if self.int8:
             scale, ops = layer.weight_scale, torch.ops.onednn
@@ -171,7 +173,7 @@ class Kernel:
         packed = torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
         if self.adds:
             after = name if name != "none" else None
-            if other is tensor:  # it is still being read
+            if other is tensor:  # the kernel still reads it: not in place
                 add = torch.ops.mkldnn._convolution_pointwise.binary
                 return lambda value, other: add(value.tensor, other, packed, bias, padding, stride, dilation, groups, "add",
                                                 1.0, after, scalars, "")

@@ -1,4 +1,4 @@
-"""A graph of layers as a list of calls on oneDNN's kernels, which is how dynamic int8 runs."""
+"""Run a graph of layers as a list of calls on oneDNN's kernels. Dynamic int8 runs this way."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(kw_only=True)
 class Step:
-    """One call of a `Program`: registers in, register out, and the registers that nobody reads any more.
+    """One call of a `Program`.
 
-    `layer` names the layer with weights that the call is for, where it is for one.
+    Args:
+        function: what to call.
+        sources, target: the registers of the inputs and of the output.
+        nonnegative: the output is known to hold no negative value.
+        layer: the name of the layer with weights that the call computes, if any.
+        dead: the registers that no later call reads.
     """
 
     function: Callable[..., Tensor]
@@ -37,7 +42,7 @@ class Step:
 
 
 class Program:
-    """A graph as a list of calls on oneDNN: convolutions with what follows them fused, channels last throughout.
+    """A graph as a list of calls on oneDNN: convolutions are fused with what follows, tensors are channels last.
 
     Args:
         model: a graph as `build` makes it. Its weights are packed at the first call.
@@ -54,7 +59,7 @@ class Program:
         self.hooks = [hooks for module in modules.values() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         graph = fx.Graph()
         graph.output(graph.graph_copy(model.graph, {}))
-        for node in list(graph.nodes):  # what evaluation passes on as it is would only stand between what can be fused
+        for node in list(graph.nodes):  # a layer without effect in eval mode would stand between layers that can be fused
             if row_of_node(node, modules).identity:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
@@ -94,20 +99,20 @@ class Program:
                 step.dead.append(register)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) float32 -> (N, classes), image by image: each has ranges of its own.
+        """Map (N, C, H, W) float32 to (N, classes), image by image, because every image has its own ranges.
 
         Raises:
-            NotFiniteError: an image, or what an int8 layer reads, holds NaN or infinite values.
+            NotFiniteError: an image, or the input of an int8 layer, holds NaN or infinite values.
         """
         import torch
         with torch.no_grad():
-            if not math.isfinite(images.sum().item()):  # fused activations take NaN for 0
+            if not math.isfinite(images.sum().item()):  # fused activations turn NaN into 0
                 raise NotFiniteError
             rows = [self.one(images[index:index + 1]) for index in range(len(images))]
             return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def one(self, image: Tensor, watch: Callable[[Step, QuantizedTensor], None] = lambda step, source: None) -> Tensor:
-        """One image; `watch` is told before each call which it is and what it is about to read."""
+        """Run one image. Before each call, call `watch` with the step and its first input."""
         values: list[Any] = [None] * self.size
         values[0] = QuantizedTensor(image.contiguous(memory_format=self.channels_last) if image.dim() == 4 else image)
         for step in self.steps:
@@ -125,16 +130,16 @@ class Program:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A layer with weights and the nodes that one kernel does with it."""
+    """A layer with weights, and the nodes that one kernel computes with it."""
 
     layer: Any
     between: tuple[Any, ...]  # nodes after the layer and before the last one
-    other: Any | None  # what is added
+    other: Any | None  # the node that is added
     post_op: tuple[str, list[float]] | None  # the activation
 
 
 def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
-    """Groups of nodes that are one kernel, by their last node."""
+    """Return the groups of nodes that one kernel computes, by their last node."""
     order = {node: index for index, node in enumerate(nodes)}
     fused: dict[Any, Fused] = {}
 
@@ -142,13 +147,13 @@ def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
         return next(iter(node.users)) if len(node.users) == 1 else None
 
     def latest(node: Any) -> int:
-        """Where a layer's kernel runs at the latest: in the place of the last node that may be fused with it."""
+        """Return the latest place where a layer's kernel runs: that of the last node that may be fused with it."""
         last, following = node, only_user(node)
         if following is not None and rows[following] is Add:
             last, following = following, only_user(following)
         return order[following if following is not None and rows[following].post_op else last]
 
-    adders = {}  # the addition -> the convolution whose kernel does it: the later of the two
+    adders = {}  # convolution -> the addition that its kernel computes; of two convolutions, the later one
     for node in nodes:
         if rows[node] is Add and len(set(_inputs(node))) == 2:
             able = [source for source in _inputs(node) if issubclass(rows[source], Convolution)
@@ -156,7 +161,7 @@ def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
             able.sort(key=order.__getitem__)
             if able:
                 other, = (source for source in _inputs(node) if source is not able[-1])
-                # It is overwritten with the sum: it must be a tensor of its own that no other kernel reads afterwards.
+                # The sum is written over the other tensor. It must own its memory, and no later kernel may read it.
                 if rows[other].owns_output and all(
                         user in (node, able[-1]) or (rows[user].weighted and latest(user) < order[node])
                         for user in other.users):
@@ -179,13 +184,13 @@ def _fuse(nodes: list[Any], rows: dict[Any, type[Layer]]) -> dict[Any, Fused]:
 
 
 def _inputs(node: Any) -> list[Any]:
-    """The nodes that a node reads, in the order of its arguments, one that stands twice twice."""
+    """Return the nodes that a node reads, in the order of its arguments, with repetitions."""
     return list(node.args[0]) if isinstance(node.args[0], list | tuple) else [
         argument for argument in node.args if hasattr(argument, "all_input_nodes")]
 
 
 def _call_function(node: Any, *tensors: Tensor) -> Tensor:
-    """A function's node on other tensors than its own arguments, in their order."""
+    """Call a node's function on tensors in the place of its tensor arguments."""
     if isinstance(node.args[0], list | tuple):
         return node.target(list(tensors), *node.args[1:], **node.kwargs)  # type: ignore[no-any-return]
     return node.target(*tensors, *node.args[len(tensors):], **node.kwargs)  # type: ignore[no-any-return]
@@ -233,7 +238,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
                     self.pack()
                 program: Any = self.program
                 if not any(program.hooks):
-                    with contextlib.suppress(NotFiniteError):  # fused activations could hide it
+                    with contextlib.suppress(NotFiniteError):  # the layers pass NaN on; fused activations could hide it
                         return program(images)
             return super().__call__(*inputs, **options)
 

@@ -1,4 +1,4 @@
-"""Weights files, opened as data alone and held to the architecture that they are for."""
+"""Open weights files as data, and check them against their architecture."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; more than this is an attack or a mistake
+MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; a larger count is an attack or a mistake
 
 
 def load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors in plain containers (`weights_only`, so no code can run).
+    """Return what `torch.save` wrote: tensors in plain containers (`weights_only`, so no code can run).
 
     Raises:
-        VerificationError: missing, truncated, or it holds objects other than tensors and plain values.
+        VerificationError: the file is missing, truncated, or holds objects other than tensors and plain values.
     """
     import torch
     if not path.is_file():
@@ -35,7 +35,7 @@ def load_tensors(path: Path) -> Any:
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise VerificationError(f"{path}: its members are compressed, which torch.save never does")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about tensors that are refused anyway
+            warnings.simplefilter("ignore")  # torch warns about tensors that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, struct.error,
             torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
@@ -44,19 +44,19 @@ def load_tensors(path: Path) -> Any:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict: named dense tensors with finite values, and nothing else.
+    """Read a state dict: named dense tensors with finite values, and nothing else.
 
     Raises:
-        VerificationError: not readable, see `load_tensors`, or not a state dict.
+        VerificationError: the file is not readable (see `load_tensors`), or holds no state dict.
     """
     return check_tensors(load_tensors(path), str(path))
 
 
 def check_tensors(weights: Any, where: str) -> dict[str, Tensor]:
-    """Holds what was read to be a state dict.
+    """Check that the content of a weights file is a state dict, and return it as a plain dict.
 
     Raises:
-        VerificationError: something is no tensor, not in memory, not dense, or not finite.
+        VerificationError: an entry is no tensor, not in memory, not dense, or not finite.
     """
     import torch
     if not isinstance(weights, dict) or not all(
@@ -71,10 +71,10 @@ def check_tensors(weights: Any, where: str) -> dict[str, Tensor]:
 
 
 def load_verified(architecture: Architecture, weights: dict[str, Tensor], where: str) -> torch.fx.GraphModule:
-    """Builds the architecture around the weights, after checking every name, shape, dtype and value.
+    """Build the architecture with the weights, after checking every name, shape and dtype.
 
     Raises:
-        VerificationError: the weights do not bear out the architecture; the first tensor at fault is named.
+        VerificationError: the weights do not fit the architecture; the message names the first wrong tensor.
     """
     import torch
     with torch.device("meta"):
@@ -96,10 +96,10 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
 
 
 def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModule:
-    """The verified model of an architecture and a weights file, whose sizes are checked before the file is read.
+    """Return the verified model of an architecture and a weights file. Sizes are checked before the file is read.
 
     Raises:
-        VerificationError: the weights do not bear out the architecture, or one image would take absurdly long.
+        VerificationError: the weights do not fit the architecture, or one image takes more than `MAX_MACS`.
     """
     import torch
     macs = sum(cost.macs for cost in layer_costs(architecture).values())

@@ -1,13 +1,12 @@
-"""Errors that are told in one line, and the exit codes that go with them."""
+"""Errors that are reported in one line, and their exit codes."""
 
 from __future__ import annotations
-
 
 from pydantic import ValidationError
 
 
 class UserError(Exception):
-    """A mistake of the caller, told in one line: expected, got, where, what to do. Command lines exit 2."""
+    """A mistake of the caller, in one line: expected, got, where, what to do. Command lines exit 2."""
 
     exit_code = 2
 
@@ -19,13 +18,13 @@ class VerificationError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, printable, for messages that must fit on one line."""
+    """Return the first line of an error's text, printable, for messages that must fit on one line."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """One line for the first problem that pydantic found: where, what was expected, what came."""
+    """Return one line for the first problem that pydantic found: where, what was expected, what was given."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the document"
     got = repr(first.get("input"))

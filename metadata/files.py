@@ -1,4 +1,4 @@
-"""Reading and writing files: atomically, as JSON by a schema, and never outside a submission's folder."""
+"""Read and write files: atomically, as JSON by a schema, and never outside a submission's folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_JSON_BYTES = 2**24
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file so that a reader, a full disk or SIGKILL meets the old file or the new one, never half of one.
+    """Write a file so that readers see the old file or the new one, never half of one, also after SIGKILL.
 
     Raises:
         OSError: the folder is missing, read-only or full; the old file is untouched and no temporary one is left.
@@ -38,22 +38,22 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, with a final newline; lists of numbers stay readable at an indent of two."""
+    """Write JSON atomically, with an indent of two and a final newline."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, text.encode(errors="backslashreplace"))  # names of files need not be Unicode
+    write_atomically(path, text.encode(errors="backslashreplace"))  # file names need not be Unicode
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
+    """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, schema: type[BaseModel]) -> Any:
-    """Reads a JSON file into a schema.
+    """Read a JSON file into a schema.
 
     Raises:
-        VerificationError: missing, not JSON, or not of the schema; the message names the file and the key.
+        VerificationError: the file is missing, not JSON, or not of the schema; the message names the file and the key.
     """
     try:
         if not path.is_file():
@@ -70,7 +70,7 @@ def read_json(path: Path, schema: type[BaseModel]) -> Any:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file that a submission names.
+    """Return the path of a file that a submission names.
 
     Raises:
         VerificationError: the name, or a link behind it, leaves the folder.
@@ -78,7 +78,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         lies_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError) as error:  # links that go in circles
+    except (OSError, RuntimeError) as error:  # links in a circle
         raise VerificationError(f"{folder}: {name!r} cannot be resolved: {first_line(error)}") from error
     if not lies_inside:
         raise VerificationError(f"{folder}: {name!r} lies outside the submission")

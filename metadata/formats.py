@@ -1,4 +1,4 @@
-"""Writing state dicts, CSV and figures, atomically; reading CSV and this package's own JSON."""
+"""Write state dicts, CSV and figures atomically; read CSV and this package's own JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from metadata.files import write_atomically
 
 
 def write_tensors(path: Path, content: Any) -> None:
-    """`torch.save`, atomically; a full disk raises OSError and leaves what was there.
+    """Write what `torch.save` writes, atomically. A full disk raises OSError and leaves the old file.
 
-    The bytes pass through memory because torch's own writer turns a full disk into a RuntimeError without a cause.
+    The bytes go through memory because torch's own writer turns a full disk into a RuntimeError without a cause.
     """
     import torch
 
@@ -26,7 +26,7 @@ def write_tensors(path: Path, content: Any) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows with the union of their keys, in order of appearance, as the header."""
+    """Write rows. The header is the union of their keys, in order of appearance."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, keys, lineterminator="\n")
@@ -36,9 +36,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> None:
-    """A matplotlib figure as PNG, and as SVG beside it if wanted, atomically; the figure is closed.
+    """Write a matplotlib figure as PNG, and optionally as SVG beside it, atomically. Close the figure.
 
-    The SVG carries no date and no random names: the same figure gives the same bytes.
+    The SVG holds no date and no random names: the same figure gives the same bytes.
     """
     from matplotlib import pyplot as plt
 
@@ -46,7 +46,7 @@ def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> 
     figure.savefig(buffer, dpi=dpi)
     drawing = io.BytesIO()
     if svg:
-        figure.set_layout_engine("none")  # it has been laid out
+        figure.set_layout_engine("none")  # the layout is done
         with plt.rc_context({"svg.hashsalt": path.stem}):
             figure.savefig(drawing, format="svg", metadata={"Date": None})
     plt.close(figure)
@@ -56,10 +56,10 @@ def write_figure(path: Path, figure: Any, dpi: int = 110, svg: bool = False) -> 
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, or none where there is no file.
+    """Return the rows of a CSV file, or [] where there is no file.
 
     Raises:
-        UserError: it is no text, or no CSV.
+        UserError: the file is no text, or no CSV.
     """
     if not path.is_file():
         return []
@@ -71,7 +71,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def packaged_json(name: str) -> dict[str, Any]:
-    """A JSON file of this package, such as `datasets.json`."""
+    """Return the content of a JSON file of this package, such as `datasets.json`."""
     content = json.loads((Path(__file__).parent / name).read_text())
     assert isinstance(content, dict)
     return content

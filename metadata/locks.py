@@ -1,4 +1,4 @@
-"""Folders and files for one process alone, and folders that appear complete or not at all."""
+"""Lock folders and files for one process, and write folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from metadata.errors import UserError
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    """Removes the temporary files and folders that `write_atomically` and `appearing` left where SIGKILL cut them short.
+    """Remove the temporary files and folders of `write_atomically` and `appearing` calls that SIGKILL interrupted.
 
     Args:
-        folder: where nobody else is writing what is removed; the caller holds the lock.
-        name: what the names of those that were being written begin with; all unless given.
+        folder: the caller holds its lock, so that no other process is writing in it.
+        name: the start of the names that were being written; all names unless given.
     """
     for leftover in folder.glob(f".{name}*.part"):
         if leftover.is_dir():
@@ -27,13 +27,13 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which takes its place as `folder` when it is complete, or else disappears.
+    """Yield a folder to fill. It is renamed to `folder` at the end of the block, or removed after an exception.
 
     Args:
-        folder: is not there yet; its parents are made. One process at a time writes it.
+        folder: does not exist yet; its parents are made. One process at a time writes it.
     """
     partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)  # of a write that SIGKILL cut short
+    shutil.rmtree(partial, ignore_errors=True)  # left by a write that SIGKILL interrupted
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -45,10 +45,10 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, advice: str) -> Iterator[None]:
-    """A folder for this process alone.
+    """Lock a folder for this process.
 
     Raises:
-        UserError: another process holds it; `advice` says what else to do.
+        UserError: another process holds the lock; `advice` says what to do instead of waiting.
     """
     with (folder / ".lock").open("w") as lock:
         try:
@@ -60,7 +60,7 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def waiting_lock(path: Path) -> Iterator[None]:
-    """A file or folder for this process alone; waits for those that have it. A process that dies lets go."""
+    """Lock a file or folder for this process; wait for other holders. A process that dies releases its locks."""
     with path.with_name(f".{path.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

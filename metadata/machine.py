@@ -1,4 +1,4 @@
-"""The machine: its CPU, cores and memory, the versions in use, and limits on what a model may take."""
+"""Describe the machine and the versions in use; limit memory and threads."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from metadata.errors import VerificationError
 
 @contextlib.contextmanager
 def memory_limit(megabytes: int) -> Iterator[None]:
-    """Inside, this process cannot get more than that much further address space (where the system can tell and limit).
+    """Limit the address space that this process can get inside the block, where the system supports limits.
+
+    Args:
+        megabytes: units of 2^20 bytes beyond what the process has already.
 
     Raises:
-        VerificationError: what runs inside needs more.
+        VerificationError: the block needs more.
     """
     try:
         import resource
@@ -45,7 +48,7 @@ def memory_limit(megabytes: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Torch's intra-op thread count inside; put back afterwards."""
+    """Set torch's intra-op thread count inside the block, and restore the old count after it."""
     import torch
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -56,21 +59,21 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 class PeakMemory:
-    """The most resident memory that this process takes from now on; unknown outside Linux."""
+    """The peak of this process's resident memory from now on. Unknown outside Linux."""
 
     def __init__(self) -> None:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         self.before_mb = status_mb("self", "VmRSS")
 
     def details(self) -> dict[str, float | None]:
-        """In units of 2^20 bytes."""
+        """Return the peak, and the peak above the start, in units of 2^20 bytes."""
         peak = status_mb("self", "VmHWM")
         return {"evaluator_mb": peak, "above_start_mb": peak - self.before_mb if peak and self.before_mb else None}
 
 
 def status_mb(process: int | str, key: str) -> float | None:
-    """A memory figure of a process in units of 2^20 bytes, from /proc."""
+    """Return a memory figure of a process from /proc, in units of 2^20 bytes, or None outside Linux."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -79,7 +82,7 @@ def status_mb(process: int | str, key: str) -> float | None:
 
 
 def machine() -> dict[str, Any]:
-    """The CPU's model, the instruction sets that int8 speed and accuracy hang on, and the number of usable cores."""
+    """Return the CPU's model, the instruction sets that int8 depends on, and the number of usable cores."""
     model, flags = platform.processor() or platform.machine(), set()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -89,18 +92,18 @@ def machine() -> dict[str, Any]:
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
     except OSError:
-        pass  # not Linux: the model is what the platform module knows, the flags stay unknown
+        pass  # not Linux: the platform module knows the model, and nobody the flags
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
     return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": usable_cores()}
 
 
 def usable_cores() -> int:
-    """The CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a measurement."""
+    """Return the versions of the packages that affect a measurement."""
     import torch
     used: dict[str, str] = {name: sys.modules[name].__version__ for name in ("onnx", "onnxruntime", "openvino")
                             if name in sys.modules}

@@ -1,4 +1,4 @@
-"""Records of what a run writes down: cards of data sets, ledger rows, stages, baselines."""
+"""Records that a run writes: cards of data sets, ledger rows, stages, baselines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from metadata.schemas import Baselines, Preprocessing, Strict
 
 
 class DatasetCard(Strict):
-    """What a data set is: its classes, its images, and how an image becomes the model's input."""
+    """A data set's classes and images, and how an image becomes the model's input."""
 
     name: str
     class_names: list[str]
     input_shape: tuple[int, int, int] = Field(description="(C, H, W) after preprocessing")
     preprocessing: Preprocessing
     flip: bool = Field(True, description="whether a mirrored image still shows its class")
-    counts: dict[str, int] = Field({}, description="images a split")
+    counts: dict[str, int] = Field({}, description="number of images of each split")
     fingerprint: str = Field("", description="changes when the images on disk change")
 
     @model_validator(mode="before")
@@ -36,7 +36,7 @@ class DatasetCard(Strict):
 
 
 class ModelReference(Strict):
-    """A model by name, for teachers: they may be anything that can be built, traceable or not."""
+    """A model by name, for teachers, which need not be traceable."""
 
     name: str
     num_classes: int
@@ -44,7 +44,7 @@ class ModelReference(Strict):
 
 
 class LedgerRow(Strict):
-    """What the pipeline measured after a stage. Accuracy is a fraction of the split."""
+    """The pipeline's measurement of the model after a stage. Accuracy is a fraction of the split."""
 
     stage: str
     split: Literal["validation", "test"] = "validation"
@@ -61,7 +61,7 @@ class LedgerRow(Strict):
 
 
 class StageRecord(Strict):
-    """`stage.json`: written last, so a stage folder that holds it is complete."""
+    """`stage.json`. It is written last, so a stage folder that holds it is complete."""
 
     schema_version: Literal[1] = 1
     stage: str
@@ -73,10 +73,10 @@ class StageRecord(Strict):
 
 
 def dataset_cards() -> dict[str, dict[str, Any]]:
-    """What `datasets.json` knows of the built-in data sets."""
+    """Return the built-in data sets of `datasets.json`, by name."""
     return packaged_json("datasets.json")
 
 
 def baselines() -> dict[str, Baselines]:
-    """The named baselines of `baselines.json`."""
+    """Return the named baselines of `baselines.json`."""
     return {name: Baselines.model_validate(values) for name, values in packaged_json("baselines.json").items()}

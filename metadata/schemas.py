@@ -1,4 +1,4 @@
-"""Schemas of a submission's metadata, and the field types that the layer table shares with them."""
+"""Schemas of a submission's metadata, and field types that the layer table shares with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METADATA_FILE = "model_metadata.json"
 
 
 class Strict(BaseModel):
-    """Base of what we write ourselves: an unknown key or a missing one is an error."""
+    """Base of the files that the toolkit writes: an unknown or missing key is an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -25,23 +25,23 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, Field(ge=0, le=2**16)]],
                     BeforeValidator(_pair)]
-# A path inside the submission; that it does not leave it through ".." or a link is checked when it is opened.
+# A path inside the submission. Opening the file checks that no ".." or link leaves the folder.
 FileName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_./ -]*\z", max_length=200)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Identifier = Annotated[str, Field(pattern=r"\A[A-Za-z_][A-Za-z0-9_]*\z", max_length=200)]
-# Layer names become attribute paths of generated code (torch.fx), hence the tight alphabet.
+# Layer names become attribute paths of generated code (torch.fx), so the alphabet is narrow.
 LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9][A-Za-z0-9_-]*)*\z",
                                   max_length=200)]
 
 
 class Preprocessing(Strict):
-    """How an image file becomes the model's input: resize (shorter side), centre crop, scale to [0, 1], normalise."""
+    """How an image file becomes the model's input: resize the shorter side, crop the centre, scale to [0, 1], normalize."""
 
     mode: Literal["RGB", "L"] = "RGB"
-    resize: Size | None = Field(256, description="pixels of the shorter side, bilinear with antialiasing; null: as is")
-    crop: Size | None = Field(224, description="pixels of the central square; null: as is")
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="a channel, after scaling to [0, 1]")
-    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], description="a channel")
+    resize: Size | None = Field(256, description="pixels of the shorter side, bilinear with antialiasing; null: unchanged")
+    crop: Size | None = Field(224, description="pixels of the central square; null: unchanged")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, after scaling to [0, 1]")
+    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], description="per channel")
 
     @model_validator(mode="after")
     def _channels(self) -> Preprocessing:
@@ -60,7 +60,7 @@ class Baselines(Strict):
 
 
 class PruningInfo(Strict):
-    """What structured pruning took from a layer; `remaining_channels` must equal the weights' first dimension."""
+    """The channels that structured pruning removed. `remaining_channels` must equal the weights' first dimension."""
 
     type: Literal["structured"] = "structured"
     num_channels_pruned: Annotated[int, Field(ge=0)]
@@ -75,17 +75,17 @@ class FileRecord(Strict):
 
 
 class Quantization(Strict):
-    """The scheme and, layer by layer, what is int8 and what stayed float and why."""
+    """The scheme, and for every layer whether it is int8, or why it stayed float."""
 
     scheme: Literal["none", "dynamic_int8", "static_int8"]
     layers: dict[str, str] = {}
 
 
 class ModelMetadata(BaseModel):
-    """`model_metadata.json`. Keys that we do not know are kept: submissions carry notes of their own.
+    """`model_metadata.json`. Unknown keys are kept: submissions carry notes of their own.
 
-    `parameters` counts every stored number; of an ONNX file those of its initializers. `runtime` is where an ONNX file is
-    at its best, `portability` whether its accuracy also holds on CPUs whose int8 products saturate.
+    `parameters` counts every stored number, in an ONNX file those of its initializers. `runtime` is the fastest runtime
+    of an ONNX file. `portability` says whether the accuracy also holds on CPUs whose int8 products saturate.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())

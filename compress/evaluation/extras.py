@@ -11,6 +11,9 @@ from metadata.errors import UserError
 from metadata.files import sha256
 
 STANDALONE = __name__ != "compress.evaluation.extras"
+HOME = Path(__file__).parents[0 if STANDALONE else 2]
+SOURCES = ("metadata/*.py", "architectures/*.py", "architectures/layers/*.py", "loaders/images.py",
+           "compress/evaluation/*.py")
 
 
 def toolkit(flag: str, module: str) -> Any:
@@ -29,9 +32,13 @@ def evaluator_sha256() -> str:
     """Return which evaluator measures: the single file's SHA-256, or "toolkit" and a SHA-256 over the sources."""
     if STANDALONE:
         return sha256(Path(__file__))
-    home, digest = Path(__file__).parents[2], hashlib.sha256()
-    for pattern in ("metadata/*.py", "architectures/**/*.py", "loaders/images.py", "compress/evaluation/*.py"):
-        for path in sorted(home.glob(pattern)):
-            digest.update(f"{path.relative_to(home)}\0".encode())
-            digest.update(path.read_bytes())
+    digest = hashlib.sha256()
+    for path in toolkit_sources():
+        digest.update(f"{path.relative_to(HOME)}\0".encode())
+        digest.update(path.read_bytes())
     return f"toolkit {digest.hexdigest()}"
+
+
+def toolkit_sources() -> list[Path]:
+    """Return the toolkit's files that decide a verdict."""
+    return sorted(path for pattern in SOURCES for path in HOME.glob(pattern))

@@ -16,9 +16,10 @@ import pytest
 
 from compress import __version__
 from compress.evaluation.evaluate import evaluate_submission
+from compress.evaluation.extras import toolkit_sources
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.packaging.bundle import MARK, START, BundleError, bundle, is_bundle
-from compress.packaging.import_graph import import_order
+from compress.packaging.import_graph import import_order, module_file
 from tests.helpers.commands import PROJECT, Compress, assert_one_line_error
 from tests.helpers.sources import plant
 
@@ -192,6 +193,7 @@ def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def verdict_of(evaluator: Path, submission: Path, data: Path, output: Path) -> dict[str, Any]:
     """Return what an evaluator's file writes, run under `python -I` in another folder."""
     flags = ["--submission_dir", str(submission), "--data_dir", str(data), "--output_file", str(output)]
+    flags += ["--runs", "50"]  # as many as there are images: whether repeated calls count depends on the clock
     done = subprocess.run([sys.executable, "-I", str(evaluator), *flags], cwd=output.parent, capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0, done.stderr
@@ -215,6 +217,10 @@ def test_the_toolkit_and_the_bundle_agree_key_by_key(submission: Path, few: Path
     assert kind == "toolkit" and len(digest) == 64 and int(digest, 16)
     for result in (toolkit, single):
         assert result["details"]["sha256"]["evaluator"] == result["details"]["evaluator_sha256"]
+
+
+def test_the_toolkits_hash_covers_every_source_of_the_bundle() -> None:
+    assert {module_file(name) for name in import_order(START)} <= set(toolkit_sources())
 
 
 def test_the_verdict_in_memory_names_the_toolkit_too(submission: Path, few: Path) -> None:
