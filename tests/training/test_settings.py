@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from compress.pipeline.config import resolve
 from compress.pipeline.stage import stage_class
 from compress.settings import RECIPES, load_yaml, read_mapping, recipe_names
-from compress.studies.mnist_challenge import ENTRIES
+from compress.studies.mnist_challenge import CHALLENGE_MODELS
 from compress.studies.scaling.plans import Point, TRAINING
 from compress.training.data import augmentations
 from compress.training.flags import TRAINING_RECIPES, TrainingRun, resolve_training, validated
@@ -143,7 +143,7 @@ def test_the_card_says_whether_images_are_mirrored() -> None:
 
 
 def test_the_challenge_writes_out_its_schedule() -> None:
-    for entry in ENTRIES.values():
+    for entry in CHALLENGE_MODELS.values():
         assert {"optimizer", "lr", "schedule", "warmup", "augment", "weight_decay"} <= entry.settings.keys()
 
 
