@@ -49,11 +49,11 @@ def prototype_problem(data_seed: int = PUBLIC_SEED, num_classes: int = 128, inpu
         per_class: rows of each class in train, validation and test.
     """
     shift = data_seed - PUBLIC_SEED
-    prototypes = torch.randn(num_classes, input_dim, generator=seeded(data_seed))
+    prototypes = torch.randn(num_classes, input_dim, generator=seeded_generator(data_seed))
     prototypes = prototypes / prototypes.norm(dim=1, keepdim=True) * 2.5
 
     def split(seed: int, rows: int) -> Rows:
-        generator = seeded(seed + shift)
+        generator = seeded_generator(seed + shift)
         inputs = torch.cat([prototype + 0.4 * torch.randn(rows, input_dim, generator=generator)
                             for prototype in prototypes])
         return shuffled(inputs, torch.arange(num_classes).repeat_interleave(rows), generator)
@@ -77,11 +77,11 @@ def mixture_problem(seed: int, num_classes: int = 10, input_dim: int = 16, clust
         per_class: rows of each class in train, validation and test.
         noise: standard deviation of every feature within a cluster; that of the centres is about 1.
     """
-    centres = torch.randn(num_classes, clusters, input_dim, generator=seeded(4 * seed))
+    centres = torch.randn(num_classes, clusters, input_dim, generator=seeded_generator(4 * seed))
     centres = centres - centres.mean(dim=1, keepdim=True)
 
     def split(index: int, rows: int) -> Rows:
-        generator = seeded(4 * seed + index)
+        generator = seeded_generator(4 * seed + index)
         labels = torch.arange(num_classes).repeat_interleave(rows)
         chosen = torch.randint(clusters, (len(labels),), generator=generator)
         inputs = centres[labels, chosen] + noise * torch.randn(len(labels), input_dim, generator=generator)
@@ -91,7 +91,7 @@ def mixture_problem(seed: int, num_classes: int = 10, input_dim: int = 16, clust
     return Problem(train, validation, test)
 
 
-def seeded(seed: int) -> torch.Generator:
+def seeded_generator(seed: int) -> torch.Generator:
     """Return a new generator, so that the global one stays as it is."""
     return torch.Generator().manual_seed(seed)
 

@@ -14,16 +14,16 @@ from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE
 REQUIREMENTS = "onnx>=1.17\nonnxruntime>=1.20\ntorch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxPackage(SubmissionContents):
-    """An ONNX model's submission.
+    """The submission folder of an ONNX model.
 
     Args:
-        architecture: the float network that the file was exported from; it goes along to be read, and is not needed.
-        content: the file's bytes.
-        scheme, layers: what is int8, layer by layer.
-        backend: the runtime that the numbers were measured on.
-        portability: whether the accuracy holds on CPUs whose int8 products saturate; None where that was not asked.
+        architecture: the float network that the file was exported from. It is for the reader; no program needs it.
+        content: the bytes of the ONNX file.
+        scheme, layers: which layers are int8.
+        backend: the runtime that the model was measured on.
+        portability: whether the accuracy holds on CPUs whose int8 products saturate; None if that was not checked.
     """
 
     content: bytes
@@ -47,7 +47,7 @@ class OnnxPackage(SubmissionContents):
             quantization={"scheme": self.scheme, "layers": self.layers}))
 
     def _notes(self) -> str:
-        """Rows of the model card's table that only an ONNX file has."""
+        """Return the rows of the model card that only an ONNX file has."""
         int8 = sum(text.startswith("int8") for text in self.layers.values())
         rows = f"| runtime | {self.backend} |\n"
         if self.scheme != "none":
@@ -57,8 +57,8 @@ class OnnxPackage(SubmissionContents):
         return rows
 
     def _use(self, input_name: str) -> str:
-        return f"""Use it, on ONNX Runtime or any other runtime of ONNX files (`{ARCHITECTURE_FILE}` describes the float
-network that the file was exported from; nothing needs it):
+        return f"""Use it on ONNX Runtime or any other runtime of ONNX files. `{ARCHITECTURE_FILE}` describes
+the float network that the file was exported from; no program needs it:
 
     import onnxruntime
     session = onnxruntime.InferenceSession("{self.weights_file}")

@@ -25,20 +25,20 @@ from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata
 
 REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 Layout = Literal["toolkit", "challenge"]
-DYNAMIC_INT8_PORTABLE = {  # see architectures.kernels.no_int8_kernels
-    "holds": True, "method": "int8 kernels are tried on the largest values before they are used",
+DYNAMIC_INT8_PORTABLE = {  # `architectures.kernels.no_int8_kernels` tries the kernels
+    "holds": True, "method": "the int8 kernels are tried on the largest values before they are used",
     "verdict": "holds: where int8 kernels are missing or saturate, the layers compute the same in float, slower"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubmissionContents:
-    """What goes into a submission, whatever its format.
+    """The content of a submission folder, in any format.
 
     Args:
-        architecture: with its history.
-        card: the data that the model was trained on.
-        name: of the weights file, `compressed_<name>`.
-        measured: the pipeline's latest ledger row of this model.
+        architecture: the network and its compression history.
+        card: the data set that the model was trained on.
+        name: the weights file is `compressed_<name>`.
+        measured: the latest ledger row of this model.
     """
 
     architecture: Architecture
@@ -49,11 +49,11 @@ class SubmissionContents:
 
     @property
     def weights_file(self) -> str:
-        """The name of the file with the weights."""
+        """Return the name of the weights file."""
         return f"compressed_{self.name}{self.SUFFIX}"
 
     def write(self, folder: Path) -> None:
-        """Writes the folder; it appears when it is complete.
+        """Write the folder. The folder appears when it is complete.
 
         Raises:
             UserError: the folder is there already.
@@ -67,11 +67,11 @@ class SubmissionContents:
             self._write_files(partial)
 
     def _write_files(self, folder: Path) -> None:
-        """Adds the weights and what else the format has; the metadata comes last, for it holds the others' hashes."""
+        """Write the weights and the files of the format. The metadata comes last, with the hashes of the others."""
         raise NotImplementedError
 
     def _metadata(self, folder: Path, **own: Any) -> dict[str, Any]:
-        """model_metadata.json: what every format states, and what a format adds."""
+        """Return model_metadata.json. `own` holds the keys that only one format has."""
         files = {path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
                  for path in sorted(folder.iterdir()) if path.is_file()}
         metadata = {
@@ -90,33 +90,32 @@ class SubmissionContents:
         return metadata
 
     def _model_card(self, size_bytes: int, parameters: int, macs: int, use: str, notes: str = "") -> str:
-        """README.md: a model card with the measured numbers."""
+        """Return README.md: a model card with the measured numbers."""
         here, measured, card = machine(), self.measured, self.card
         kind, shape = self.architecture.model_type, " x ".join(map(str, self.architecture.input_shape))
         history = ", ".join(step.replace("_", " ") for step in self.architecture.compression_steps)
         details = "".join(f"- {key}: {value}\n" for key, value in self.architecture.training_details.items())
         return f"""# {kind}, compressed
 
-An image classifier for {card.num_classes} classes ({card.name}), made small by {history or "training alone"}.
+An image classifier for {card.num_classes} classes ({card.name}), compressed by {history or "training alone"}.
 
 | | |
 | --- | --- |
 | input | {shape}, {"RGB" if card.preprocessing.mode == "RGB" else "grey"} |
 | size of the weights | {size_bytes / 2**20:.3f} MB ({size_bytes:,} bytes) |
-| stored numbers | {parameters:,} |
-| multiply-adds an image | {macs:,} |
+| parameters, buffers included | {parameters:,} |
+| multiply-adds per image | {macs:,} |
 | validation accuracy | {measured["correct"]} of {measured["images"]} ({measured["accuracy"]:.2%}) |
 | latency, batch 1, one thread | {measured["latency_ms"]:.2f} ms median ({measured["latency_p5_ms"]:.2f} to """ \
 f"""{measured["latency_p95_ms"]:.2f}, p5 to p95) on {here["cpu"]} ({", ".join(here["flags"])}) |
 {notes}
-The validation images were held out of the training images. Score the folder on a test set of your own, one folder a
-class:
+The validation images were held out of the training images. Score the folder on your own test set, one folder per class:
 
     pip install -r requirements.txt
     python model_loader.py --submission_dir . --data_dir TEST_IMAGES
 
 {use}
-Images go in as `model_metadata.json` says under `preprocessing`: other sizes, means or deviations cost accuracy.
+Preprocess images as `model_metadata.json` says under `preprocessing`. Another size, mean or deviation costs accuracy.
 
 Training:
 
@@ -124,14 +123,14 @@ Training:
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TorchPackage(SubmissionContents):
-    """A PyTorch model's submission.
+    """The submission folder of a PyTorch model.
 
     Args:
-        model: on the CPU, as `architecture` describes it.
+        model: the network that `architecture` describes, on the CPU.
         layout: "toolkit", or "challenge" for the harness of the public ResNet18 compression challenge.
-        challenge: its metadata.json, for that layout.
+        challenge: the content of metadata.json in the layout "challenge".
     """
 
     model: nn.Module
@@ -151,7 +150,7 @@ class TorchPackage(SubmissionContents):
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)
         parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
-        if self.layout != "challenge":  # whose harness takes the first match of model.* for the weights
+        if self.layout != "challenge":  # its harness takes the first file model.* for the weights
             write_atomically(folder / "model.py", self._checked_source().encode())
             notes = f"| on CPUs without VNNI | {DYNAMIC_INT8_PORTABLE['verdict']} |\n" if self.architecture.is_int8 else ""
             text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
@@ -164,7 +163,7 @@ class TorchPackage(SubmissionContents):
             quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
 
     def _checked_source(self) -> str:
-        """The text of model.py, after running it once: it must be the same network."""
+        """Return the text of model.py, after running it once to check that it is the same network."""
         text = source(self.architecture, self.weights_file)
         namespace: dict[str, Any] = {}
         exec(compile(text, "model.py", "exec"), namespace)
@@ -173,7 +172,7 @@ class TorchPackage(SubmissionContents):
         images = torch.randn(2, *self.architecture.input_shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             same = torch.allclose(again(images), layer_by_layer(self.model)(images), rtol=1e-4, atol=1e-5)
-        assert same, "model.py is another network"
+        assert same, "model.py computes another network"
         return text
 
     def _use(self) -> str:

@@ -55,11 +55,11 @@ def run_pipeline(config: RunConfig, console: Console, update: bool = False) -> R
     plan = make_plan(config, tracker)
     folder = config.run_dir / config.name
     with claimed(folder, config, update, tracker):
-        return Run(plan=plan, folder=folder, tracker=tracker).complete()
+        return PipelineRun(plan=plan, folder=folder, tracker=tracker).complete()
 
 
 @dataclass(kw_only=True)
-class Run:
+class PipelineRun:
     """A run in progress: what each stage gave so far."""
 
     plan: RunPlan

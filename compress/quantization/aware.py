@@ -1,8 +1,8 @@
 """Quantization-aware training: train a float network that computes as its static int8 form will compute.
 
-`prepare` returns a copy that rounds to a grid and back every tensor that a static int8 model (QDQ: quantize and dequantize
-around each operator) holds in 8 bits. Gradients pass through the rounding unchanged (the straight-through estimator).
-`restored` copies the trained weights into a plain float network of the original architecture. Without training, a prepared
+`prepare_aware` returns a copy that rounds to a grid and back every tensor that a static int8 model (QDQ: quantize and
+dequantize around each operator) holds in 8 bits. Gradients pass through the rounding unchanged (the straight-through
+estimator). `restored` copies the trained weights into a plain float network of the original architecture. Without training, a prepared
 network in eval mode is post-training quantization with min-max calibration.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
@@ -160,7 +160,7 @@ class FakeQuantizedLayer(nn.Module):
         return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def prepare(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0, weight_bits: int = 8,
+def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0, weight_bits: int = 8,
             per_channel: bool = True) -> fx.GraphModule:
     """Return a calibrated copy with fake-quantized weights and activations, in eval mode.
 
@@ -255,8 +255,8 @@ def restored(prepared: fx.GraphModule, original: fx.GraphModule) -> fx.GraphModu
     ranges are dropped: quantizing the network calibrates it again, or measures the ranges at run time.
 
     Args:
-        prepared: the result of `prepare` for a network of the original's architecture, trained.
-        original: the network that `prepare` was called with, which is not changed.
+        prepared: the result of `prepare_aware` for a network of the original's architecture, trained.
+        original: the network that `prepare_aware` was called with, which is not changed.
     """
     state = prepared.state_dict()
     for name, module in prepared.named_modules():

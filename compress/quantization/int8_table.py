@@ -60,7 +60,7 @@ def check_excluded(stage: str, exclude: Collection[str], layers: Collection[str]
         raise UserError(f"{stage}.exclude: {unknown!r} is no Conv2d or Linear layer of the model ({', '.join(layers)})")
 
 
-def print_table(rows: Sequence[Int8Row], console: Console) -> None:
+def print_int8_table(rows: Sequence[Int8Row], console: Console) -> None:
     """Print the rows as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")

@@ -26,7 +26,7 @@ from compress.training.flags import TrainingRun, validated
 from compress.training.loggers import draw_curves
 from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
-from compress.training.run import CHECKPOINT, SUMMARY, claimed, flags_named, prepare, write_settings
+from compress.training.run import CHECKPOINT, SUMMARY, claimed_log_dir, flags_named, prepare_training, write_settings
 from compress.training.trackers import Tracker
 from metadata.closest import closest
 from metadata.errors import UserError
@@ -114,7 +114,7 @@ def run_challenge(models: Sequence[str], seeds: Sequence[int] | None, data_root:
 
 def _train(config: TrainingRun, console: Console) -> ChallengeResult:
     folder = config.log_dir
-    with claimed(config):
+    with claimed_log_dir(config):
         if done := read_result(folder):
             console.print(f"{folder}: finished before", highlight=False)
             return done
@@ -122,7 +122,7 @@ def _train(config: TrainingRun, console: Console) -> ChallengeResult:
         device = torch.device("cpu")
         tracker = Tracker(console, folder)
         with flags_named():
-            splits, model, options = prepare(config, tracker)
+            splits, model, options = prepare_training(config, tracker)
         write_settings(config)
         # The test split is measured and decides nothing.
         data = training_data(splits.train, splits.open_test(), splits.card, config.training, seed=config.seed,

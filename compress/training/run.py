@@ -66,7 +66,7 @@ def run_training(config: TrainingRun, console: Console) -> dict[str, Any]:
         loggers, summary = [], None
         if team.first:
             loggers = _loggers(config)
-            stack.enter_context(claimed(config))
+            stack.enter_context(claimed_log_dir(config))
             summary = read_summary(config.log_dir)
         finished, = team.of_first([float(summary is not None)])
         if finished:
@@ -77,7 +77,7 @@ def run_training(config: TrainingRun, console: Console) -> dict[str, Any]:
 
 def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
     with team.first_goes_first(), flags_named():  # one process fetches what is missing
-        splits, model, options = prepare(config, tracker)
+        splits, model, options = prepare_training(config, tracker)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder, device = splits.card, config.log_dir, team.device
@@ -129,7 +129,7 @@ def flags_named() -> Iterator[None]:
         raise type(error)(text) from error
 
 
-def prepare(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
+def prepare_training(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """Return the data, the untrained (or pretrained) model, and the options that the model was made with.
 
     Gray images get three channels where the model takes nothing else.
@@ -212,7 +212,7 @@ def _loggers(config: TrainingRun) -> list[Logger]:
 
 
 @contextmanager
-def claimed(config: TrainingRun) -> Iterator[None]:
+def claimed_log_dir(config: TrainingRun) -> Iterator[None]:
     """Claim the log folder for this process; remove the folder again if nothing was written into it.
 
     Raises:

@@ -27,7 +27,7 @@ from architectures.folding import fold_batch_norm
 from compress.packaging.export import export
 from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
-from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer, prepare, restored
+from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer, prepare_aware, restored
 from compress.quantization.dynamic import quantize_graph, quantize_weight
 from compress.quantization.int8_table import sqnr_db
 from compress.quantization.static import Calibration, StaticSettings, quantize_static as static_file
@@ -146,7 +146,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def test_eval_mode_is_onnx_runtimes_static_int8(kind: str, tmp_path: Path) -> None:
     model, batches, images = network(kind), some(), some(1, seed=2)[0]
     before, code = copy.deepcopy(model.state_dict()), model.code
-    prepared = prepare(model, batches)
+    prepared = prepare_aware(model, batches)
     assert model.code == code and not model.training and not prepared.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert_computes_with_the_weights_of(prepared, model)
@@ -180,7 +180,7 @@ def test_seven_bits_are_those_of_reduced_range() -> None:
     stored = [constants[node.input[0]] * constants[node.input[1]].reshape(-1, *[1] * (constants[node.input[0]].ndim - 1))
               for node in file.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
     with torch.no_grad(), Weights() as weights:
-        prepare(model, some(), weight_bits=7)(some()[0])
+        prepare_aware(model, some(), weight_bits=7)(some()[0])
     matched = [min(float(np.abs(got.numpy() - levels).max()) / float(np.abs(levels).max()) for levels in stored
                    if levels.shape == tuple(got.shape)) for got in weights.seen[-len(stored):]]
     assert len(matched) == len(stored) > 2 and max(matched) < 1e-5
@@ -188,11 +188,11 @@ def test_seven_bits_are_those_of_reduced_range() -> None:
 
 def test_what_cannot_be_prepared_gets_one_line() -> None:
     with pytest.raises(UserError, match=r"^quantization-aware training: the model is int8 already[^\n]*$"):
-        prepare(quantize_graph(network())[0], some())
+        prepare_aware(quantize_graph(network())[0], some())
     with pytest.raises(UserError, match=r"^quantization-aware training: the model has no Conv2d or Linear[^\n]*$"):
-        prepare(graph_of(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())), some())
+        prepare_aware(graph_of(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())), some())
     with pytest.raises(UserError, match=r"^quantization-aware training: there are no images[^\n]*$"):
-        prepare(network(), [])
+        prepare_aware(network(), [])
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -219,7 +219,7 @@ def test_gradients_are_those_of_the_float_network(kind: str, live: bool) -> None
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1.0
     model.train()(images)  # remembered statistics are the batch's: a channel that is off has no others
-    prepared = prepare(model, [images], freeze_after=live).train()
+    prepared = prepare_aware(model, [images], freeze_after=live).train()
     exact_one = copy.deepcopy(prepared)
     for part in itertools.chain(*parts(exact_one)):
         part.calibrating = True  # nothing is rounded, and all else is as in training
@@ -244,7 +244,7 @@ def test_gradients_pass_inside_the_range_and_not_outside() -> None:
 
 def test_ranges_and_statistics_follow_the_batches_and_then_freeze() -> None:
     model, batches = network(), some(6)
-    prepared = prepare(model, batches[:1], freeze_after=3).train()
+    prepared = prepare_aware(model, batches[:1], freeze_after=3).train()
     model.train()
 
     def statistics() -> dict[str, Tensor]:
@@ -280,7 +280,7 @@ def test_a_channel_that_shows_nothing_keeps_its_statistics(per_channel: bool) ->
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     with torch.no_grad():
         norm.weight[:4] = 0 if per_channel else 1e-3
-    prepared = prepare(model, some(1), freeze_after=100, weight_bits=4, per_channel=per_channel).train()
+    prepared = prepare_aware(model, some(1), freeze_after=100, weight_bits=4, per_channel=per_channel).train()
     for images in some(20):
         gradient = gradients(prepared, images)["stem.1.weight"]
         assert bool(gradient.isfinite().all())
@@ -291,7 +291,7 @@ def test_a_channel_that_shows_nothing_keeps_its_statistics(per_channel: bool) ->
 @pytest.mark.parametrize("kind", ["norms", "plain"])
 def test_restored_is_the_original_architecture_with_the_weights_that_were_trained(kind: str) -> None:
     model = network(kind)
-    prepared = prepare(model, some(), freeze_after=2)
+    prepared = prepare_aware(model, some(), freeze_after=2)
     optimizer = torch.optim.SGD(prepared.train().parameters(), 0.02)
     for images in some():
         gradients(prepared, images)
@@ -301,7 +301,7 @@ def test_restored_is_the_original_architecture_with_the_weights_that_were_traine
     changed = {name for name, tensor in result.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])}
     assert changed == set(model.state_dict())
     assert_computes_with_the_weights_of(prepared, result)
-    again = prepare(result, some())
+    again = prepare_aware(result, some())
     for mine, trained in zip(parts(again)[1], parts(prepared)[1], strict=True):
         mine.load_state_dict(trained.state_dict())
     with torch.no_grad():  # the ranges are all that is left behind
@@ -353,7 +353,7 @@ def test_training_recovers_what_four_bits_lose(tmp_path: Path) -> None:
     assert exact > 0.93 and abs(accuracy_of(model, test, preprocessing) - exact) < 0.006
     images = normalize(splits.train.images.batch(torch.arange(512)), preprocessing)
     passes = 10 * (len(splits.train) // 64)
-    prepared = prepare(model, [images], freeze_after=passes // 2, weight_bits=4, per_channel=False)
+    prepared = prepare_aware(model, [images], freeze_after=passes // 2, weight_bits=4, per_channel=False)
     lost = exact - accuracy_of(prepared, test, preprocessing)
     assert lost > 0.15
     assert exact - fit(prepared, "rounded", 0.002) < 0.6 * lost
@@ -366,7 +366,7 @@ def test_a_wrapped_layer_that_is_unsafe_channels_last_is_found() -> None:
                                    nn.Conv2d(4, 8, 1, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
     device = torch.device("cpu")
     assert "layer 3:" in unsafe_channels_last(model, device)
-    assert "layer 3.layer:" in unsafe_channels_last(prepare(model, some(1)), device)
+    assert "layer 3.layer:" in unsafe_channels_last(prepare_aware(model, some(1)), device)
 
 
 # ------------------------------------------------------------------------------------------------------ stage finetune

@@ -176,7 +176,8 @@ def test_float_package_loads_too(small_run: Path, tmp_path: Path) -> None:
     student = TorchModel.load(small_run / "04-finetune")
     card = read_json(small_run / "card.json", DatasetCard)
     row = json.loads((small_run / "04-finetune" / "stage.json").read_text())["rows"][0]
-    TorchPackage(student.architecture, card, "float", row, student.module).write(tmp_path / "float")
+    TorchPackage(architecture=student.architecture, card=card, name="float", measured=row,
+                 model=student.module).write(tmp_path / "float")
     images = torch.randn(3, 3, 8, 8)
     namespace: dict[str, type[torch.nn.Module]] = {}
     exec((tmp_path / "float" / "model.py").read_text(), namespace)

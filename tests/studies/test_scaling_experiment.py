@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from architectures.zoo import make
 from compress.studies.scaling import experiment, images, plans
 from compress.studies.scaling.experiment import run_experiment
-from compress.studies.scaling.images import StudyImages, prepare, subset
+from compress.studies.scaling.images import StudyImages, prepare_images, subset
 from compress.studies.scaling.plans import Point
 from compress.studies.scaling.results import COLUMNS, CURVE, Results
 from compress.studies.workers import process_context
@@ -46,7 +46,7 @@ def quiet() -> Tracker:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> StudyImages:
-    return images.read(prepare(Results(tmp_path_factory.mktemp("digits")), "digits", None, False, quiet()))
+    return images.read(prepare_images(Results(tmp_path_factory.mktemp("digits")), "digits", None, False, quiet()))
 
 
 def run(base_dir: Path, **changes: object) -> dict[str, object]:
@@ -155,7 +155,7 @@ def test_images_are_decoded_once_and_are_the_loaders(tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "data", 3, 5, size=8)
     results = Results(tmp_path)
     results.create()
-    folder = prepare(results, "Image-Folder", root, False, quiet())
+    folder = prepare_images(results, "Image-Folder", root, False, quiet())
     request = Request(name="image_folder", root=root, validation_fraction=0)
     splits, cached = load(request), images.read(folder)
     for own, theirs in ((cached.train, splits.train), (cached.test, splits.open_test())):
@@ -163,11 +163,11 @@ def test_images_are_decoded_once_and_are_the_loaders(tmp_path: Path) -> None:
         everything = torch.arange(len(theirs))
         assert torch.equal(own.images.batch(everything), theirs.images.batch(everything))
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert prepare(results, "image_folder", root, False, quiet()) == folder
+    assert prepare_images(results, "image_folder", root, False, quiet()) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     other = draw_folder(tmp_path / "other", 3, 5, size=8, seed=1)
     with pytest.raises(UserError, match="holds results of other images by the name image_folder"):
-        prepare(results, "image_folder", other, False, quiet())
+        prepare_images(results, "image_folder", other, False, quiet())
 
 
 # ------------------------------------------------------------------------------------------------------ an experiment

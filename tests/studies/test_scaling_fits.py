@@ -16,7 +16,7 @@ from compress.studies.scaling.fitting import Fit, Observations, fit, huber, mini
 from compress.studies.scaling.forms import Array, Form, PowerSum, single_forms
 from compress.studies.scaling.intervals import Interval, allowed, bootstrap, parameter_intervals, profile
 from compress.studies.scaling.prediction import predict
-from compress.studies.scaling.ranking import hold_out, judge, rank
+from compress.studies.scaling.ranking import split_off, judge, rank
 from tests.helpers.laws import LN10, Law, additive, bounded, forms, kaplan, overfitting, planted
 
 
@@ -273,10 +273,10 @@ def test_bootstrap_is_repeatable_and_agrees_with_the_profile() -> None:
 
 def test_the_top_fifth_is_held_out_in_whole_levels() -> None:
     values = np.repeat([1.0, 2, 3, 4, 5, 6], 4)
-    assert hold_out(values).tolist() == (values == 6).tolist()  # type: ignore[union-attr]
-    assert hold_out(np.arange(10.0)).sum() == 2  # type: ignore[union-attr]
-    assert hold_out(np.array([1.0, 1, 1, 2])).tolist() == [False, False, False, True]  # type: ignore[union-attr]
-    assert hold_out(np.ones(5)) is None
+    assert split_off(values).tolist() == (values == 6).tolist()  # type: ignore[union-attr]
+    assert split_off(np.arange(10.0)).sum() == 2  # type: ignore[union-attr]
+    assert split_off(np.array([1.0, 1, 1, 2])).tolist() == [False, False, False, True]  # type: ignore[union-attr]
+    assert split_off(np.ones(5)) is None
 
 
 @pytest.mark.parametrize("law,winner", [(additive(0.05, 20, 40, 0.3, 0.4), "additive"), (bounded(), "bounded"),

@@ -10,7 +10,7 @@ from torch import fx
 
 from architectures.describe import carry_over, describe
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
-from compress.quantization.aware import prepare, restored
+from compress.quantization.aware import prepare_aware, restored
 from compress.training.assessment import accuracy_of
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy, distill, live_targets
@@ -82,7 +82,7 @@ class Finetune(Stage):
         """Train the model rounded as static int8 will compute it, and return the float model with the trained weights."""
         # Forward passes: one for each part of an accumulated batch, and with SAM two.
         passes = settings.total_steps(len(data.train)) * settings.accumulate * (2 if settings.optimizer == "sam" else 1)
-        rounded = prepare(copy.deepcopy(model).to(context.device),
+        rounded = prepare_aware(copy.deepcopy(model).to(context.device),
                           context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
                           freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
         before = accuracy_of(rounded, data.validation, data.preprocessing)

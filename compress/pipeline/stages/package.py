@@ -45,6 +45,8 @@ class Package(Stage):
         name = self.weights_name or model.architecture.model_type.lower()
         if isinstance(model, OnnxModel):
             self._refuse_challenge()
-            return OnnxPackage(model.architecture, card, name, measured, model.content, **model.card.model_dump())
+            return OnnxPackage(architecture=model.architecture, card=card, name=name, measured=measured,
+                               content=model.content, **model.card.model_dump())
         challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
-        return TorchPackage(model.architecture, card, name, measured, model.module.cpu().eval(), self.layout, challenge)
+        return TorchPackage(architecture=model.architecture, card=card, name=name, measured=measured,
+                            model=model.module.cpu().eval(), layout=self.layout, challenge=challenge)

@@ -12,7 +12,7 @@ from architectures.describe import carry_over, describe
 from architectures.kernels import no_int8_kernels
 from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
 from compress.quantization.dynamic import quantize_graph
-from compress.quantization.int8_table import print_table
+from compress.quantization.int8_table import print_int8_table
 from metadata.machine import torch_threads
 
 EXAMPLES = 8  # training images to measure layers on
@@ -40,7 +40,7 @@ class QuantizeDynamic(CompressingStage):
         with torch_threads(1):
             quantized, rows = quantize_graph(copy.deepcopy(model.module).cpu(), self.exclude, examples,
                                                  choose=self.arithmetic == "measured")
-        print_table(rows, context.tracker.console)
+        print_int8_table(rows, context.tracker.console)
         weights_only = sum(row.reason.startswith("weights only") for row in rows)
         int8 = sum(row.dtype == "int8" for row in rows)
         context.tracker.say(f"  {int8} of {len(rows)} layers are int8" + (

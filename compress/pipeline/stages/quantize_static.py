@@ -19,7 +19,7 @@ from architectures.describe import carry_over, describe
 from compress.packaging.export import export
 from compress.pipeline.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
 from compress.quantization.candidates import Candidate, SearchRequest, SearchResult
-from compress.quantization.int8_table import Int8Row, check_excluded, print_table
+from compress.quantization.int8_table import Int8Row, check_excluded, print_int8_table
 from compress.quantization.layer_times import layer_times
 from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
@@ -121,7 +121,7 @@ class QuantizeStatic(CompressingStage):
         """Print the tables, and note them for stage.json."""
         console, say = context.tracker.console, context.tracker.say
         _show_candidates(found, console)
-        print_table(rows, console)
+        print_int8_table(rows, console)
         int8 = sum(row.dtype == "int8" for row in rows)
         say(f"  chosen: {found.best.name}, on {found.backend}; {int8} of {len(rows)} layers are int8, "
             f"{found.best.correct}/{found.images} against {found.float_correct} in float, "

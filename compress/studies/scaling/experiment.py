@@ -72,7 +72,7 @@ def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, 
     place = chosen_device(device)
     results.create()
     tracker = Tracker(console or Console(quiet=True))
-    folder = study_images.prepare(results, point.dataset, data_root, download, tracker)
+    folder = study_images.prepare_images(results, point.dataset, data_root, download, tracker)
     torch.set_num_threads(threads or usable_cores())
     return run_point(point, results, folder, place, tracker, checkpoint_seconds)
 
@@ -84,7 +84,7 @@ def run_point(point: Point, results: Results, images_folder: Path, device: torch
     Args:
         point: the configuration.
         results: the files of the study.
-        images_folder: the folder that `images.prepare` returned.
+        images_folder: the folder that `prepare_images` returned.
         device: the device to train on.
         tracker: reports progress; its folder is not used.
         checkpoint_seconds: seconds between checkpoints.

@@ -47,7 +47,7 @@ class StudyImages:
                             "choose no more")
 
 
-def prepare(results: Results, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> Path:
+def prepare_images(results: Results, dataset: str, data_root: Path | None, download: bool, tracker: Tracker) -> Path:
     """Return the folder of the decoded arrays below results/cache; decode the data set if the folder is missing.
 
     Raises:
@@ -67,7 +67,7 @@ def prepare(results: Results, dataset: str, data_root: Path | None, download: bo
 
 
 def read(folder: Path) -> StudyImages:
-    """Return the arrays that `prepare` wrote, mapped into memory."""
+    """Return the arrays that `prepare_images` wrote, mapped into memory."""
     card = DatasetCard.model_validate(json.loads((folder / CARD).read_text()))
     train, test = (_mapped(folder, name) for name in SPLIT_NAMES)
     return StudyImages(train, test, card)

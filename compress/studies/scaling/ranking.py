@@ -116,7 +116,7 @@ class Ranking:
         return [form.name for form in self.forms if form.held_out_percent is None]
 
 
-def hold_out(values: Array) -> Mask | None:
+def split_off(values: Array) -> Mask | None:
     """Select the points with the largest values: whole levels, at least one, as close to a fifth of the points as possible.
 
     Args:
@@ -144,7 +144,7 @@ def judge(form: Form, data: Observations, variables: tuple[str, ...]) -> JudgedF
     whole = fit(form, data)
     splits = {}
     for variable in variables:
-        chosen = hold_out(data.values[variable])
+        chosen = split_off(data.values[variable])
         if chosen is None:
             continue
         rest, held = data.held_apart(chosen)

@@ -154,7 +154,7 @@ def sources(runs: Runs) -> str:
 # ------------------------------------------------------------------------------------------------------- screen
 
 
-def print_table(console: Console, title: str, header: Sequence[str], rows: TableRows) -> None:
+def print_titled(console: Console, title: str, header: Sequence[str], rows: TableRows) -> None:
     """Print a table with columns of words aligned left and numbers aligned right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
                   collapse_padding=True)
@@ -176,21 +176,21 @@ def print_summary(console: Console, analysis: Analysis) -> None:
         console.print(f"note: {note}", style="yellow", highlight=False)
     console.print()
     if analysis.joint.ranking:
-        print_table(console, "mean absolute relative error (%); held out: the mean of what is to its right",
+        print_titled(console, "mean absolute relative error (%); held out: the mean of what is to its right",
                     *ranking_rows(analysis.joint.ranking, SPLIT_TITLES))
     for line in (*verdict_lines(analysis), *noise_lines(analysis)):
         console.print(line, highlight=False)
     console.print()
     if analysis.chosen:
         form = analysis.chosen
-        print_table(console, f"{form.name}: {form.fit.form.formula}", *parameter_rows(analysis.joint, form))
+        print_titled(console, f"{form.name}: {form.fit.form.formula}", *parameter_rows(analysis.joint, form))
     for section in analysis.single:
         if section.ranking:
             # Show all forms if they cannot be ranked.
             for form in section.ranking.forms if section.ranking.untested else [section.ranking.winner]:
                 missed = "too few points to hold any out" if form.held_out_percent is None else (
                     f"{percent(form.held_out_percent)} % held out")
-                print_table(console, f"{section.title}: {form.fit.form.formula} ({missed}, {form.in_sample_percent:.2f} % "
+                print_titled(console, f"{section.title}: {form.fit.form.formula} ({missed}, {form.in_sample_percent:.2f} % "
                             "in sample)", *parameter_rows(section, form))
                 for line in misfit_lines(form):
                     console.print(line, highlight=False)
@@ -199,7 +199,7 @@ def print_summary(console: Console, analysis: Analysis) -> None:
         header, rows = frontier_rows(analysis, analysis.tradeoff)
         narrow = console.width < 110
         keep = [index for index, name in enumerate(header) if not (narrow and name == "95 %")]
-        print_table(console, "", [header[index] for index in keep], [[row[index] for index in keep] for row in rows])
+        print_titled(console, "", [header[index] for index in keep], [[row[index] for index in keep] for row in rows])
 
 
 def print_prediction(console: Console, runs: Runs, chosen: Fit, forms: dict[str, Fit], ranking: Ranking, n: float, d: float,

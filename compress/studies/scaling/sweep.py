@@ -83,7 +83,7 @@ def open_study(plan: SweepPlan, console: Console) -> Study:
     results = Results(plan.base_dir)
     results.create()
     results.rows()  # finds a damaged table now
-    folder = study_images.prepare(results, plan.dataset, plan.data_root, plan.download, Tracker(console))
+    folder = study_images.prepare_images(results, plan.dataset, plan.data_root, plan.download, Tracker(console))
     images = study_images.read(folder)
     points = plan.points(lambda width, depth: experiment.parameters_of(width, depth, images))
     for point in points:

@@ -1,0 +1,77 @@
+"""What the code promises its readers: one meaning a name, and dataclasses that are called by keyword."""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+# Files that stand alone: nothing is imported from them, and they import nothing of the project.
+STANDALONE = {"compress/studies/pareto_solution.py", "compress/evaluation/child.py", "compress/evaluation/confine.py"}
+# A stage's class is named as its file is; the class is found by the file, never imported by name.
+STAGES = "compress/pipeline/stages/"
+# A verb is named as the function that it calls, and each of the two command lines has a `main`.
+VERBS = ("compress/cli/", "compress/api.py", "compress/evaluation/command.py")
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """Every file of the project with its syntax tree, tests and benchmarks apart."""
+    for wing in ("metadata", "architectures", "loaders", "compress"):
+        for path in sorted((PROJECT / wing).rglob("*.py")):
+            yield str(path.relative_to(PROJECT)), ast.parse(path.read_text())
+
+
+def is_dataclass(node: ast.ClassDef) -> ast.expr | None:
+    """The decorator that makes a class a dataclass, or None."""
+    return next((decorator for decorator in node.decorator_list if "dataclass" in ast.unparse(decorator)), None)
+
+
+def test_dataclasses_with_more_than_three_fields_are_called_by_keyword() -> None:
+    wrong, seen = [], 0
+    for name, tree in sources():
+        for node in ast.walk(tree):
+            if name in STANDALONE or not isinstance(node, ast.ClassDef) or (decorator := is_dataclass(node)) is None:
+                continue
+            seen += 1
+            fields = [field for field in node.body if isinstance(field, ast.AnnAssign)
+                      and "ClassVar" not in ast.unparse(field.annotation) and "init=False" not in ast.unparse(field)]
+            if len(fields) > 3 and "kw_only=True" not in ast.unparse(decorator):
+                wrong.append(f"{name}: {node.name} has {len(fields)} fields")
+    assert seen > 30
+    assert wrong == []
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    homes = defaultdict(set)
+    for name, tree in sources():
+        if name not in STANDALONE and not name.startswith(STAGES):
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes[node.name].add(name)
+    assert len(homes) > 100
+    assert {name: sorted(files) for name, files in homes.items() if len(files) > 1} == {}
+
+
+def test_a_public_function_has_a_name_of_its_own() -> None:
+    homes = defaultdict(set)
+    for name, tree in sources():
+        if name not in STANDALONE and not name.startswith(VERBS):
+            for node in tree.body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    homes[node.name].add(name)
+    assert len(homes) > 200
+    assert {name: sorted(files) for name, files in homes.items() if len(files) > 1} == {}
+
+
+def test_no_test_patches_a_private_name() -> None:
+    wrong = []
+    for path in sorted((PROJECT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".setattr", ".delattr", "patch.object")):
+                names = [value for argument in node.args[:2] if isinstance(argument, ast.Constant)
+                         and isinstance(value := argument.value, str)]
+                wrong += [f"{path.relative_to(PROJECT)}:{node.lineno}" for text in names
+                          if any(part.startswith("_") and not part.startswith("__") for part in text.split("."))]
+    assert wrong == []
