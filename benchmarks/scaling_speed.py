@@ -130,7 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Results(Path(folder))
         results.create()
-        images_folder = study_images.prepare(results, dataset, arguments.cifar10, False, Tracker(Console()))
+        images_folder = study_images.prepare_images(results, dataset, arguments.cifar10, False, Tracker(Console()))
         images = study_images.read(images_folder)
         for width in arguments.widths:
             point = Point(dataset=dataset, batch_size=128, width=width, depth=1, dataset_size=arguments.dataset_size,

@@ -2,8 +2,8 @@
 
 `prepare_aware` returns a copy that rounds to a grid and back every tensor that a static int8 model (QDQ: quantize and
 dequantize around each operator) holds in 8 bits. Gradients pass through the rounding unchanged (the straight-through
-estimator). `restored` copies the trained weights into a plain float network of the original architecture. Without training, a prepared
-network in eval mode is post-training quantization with min-max calibration.
+estimator). `restored` copies the trained weights into a plain float network of the original architecture. Without
+training, a prepared network in eval mode is post-training quantization with min-max calibration.
 
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
 section 3; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient inference: A whitepaper", section 3.2.
