@@ -25,7 +25,7 @@ def _check_types(layers: Any) -> Any:
 
 
 def _row_of(layer: Any) -> Any:
-    """Hold a layer's JSON to the row of its type."""
+    """Validate a layer's JSON with the class of its type."""
     kind = layer.get("type") if isinstance(layer, dict) else None
     return LAYER_TABLE[kind].model_validate(layer) if isinstance(kind, str) and kind in LAYER_TABLE else layer
 

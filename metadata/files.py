@@ -73,7 +73,7 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a submission names.
 
     Raises:
-        VerificationError: the name, or a link behind it, leaves the folder.
+        VerificationError: the name, or a symbolic link on its path, points outside the folder.
     """
     path = folder / name
     try:

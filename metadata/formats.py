@@ -59,7 +59,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a CSV file, or [] where there is no file.
 
     Raises:
-        UserError: the file is no text, or no CSV.
+        UserError: the file is not text, or not CSV.
     """
     if not path.is_file():
         return []

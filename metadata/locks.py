@@ -54,7 +54,7 @@ def locked(folder: Path, advice: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is running it; wait for it, or {advice}") from error
+            raise UserError(f"{folder}: another process is using this folder; wait until it ends, or {advice}") from error
         yield
 
 

@@ -92,7 +92,7 @@ def machine() -> dict[str, Any]:
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
     except OSError:
-        pass  # not Linux: the platform module knows the model, and nobody the flags
+        pass  # not Linux: the model comes from the platform module, the flags stay unknown
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
     return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": usable_cores()}
 

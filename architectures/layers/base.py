@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
 NOT_IN_TABLE = "is not in the layer table"
-AS_TEACHER = "as a teacher the model works"
+AS_TEACHER = "the model can still be used as a teacher"
 REGISTRY: dict[str, type[Layer]] = {}
 
 Row = TypeVar("Row", bound="type[Layer]")
@@ -91,7 +91,7 @@ class Layer(Strict):
     int8: ClassVar[bool] = False
     # In evaluation the layer returns its input.
     identity: ClassVar[bool] = False
-    # The output is never below zero; or it is not where no input is.
+    # nonnegative: no output is below zero. keeps_sign: no output is below zero if no input is.
     nonnegative: ClassVar[bool] = False
     keeps_sign: ClassVar[bool] = False
     # Every value of the output is a value of the input or zero, so that it lies on the input's int8 grid.
@@ -185,7 +185,7 @@ class Layer(Strict):
         """Return the options that a module of `module_class` stands for.
 
         Raises:
-            UserError: the module does what the row cannot say.
+            UserError: the module uses an option that the row cannot express.
         """
         return {key: getattr(module, key) for key in cls.option_names()}
 
@@ -194,7 +194,7 @@ class Layer(Strict):
         """Return the input nodes and the options that a call of one of `functions` or `methods` stands for.
 
         Raises:
-            UserError: the call does what the row cannot say.
+            UserError: the call uses an option that the row cannot express.
         """
         return [node.args[0]], {}
 
@@ -280,5 +280,5 @@ def traced_tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def outside(where: str, what: str) -> UserError:
-    """Return the error for a layer that does what no row can say."""
+    """Return the error for a layer that uses an option that no row can express."""
     return UserError(f"layer {where}: {what} {NOT_IN_TABLE}")

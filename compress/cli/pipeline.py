@@ -76,12 +76,14 @@ def stages() -> None:
         _print_settings(kind, "    ")
 
 
-def _print_settings(kind: type[Config], indent: str) -> None:
+def _print_settings(kind: type[Config], indent: str, defaults: Config | None = None) -> None:
+    """Print the settings of a class. `defaults` is what the setting that holds them defaults to, if it has its own."""
     from compress.settings import Config
 
     for key, info in kind.model_fields.items():
+        default = info.default if defaults is None else getattr(defaults, key)
         if isinstance(info.annotation, type) and issubclass(info.annotation, Config):
             typer.echo(f"{indent}{key}: {info.description or ''}".rstrip())
-            _print_settings(info.annotation, indent + "  ")
+            _print_settings(info.annotation, indent + "  ", default if isinstance(default, Config) else None)
         else:
-            typer.echo(f"{indent}{key} = {info.default!r}  {info.description or ''}".rstrip())
+            typer.echo(f"{indent}{key} = {default!r}  {info.description or ''}".rstrip())

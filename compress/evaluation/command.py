@@ -13,7 +13,7 @@ from typing import Any
 from compress.evaluation.evaluate import BASELINES, evaluate_submission, failed_result
 from compress.evaluation.extras import toolkit
 from compress.evaluation.measure import Progress
-from compress.evaluation.runtimes import EvaluationSettings
+from compress.evaluation.runtimes import ONNX_RUNTIMES, EvaluationSettings
 from metadata.errors import UserError, first_line
 from metadata.files import write_json
 from metadata.machine import usable_cores
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=plain.warmup,
                         help=f"calls before the timed ones; default {plain.warmup}")
     parser.add_argument("--threads", type=int, help="threads of one inference; default 1, of --task all cores")
-    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "onnxruntime", "openvino"])
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", *ONNX_RUNTIMES])
     parser.add_argument("--batch_size", type=int, default=1, help="batch size for the accuracy; default 1")
     parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
     parser.add_argument("--allow_code", action="store_true", help="run a submission's model.py, in a process with limits")

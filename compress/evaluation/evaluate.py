@@ -205,8 +205,8 @@ def _durations(answers: Answers, kind: str, ratio: float | None, runs: int) -> n
 def _cache_warnings(ratio: float | None) -> list[str]:
     if ratio is None or ratio >= CACHED:
         return []
-    return [f"images that were asked again came {1 / ratio:.1f} times faster: answers are cached; only first calls are "
-            "counted"]
+    return [f"repeated calls with the same image were {1 / ratio:.1f} times faster: answers are cached; only first calls "
+            "are counted"]
 
 
 def _size_warnings(files: SubmissionFiles, size_bytes: int, needed: int) -> list[str]:
@@ -216,8 +216,8 @@ def _size_warnings(files: SubmissionFiles, size_bytes: int, needed: int) -> list
     if beside > 0:
         remarks.append(f"files beside the weights can hold numbers, so model_size counts them: {beside:,} bytes")
     if files.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
-        remarks.append(f"{needed - size_bytes:,} bytes of source, JSON and prose are much beside {size_bytes:,} of data, "
-                       "and code can read them; model_size leaves them out, the guarded score does not")
+        remarks.append(f"source, JSON and prose take {needed - size_bytes:,} bytes, a lot beside {size_bytes:,} bytes of "
+                       "data, and the code can read them; the guarded score counts them, model_size does not")
     return remarks
 
 

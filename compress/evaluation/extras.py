@@ -22,8 +22,8 @@ def toolkit(flag: str, module: str) -> Any:
         UserError: the evaluator is the single file.
     """
     if STANDALONE:
-        raise UserError(f"{flag} needs the toolkit: {Path(__file__).name} stands alone here; run the toolkit's own "
-                        "model_loader.py")
+        raise UserError(f"{flag} needs the toolkit: this {Path(__file__).name} is the bundled evaluator, which "
+                        "stands alone; run the toolkit's own model_loader.py")
     return importlib.import_module(f"compress.evaluation.{module}")
 
 

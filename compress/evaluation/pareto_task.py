@@ -38,7 +38,7 @@ def task_score(accuracy: float, baseline_accuracy: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedSolution:
     """A solution's model after its test.
 
     Args:
@@ -125,7 +125,7 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
 
 
 def _train(solution: Path, problem: Problem, metadata: dict[str, Any], threads: int,
-           settings: EvaluationSettings) -> Trained:
+           settings: EvaluationSettings) -> TrainedSolution:
     """Train the solution's model in the sandbox, and ask the model for every test row."""
     arrays, content = _pack([*problem.train, *problem.validation])
     boot = {"mode": "solution", "arrays": arrays, "metadata": metadata, "seed": SEED, "batch_size": BATCH_SIZE}
@@ -138,11 +138,11 @@ def _train(solution: Path, problem: Problem, metadata: dict[str, Any], threads: 
         sandbox = {"protection": child.protection, "stated_by_the_code": ["parameters"]} | child.usage()
     finally:
         child.close()
-    return Trained(trainable=trainable, stored=stored, hidden=hidden, seconds=facts["seconds"], predictions=predictions,
+    return TrainedSolution(trainable=trainable, stored=stored, hidden=hidden, seconds=facts["seconds"], predictions=predictions,
                    batch_dependent=batch_dependent, sandbox=sandbox, warnings=child.unprotected())
 
 
-def _warnings(trained: Trained, flags: dict[str, bool], accuracy: float, param_limit: int) -> list[str]:
+def _warnings(trained: TrainedSolution, flags: dict[str, bool], accuracy: float, param_limit: int) -> list[str]:
     warnings = list(trained.warnings)
     if trained.trainable > param_limit:
         warnings.append(f"{trained.trainable:,} trainable parameters are over the limit of {param_limit:,}: the score is "
@@ -160,7 +160,7 @@ def _warnings(trained: Trained, flags: dict[str, bool], accuracy: float, param_l
 
 
 def _pack(tensors: list[Tensor]) -> tuple[list[dict[str, Any]], bytes]:
-    """Return where each tensor lies, and the bytes of all of them one behind the other."""
+    """Return where each tensor lies, and the concatenated bytes of all tensors."""
     arrays, content = [], b""
     for tensor in tensors:
         array = np.ascontiguousarray(tensor.numpy())

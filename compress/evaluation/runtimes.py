@@ -223,7 +223,10 @@ def import_openvino() -> Any:
         raise UserError("backend openvino: the package is not installed; pip install openvino") from error
 
 
-BACKENDS = {"graph": ("torch",), "onnx": ("onnxruntime", "openvino"), "code": ("torch",)}
+ONNX_RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenvinoRuntime]] = {
+    "onnxruntime": OnnxRuntime, "openvino": OpenvinoRuntime}
+# By the kind of submission; the first is the default.
+BACKENDS = {"graph": ("torch",), "onnx": tuple(ONNX_RUNTIMES), "code": ("torch",)}
 
 
 def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
@@ -246,7 +249,7 @@ def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: 
     if files.kind == "graph":
         return TorchRuntime(files)
     if files.kind == "onnx":
-        return (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, settings.threads)
+        return ONNX_RUNTIMES[backend](files, settings.threads)
     if not settings.allow_code:
         raise UserError(f"{files.folder}: this submission is code (model.py); it runs, in a process with limits, only with "
                         "--allow_code")
@@ -274,7 +277,7 @@ def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Prep
     """
     files = SubmissionFiles(folder=path.parent, kind="onnx", weights=path, input_shape=input_shape,
                             preprocessing=preprocessing, preprocessing_from="the pipeline")
-    runtime = (OnnxRuntime if backend == "onnxruntime" else OpenvinoRuntime)(files, threads)
+    runtime = ONNX_RUNTIMES[backend](files, threads)
     runtime.name = str(path)
     return runtime
 

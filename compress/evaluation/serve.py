@@ -53,8 +53,8 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
     """Ask every runtime for every image, one image at a time in a random order, and time each call.
 
     Timed calls and graded calls are the same calls, so a submission cannot tell them apart. Some images are asked again
-    later: the answer must be the same, and must not come suddenly faster (see `repeats_ratio`). The calls of several
-    runtimes are interleaved image by image, so that whatever slows the machine slows all of them.
+    later: the answer must be the same, and must not take much less time than the first call (see `repeats_ratio`). The
+    calls of several runtimes are interleaved image by image, so that whatever slows the machine slows all of them.
 
     Args:
         runtimes: the submissions.

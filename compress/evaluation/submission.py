@@ -161,8 +161,8 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
     """
     metadata, architecture = files.metadata, files.architecture
     if metadata is None or architecture is None:
-        raise UserError(f"{files.folder}: the submission is {files.kind}, no PyTorch graph; it can be evaluated, not "
-                        "loaded")
+        raise UserError(f"{files.folder}: a submission of the kind {files.kind} can be evaluated, not loaded; load_model "
+                        "opens PyTorch graphs alone")
     model = open_model(architecture, files.weights)
     check_claims(files, count_parameters(model), count_macs(model, metadata.input_shape))
     weighted = {layer.name: layer.int8 for layer in architecture.layers if layer.width}

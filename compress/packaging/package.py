@@ -194,6 +194,7 @@ or with torch alone, through the readable source in `model.py`:
 
 def _precision(layer: Layer, int8_model: bool) -> str:
     if layer.int8:
-        activations = "at run time" if layer.options()["activations"] == "int8" else "stay float32, which is faster"
-        return f"int8: weights a scale an output channel, activations {activations}"
+        dynamic = layer.options()["activations"] == "int8"
+        activations = "quantized at run time" if dynamic else "stay float32, which is faster"
+        return f"int8: weights with one scale per output channel, activations {activations}"
     return "float32: excluded by the recipe" if int8_model else "float32: not quantized"

@@ -41,7 +41,7 @@ def claimed(folder: Path, config: RunConfig, update: bool, tracker: Tracker) -> 
 
 
 def _check_same(folder: Path, config: RunConfig, update: bool, tracker: Tracker) -> None:
-    """Raise UserError where the folder holds a run of other settings; warn where other threads or devices go on."""
+    """Raise UserError where the folder holds a run of other settings; warn of other threads and another device."""
     before = read_config(folder)
     difference = config.difference(before)
     if difference and not update:

@@ -38,7 +38,7 @@ def package_run(folder: Path, out: Path, changes: dict[str, Any]) -> None:
             record: StageRecord = read_json(folder / name / STAGE, StageRecord)
             last = gives.load(folder / name), record.rows[0]
     if last is None:
-        raise UserError(f"{folder}: no stage of this run has left a student yet; let it run on first")
+        raise UserError(f"{folder}: this run has not produced a student yet; continue the run first")
     try:
         package = Package.model_validate(settings | changes)
     except ValidationError as error:

@@ -56,7 +56,7 @@ def _fetch(root: Path) -> None:
     try:
         OxfordIIITPet(root, download=True)
     except (RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"data.root {root}: {NAME} cannot be fetched ({first_line(error)}); is there a network? else put "
+        raise UserError(f"data.root {root}: {NAME} cannot be fetched ({first_line(error)}); check the network, or put "
                         f"its files into {root}/oxford-iiit-pet, or give an image folder") from error
     except ValueError:
         pass  # a damaged annotation, which the caller reports with more detail

@@ -31,7 +31,7 @@ def _open(name: str, request: Request, train: bool) -> Any:
         if request.download:
             advice = "remove files that are damaged, see that there is a network, or give an image folder"
         else:
-            advice = f"gunzip {packed} and its like, or pass" if packed else "pass"
+            advice = f"unpack {packed} and the other .gz files with gunzip, or pass" if packed else "pass"
             advice += " data.download=true to fetch it, after removing files that are damaged, or give an image folder"
         raise UserError(f"data.root {root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
                         ) from error

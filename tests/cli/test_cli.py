@@ -45,6 +45,8 @@ def test_recipes_and_stages_list_everything(compress: Compress) -> None:
     assert all(name in listed for name in recipe_names())
     listed = compress("stages").stdout
     assert all(f"\n{name}: " in f"\n{listed}" for name in stage_names()) and "ratio = 0.3" in listed
+    finetune = listed[listed.index("\nfinetune: "):listed.index("\npackage: ")]
+    assert "epochs = 5 " in finetune and "lr = 0.01 " in finetune  # the stage's own defaults, not those of all trainings
 
 
 def test_plan_trains_nothing_and_writes_nothing(compress: Compress, tmp_path: Path) -> None:

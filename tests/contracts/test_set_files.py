@@ -127,7 +127,7 @@ def test_packed_idx_files_are_unpacked_when_fetching_is_asked_for(name: str, kin
         (raw / f"{path.name}.gz").write_bytes(packed)
         sums.append((f"{path.name}.gz", md5(packed)))
     monkeypatch.setattr(kind, "resources", sums)
-    with pytest.raises(UserError, match=r"gunzip .*-ubyte\.gz and its like, or pass data\.download=true"):
+    with pytest.raises(UserError, match=r"unpack .*-ubyte\.gz and the other .*gunzip, or pass data\.download=true"):
         load(Request(name=name, root=tmp_path / "packed"))
     assert len(list(raw.iterdir())) == 4
     splits = load(Request(name=name, root=tmp_path / "packed", download=True))
@@ -245,7 +245,7 @@ def test_pets_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="expected"):
         load(pets(tmp_path))
     assert not any(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"oxford_iiit_pet cannot be fetched .*is there a network") as caught:
+    with pytest.raises(UserError, match=r"oxford_iiit_pet cannot be fetched .*check the network") as caught:
         load(pets(tmp_path, download=True))
     assert "\n" not in str(caught.value)
     write_pets(tmp_path / "there")

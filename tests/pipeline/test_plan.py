@@ -22,7 +22,7 @@ from tests.helpers.commands import Compress, SMALL, assert_one_line_error
     (["slim_resnet18_digits", "prune.ratio=0.97"], ["leaves none of its"]),
     (["slim_resnet18_digits", "prune.ratio=0.01"], ["pruning removed nothing"]),
     (["slim_resnet18_digits", "prune.criterion=l3"], ["criterion"]),
-    (["slim_resnet18_digits", "distill.model=vit_b_16", "distill.options={}"], ["layer", "as a teacher the model works"]),
+    (["slim_resnet18_digits", "distill.model=vit_b_16", "distill.options={}"], ["layer", "can still be used as a teacher"]),
     (["slim_resnet18_digits", "teacher.model=resnet19"], ["did you mean 'resnet18'"]),
     (["slim_resnet18_digits", "teacher.model=torchvision:alexnet", "teacher.options={}"], ["does not take images"]),
     (["slim_resnet18_digits", "teacher.options.in_channels=1"], ["does not take images of shape [3, 8, 8]"]),

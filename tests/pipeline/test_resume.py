@@ -75,4 +75,4 @@ def test_two_processes_cannot_share_a_run(compress: Compress, tmp_path: Path) ->
     with (tmp_path / "small" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = compress("run", "slim_resnet18_digits", f"run_dir={tmp_path}", "name=small", *SMALL)
-    assert_one_line_error(done, "another process is running it")
+    assert_one_line_error(done, "another process is using this folder")

@@ -48,11 +48,11 @@ def run_experiment(seed: int, batch_size: int, num_epochs: int, test_freq: int, 
 
     Args:
         seed: the seed of the subset, the initial weights, the order and the augmentation.
-        batch_size: images a step; the last batch of an epoch may be smaller.
+        batch_size: images per step; the last batch of an epoch may be smaller.
         num_epochs: passes over the subset.
-        test_freq: measure the test split every this number of epochs, and after the last.
+        test_freq: epochs between measurements of the test split, which is also measured after the last epoch.
         width: channels of the first stage.
-        depth: convolution blocks a stage.
+        depth: convolution blocks per stage.
         dataset_size: the number of training images, a subset drawn class by class.
         dataset: the name of the data set; see loaders/.
         data_root: the folder that holds its files.

@@ -110,7 +110,7 @@ class Results:
         with (self.folder / ".points.lock").open("a") as lock:
             while not _locked_byte(lock, place):
                 if time.monotonic() > deadline:
-                    raise BusyError(f"{point}: another process is running it on {self.folder}; wait for it")
+                    raise BusyError(f"{point}: another process is running it on {self.folder}; wait until it ends")
                 time.sleep(0.5)
             yield
 
