@@ -138,8 +138,9 @@ def _train(solution: Path, problem: Problem, metadata: dict[str, Any], threads: 
         sandbox = {"protection": child.protection, "stated_by_the_code": ["parameters"]} | child.usage()
     finally:
         child.close()
-    return TrainedSolution(trainable=trainable, stored=stored, hidden=hidden, seconds=facts["seconds"], predictions=predictions,
-                   batch_dependent=batch_dependent, sandbox=sandbox, warnings=child.unprotected())
+    return TrainedSolution(trainable=trainable, stored=stored, hidden=hidden, seconds=facts["seconds"],
+                           predictions=predictions, batch_dependent=batch_dependent, sandbox=sandbox,
+                           warnings=child.unprotected())
 
 
 def _warnings(trained: TrainedSolution, flags: dict[str, bool], accuracy: float, param_limit: int) -> list[str]:
