@@ -22,10 +22,10 @@ try:
     from compress.evaluation.evaluate import evaluate_submission
     from compress.evaluation.submission import load_model
 except ModuleNotFoundError as error:
-    if error.name not in ("architectures", "compress", "compress.evaluation", "loaders", "metadata"):
+    if str(error.name).split(".")[0] not in ("architectures", "compress", "loaders", "metadata"):
         raise
-    ALONE = (f"{Path(__file__).name} is the toolkit's own and needs the folders beside it; write a file that stands alone "
-             "with `python -m compress bundle --out FILE`")
+    ALONE = (f"{Path(__file__).name} is the toolkit's own and needs the folders beside it ({error.name} was not found); "
+             "write a file that stands alone with `python -m compress bundle --out FILE`")
     if __name__ != "__main__":
         raise ImportError(ALONE) from error
     print(f"error: {ALONE}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import math
 from typing import TYPE_CHECKING
 
 from architectures.architecture import Architecture
@@ -29,12 +30,13 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
     """
     from torch import fx, nn
 
+    kind = int8_graph() if architecture.is_int8 else fx.GraphModule
     graph = fx.Graph()
     nodes = {"input": graph.placeholder("input")}
     modules: dict[str, nn.Module] = {}
     for layer in architecture.layers:
         for part in layer.name.split("."):
-            taken = part in ("training", "self") or hasattr(fx.GraphModule, part) or hasattr(nn.ModuleDict, part)
+            taken = part in ("training", "self") or hasattr(kind, part) or hasattr(nn.ModuleDict, part)
             if taken or keyword.iskeyword(part):
                 raise VerificationError(f"layer {layer.name}: {part!r} is a name that torch modules keep to themselves")
         sources = [nodes[name] for name in layer.inputs]
@@ -46,7 +48,6 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
         node.meta["layer"] = layer.name
         nodes[layer.name] = node
     graph.output(node)
-    kind = int8_graph() if architecture.is_int8 else fx.GraphModule
     return kind(modules, graph, class_name=architecture.model_type)
 
 
@@ -61,6 +62,9 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
     shapes: dict[str, tuple[int, ...]] = {}
     count = total = 0
+    if (pixels := math.prod(architecture.input_shape)) > MAX_ACTIVATION_ELEMENTS:
+        raise VerificationError(f"input_shape {list(architecture.input_shape)}: {pixels:,} elements are over the limit of "
+                                f"{MAX_ACTIVATION_ELEMENTS:,}")
     with torch.device("meta"), torch.no_grad():
         values = {"input": torch.empty(2, *architecture.input_shape)}
         for layer in architecture.layers:

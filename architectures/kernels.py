@@ -58,7 +58,7 @@ def int8_arithmetic(model: nn.Module) -> str | None:
 
 def layer_by_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the model as its layers define it, without int8 kernels."""
-    return getattr(model, "layer_by_layer", model)
+    return getattr(model, "_layer_by_layer", model)
 
 
 class NotFiniteError(ArithmeticError):

@@ -18,7 +18,7 @@ from architectures.layers.weighted import Convolution
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -211,55 +211,62 @@ def int8_graph() -> type[torch.fx.GraphModule]:
 
         The kernels hold packed copies of the weights. The graph packs them at the first call that uses them, and drops
         them in `train()`, `eval()`, `load_state_dict()`, `recompile()` and whatever converts all weights, such as `to()`.
-        After any other change, such as writing into a tensor or replacing a layer, call `pack()`.
+        After any other change, such as writing into a tensor, averaging weights in place or replacing a layer, call
+        `pack(model)`. `torch.func.functional_call` with other weights is not seen: call `layer_by_layer(model)` instead.
+
+        The names here begin with an underscore because a layer's name cannot.
         """
 
-        program: Program | None = None
+        _program: Program | None = None
 
-        def pack(self) -> None:
-            """Pack the layers and their weights as they are now. Call it after changing them by hand."""
-            self.program = Program(self)
-
-        def takes(self, images: Any) -> bool:
+        def _takes(self, images: Any) -> bool:
             """Tell whether the input is images, or rows for a linear layer that is alone in its graph."""
             return type(images) is torch.Tensor and len(images) > 0 and (images.dim() == 4 or (
                 images.dim() > 1 and all(isinstance(layer, int8_layers().Int8Linear) for layer in self.children())))
 
-        def layer_by_layer(self, images: Tensor) -> Tensor:
+        def _layer_by_layer(self, images: Tensor) -> Tensor:
             """Compute what the layers themselves compute, which defines the result."""
             return super().__call__(images)  # type: ignore[no-any-return]
 
         def __call__(self, *inputs: Any, **options: Any) -> Any:
             images: Any = inputs[0] if len(inputs) == 1 and not options else None
-            if (self.takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
+            if (self._takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
                     and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
                     and _get_current_dispatch_mode() is None and not no_int8_kernels()):
-                if self.program is None:
-                    self.pack()
-                program: Any = self.program
+                if self._program is None:
+                    self._program = Program(self)
+                program: Any = self._program
                 if not any(program.hooks):
                     with contextlib.suppress(NotFiniteError):  # the layers pass NaN on; fused activations could hide it
                         return program(images)
             return super().__call__(*inputs, **options)
 
         def train(self, mode: bool = True) -> Any:
-            self.program = None
+            self._program = None
             return super().train(mode)
 
         def _apply(self, *arguments: Any, **options: Any) -> Any:
-            self.program = None
+            self._program = None
             return super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
 
         def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # a parent's `load_state_dict`, too
-            self.program = None
+            self._program = None
             super()._load_from_state_dict(*arguments, **options)
 
         def recompile(self) -> Any:
-            self.program = None
+            self._program = None
             return super().recompile()
 
         def __deepcopy__(self, memo: Any) -> Any:
-            self.program = None  # packed weights cannot be copied
+            self._program = None  # packed weights cannot be copied
             return super().__deepcopy__(memo)
 
     return Int8Graph
+
+
+def pack(model: nn.Module) -> None:
+    """Pack the weights of a model's int8 graphs as they are now. Call it after changing weights or layers by hand."""
+    kind: Any = int8_graph()
+    for graph in model.modules():
+        if isinstance(graph, kind):
+            graph._program = Program(graph)

@@ -26,7 +26,9 @@ def first_line(error: BaseException) -> str:
 def describe_validation_error(error: ValidationError) -> str:
     """Return one line for the first problem that pydantic found: where, what was expected, what was given."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the document"
-    got = repr(first.get("input"))
+    where, got = ".".join(str(part) for part in first["loc"]), repr(first.get("input"))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {first['msg']}, got {got if len(got) <= 60 else got[:57] + '...'}{more}"
+    message = first["msg"].removeprefix("Value error, ")  # pydantic's word for what our own validators say
+    if first["type"] == "value_error" and not where:
+        return message + more  # the whole document was looked at: showing it would not help
+    return f"{where or 'the document'}: {message}, got {got if len(got) <= 60 else got[:57] + '...'}{more}"

@@ -128,13 +128,14 @@ class TrainingSettings(Config):
             if name in content and key in content:
                 raise ValueError(f"{name} and {key} are the same setting; give one of them")
         content = dict(content)
-        use_amp, dtype = content.pop("use_amp", None), content.pop("amp_dtype", "auto")
-        if use_amp is None:
-            return content
-        if not isinstance(use_amp, bool):
-            raise ValueError(f"use_amp: expected true or false, got {use_amp!r}")
+        dtype = content.pop("amp_dtype", "auto")  # without use_amp it changes nothing
         if dtype not in ("auto", "float16", "bfloat16"):
             raise ValueError(f"amp_dtype: expected auto, float16 or bfloat16, got {dtype!r}")
+        if "use_amp" not in content:
+            return content
+        use_amp = content.pop("use_amp")
+        if use_amp not in (True, False):  # 1 and 0, too
+            raise ValueError(f"use_amp: expected true or false, got {use_amp!r}")
         return {**content, "precision": "float32" if not use_amp else "mixed" if dtype == "auto" else dtype}
 
     @model_validator(mode="after")

@@ -28,6 +28,22 @@ def test_architecture_round_trips_and_rebuilds() -> None:
     assert check_shapes(architecture) == {"conv": (6, 6, 6), "relu": (6, 6, 6), "pool": (6,), "fc": (4,)}
 
 
+@pytest.mark.parametrize("name", ["pack", "program", "layer_by_layer", "takes"])
+def test_layers_may_bear_the_names_that_int8_graphs_use(name: str) -> None:
+    content = tiny()
+    content["layers"][0] = {"name": name, "type": "Int8Conv2d", "inputs": ["input"], "in_channels": 3, "out_channels": 6,
+                            "kernel_size": [3, 3]}
+    content["layers"][1]["inputs"] = [name]
+    model = build(Architecture.model_validate(content)).eval()
+    assert model(torch.ones(2, 3, 8, 8)).shape == (2, 4) and name in dict(model.named_modules())
+
+
+def test_an_input_beyond_all_limits_is_one_line() -> None:
+    content = tiny() | {"input_shape": [2**20] * 3}
+    with pytest.raises(VerificationError, match=r"input_shape .* are over the limit"):
+        check_shapes(Architecture.model_validate(content))
+
+
 def changed(index: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
         content["layers"][index].update(changes)

@@ -29,7 +29,7 @@ from metadata.schemas import Preprocessing
 OTHER_NAMES: list[tuple[str, Any, str, Any]] = [
     ("num_epochs", 3, "epochs", 3), ("scheduler", "StepLR", "schedule", "step"),
     ("bs_schedule", "0:64,5:128", "batch_size_schedule", {0: 64, 5: 128}), ("use_amp", True, "precision", "mixed"),
-    ("use_amp", False, "precision", "float32")]
+    ("use_amp", 1, "precision", "mixed"),     ("use_amp", False, "precision", "float32")]
 
 
 @pytest.mark.parametrize(("name", "value", "key", "expected"), OTHER_NAMES)
@@ -66,7 +66,8 @@ def test_overrides_of_a_pipeline_change_a_recipe_whatever_name_either_uses() -> 
 @pytest.mark.parametrize(("content", "message"), [
     ({"num_epochs": 3, "epochs": 3}, "num_epochs and epochs are the same setting"),
     ({"use_amp": True, "precision": "float32"}, "use_amp and precision are the same setting"),
-    ({"use_amp": "perhaps"}, "use_amp: expected true or false"),
+    ({"use_amp": "perhaps"}, "use_amp: expected true or false"), ({"use_amp": None}, "use_amp: expected true or false"),
+    ({"amp_dtype": "fp16"}, "amp_dtype: expected auto, float16 or bfloat16"),
     ({"use_amp": True, "amp_dtype": "float8"}, "amp_dtype: expected auto, float16 or bfloat16"),
     ({"measure_every": 2}, "set monitor train"), ({"lr": 0}, "lr"), ({"epoch": 3}, "epoch"),
     ({"batch_size_schedule": "0:64,0:32"}, "twice")])
