@@ -41,6 +41,8 @@ SHORTER = [
     (r"model_loader.py --submission_dir", ["--runs", "10"]),
 ]
 REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
+# What other tests of the quick suite do too: train with two processes, run a recipe with the stage quantize_static.
+SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static"]
 PLAN = """dataset: digits
 batch_size: 64
 num_epochs: 1
@@ -126,7 +128,9 @@ def prepared(command: str, workspace: Path, request: pytest.FixtureRequest) -> l
     return words + next((added for pattern, added in SHORTER if re.search(pattern, command)), [])
 
 
-@pytest.mark.parametrize(("page", "command"), TESTED, ids=[f"{page}: {command[:60]}" for page, command in TESTED])
+@pytest.mark.parametrize(("page", "command"), [
+    pytest.param(page, command, id=f"{page}: {command[:60]}",
+                 marks=[pytest.mark.slow] if any(part in command for part in SLOW) else []) for page, command in TESTED])
 def test_command_runs(page: str, command: str, workspace: Path, request: pytest.FixtureRequest) -> None:
     words = prepared(command, workspace, request)
     assert words[0] == "python", command

@@ -22,6 +22,7 @@ from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings, open_runtime
 from compress.evaluation.submission import read_submission
 from metadata.errors import UserError, VerificationError
+from tests.helpers.marks import slow_but
 from tests.helpers.verdicts import Evaluate, assert_refused
 
 ALLOW = "--allow_code"
@@ -152,6 +153,27 @@ def linked(name: str) -> Callable[[Path], Any]:
     return change
 
 
+# What the sandbox answers with a PermissionError.
+FORBIDDEN: dict[str, str] = {
+    "forks": "import os; os.fork()",
+    "starts a program": "import subprocess; subprocess.run(['true'])",
+    "opens a connection": "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+    "reads the project": f"open({str(Path(__file__))!r}).read()",
+    "writes elsewhere": "open('/tmp/written_by_a_submission', 'w')",
+    "kills its parent": "import os; os.kill(os.getppid(), 9)",
+    "looks into its parent": "import os; open(f'/proc/{os.getppid()}/environ').read()",
+    "kills its parent by its thread":
+        "import ctypes, os\nif ctypes.CDLL(None).syscall(234, os.getppid(), os.getppid(), 9): raise PermissionError",
+    "cuts the shared memory short":
+        "import os\nfor fd in range(3, 40):\n    try: size = os.fstat(fd).st_size\n    except OSError: continue\n"
+        "    if size == 2**26: os.ftruncate(fd, 0)",
+    "hoards in nameless memory": "import os; os.memfd_create('hoard')",
+    "makes a device": "import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0))",
+    "bends the clock": "import ctypes\nb = ctypes.create_string_buffer(256)\nb[0] = b'\\x00'\n"
+                       "if ctypes.CDLL(None).syscall(159, b) < 0: raise PermissionError",
+    "takes more cores": "import os; os.sched_setaffinity(0, range(2))",
+}
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metadata missing": (lambda f: (f / "metadata.json").unlink(), "there is no such file"),
     "metadata no JSON": (lambda f: (f / "metadata.json").write_text("{'a': 1}"), "not valid JSON"),
@@ -182,26 +204,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "loops for ever": (append("while True: pass"), "within --time_limit_s 5"),
     "loops in forward": (wrap("while True: pass"), "within --time_limit_s 5"),
     "eats memory": (append("hoard = [bytearray(2**24) for _ in range(10**6)]"), "MemoryError"),
-    "forks": (append("import os; os.fork()"), "PermissionError"),
-    "starts a program": (append("import subprocess; subprocess.run(['true'])"), "PermissionError"),
-    "opens a connection": (append("import socket; socket.create_connection(('127.0.0.1', 9), 1)"), "PermissionError"),
-    "reads the project": (append(f"open({str(Path(__file__))!r}).read()"), "PermissionError"),
-    "writes elsewhere": (append("open('/tmp/written_by_a_submission', 'w')"), "PermissionError"),
-    "kills its parent": (append("import os; os.kill(os.getppid(), 9)"), "PermissionError"),
-    "looks into its parent": (append("import os; open(f'/proc/{os.getppid()}/environ').read()"), "PermissionError"),
-    "kills its parent by its thread": (append(
-        "import ctypes, os\nif ctypes.CDLL(None).syscall(234, os.getppid(), os.getppid(), 9): raise PermissionError"),
-        "PermissionError"),
-    "cuts the shared memory short": (append(
-        "import os\nfor fd in range(3, 40):\n    try: size = os.fstat(fd).st_size\n    except OSError: continue\n"
-        "    if size == 2**26: os.ftruncate(fd, 0)"), "PermissionError"),
-    "hoards in nameless memory": (append("import os; os.memfd_create('hoard')"), "PermissionError"),
-    "makes a device": (append("import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0))"),
-                       "PermissionError"),
-    "bends the clock": (append("import ctypes\nb = ctypes.create_string_buffer(256)\nb[0] = b'\\x00'\n"
-                               "if ctypes.CDLL(None).syscall(159, b) < 0: raise PermissionError"), "PermissionError"),
     "facts too deep to parse": (append("import json; json.dumps = lambda *a, **k: '[' * 100000"), "wrote into the channel"),
-    "takes more cores": (append("import os; os.sched_setaffinity(0, range(2))"), "PermissionError"),
     "raises its limits": (append("import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); a = bytearray(2**20)"),
                           "Error"),
     "few classes": (wrap("return honest(self, x)[:, :5]"), "for the data's 10 classes"),
@@ -215,10 +218,14 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fills the disk": (append("import time\nfor i in range(99):\n    with open(f'{i}', 'wb') as f: f.write(bytes(2**23))\n"
                               "time.sleep(30)"), "wrote more than"),
     "a file too large": (append("f = open('x', 'wb')\nfor i in range(99): f.write(bytes(2**24))"), "File too large"),
+    **{name: (append(code), "PermissionError") for name, code in FORBIDDEN.items()},
 }
+# Each forbidden call has a child of its own in the slow suite; test_each_forbidden_call_is_refused tries all in one child.
+SLOW_ATTACKS = {*FORBIDDEN, "syntax error", "exits at import", "os._exit at import", "raises its limits", "no tensor",
+                "NaN answers", "loops in forward", "answers change", "a file too large"} - {"forks"}
 
 
-@pytest.mark.parametrize("attack", REFUSED)
+@pytest.mark.parametrize("attack", slow_but(REFUSED, REFUSED.keys() - SLOW_ATTACKS))
 def test_broken_and_hostile_code_scores_zero(attack: str, folder: Path, evaluate: Evaluate) -> None:
     change, said = REFUSED[attack]
     change(folder)
@@ -228,6 +235,19 @@ def test_broken_and_hostile_code_scores_zero(attack: str, folder: Path, evaluate
     assert_refused(evaluate(folder, ALLOW, "--time_limit_s", limit, "--memory_limit_mb", "1024"), said)
     assert time.monotonic() - start < 90
     assert not (folder / "executed").exists() and not Path("/tmp/written_by_a_submission").exists()
+
+
+def test_each_forbidden_call_is_refused(folder: Path, evaluate: Evaluate) -> None:
+    append(f"""refused, others = 0, {{}}
+for name, code in {FORBIDDEN!r}.items():
+    try: exec(code, {{}})
+    except PermissionError: refused += 1
+    except BaseException as error: others[name] = repr(error)
+    else: others[name] = "done"
+raise ValueError(f"{{refused}} calls refused, others: {{others}}")
+""")(folder)
+    assert_refused(evaluate(folder, ALLOW), f"{len(FORBIDDEN)} calls refused, others: {{}}")
+    assert not Path("/tmp/written_by_a_submission").exists()
 
 
 # ------------------------------------------------------------------------------- what must not change the result
@@ -255,6 +275,13 @@ HARMLESS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "leaves threads behind": (append("import threading, time\n"
                                      "threading.Thread(target=lambda: time.sleep(99), daemon=True).start()"), None),
 }
+TOGETHER = ("prints forged results", "changes its own folder", "swallows what is refused", "has a class of an odd name",
+            "leaves threads behind", "patches torch", "patches time")
+
+
+HARMLESS["many together"] = (lambda folder: [HARMLESS[trick][0](folder) for trick in TOGETHER], "printed")
+QUICK_TRICKS = ["many together", "hides numbers in a file", "caches answers", "makes folders without end",
+                "creates and deletes in a race"]
 
 
 @pytest.fixture(scope="session")
@@ -263,7 +290,7 @@ def honest(submission: Path, few: Path) -> dict[str, Any]:
     return evaluate_submission(submission, few, settings=EvaluationSettings(runs=20, warmup=2))
 
 
-@pytest.mark.parametrize("trick", HARMLESS)
+@pytest.mark.parametrize("trick", slow_but(HARMLESS, QUICK_TRICKS))
 def test_tricks_do_not_change_the_result(trick: str, folder: Path, evaluate: Evaluate, honest: dict[str, Any]) -> None:
     change, warned = HARMLESS[trick]
     change(folder)

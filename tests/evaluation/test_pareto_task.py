@@ -14,6 +14,7 @@ from compress.evaluation import child
 from compress.evaluation.score import TASK_KEYS
 from compress.evaluation.synthetic import prototype_problem
 from compress.packaging.bundle import bundle
+from tests.helpers.marks import slow_but
 
 MEANS = """
 import torch
@@ -84,6 +85,10 @@ def test_the_limit_counts_to_the_parameter(run: Run) -> None:
     _, over, _ = run(MEANS, "--param_limit", "49279", limit=49279)
     assert exact["score"] > 90 and over["score"] == over["score_unbounded"] == 0
     assert over["details"]["status"] == "over the parameter limit" and exact["details"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_the_limit_of_the_task_counts_to_the_parameter(run: Run) -> None:
     big = finish("head.more = torch.nn.Parameter(torch.zeros(2_500_001 - 49_280))\nreturn head")
     assert run(big)[1]["score"] == 0
     assert run(big.replace("500_001", "500_000"))[1]["score"] > 90
@@ -93,6 +98,10 @@ def test_other_baselines_and_draws(run: Run) -> None:
     _, result, _ = run(MEANS, "--baseline_accuracy", "0.5", "--data_seed", "7", base=0.5)
     assert result["score"] == pytest.approx((result["accuracy"] - 0.5) / 0.5 * 100)
     assert result["details"]["data_seed"] == 7 and 0.95 < result["accuracy"] < 1 and result["accuracy"] != public_score()
+
+
+@pytest.mark.slow
+def test_a_score_below_the_baseline_is_zero(run: Run) -> None:
     _, result, _ = run(MEANS, "--baseline_accuracy", "0.999", base=0.999)
     assert result["score"] == 0 and result["score_unbounded"] < 0
 
@@ -122,7 +131,7 @@ def test_every_hiding_place_is_found(where: str, tmp_path: Path) -> None:
     assert sum(found.values()) - sum(parameter.numel() for parameter in (head.weight, head.bias)) >= 90_000
 
 
-@pytest.mark.parametrize("where", ["name of a statistic", "global"])
+@pytest.mark.parametrize("where", slow_but(["name of a statistic", "global"], ["global"]))
 def test_hidden_capacity_is_flagged(where: str, run: Run) -> None:
     code, result, error = run(finish(HIDDEN[where]))
     assert code == 0, error
@@ -176,7 +185,7 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILS)
+@pytest.mark.parametrize("failure", slow_but(FAILS, ["no module", "exits", "for ever", "NaN", "reads elsewhere"]))
 def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> None:
     code, said = FAILS[failure]
     exit_code, result, error = run(code, "--time_limit_s", "4" if failure == "for ever" else "60")
@@ -206,18 +215,20 @@ def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> No
         assert ended.value.code == 2 and missing in capsys.readouterr().err
 
 
-def test_a_copy_alone_says_what_needs_the_toolkit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [
+    [*TASK, "--solution", "x.py"],
+    pytest.param(["--submission_dir", "s", "--data_dir", ".", "--compare", "s"], marks=pytest.mark.slow),
+    pytest.param(["--submission_dir", "s", "--data_dir", "d"], marks=pytest.mark.slow)], ids=["task", "compare", "code"])
+def test_a_copy_alone_says_what_needs_the_toolkit(flags: list[str], tmp_path: Path) -> None:
     import subprocess
     import sys
     alone = tmp_path / "model_loader.py"
     alone.write_bytes(bundle())
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "metadata.json").write_text("{}")
-    for flags in ([*TASK, "--solution", "x.py"], ["--submission_dir", "s", "--data_dir", ".", "--compare", "s"],
-                  ["--submission_dir", "s", "--data_dir", "d"]):
-        (tmp_path / "d" / "class").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "d" / "class" / "image.png").write_bytes(b"")
-        done = subprocess.run([sys.executable, "-I", str(alone), *flags], cwd=tmp_path, capture_output=True, text=True,
-                              check=False)
-        assert done.returncode == 2 and "needs the toolkit" in done.stderr, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+    (tmp_path / "d" / "class").mkdir(parents=True)
+    (tmp_path / "d" / "class" / "image.png").write_bytes(b"")
+    done = subprocess.run([sys.executable, "-I", str(alone), *flags], cwd=tmp_path, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 2 and "needs the toolkit" in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

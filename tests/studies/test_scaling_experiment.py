@@ -232,6 +232,7 @@ def test_a_diverged_run_is_a_row_with_its_message(compress: Compress, tmp_path: 
         assert "row:" in done.stdout and "test loss" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_experiment_continues_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     settings = dict(width=4, depth=2, dataset_size=1000, num_epochs=12, batch_size=64, test_freq=3)
     row = run(tmp_path / "whole", **settings)

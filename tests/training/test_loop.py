@@ -454,6 +454,7 @@ def test_batches_that_are_too_small_are_refused(tmp_path: Path) -> None:
         fit(tmp_path / "c.pth", settings(batch_size=8, accumulate=8))
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_epochs(tmp_path: Path) -> None:
     script = f"""
 import resource
