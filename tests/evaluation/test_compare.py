@@ -73,7 +73,7 @@ def test_latency_interval_covers_the_true_ratio(draws: int) -> None:
     assert 0.88 * draws <= held <= 0.995 * draws
 
 
-# ---------------------------------------------------------------------------------------------------- served in turns
+# ------------------------------------------------------------------------------------------------------ interleaved
 
 
 class Scripted(Runtime):

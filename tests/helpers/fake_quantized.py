@@ -1,0 +1,93 @@
+"""A network for quantization-aware training, and the weights that its prepared form computes with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from architectures.folding import fold_batch_norm
+from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer
+from compress.quantization.dynamic import quantize_weight
+from tests.helpers.graphs import graph_of
+
+SHAPE = (3, 16, 16)
+
+
+class Network(nn.Module):
+    """The layers that static int8 treats differently: depthwise, ReLU6, a residual sum, a pool, BatchNorm1d, Linear."""
+
+    def __init__(self, norms: bool = True) -> None:
+        super().__init__()
+
+        def block(inputs: int, outputs: int, kernel: int, groups: int = 1) -> list[nn.Module]:
+            layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=not norms)
+            return [layer, nn.BatchNorm2d(outputs)] if norms else [layer]
+        self.stem = nn.Sequential(*block(3, 16, 3), nn.ReLU())
+        self.depthwise = nn.Sequential(*block(16, 16, 3, groups=16), nn.ReLU6())
+        self.pointwise = nn.Sequential(*block(16, 16, 1))
+        self.wide = nn.Sequential(nn.MaxPool2d(2), *block(16, 24, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(24, 20), *([nn.BatchNorm1d(20)] if norms else []), nn.ReLU())
+        self.fc = nn.Linear(20, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        return self.fc(self.hidden(self.wide(torch.relu(x + self.pointwise(self.depthwise(x))))))
+
+
+def network(kind: str = "norms") -> fx.GraphModule:
+    """Return a network: "norms" has batch norms, "off" switches a third of their channels off, "plain" has none."""
+    torch.manual_seed(0)
+    model = Network(norms=kind != "plain")
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            if kind == "off":
+                module.weight.data[::3] = 0
+    return graph_of(model)
+
+
+def some(batches: int = 4, seed: int = 1) -> list[Tensor]:
+    """Return batches of 32 images of noise."""
+    return list(torch.randn(batches, 32, *SHAPE, generator=torch.Generator().manual_seed(seed)))
+
+
+def parts(prepared: nn.Module) -> tuple[list[FakeQuantizedLayer], list[FakeQuantizedActivation]]:
+    """Return the layers and the activations of a prepared network, each in the order of its modules."""
+    modules = list(prepared.modules())
+    return ([module for module in modules if isinstance(module, FakeQuantizedLayer)],
+            [module for module in modules if isinstance(module, FakeQuantizedActivation)])
+
+
+class Weights(TorchFunctionMode):
+    """Collects the weights that convolutions and products are computed with, in the order of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.conv2d, F.linear):
+            self.seen.append(args[1].detach())
+        return func(*args, **(kwargs or {}))
+
+
+def assert_computes_with_the_weights_of(prepared: fx.GraphModule, model: fx.GraphModule) -> None:
+    """Assert that the prepared network computes with the int8 weights of the folded network."""
+    folded = fold_batch_norm(model)
+    names = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
+    layers = [layer for name in names if isinstance(layer := folded.get_submodule(name), (nn.Conv2d, nn.Linear))]
+    with torch.no_grad(), Weights() as weights:
+        prepared(some()[0])
+    for got, layer in zip(weights.seen, layers, strict=True):
+        levels, scale = quantize_weight(layer.weight.detach(), "")
+        wide = scale.view(-1, *[1] * (got.dim() - 1))
+        off = (got - levels * wide).abs() / wide  # one multiplies by 1 / scale, the other divides: a tie may go either way
+        assert float(off.max()) < 1.001 and float((off > 1e-3).float().mean()) < 1e-3
