@@ -127,7 +127,7 @@ def test_absurd_sizes_allocate_nothing() -> None:
         check_shapes(Architecture.model_validate(tall))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
                     max_leaves=12), st.sampled_from(["schema", "layers", "input_shape", "num_classes", "model_type"]))

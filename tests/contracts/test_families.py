@@ -19,6 +19,7 @@ from architectures.source import source
 from architectures.weights import load_verified
 from architectures.zoo import make, names
 from metadata.errors import UserError
+from tests.helpers.marks import slow_but
 
 JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
@@ -27,9 +28,11 @@ STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", 
             ("scaling_cnn", {"width": 5, "depth": 3, "in_channels": 1}),
             ("simple_mlp", {"hidden": [24, 16], "dropout": 0.2, "input_shape": (1, 9, 7)}),
             ("simple_mlp", {"hidden": [], "input_shape": (3, 8, 8)}),
-            ("torchvision:resnet18", {}), ("torchvision:mobilenet_v2", {}), ("torchvision:mobilenet_v3_small", {}),
-            ("torchvision:regnet_y_400mf", {}), ("torchvision:squeezenet1_1", {}), ("timm:resnet10t", {}),
-            ("timm:resnet18d", {"stem": "small"})]
+            ("torchvision:mobilenet_v3_small", {}), ("torchvision:squeezenet1_1", {}),
+            ("timm:resnet18d", {"stem": "small"}),
+            *(pytest.param(f"{zoo}:{model}", {}, marks=pytest.mark.slow) for zoo, model in (
+                ("torchvision", "resnet18"), ("torchvision", "mobilenet_v2"), ("torchvision", "regnet_y_400mf"),
+                ("timm", "resnet10t")))]
 
 
 def made(name: str, options: dict[str, object]) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -264,8 +267,9 @@ def test_wrong_names_and_options(name: str, options: dict[str, object], said: st
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "torchvision:resnet50", "timm:resnet18", "timm:resnet50",
-                                  "timm:resnet18d", "timm:resnest14d", "timm:resnest26d"])
+@pytest.mark.parametrize("name", slow_but(
+    ["torchvision:resnet18", "torchvision:resnet50", "timm:resnet18", "timm:resnet50", "timm:resnet18d", "timm:resnest14d",
+     "timm:resnest26d"], ["torchvision:resnet18", "timm:resnet18", "timm:resnest14d"]))
 def test_small_stem_keeps_the_image_up_to_the_first_stage(name: str) -> None:
     options = {"in_chans": 1} if name.startswith("timm:") else {}
     channels = options.get("in_chans", 3)
