@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-SMALL = ["teacher.options.width=8", "teacher.train.epochs=3", "teacher.floor=0.3", "distill.options.width=16",
+SMALL = ["teacher.options.width=8", "teacher.train.epochs=3", "teacher.floor=0.3", "distill.options.width=8",
          "distill.train.epochs=3", "distill.control=false", "prune.multiple=4", "finetune.train.epochs=3", "threads=1"]
 
 Compress = Callable[..., "subprocess.CompletedProcess[str]"]

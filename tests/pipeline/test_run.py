@@ -33,7 +33,7 @@ def test_ledger_has_a_measured_row_a_stage(small_run: Path) -> None:
 
 def test_stage_folders_report_and_notes(small_run: Path) -> None:
     prune = json.loads((small_run / "03-prune" / "stage.json").read_text())["notes"]
-    assert prune["channels"]["conv1"] == [16, 8] and prune["parameters"][1] < prune["parameters"][0]
+    assert prune["channels"]["conv1"] == [8, 4] and prune["parameters"][1] < prune["parameters"][0]
     assert prune["latency"]["ratio"] > 0 and prune["latency"]["rounds"] == 5
     coverage = json.loads((small_run / "05-quantize_dynamic" / "stage.json").read_text())["notes"]["coverage"]
     assert len(coverage) == 21 and all(row["dtype"] == "int8" and row["reason"] for row in coverage)
