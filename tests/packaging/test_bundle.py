@@ -156,7 +156,8 @@ except ValueError:
 """
 
 
-@pytest.mark.parametrize("register", [False, True], ids=["unregistered", "registered"])
+@pytest.mark.parametrize("register", [
+    False, pytest.param(True, marks=pytest.mark.slow)], ids=["unregistered", "registered"])
 def test_two_submissions_files_in_one_process_do_not_collide(register: bool, submission: Path, tmp_path: Path) -> None:
     """A panel loads the file of each submission by its path, all under one name; here they also differ."""
     for name in ("one", "two"):
