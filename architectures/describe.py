@@ -133,7 +133,7 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
     return UserError(f"layer {name} ({type(module).__name__}) cannot be traced: {first_line(error)}; a student needs a "
-                     "static graph, the model can still be used as a teacher")
+                     f"static graph, {AS_TEACHER}")
 
 
 def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:

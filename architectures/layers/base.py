@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from architectures.int8 import int8_layers
 from metadata.errors import UserError
 from metadata.schemas import LayerName, PruningInfo, Strict
 
@@ -153,9 +154,9 @@ class Layer(Strict):
 
     @classmethod
     def module_class(cls) -> Callable[..., nn.Module] | None:
-        """Return the class of the layer's module, by default the one of `torch.nn` with the type's name, if any."""
+        """Return the class of the layer's module, by default the int8 layer or class of `torch.nn` with the type's name."""
         from torch import nn
-        return getattr(nn, cls.__name__, None)
+        return getattr(int8_layers() if cls.int8 else nn, cls.__name__, None)
 
     def module(self) -> nn.Module:
         """Build the module with fresh weights."""
@@ -215,7 +216,8 @@ class Layer(Strict):
     @classmethod
     def definitions(cls) -> tuple[Callable[..., Any], ...]:
         """Return the functions and classes that `model.py` must define before it can build the layer."""
-        return ()
+        module = cls.module_class() if cls.int8 else None
+        return (int8_layers().quantize_activations, module) if module else ()
 
     def constructor(self, replaced: Mapping[str, str]) -> str:
         """Return the line of source that builds the module: required arguments by position, others where they differ.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 from pydantic import model_validator
 
-from architectures.int8 import int8_layers
 from architectures.layers.base import Layer, OnnxWriter, Operator, outside, register
 from metadata.schemas import Padding, Pair, Size
 
@@ -123,14 +121,6 @@ class Int8Conv2d(Convolution):
 
     activations: Literal["int8", "float32"] = "int8"
 
-    @classmethod
-    def module_class(cls) -> Callable[..., nn.Module]:
-        return int8_layers().Int8Conv2d
-
-    @classmethod
-    def definitions(cls) -> tuple[Callable[..., Any], ...]:
-        return int8_layers().quantize_activations, int8_layers().Int8Conv2d
-
 
 @register
 class Int8Linear(MatrixProduct):
@@ -139,14 +129,6 @@ class Int8Linear(MatrixProduct):
     int8 = True
 
     activations: Literal["int8", "float32"] = "int8"
-
-    @classmethod
-    def module_class(cls) -> Callable[..., nn.Module]:
-        return int8_layers().Int8Linear
-
-    @classmethod
-    def definitions(cls) -> tuple[Callable[..., Any], ...]:
-        return int8_layers().quantize_activations, int8_layers().Int8Linear
 
 
 def onnx_bias(writer: OnnxWriter, layer: Layer, has_bias: bool, outputs: int) -> str:
