@@ -27,6 +27,7 @@ from architectures.int8 import int8_layers
 from architectures.kernels import QuantizedTensor, no_int8_kernels
 from architectures.program import Program, Step, int8_graph
 from compress.quantization.int8_table import Int8Row, check_excluded, sqnr_db
+from compress.quantization.weights import quantize_weight
 from metadata.errors import UserError, first_line
 
 PASSES = 25  # timed passes of each form of a network, interleaved
@@ -357,19 +358,6 @@ def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float
     return [{name: round(statistics.median(row[name] for row in seen), 4) for name in seen[0]} for seen in passes]
 
 
-def quantize_weight(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Quantize weights to symmetric int8 with per-channel scales: (out, ...) float -> (out, ...) int8, (out,) float.
-
-    Raises:
-        UserError: the weights are not finite.
-    """
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"layer {name}: its weights hold NaN or infinite values and cannot be quantized")
-    scale = (weight.abs().flatten(1).amax(1) / 127).clamp(min=1e-12)
-    levels = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round().clamp(-127, 127)
-    return levels.to(torch.int8).contiguous(), scale
-
-
 @torch.no_grad()
 def _int8_module(layer: nn.Module, name: str) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
@@ -381,7 +369,7 @@ def _int8_module(layer: nn.Module, name: str) -> nn.Module:
     else:
         assert isinstance(layer, nn.Linear)
         module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
-    weight, scale = quantize_weight(layer.weight.detach().float().cpu(), name)
+    weight, scale = quantize_weight(layer.weight.detach().float().cpu(), "8-bit", name=name)
     state = {"weight": weight, "weight_scale": scale,
              "bias": torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float().cpu()}
     module.load_state_dict(state)

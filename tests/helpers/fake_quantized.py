@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from architectures.folding import fold_batch_norm
 from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer
-from compress.quantization.dynamic import quantize_weight
+from compress.quantization.weights import quantize_weight
 from tests.helpers.graphs import graph_of
 
 SHAPE = (3, 16, 16)
@@ -87,7 +87,7 @@ def assert_computes_with_the_weights_of(prepared: fx.GraphModule, model: fx.Grap
     with torch.no_grad(), Weights() as weights:
         prepared(some()[0])
     for got, layer in zip(weights.seen, layers, strict=True):
-        levels, scale = quantize_weight(layer.weight.detach(), "")
+        levels, scale = quantize_weight(layer.weight.detach(), "8-bit")
         wide = scale.view(-1, *[1] * (got.dim() - 1))
         off = (got - levels * wide).abs() / wide  # one multiplies by 1 / scale, the other divides: a tie may go either way
         assert float(off.max()) < 1.001 and float((off > 1e-3).float().mean()) < 1e-3

@@ -11,7 +11,7 @@ from architectures.build import build
 from architectures.describe import carry_over, describe
 from architectures.int8 import int8_layers
 from architectures.weights import load_verified
-from compress.quantization.dynamic import quantize_graph, quantize_weight
+from compress.quantization.dynamic import quantize_graph
 from metadata.errors import UserError
 from tests.helpers.graphs import graph
 
@@ -74,15 +74,6 @@ def test_int8_convolution_equals_integer_arithmetic() -> None:
     exact = nn.functional.conv2d(levels.long().double(), module.weight.double(), None, 2, 1, 1, 2).long()
     expected = exact * (scale * module.weight_scale.view(-1, 1, 1)).double() + module.bias.view(-1, 1, 1)
     assert torch.allclose(module(x).double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_weight_scales_are_per_channel_and_symmetric() -> None:
-    weight = torch.tensor([[1.27, -0.5], [0.0, 0.0], [-254.0, 127.0]])
-    levels, scale = quantize_weight(weight, "layer")
-    assert levels.tolist() == [[127, -50], [0, 0], [-127, 64]]
-    assert scale[0] == pytest.approx(0.01) and scale[2] == pytest.approx(2.0)
-    with pytest.raises(UserError, match="layer fc: its weights hold NaN"):
-        quantize_weight(torch.tensor([[float("nan")]]), "fc")
 
 
 def test_excluded_layers_stay_float_and_say_why(slim: tuple[fx.GraphModule, Architecture]) -> None:
