@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,6 +18,12 @@ class Int8Layers:
     quantize_activations: Callable[[Tensor], tuple[Tensor, Tensor]]
     Int8Conv2d: type[nn.Module]
     Int8Linear: type[nn.Module]
+
+
+def int8_modules(model: nn.Module) -> list[Any]:
+    """Return a model's int8 layers."""
+    kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 @functools.cache

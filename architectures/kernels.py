@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
-from architectures.int8 import int8_layers
+from architectures.int8 import int8_modules
+from architectures.pairs import PAIR_LIMIT, saturating_pairs
 from metadata.errors import first_line
 
 if TYPE_CHECKING:
@@ -17,14 +18,24 @@ if TYPE_CHECKING:
 
 @functools.cache
 def no_int8_kernels() -> str:
-    """Return why int8 layers compute in float32 in this process, or "" where oneDNN's int8 kernels compute exactly.
+    """Return why no int8 layer runs on oneDNN's kernels in this process, or "" where they compute exactly.
 
-    The kernels are tried on the largest values. On CPUs without VNNI instructions, sums of two products saturate at 16
-    bits, and a model would answer differently than on other CPUs.
+    On CPUs without VNNI they are exact for weights whose pairs stay within PAIR_LIMIT alone, see `kernels_saturate`.
     """
+    return _fault_of_kernels(PAIR_LIMIT // 2)
+
+
+@functools.cache
+def kernels_saturate() -> bool:
+    """Return whether oneDNN's kernels are wrong for some weights: CPUs without VNNI add two products in 16 bits."""
+    return bool(_fault_of_kernels(127))
+
+
+def _fault_of_kernels(weights: int) -> str:
+    """Try the kernels on the largest activations and weights of this size; return what is wrong, or ""."""
     import torch
     levels = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    weight, scale = torch.full((16, 64, 3, 3), 127, dtype=torch.int8), torch.ones(16)
+    weight, scale = torch.full((16, 64, 3, 3), weights, dtype=torch.int8), torch.ones(16)
     one, zero_points = [1, 1], torch.zeros(16, dtype=torch.long)
     try:
         ops = torch.ops.onednn
@@ -42,17 +53,28 @@ def no_int8_kernels() -> str:
         return f"this PyTorch has no int8 kernels for this CPU ({first_line(error)})"
     expected = torch.nn.functional.conv2d(levels.float(), weight.float(), padding=1)
     if not (torch.equal(convolved, expected) and torch.equal(added, expected + 1)
-            and bool((product == 64 * 255 * 127).all())):
-        return "this CPU's int8 kernels saturate (it has no VNNI instructions)"
+            and bool((product == 64 * 255 * weights).all())):
+        return "this CPU's int8 kernels do not compute exact sums"
     return ""
+
+
+def why_not_int8(model: nn.Module) -> str:
+    """Return why the model's int8 layers compute in float32 in this process, or "" if they run on oneDNN's kernels."""
+    layers = [layer for layer in int8_modules(model) if layer.activations == "int8"]
+    if not layers or (reason := no_int8_kernels()):
+        return reason if layers else ""
+    count = sum(saturating_pairs(layer.weight) for layer in layers) if kernels_saturate() else 0
+    if not count:
+        return ""
+    return (f"this CPU has no VNNI instructions, and {count:,} sums of two products of these weights can exceed 16 bits "
+            "there; quantize with weights: pair")
 
 
 def int8_arithmetic(model: nn.Module) -> str | None:
     """Return how the model's int8 layers compute in this process, for reports, or None for a model without int8 layers."""
-    kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
-    if not any(isinstance(module, kinds) for module in model.modules()):
+    if not int8_modules(model):
         return None
-    reason = no_int8_kernels()
+    reason = why_not_int8(model)
     return f"in float32, with the same results to rounding: {reason}" if reason else "on oneDNN's int8 kernels"
 
 

@@ -1,4 +1,4 @@
-"""Pairs of products that int8 kernels add in 16 bits on CPUs without VNNI, and whether a layer's weights can saturate them."""
+"""Pairs of products that int8 kernels add in 16 bits on CPUs without VNNI, and which weights can exceed the 16 bits."""
 
 from __future__ import annotations
 

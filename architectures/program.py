@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 from architectures.int8 import int8_layers
-from architectures.kernels import Kernel, NotFiniteError, QuantizedTensor, no_int8_kernels
+from architectures.kernels import Kernel, NotFiniteError, QuantizedTensor, why_not_int8
 from architectures.layers.base import Layer
 from architectures.layers.table import row_of_node
 from architectures.layers.tensors import Add
@@ -204,7 +204,9 @@ def int8_graph() -> type[torch.fx.GraphModule]:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     class Int8Graph(fx.GraphModule):
-        """A graph whose int8 layers run on int8 kernels where the CPU has them: for float32 images, in eval mode.
+        """A graph whose int8 layers run on int8 kernels where they are exact: for float32 images, in eval mode.
+
+        Whether they are depends on the CPU and on the weights, see `why_not_int8`.
 
         Everything else takes the layers' own way: training mode, other devices and dtypes, layers with forward hooks,
         tracing and counting.
@@ -217,7 +219,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
         The names here begin with an underscore because a layer's name cannot.
         """
 
-        _program: Program | None = None
+        _program: Program | str | None = None  # or why there is none
 
         def _takes(self, images: Any) -> bool:
             """Tell whether the input is images, or rows for a linear layer that is alone in its graph."""
@@ -232,11 +234,11 @@ def int8_graph() -> type[torch.fx.GraphModule]:
             images: Any = inputs[0] if len(inputs) == 1 and not options else None
             if (self._takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
                     and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
-                    and _get_current_dispatch_mode() is None and not no_int8_kernels()):
+                    and _get_current_dispatch_mode() is None):
                 if self._program is None:
-                    self._program = Program(self)
+                    pack(self)
                 program: Any = self._program
-                if not any(program.hooks):
+                if isinstance(program, Program) and not any(program.hooks):
                     with contextlib.suppress(NotFiniteError):  # the layers pass NaN on; fused activations could hide it
                         return program(images)
             return super().__call__(*inputs, **options)
@@ -269,4 +271,4 @@ def pack(model: nn.Module) -> None:
     kind: Any = int8_graph()
     for graph in model.modules():
         if isinstance(graph, kind):
-            graph._program = Program(graph)
+            graph._program = why_not_int8(graph) or Program(graph)

@@ -14,7 +14,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from architectures.counting import count_macs, count_parameters
-from architectures.kernels import int8_arithmetic, no_int8_kernels
+from architectures.kernels import int8_arithmetic, why_not_int8
 from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission
@@ -102,7 +102,7 @@ class TorchRuntime(Runtime):
                          count_macs(self.model, files.input_shape))
         if computed := int8_arithmetic(self.model):
             self.details["int8_arithmetic"] = computed
-            if no_int8_kernels():
+            if why_not_int8(self.model):
                 self.warnings.append(f"the int8 layers were computed {computed}")
         self._mode, self._tensor = torch.inference_mode, torch.from_numpy
 

@@ -12,7 +12,7 @@ from pydantic import RootModel
 
 from architectures.architecture import Architecture
 from architectures.counting import count_macs, count_parameters
-from architectures.kernels import int8_arithmetic, no_int8_kernels
+from architectures.kernels import why_not_int8
 from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
 from metadata.errors import UserError, VerificationError
@@ -208,6 +208,6 @@ def load_model(model_path: str | Path) -> nn.Module:
         model = open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path)
     else:
         raise UserError(f"{path}: there is no such file")
-    if (computed := int8_arithmetic(model)) and no_int8_kernels():
-        logging.getLogger(__name__).warning("%s: the int8 layers compute %s", path, computed)
+    if reason := why_not_int8(model):
+        logging.getLogger(__name__).warning("%s: the int8 layers compute in float32: %s", path, reason)
     return model

@@ -12,8 +12,10 @@ from torch import nn
 
 from architectures.architecture import Architecture
 from architectures.counting import count_macs, count_parameters
+from architectures.int8 import int8_modules
 from architectures.kernels import layer_by_layer
 from architectures.layers.base import Layer
+from architectures.pairs import saturating_pairs
 from architectures.source import source
 from compress.packaging.bundle import bundle
 from metadata.errors import UserError
@@ -25,9 +27,6 @@ from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata
 
 REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
 Layout = Literal["toolkit", "challenge"]
-DYNAMIC_INT8_PORTABLE = {  # `architectures.kernels.no_int8_kernels` tries the kernels
-    "holds": True, "method": "the int8 kernels are tried on the largest values before they are used",
-    "verdict": "holds: where int8 kernels are missing or saturate, the layers compute the same in float, slower"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,16 +149,17 @@ class TorchPackage(SubmissionContents):
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)
         parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
+        portability = _portability(self.model)
         if self.layout != "challenge":  # its harness takes the first file model.* for the weights
             write_atomically(folder / "model.py", self._checked_source().encode())
-            notes = f"| on CPUs without VNNI | {DYNAMIC_INT8_PORTABLE['verdict']} |\n" if self.architecture.is_int8 else ""
+            notes = f"| on CPUs without VNNI | {portability['verdict']} |\n" if portability else ""
             text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
             write_atomically(folder / "README.md", text.encode())
         layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
                   if layer.weighted}
         write_json(folder / METADATA_FILE, self._metadata(
             folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
-            portability=DYNAMIC_INT8_PORTABLE if self.architecture.is_int8 else None,
+            portability=portability,
             quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
 
     def _checked_source(self) -> str:
@@ -190,6 +190,18 @@ or with torch alone, through the readable source in `model.py`:
     model.load_state_dict(torch.load("{self.weights_file}", weights_only=True))
     model.eval()
 """
+
+
+def _portability(model: nn.Module) -> dict[str, Any] | None:
+    """Return what holds of a model with int8 layers on CPUs without VNNI; None for a float model."""
+    layers = int8_modules(model)
+    if not layers:
+        return None
+    pairs = sum(saturating_pairs(layer.weight) for layer in layers)
+    why = ("where int8 kernels are missing or would saturate, the layers compute the same in float, slower" if pairs else
+           "no sum of two products can exceed 16 bits; the int8 kernels are exact with and without VNNI")
+    return {"holds": True, "method": "int8 kernels are used only where they are exact for these weights",
+            "verdict": f"holds: {why}", "pairs_that_can_saturate": pairs}
 
 
 def _precision(layer: Layer, int8_model: bool) -> str:

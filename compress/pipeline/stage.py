@@ -15,7 +15,7 @@ from torch import fx, nn
 
 import compress.pipeline.stages
 from architectures.architecture import Architecture
-from architectures.int8 import int8_layers
+from architectures.int8 import int8_modules
 from architectures.weights import open_model, read_weights
 from architectures.zoo import make
 from compress.settings import Config
@@ -236,8 +236,7 @@ class Sketch:
 
     def refuse_int8(self, stage: str) -> None:
         """Raise UserError where the sketched model is int8 already."""
-        kinds = (int8_layers().Int8Conv2d, int8_layers().Int8Linear)
-        if self.model is not None and any(isinstance(module, kinds) for module in self.model.modules()):
+        if self.model is not None and int8_modules(self.model):
             raise UserError(f"stage {stage}: the model is int8 by then; put the stage before quantize_dynamic")
 
 

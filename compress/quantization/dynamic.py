@@ -24,10 +24,10 @@ from architectures.build import build
 from architectures.describe import describe
 from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers
-from architectures.kernels import QuantizedTensor, no_int8_kernels
+from architectures.kernels import QuantizedTensor, why_not_int8
 from architectures.program import Program, Step, int8_graph
 from compress.quantization.int8_table import Int8Row, check_excluded, sqnr_db
-from compress.quantization.weights import quantize_weight
+from compress.quantization.weights import DEFAULT_FORM, WeightForm, quantize_weight
 from metadata.errors import UserError, first_line
 
 PASSES = 25  # timed passes of each form of a network, interleaved
@@ -39,7 +39,8 @@ FLOAT_NETWORK = "weights only, the network as a whole is faster in float"
 # ---------------------------------------------------------------------------------------------- models of any kind
 
 
-def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> nn.Module:
+def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collection[str] = (),
+                     weights: WeightForm = DEFAULT_FORM) -> nn.Module:
     """Return an int8 copy of a model, tuned for images of the example's size; it runs on one thread or several.
 
     A model of the layer table becomes a graph with BatchNorm folded and activations fused; its state dict is int8 data. In
@@ -49,15 +50,18 @@ def quantize_dynamic(model: nn.Module, example_input: Tensor, exclude: Collectio
         model: the trained model, which is not changed.
         example_input: (N, C, H, W) float32, preprocessed. Use real images to get meaningful errors in the table.
         exclude: names of layers that keep float weights.
+        weights: which integers are allowed, see `quantize_weight`. On CPUs without VNNI only "pair" and "7-bit" weights
+            run on int8 kernels; 8-bit ones compute the same in float32.
 
     Raises:
         UserError: the model does not accept the example; an excluded name is no Conv2d or Linear; a layer cannot be
             quantized and is not excluded; or there is nothing to quantize.
     """
-    return quantize(model, example_input, exclude)[0]
+    return quantize(model, example_input, exclude, weights)[0]
 
 
-def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = ()) -> tuple[nn.Module, list[Int8Row]]:
+def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] = (),
+             weights: WeightForm = DEFAULT_FORM) -> tuple[nn.Module, list[Int8Row]]:
     """Return the result of `quantize_dynamic` and the table's rows."""
     _check_numbers(model, example_input)
     try:
@@ -71,8 +75,8 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
         _, channels, height, width = example_input.shape
         graph = as_graph(evaluated, (channels, height, width))
     except (UserError, ValueError):  # the input is no image, or the layer table does not cover the model
-        return _quantize_in_place(evaluated, example_input, exclude)
-    return quantize_graph(graph, exclude, example_input)
+        return _quantize_in_place(evaluated, example_input, exclude, weights)
+    return quantize_graph(graph, exclude, example_input, weights=weights)
 
 
 def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
@@ -106,7 +110,7 @@ def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphMod
 
 
 def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,
-                   choose: bool = True) -> tuple[fx.GraphModule, list[Int8Row]]:
+                   choose: bool = True, weights: WeightForm = DEFAULT_FORM) -> tuple[fx.GraphModule, list[Int8Row]]:
     """Return a folded copy of a graph with int8 layers, and the table's rows.
 
     Args:
@@ -114,6 +118,7 @@ def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example
         exclude: names of layers that keep float weights.
         example_input: (N, C, H, W) images; without them nothing is measured, and all layers compute in int8.
         choose: let layers compute in float32 where float32 is faster.
+        weights: which integers are allowed, see `quantize_weight`.
 
     Raises:
         UserError: see `quantize_dynamic`.
@@ -123,8 +128,8 @@ def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example
     layers: dict[str, nn.Module] = {name: layer for name in called if isinstance(
         layer := folded.get_submodule(name), (nn.Conv2d, nn.Linear))}
     quantized = copy.deepcopy(folded)
-    chosen = _replace(quantized, layers, exclude)
-    measured = example_input is not None and not no_int8_kernels()
+    chosen = _replace(quantized, layers, exclude, weights)
+    measured = example_input is not None and not why_not_int8(quantized)
     times: dict[str, tuple[float, float]] = {}
     as_float = FLOAT_LAYER
     if measured:
@@ -133,7 +138,7 @@ def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example
     return int8_graph()(quantized, quantized.graph, class_name=type(model).__name__).eval(), rows
 
 
-def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str],
+def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collection[str], weights: WeightForm,
                        ) -> tuple[nn.Module, list[Int8Row]]:
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules()
@@ -141,8 +146,8 @@ def _quantize_in_place(model: nn.Module, example_input: Tensor, exclude: Collect
     check_excluded("quantize_dynamic", exclude, layers)
     left = _left_float(layers, _observe(model, example_input, layers))
     quantized = copy.deepcopy(model)
-    chosen = _replace(quantized, layers, {*exclude, *left})
-    times = {} if no_int8_kernels() else _choose_in_place(quantized, model, chosen, example_input[:1])
+    chosen = _replace(quantized, layers, {*exclude, *left}, weights)
+    times = {} if why_not_int8(quantized) else _choose_in_place(quantized, model, chosen, example_input[:1])
     silent = {name: reason for name, reason in left.items() if name not in exclude}
     rows = [replace(row, reason=silent.get(row.layer, row.reason))
                 for row in _int8_rows(quantized, model, layers, example_input, times)]
@@ -182,14 +187,15 @@ def _alone(layer: nn.Module) -> fx.GraphModule:
 # ---------------------------------------------------------------------------------------------------- layer by layer
 
 
-def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
+def _replace(quantized: nn.Module, layers: dict[str, nn.Module], exclude: Collection[str],
+             weights: WeightForm) -> list[str]:
     """Put int8 layers into a copy of the model, and return their names."""
     check_excluded("quantize_dynamic", exclude, layers)
     chosen = [name for name in layers if name not in exclude]
     if not chosen:
         raise UserError("quantize_dynamic: nothing became int8; the model has no Conv2d or Linear that is not excluded")
     for name in chosen:
-        quantized.set_submodule(name, _int8_module(layers[name], name))
+        quantized.set_submodule(name, _int8_module(layers[name], name, weights))
     return chosen
 
 
@@ -359,7 +365,7 @@ def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float
 
 
 @torch.no_grad()
-def _int8_module(layer: nn.Module, name: str) -> nn.Module:
+def _int8_module(layer: nn.Module, name: str, weights: WeightForm) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise UserError(f"layer {name}: padding {layer.padding!r}, mode {layer.padding_mode!r} has no int8 form; list "
@@ -369,7 +375,8 @@ def _int8_module(layer: nn.Module, name: str) -> nn.Module:
     else:
         assert isinstance(layer, nn.Linear)
         module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
-    weight, scale = quantize_weight(layer.weight.detach().float().cpu(), "8-bit", name=name)
+    depthwise = isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels == layer.groups
+    weight, scale = quantize_weight(layer.weight.detach().float().cpu(), weights, depthwise, name)
     state = {"weight": weight, "weight_scale": scale,
              "bias": torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float().cpu()}
     module.load_state_dict(state)

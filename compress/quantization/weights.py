@@ -12,6 +12,7 @@ from metadata.errors import UserError
 
 WeightForm = Literal["pair", "8-bit", "7-bit"]
 LARGEST: dict[WeightForm, int] = {"pair": 127, "8-bit": 127, "7-bit": 64}  # level; 7-bit: two products of 255 * 64 fit
+DEFAULT_FORM: WeightForm = "pair"
 SMALLEST_SCALE = 1e-12  # of a channel of zeros
 
 

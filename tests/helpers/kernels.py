@@ -12,8 +12,8 @@ def convolved(levels: Tensor, weight: Tensor, groups: int = 1, stride: int = 1) 
     levels = levels.contiguous(memory_format=torch.channels_last)
     scale, zero_points = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.long)
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, steps, around, dilation, groups, list(levels.shape))
-    output: Tensor = torch.ops.onednn.qconv2d_pointwise(
-        levels, 1.0, 0, packed, scale, zero_points, None, steps, around, dilation, groups, 1.0, 0, torch.float32, "none", [], "")
+    output: Tensor = torch.ops.onednn.qconv2d_pointwise(levels, 1.0, 0, packed, scale, zero_points, None, steps, around,
+                                                        dilation, groups, 1.0, 0, torch.float32, "none", [], "")
     return output
 
 

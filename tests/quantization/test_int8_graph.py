@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from architectures.describe import describe
 from architectures.kernels import QuantizedTensor, int8_arithmetic, layer_by_layer, no_int8_kernels
 from architectures.program import Program, int8_graph, pack
-from architectures.zoo import make
 from compress.quantization.dynamic import quantize_graph
 from compress.quantization.int8_table import sqnr_db
-from tests.helpers.commands import PROJECT
 from tests.helpers.graphs import graph_of, Residual
 
 needs_kernels = pytest.mark.skipif(bool(no_int8_kernels()), reason=no_int8_kernels() or "there are int8 kernels")
@@ -252,43 +244,6 @@ def test_training_mode_and_other_types_take_the_layers_own_way() -> None:
     assert model.train()(images).requires_grad
     model.eval().double()
     assert model(images.double()).dtype == torch.float64
-
-
-CAPPED = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from architectures.architecture import Architecture
-from architectures.kernels import int8_arithmetic, layer_by_layer, no_int8_kernels
-from architectures.weights import load_verified
-architecture = Architecture.model_validate(json.load(open(sys.argv[2] + "/architecture.json")))
-quantized = load_verified(architecture, torch.load(sys.argv[2] + "/weights.pth", weights_only=True), "here").eval()
-torch.manual_seed(0)
-images = torch.randn(2, 3, 32, 32)
-with torch.no_grad():
-    same = torch.equal(quantized(images), layer_by_layer(quantized)(images))
-print(no_int8_kernels(), "|", int8_arithmetic(quantized), "|", same)
-torch.save(quantized(images), sys.argv[3])
-"""
-
-
-@needs_kernels
-def test_kernels_that_saturate_are_not_used_and_the_results_stay(tmp_path: Path) -> None:
-    """The same oneDNN, capped to a CPU without VNNI, whose 16-bit sums saturate."""
-    torch.manual_seed(0)
-    graph = graph_of(make("slim_resnet18", num_classes=4, width=8, stem="small"), (3, 32, 32))
-    quantized, _ = quantize_graph(graph, example_input=torch.randn(2, 3, 32, 32), choose=False)
-    torch.save(quantized.state_dict(), tmp_path / "weights.pth")
-    (tmp_path / "architecture.json").write_text(json.dumps(describe(quantized, (3, 32, 32)).to_json()))
-    said = []
-    for name, capped in (("free", {}), ("capped", {"ONEDNN_MAX_CPU_ISA": "AVX2"})):
-        done = subprocess.run([sys.executable, "-c", CAPPED, str(PROJECT), str(tmp_path), str(tmp_path / name)], check=True,
-                              text=True, capture_output=True, env=os.environ | capped)
-        said.append(done.stdout)
-    assert said[0].startswith(" | on oneDNN's int8 kernels")
-    assert "saturate" in said[1] and "in float32, with the same results to rounding" in said[1]
-    assert said[1].endswith("True\n")
-    free, capped_result = (torch.load(tmp_path / name, weights_only=True) for name in ("free", "capped"))
-    assert sqnr_db(free, capped_result) > 45  # a value on the edge of two levels may fall to either side
 
 
 def test_a_model_without_int8_layers_says_nothing_of_its_arithmetic() -> None:

@@ -62,7 +62,7 @@ def test_pair_limited_weights_lie_nearer_to_8_bits_than_to_7(shape: tuple[int, .
         return float((levels * scale.view(-1, 1, 1, 1) - weight).square().mean().sqrt())
 
     assert 1 < error("pair") / error("8-bit") < 1.5 < error("7-bit") / error("8-bit")
-    assert saturating_pairs(quantize_weight(weight, "8-bit")[0]) > 0 == saturating_pairs(quantize_weight(weight, "7-bit")[0])
+    assert [saturating_pairs(quantize_weight(weight, form)[0]) > 0 for form in ("8-bit", "7-bit")] == [True, False]
 
 
 def test_depthwise_weights_keep_all_levels() -> None:
