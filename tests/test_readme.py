@@ -1,8 +1,8 @@
 """Every command and every Python example of the README and of docs/ runs as it is written there.
 
 Each runs in a workspace whose folders are named like the placeholders of the pages (DIR, RUN, SUBMISSION, ...). Flags are
-only appended, to make trainings short. A recipe for a large data set is planned instead of run, and a scaling plan is a
-tiny one. Most commands run inside this process; REAL lists those that run as a process of their own.
+only appended, to make trainings short. A recipe for a large data set is planned instead of run, and so are the jobs for a
+GPU. A scaling plan is a tiny one. Most commands run inside this process; REAL lists those that run as their own processes.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ SHORTER = [
     (r"scaling fit", ["--bootstrap", "50", "--no_plots"]),
     (r"model_loader.py --task", ["--threads", "1"]),
     (r"model_loader.py --submission_dir", ["--runs", "10"]),
+    (r"benchmarks.gpu", ["--dry_run"]),
 ]
 REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
 # What other tests of the quick suite do too: train with two processes, run a recipe with the stage quantize_static.
@@ -102,6 +103,8 @@ def workspace(drawn: Path, small_run: Path, few: Path, tmp_path: Path, monkeypat
     """An empty working folder but for what the pages' placeholders name."""
     for folder in drawn.iterdir():
         (tmp_path / folder.name).symlink_to(folder)
+    (tmp_path / "SETS").mkdir()
+    (tmp_path / "SETS" / "cifar10").symlink_to(drawn / "CIFAR10")
     shutil.copytree(small_run, tmp_path / "RUN")
     shutil.copytree(small_run, tmp_path / "runs" / "small")
     for name in ("SUBMISSION", "OTHER_SUBMISSION"):
@@ -143,6 +146,10 @@ def test_command_runs(page: str, command: str, workspace: Path, request: pytest.
         compress: Compress = request.getfixturevalue("compress")
         ran = compress(*words[3:])
         assert ran.returncode == 0, ran.stdout[-1500:] + ran.stderr[-1500:]
+        return
+    if words[1:3] == ["-m", "benchmarks.gpu"]:
+        from benchmarks import gpu
+        assert gpu.main(words[3:]) == 0
         return
     assert words[1] == str(PROJECT / "model_loader.py"), command
     import model_loader
