@@ -3,10 +3,9 @@
     python -m benchmarks.quantization_aware runs/NAME/02-distill --dataset cifar10 --data_root DIR [--seeds 3]
 
 Quantize the float student of a run without training ("post-training"), after further training in float ("finetuned in
-float", the control), and after the same amount of training with fake quantization of 8-bit or 7-bit weights. Export each to
-ONNX files with every method to choose ranges, with 8-bit and with 7-bit weights (whose answers are the same on CPUs without
-VNNI). Measure on the test split the file that is best on the validation split. Write
-benchmarks/results/quantization_aware.json and .md.
+float", the control), and after the same amount of training with fake quantization, once for each form of weights. Export
+each to ONNX files with every method to choose ranges and every form of weights. Measure on the test split the file that is
+best on the validation split. Write benchmarks/results/quantization_aware.json and .md.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
 from compress.quantization.calibration import RANGES
 from compress.quantization.static import Calibration, StaticSettings, quantize_static
+from compress.quantization.weights import WEIGHT_FORMS
 from compress.training.assessment import accuracy_of
 from compress.training.settings import TrainingSettings
 from compress.training.trackers import Tracker
@@ -42,24 +42,22 @@ from metadata.machine import machine, versions
 from metadata.schemas import Preprocessing
 
 CALIBRATION, BATCH = 512, 64  # images
-WEIGHTS = {"8-bit weights": False, "7-bit weights": True}
-
 
 def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: int) -> dict[str, dict[str, Any]]:
-    """Return, by the bits of the weights, the method to choose ranges, and validation and test accuracy on ONNX Runtime."""
+    """Return, by the form of the weights, the method to choose ranges, and validation and test accuracy on ONNX Runtime."""
     context = _context(splits, folder, 0)
     network, _ = export(model.module, model.architecture)
     calibration = Calibration(network, context.examples(CALIBRATION).numpy(), threads)
     found: dict[str, dict[str, Any]] = {}
-    for bits, reduced in WEIGHTS.items():
+    for form in WEIGHT_FORMS:
         tried = {}
         for method in RANGES:
             path = folder / f"{method}.onnx"
-            int8 = quantize_static(calibration, StaticSettings(method=method, reduced=reduced))
+            int8 = quantize_static(calibration, StaticSettings(method=method, weights=form))
             write_atomically(path, int8.model.SerializeToString())
             tried[method] = _accuracy(path, splits, splits.validation)
         best = max(tried, key=tried.__getitem__)
-        found[bits] = {"ranges": best, "validation": tried[best],
+        found[form] = {"ranges": best, "validation": tried[best],
                        "test": _accuracy(folder / f"{best}.onnx", splits, splits.open_test())}
     return found
 
@@ -95,18 +93,18 @@ def compare(student: TorchModel, splits: Splits, train: TrainingSettings, seeds:
 
     measured("post-training", student)
     stages = {"finetuned in float": Finetune(train=train)} | {
-        f"quantization-aware, {bits}-bit": Finetune(quantization_aware=True, weight_bits=bits, train=train)
-        for bits in (8, 7)}
+        f"quantization-aware, {form}": Finetune(quantization_aware=True, weights=form, train=train)
+        for form in WEIGHT_FORMS}
     for seed in range(seeds):
         for name, stage in stages.items():
             with tempfile.TemporaryDirectory() as folder:
                 measured(name, stage.run(student, _context(splits, Path(folder), seed)))
     before = rows["post-training"][0]
     recovered = {}
-    for bits in WEIGHTS:
-        lost = before["float"]["test"] - before[bits]["test"]
-        recovered[bits] = {"lost_points": 100 * lost, "recovered": {
-            name: [(row[bits]["test"] - before[bits]["test"]) / lost if lost > 0 else None for row in rows[name]]
+    for form in WEIGHT_FORMS:
+        lost = before["float"]["test"] - before[form]["test"]
+        recovered[form] = {"lost_points": 100 * lost, "recovered": {
+            name: [(row[form]["test"] - before[form]["test"]) / lost if lost > 0 else None for row in rows[name]]
             for name in stages}}
     return {"rows": rows, "on_test": recovered}
 
@@ -120,17 +118,18 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [f"# {result['student']['name']}: training for int8\n",
              f"Test accuracy in percent, {result['student']['parameters']:,} parameters, {result['train']['epochs']} "
              f"epochs of finetuning, {result['seeds']} seeds; int8 on ONNX Runtime, ranges by the validation split.\n",
-             "| | float | " + " | ".join(WEIGHTS) + " |", "|---|---|" + "---|" * len(WEIGHTS)]
+             "| | float | " + " | ".join(f"{form} weights" for form in WEIGHT_FORMS) + " |",
+             "|---|---|" + "---|" * len(WEIGHT_FORMS)]
     for name, rows in result["rows"].items():
         cells = [cell([row["float"]["test"] for row in rows]),
-                 *(cell([row[bits]["test"] for row in rows]) for bits in WEIGHTS)]
+                 *(cell([row[form]["test"] for row in rows]) for form in WEIGHT_FORMS)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for bits, said in result["on_test"].items():
+    for form, said in result["on_test"].items():
         for name, shares in said["recovered"].items():
             known = [share for share in shares if share is not None]
             if known:
-                lines.append(f"\n{bits}: {name} recovers {statistics.mean(known):.2f} of the {said['lost_points']:.2f} "
-                             f"points lost ({', '.join(f'{share:.2f}' for share in known)}).")
+                lines.append(f"\n{form} weights: {name} recovers {statistics.mean(known):.2f} of the "
+                             f"{said['lost_points']:.2f} points lost ({', '.join(f'{share:.2f}' for share in known)}).")
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,8 @@ section 3; Krishnamoorthi 2018, "Quantizing deep convolutional networks for effi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,12 @@ from torch import Tensor, fx, nn
 from architectures.folding import norm_behind
 from architectures.int8 import int8_layers
 from architectures.layers.table import row_of_node
+from compress.quantization.weights import rounded, SMALLEST_SCALE, WeightForm
 from metadata.errors import UserError
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
 AVERAGING = 0.01  # share of a batch's range in the moving average, as in torch.ao's MovingAverageMinMaxObserver
-SMALLEST_SCALE = 1e-12  # of a tensor or channel of zeros, as in compress.quantization.dynamic
+Rounding = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
 class FakeQuantizedActivation(nn.Module):
@@ -70,7 +72,7 @@ class FakeQuantizedActivation(nn.Module):
 
 
 class FakeQuantizedLayer(nn.Module):
-    """A Conv2d or Linear with its batch norm folded in, whose weights are rounded to symmetric integers and back.
+    """A Conv2d or Linear with its batch norm folded in, whose weights are rounded to integers and back.
 
     The layer scales its weights as the folded network does, by gamma / sqrt(running variance + eps), and rounds them. For
     the first `freeze_after` training passes the layer then normalizes its output by the batch's own mean and variance, and
@@ -87,16 +89,15 @@ class FakeQuantizedLayer(nn.Module):
         norm: its batch norm, which stays trainable, or None.
         norm_name: the batch norm's name in the original network.
         freeze_after: number of training passes.
-        weight_bits: at most 8; the integers are -127..127 for 8 bits, and -64..64 for 7, as in files of reduced range.
-        per_channel: one scale for each output channel; otherwise one for the layer.
+        rounding: see `prepare_aware`.
     """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d | None, norm_name: str,
-                 freeze_after: int, weight_bits: int, per_channel: bool) -> None:
+                 freeze_after: int, rounding: Rounding) -> None:
         super().__init__()
         self.layer, self.norm, self.norm_name = layer, norm, norm_name
-        self.freeze_after, self.per_channel, self.calibrating = freeze_after, per_channel, False
-        self.largest = 64 if weight_bits == 7 else 2 ** (weight_bits - 1) - 1
+        self.freeze_after, self.rounding, self.calibrating = freeze_after, rounding, False
+        self.depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels == layer.out_channels
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
@@ -143,15 +144,11 @@ class FakeQuantizedLayer(nn.Module):
         norm.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """Round folded weights, (out, ...), to their grid; see `quantize_weight`."""
+        """Round folded weights, (out, ...), to their grid; the gradient passes unchanged."""
         if self.calibrating:
             return weight
-        largest = weight.detach().abs().flatten(1).amax(1)
-        if not self.per_channel:
-            largest = largest.max().expand_as(largest).contiguous()
-        scale = (largest / self.largest).clamp(min=SMALLEST_SCALE)
-        zero = torch.zeros_like(scale, dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -self.largest, self.largest)
+        levels, scale = self.rounding(weight.detach(), self.depthwise)
+        return levels * scale.view(-1, *[1] * (weight.dim() - 1)) + (weight - weight.detach())
 
     def _compute(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self.layer
@@ -160,8 +157,8 @@ class FakeQuantizedLayer(nn.Module):
         return F.conv2d(input, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0, weight_bits: int = 8,
-            per_channel: bool = True) -> fx.GraphModule:
+def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0,
+                  weights: WeightForm | Rounding = "pair") -> fx.GraphModule:
     """Return a calibrated copy with fake-quantized weights and activations, in eval mode.
 
     Quantize the network's input, its logits, and every tensor between operators, once for all readers (both inputs of an
@@ -174,17 +171,17 @@ def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_af
             and maximum in the float network.
         freeze_after: number of training passes after which ranges and batch norm statistics are frozen. A batch norm that
             is folded into no layer is not frozen: no weight's rounding depends on its statistics.
-        weight_bits: 2 to 8.
-        per_channel: one weight scale for each output channel; otherwise one for each layer.
+        weights: the form of the weights, or a function that rounds folded weights in any other way: (out, ...) float and
+            whether the layer is depthwise -> (out, ...) levels in the same type, (out,) scales.
 
     Raises:
         UserError: the model is int8 already, it has no Conv2d or Linear, or there are no batches.
     """
     if any(isinstance(module, (int8_layers().Int8Conv2d, int8_layers().Int8Linear)) for module in model.modules()):
         raise UserError("quantization-aware training: the model is int8 already; it needs the float model")
-    assert 2 <= weight_bits <= 8
+    rounding = partial(_round_to, weights) if isinstance(weights, str) else weights
     prepared = copy.deepcopy(model).eval()
-    if not _wrap_layers(prepared, freeze_after, weight_bits, per_channel):
+    if not _wrap_layers(prepared, freeze_after, rounding):
         raise UserError("quantization-aware training: the model has no Conv2d or Linear to quantize")
     _insert_quantizers(prepared, freeze_after)
     prepared.graph.lint()
@@ -193,7 +190,11 @@ def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_af
     return prepared
 
 
-def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per_channel: bool) -> int:
+def _round_to(form: WeightForm, weight: Tensor, depthwise: bool) -> tuple[Tensor, Tensor]:
+    return rounded(weight, form, depthwise)
+
+
+def _wrap_layers(model: fx.GraphModule, freeze_after: int, rounding: Rounding) -> int:
     """Replace the layers by fake-quantized ones, fold in the batch norms behind them, and return the number of layers."""
     modules, count = dict(model.named_modules()), 0
     for node in list(model.graph.nodes):
@@ -207,7 +208,7 @@ def _wrap_layers(model: fx.GraphModule, freeze_after: int, weight_bits: int, per
             norm_node.replace_all_uses_with(node)
             model.graph.erase_node(norm_node)
             model.delete_submodule(norm_name)
-        wrapped = FakeQuantizedLayer(layer, norm, norm_name, freeze_after, weight_bits, per_channel)
+        wrapped = FakeQuantizedLayer(layer, norm, norm_name, freeze_after, rounding)
         model.set_submodule(str(node.target), wrapped.eval())
         count += 1
     return count

@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.quantization.saturation import Backend
 from compress.quantization.static import Int8Network, StaticSettings
+from compress.quantization.weights import WeightForm
 
 SENSITIVE, SLOWER = "returned to float for its effect on the logits", "faster in float"
 
@@ -76,12 +77,14 @@ class SearchRequest:
         budget_seconds: for the search. A step that has begun is finished, and the portability of the candidates that would
             be chosen is verified in any case.
         exclude: layers that stay float.
+        weights: the form of every candidate's weights; None: begin with pair-limited ones and try the others too.
     """
 
     max_drop: float
     portable: bool
     budget_seconds: float
     exclude: tuple[str, ...] = ()
+    weights: WeightForm | None = None
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from compress.quantization.candidates import Candidate, SearchRequest, SearchRes
 from compress.quantization.int8_table import check_excluded
 from compress.quantization.saturation import Backend
 from compress.quantization.static import Int8Network, OPERATORS, Operators, StaticSettings
+from compress.quantization.weights import WEIGHT_FORMS, WeightForm
 from compress.quantization.workbench import Answer, Workbench
 from metadata.errors import UserError, VerificationError, first_line
 
@@ -64,11 +65,11 @@ class Search:
         """
         operators, latencies = self._choose_operators()
         self.float_correct = self._count_correct(self.workbench.float_content)
-        first = StaticSettings(operators=operators)
+        first = StaticSettings(operators=operators, weights=self._forms()[0])
         self._try(first)
         base = self._best_of([first, *(replace(first, method=method) for method in RANGES if method != first.method)])
-        for settings in (replace(base, reduced=True), replace(base, correct=False), replace(base, equalise=True),
-                         replace(base, float_ends=True), replace(base, activations="int8"),
+        for settings in (*(replace(base, weights=form) for form in self._forms()[1:]), replace(base, correct=False),
+                         replace(base, equalise=True), replace(base, float_ends=True), replace(base, activations="int8"),
                          replace(base, images=max(1, self.workbench.calibration_images // 8))):
             self._try(settings)
         self._try_for_speed(base)
@@ -91,6 +92,10 @@ class Search:
 
     # ------------------------------------------------------------------------------------------------ candidates
 
+    def _forms(self) -> Sequence[WeightForm]:
+        """Return the forms of weights to try, the base's first."""
+        return WEIGHT_FORMS if self.request.weights is None else (self.request.weights,)
+
     def _has_time(self) -> bool:
         return self.workbench.now() < self.deadline
 
@@ -99,8 +104,8 @@ class Search:
         self._drop_broken_backends()
         deployments: list[Deployment] = [
             (operators, backend) for operators in (None, *OPERATORS) for backend in self.backends]
-        networks = {operators: self.workbench.quantize(StaticSettings(operators=operators), self.request.exclude)
-                    for operators in OPERATORS}
+        networks = {operators: self.workbench.quantize(
+            StaticSettings(operators=operators, weights=self._forms()[0]), self.request.exclude) for operators in OPERATORS}
         files = {operators: network.model.SerializeToString() for operators, network in networks.items()}
         answers = [self.workbench.open(files[operators] if operators else self.workbench.float_content, backend)
                    for operators, backend in deployments]

@@ -2,7 +2,7 @@
 
 ONNX Runtime and OpenVINO turn QDQ (quantize and dequantize around each operator) into integer arithmetic. ONNX Runtime's
 quantizer places the nodes. This file chooses its options and finishes its result: ranges from histograms, equalised
-layers, corrected biases, and short names, which make the file smaller.
+layers, weights rounded as everywhere in the toolkit, corrected biases, and short names, which make the file smaller.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
@@ -24,8 +25,10 @@ from compress.evaluation.onnx_files import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
 from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
 from compress.quantization.equalization import equalize
 from compress.quantization.int8_table import Int8Row, decibels
+from compress.quantization.weights import quantize_weight, WeightForm
 from metadata.errors import UserError
 
+LARGEST_BIAS = 2**30  # levels, of the 2**31 that fit
 NOT_QUANTIZED = "the quantizer left it float"
 Operators = Literal["weighted", "sums", "all"]
 OPERATORS: tuple[Operators, ...] = get_args(Operators)
@@ -52,7 +55,7 @@ class StaticSettings:
         operators: which operators become int8: "weighted": layers with weights; "sums": sums and pools too; "all": every
             operator that has an int8 kernel.
         activations: unsigned or signed 8 bits.
-        reduced: 7-bit weights, so that no sum of two products exceeds 16 bits on CPUs without VNNI.
+        weights: see `compress.quantization.weights`: "pair" and "7-bit" answer alike on CPUs without VNNI.
         method: how to choose ranges.
         images: number of calibration images to use; 0: all.
         correct: subtract from each bias the mean error of the rounded weights.
@@ -62,7 +65,7 @@ class StaticSettings:
 
     operators: Operators = "sums"
     activations: Literal["uint8", "int8"] = "uint8"
-    reduced: bool = False
+    weights: WeightForm = "pair"
     method: Method = "min-max"
     images: int = 0
     correct: bool = True
@@ -76,8 +79,9 @@ class StaticSettings:
     def __str__(self) -> str:
         parts = ["U8S8" if self.activations == "uint8" else "S8S8", self.method, self.operators]
         parts += [f"{self.images} images"] if self.images else []
-        parts += [text for text, on in (("7-bit weights", self.reduced), ("biases as trained", not self.correct),
-                                        ("equalised", self.equalise), ("float ends", self.float_ends)) if on]
+        parts += [text for text, on in ((f"{self.weights} weights", self.weights != "pair"),
+                                        ("biases as trained", not self.correct), ("equalised", self.equalise),
+                                        ("float ends", self.float_ends)) if on]
         return ", ".join(parts)
 
 
@@ -176,7 +180,7 @@ def quantize_static(calibration: Calibration, settings: StaticSettings, kept_flo
     copied = onnx.ModelProto()
     copied.CopyFrom(network)
     quantizer = QDQQuantizer(
-        copied, True, settings.reduced, QuantType.QInt8,  # True: per-channel weight scales
+        copied, True, False, QuantType.QInt8,  # per-channel weight scales; the weights are rounded again below
         QuantType.QUInt8 if settings.activations == "uint8" else QuantType.QInt8, ranges, sorted(only),
         sorted(_with_what_follows(network, stay)),
         weighted_operators() if only else quantized_operators(settings.operators),
@@ -185,6 +189,7 @@ def quantize_static(calibration: Calibration, settings: StaticSettings, kept_flo
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     quantized: onnx.ModelProto = quantizer.model.model
+    round_weights(network, quantized, settings.weights)
     if settings.correct:
         correct_biases(network, quantized, found)
     outputs = {node.name: node.output[0].removesuffix("_QuantizeLinear_Input")
@@ -205,12 +210,52 @@ def _rounded(graph: onnx.GraphProto) -> dict[str, NDArray[np.float64]]:
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             integers, scale = (numpy_helper.to_array(constants[name]).astype(np.float64) for name in node.input[:2])
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            axis = _attribute(node, "axis", 1)
             shape = [1] * integers.ndim
             if scale.size > 1:
                 shape[axis] = -1
             values[node.output[0]] = integers * scale.reshape(shape)
     return values
+
+
+def round_weights(network: onnx.ModelProto, quantized: onnx.ModelProto, form: WeightForm) -> None:
+    """Replace the integer weights of each int8 layer and their scales, in place.
+
+    Runtimes hold a bias as 32-bit multiples of its channel's scale times the input's. A channel whose weights are so small
+    that its bias would not fit gets a larger scale: its bias would saturate.
+
+    Args:
+        network: the float network.
+        quantized: its int8 form, in which each layer has weights of its own.
+        form: see `quantize_weight`.
+
+    Raises:
+        UserError: the weights are not finite.
+    """
+    floats, constants = _constants(network.graph), _constants(quantized.graph)
+    restoring = {node.output[0]: node for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    weight_names = {node.name: node.input[1] for node in layers_of(network)}
+    for node in quantized.graph.node:
+        restored = restoring.get(node.input[1]) if node.name in weight_names else None
+        if restored is None:
+            continue
+        exact = torch.from_numpy(numpy_helper.to_array(floats[weight_names[node.name]]).copy())
+        axis, groups = _attribute(restored, "axis", 1), _attribute(node, "group", 1)
+        depthwise = groups == len(exact) and exact.shape[1] == 1
+        levels, scale = quantize_weight(exact.movedim(axis, 0), form, depthwise, node.name)
+        if len(node.input) > 2:
+            bias, step = (torch.from_numpy(numpy_helper.to_array(constants[name]).copy())
+                          for name in (node.input[2], restoring[node.input[0]].input[1]))
+            least = (bias.abs() / (step * LARGEST_BIAS)).maximum(scale)
+            levels = (levels * (scale / least).view(-1, *[1] * (levels.dim() - 1))).to(torch.int8)  # towards 0
+            scale = least
+        scale[~levels.flatten(1).any(1)] = 1
+        for name, values in zip(restored.input, (levels.movedim(0, axis), scale), strict=False):
+            constants[name].CopyFrom(numpy_helper.from_array(values.contiguous().numpy(), name))
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == name), default)
 
 
 def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: dict[str, Histogram]) -> int:

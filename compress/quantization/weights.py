@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from architectures.pairs import PAIR_LIMIT, in_pairs, weight_rows
 from metadata.errors import UserError
 
 WeightForm = Literal["pair", "8-bit", "7-bit"]
+WEIGHT_FORMS: tuple[WeightForm, ...] = get_args(WeightForm)
 LARGEST: dict[WeightForm, int] = {"pair": 127, "8-bit": 127, "7-bit": 64}  # level; 7-bit: two products of 255 * 64 fit
 DEFAULT_FORM: WeightForm = "pair"
 SMALLEST_SCALE = 1e-12  # of a channel of zeros

@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from architectures.folding import fold_batch_norm
-from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer
-from compress.quantization.weights import quantize_weight
+from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer, Rounding
+from compress.quantization.weights import quantize_weight, WeightForm
 from tests.helpers.graphs import graph_of
 
 SHAPE = (3, 16, 16)
@@ -79,15 +79,23 @@ class Weights(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def assert_computes_with_the_weights_of(prepared: fx.GraphModule, model: fx.GraphModule) -> None:
-    """Assert that the prepared network computes with the int8 weights of the folded network."""
+def four_bits(per_channel: bool) -> Rounding:
+    """Return a rounding to 4 bits, with one scale for each output channel or for the layer."""
+    def rounding(weight: Tensor, depthwise: bool) -> tuple[Tensor, Tensor]:
+        largest = weight.abs().flatten(1).amax(1)
+        scale = ((largest if per_channel else largest.max().expand_as(largest)) / 7).clamp(min=1e-12)
+        return (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round(), scale
+    return rounding
+
+
+def assert_computes_with_the_weights_of(prepared: fx.GraphModule, model: fx.GraphModule, form: WeightForm = "pair") -> None:
+    """Assert that the prepared network computes with the int8 weights of the folded network, bit for bit."""
     folded = fold_batch_norm(model)
     names = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
     layers = [layer for name in names if isinstance(layer := folded.get_submodule(name), (nn.Conv2d, nn.Linear))]
     with torch.no_grad(), Weights() as weights:
         prepared(some()[0])
     for got, layer in zip(weights.seen, layers, strict=True):
-        levels, scale = quantize_weight(layer.weight.detach(), "8-bit")
-        wide = scale.view(-1, *[1] * (got.dim() - 1))
-        off = (got - levels * wide).abs() / wide  # one multiplies by 1 / scale, the other divides: a tie may go either way
-        assert float(off.max()) < 1.001 and float((off > 1e-3).float().mean()) < 1e-3
+        depthwise = isinstance(layer, nn.Conv2d) and layer.groups == layer.out_channels == layer.in_channels
+        levels, scale = quantize_weight(layer.weight.detach(), form, depthwise)
+        assert torch.equal(got, levels * scale.view(-1, *[1] * (got.dim() - 1)))

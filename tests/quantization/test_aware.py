@@ -22,6 +22,7 @@ from compress.quantization.aware import prepare_aware
 from compress.quantization.dynamic import quantize_graph
 from compress.quantization.int8_table import sqnr_db
 from compress.quantization.static import Calibration, StaticSettings, quantize_static as static_file
+from compress.quantization.weights import WEIGHT_FORMS, WeightForm
 from compress.training.memory_format import unsafe_channels_last
 from metadata.errors import UserError
 from tests.helpers.fake_quantized import assert_computes_with_the_weights_of, network, parts, SHAPE, some, Weights
@@ -43,10 +44,10 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 def test_eval_mode_is_onnx_runtimes_static_int8(kind: str, tmp_path: Path) -> None:
     model, batches, images = network(kind), some(), some(1, seed=2)[0]
     before, code = copy.deepcopy(model.state_dict()), model.code
-    prepared = prepare_aware(model, batches)
+    prepared = prepare_aware(model, batches, weights="8-bit")
     assert model.code == code and not model.training and not prepared.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert_computes_with_the_weights_of(prepared, model)
+    assert_computes_with_the_weights_of(prepared, model, "8-bit")
     exported, _ = export(model, describe(model, SHAPE))
     onnx.save(exported, tmp_path / "float.onnx")
     quantize_static(tmp_path / "float.onnx", tmp_path / "int8.onnx", Reader(batches), quant_format=QuantFormat.QDQ,
@@ -69,18 +70,20 @@ def test_eval_mode_is_onnx_runtimes_static_int8(kind: str, tmp_path: Path) -> No
     assert sqnr_db(expected, got) > 40 and sqnr_db(exact, got) > 35
 
 
-def test_seven_bits_are_those_of_reduced_range() -> None:
-    model = network("plain")
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+@pytest.mark.parametrize("kind", ["norms", "plain"])
+def test_weights_are_those_that_the_static_quantizer_writes(form: WeightForm, kind: str) -> None:
+    model = network(kind)
     exported, _ = export(model, describe(model, SHAPE))
-    file = static_file(Calibration(exported, some()[0].numpy()), StaticSettings(reduced=True, correct=False)).model
+    file = static_file(Calibration(exported, some()[0].numpy()), StaticSettings(weights=form)).model
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in file.graph.initializer}
     stored = [constants[node.input[0]] * constants[node.input[1]].reshape(-1, *[1] * (constants[node.input[0]].ndim - 1))
               for node in file.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    prepared = prepare_aware(model, some(), weights=form)
     with torch.no_grad(), Weights() as weights:
-        prepare_aware(model, some(), weight_bits=7)(some()[0])
-    matched = [min(float(np.abs(got.numpy() - levels).max()) / float(np.abs(levels).max()) for levels in stored
-                   if levels.shape == tuple(got.shape)) for got in weights.seen[-len(stored):]]
-    assert len(matched) == len(stored) > 2 and max(matched) < 1e-5
+        prepared(some()[0])
+    assert len(weights.seen) == len(stored) > 4
+    assert all(any(np.array_equal(got.numpy(), levels) for levels in stored) for got in weights.seen)
 
 
 def test_what_cannot_be_prepared_gets_one_line() -> None:

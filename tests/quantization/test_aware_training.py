@@ -30,7 +30,7 @@ from loaders.catalog import load
 from loaders.images import normalize
 from loaders.request import Request
 from tests.helpers.commands import Compress, assert_one_line_error
-from tests.helpers.fake_quantized import assert_computes_with_the_weights_of, network, parts, SHAPE, some
+from tests.helpers.fake_quantized import assert_computes_with_the_weights_of, four_bits, network, parts, SHAPE, some
 from tests.helpers.graphs import graph_of
 
 
@@ -116,7 +116,7 @@ def test_a_channel_that_shows_nothing_keeps_its_statistics(per_channel: bool) ->
     assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
     with torch.no_grad():
         norm.weight[:4] = 0 if per_channel else 1e-3
-    prepared = prepare_aware(model, some(1), freeze_after=100, weight_bits=4, per_channel=per_channel).train()
+    prepared = prepare_aware(model, some(1), freeze_after=100, weights=four_bits(per_channel)).train()
     for images in some(20):
         gradient = gradients(prepared, images)["stem.1.weight"]
         assert bool(gradient.isfinite().all())
@@ -189,7 +189,7 @@ def test_training_recovers_what_four_bits_lose(tmp_path: Path) -> None:
     assert exact > 0.93 and abs(accuracy_of(model, test, preprocessing) - exact) < 0.006
     images = normalize(splits.train.images.batch(torch.arange(512)), preprocessing)
     passes = 10 * (len(splits.train) // 64)
-    prepared = prepare_aware(model, [images], freeze_after=passes // 2, weight_bits=4, per_channel=False)
+    prepared = prepare_aware(model, [images], freeze_after=passes // 2, weights=four_bits(per_channel=False))
     lost = exact - accuracy_of(prepared, test, preprocessing)
     assert lost > 0.15
     assert exact - fit(prepared, "rounded", 0.002) < 0.6 * lost
@@ -246,7 +246,7 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
 
 
 def test_settings_that_would_do_nothing_are_refused(compress: Compress) -> None:
-    for key in ("weight_bits=7", "freeze_after=0.1"):
+    for key in ("weights=7-bit", "freeze_after=0.1"):
         name = key.partition("=")[0]
         assert_one_line_error(compress("plan", "slim_resnet18_digits", f"finetune.{key}"),
                               f"finetune.{name}: the setting has no effect without quantization_aware: true")

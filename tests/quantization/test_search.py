@@ -22,6 +22,7 @@ from compress.quantization.candidates import SENSITIVE, SLOWER, SearchRequest
 from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, Int8Network, StaticSettings, layers_of
+from compress.quantization.weights import WEIGHT_FORMS, WeightForm
 from compress.quantization.workbench import OnnxWorkbench
 from loaders.arrays import ArrayImages
 from loaders.images import normalize
@@ -140,7 +141,7 @@ def test_the_fastest_of_those_that_keep_the_accuracy() -> None:
     found = search(bench).run()
     assert found.reached and found.float_correct == found.images == 256 and not found.not_tried and found.float_ms == 2.0
     assert {candidate.settings.method for candidate in found.candidates} == set(RANGES)
-    assert len(found.candidates) == 10 and found.best in found.candidates and found.sensitivity == {}
+    assert len(found.candidates) == 11 and found.best in found.candidates and found.sensitivity == {}
     # The most accurate one is slow, the fastest one inaccurate; the next fastest, with signed activations, is taken.
     assert found.best.settings == StaticSettings(operators="weighted", activations="int8")
     bench.milliseconds["S8S8", "onnxruntime"] = 1.01 / AS_FAST  # no faster than can be told: accuracy decides
@@ -154,9 +155,9 @@ def test_the_base_of_the_variants_is_the_most_accurate_calibration() -> None:
     bench = TableWorkbench()
     bench.correct = {"mse": 255}
     found = search(bench).run()
-    variants = [candidate.settings for candidate in found.candidates if candidate.settings.reduced
+    variants = [candidate.settings for candidate in found.candidates if candidate.settings.weights != "pair"
                 or candidate.settings.equalise or candidate.settings.float_ends or candidate.settings.images]
-    assert len(variants) == 4 and {settings.method for settings in variants} == {"mse"}
+    assert len(variants) == 5 and {settings.method for settings in variants} == {"mse"}
     assert next(settings.images for settings in variants if settings.images) == 8  # an eighth of the calibration images
 
 
@@ -221,7 +222,7 @@ def test_when_time_is_out_the_best_so_far_is_there_and_the_rest_is_named() -> No
     assert not found.reached and [candidate.settings.method for candidate in found.candidates] == ["min-max", "percentile",
                                                                                                    "mse"]
     assert found.best is found.candidates[0] and found.best.content and found.best.latency_ms == 1.0
-    assert len(found.not_tried) == 7 and "U8S8, entropy" in found.not_tried[0] and found.sensitivity == {}
+    assert len(found.not_tried) == 8 and "U8S8, entropy" in found.not_tried[0] and found.sensitivity == {}
     assert found.best.portability and found.candidates[1].portability is None  # the best is verified in any case
 
 
@@ -281,11 +282,17 @@ def test_a_candidate_must_hold_without_vnni_if_that_is_requested() -> None:
     bench.verdicts = {"7-bit": {"holds": True, "verdict": "holds"}, "8": {"holds": False, "verdict": "does not hold"}}
     bench.milliseconds["7-bit", "onnxruntime"] = 1.9
     found = search(bench, replace(ASKED, portable=True)).run()
-    assert found.reached and found.best.settings.reduced and "7-bit" in bench.verified[-1]
-    assert not search(bench).run().best.settings.reduced
+    assert found.reached and found.best.settings.weights == "7-bit" and "7-bit" in bench.verified[-1]
+    assert search(bench).run().best.settings.weights == "pair"
     bench.correct = {"7-bit": 100}  # none is as requested: the best that holds everywhere
     found = search(bench, replace(ASKED, portable=True)).run()
-    assert not found.reached and found.best.settings.reduced
+    assert not found.reached and found.best.settings.weights == "7-bit"
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_a_form_of_weights_that_is_asked_for_is_that_of_every_candidate(form: WeightForm) -> None:
+    found = search(TableWorkbench(), replace(ASKED, weights=form)).run()
+    assert len(found.candidates) == 9 and {candidate.settings.weights for candidate in found.candidates} == {form}
 
 
 def test_excluded_layers_stay_float_in_every_candidate() -> None:

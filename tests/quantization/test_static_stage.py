@@ -49,7 +49,7 @@ def finished(recipe: Path) -> Path:
 def test_a_static_run_packages_what_was_measured(finished: Path) -> None:
     record = json.loads((finished / "05-quantize_static" / "stage.json").read_text())
     rows, candidates = record["notes"]["coverage"], record["notes"]["candidates"]
-    assert len(record["notes"]["not_tried"]) == 9 and [row["chosen"] for row in candidates] == [True]
+    assert len(record["notes"]["not_tried"]) == 10 and [row["chosen"] for row in candidates] == [True]
     assert candidates[0]["images"] == 24  # the cropped validation images
     assert all(row["sqnr_db"] > 10 and row["dtype"] in ("int8", "float32") for row in rows)
     metadata = json.loads((finished / "submission" / "model_metadata.json").read_text())
@@ -91,6 +91,7 @@ def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(finished: Path,
     ("quantize_static.exclude=[conv9]", ("quantize_static.exclude: 'conv9' is no Conv2d or Linear layer",)),
     ("quantize_static.max_drop=2", ("max_drop", "less than 1")),
     ("quantize_static.bachend=openvino", ("bachend", "backend")),
+    ("quantize_static.weights=6-bit", ("weights", "'auto', 'pair', '8-bit' or '7-bit'")),
     ("quantize_static.backend=tensorrt", ("backend", "onnxruntime"))])
 def test_mistakes_in_the_stages_settings(recipe: Path, compress: Compress, change: str, parts: tuple[str, ...]) -> None:
     assert_one_line_error(compress("plan", recipe, change), *parts)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
-
 from pydantic import Field
 from torch import fx
 
 from architectures.describe import carry_over, describe
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.quantization.aware import prepare_aware, restored
+from compress.quantization.weights import WeightForm
 from compress.training.assessment import accuracy_of
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy, distill, live_targets
@@ -32,8 +31,7 @@ class Finetune(Stage):
     temperature: float = Field(4.0, gt=0, description="with the teacher: softens both distributions")
     alpha: float = Field(0.9, ge=0, le=1, description="with the teacher: weight of its loss")
     quantization_aware: bool = Field(False, description="train with weights and activations rounded as in static int8")
-    weight_bits: Literal[8, 7] = Field(8, description="quantization-aware: bits of the weights; 7 for files that answer "
-                                       "alike on CPUs without VNNI")
+    weights: WeightForm = Field("pair", description="quantization-aware: the form of the weights, as in quantize_static")
     freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: fraction of the steps after which "
                                 "batch norm statistics and activation ranges are frozen")
     train: TrainingSettings = TrainingSettings(epochs=5, lr=0.01)
@@ -41,14 +39,14 @@ class Finetune(Stage):
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("finetune")
         sketch.check_training("finetune", self.train)
-        for key in ("weight_bits", "freeze_after"):
+        for key in ("weights", "freeze_after"):
             if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
                 raise UserError(f"finetune.{key}: the setting has no effect without quantization_aware: true")
         if self.quantization_aware and self.train.precision not in ("auto", "float32"):
             raise UserError(f"finetune.train.precision: {self.train.precision} cannot hold the values of the 8-bit grids; "
                             "with quantization_aware set auto or float32")
         sketch.lines.append(f"{self.train.epochs} epochs" + (" with the teacher" if self.teacher else "")
-                            + (f", quantization-aware, {self.weight_bits}-bit weights" if self.quantization_aware else ""))
+                            + (f", quantization-aware, {self.weights} weights" if self.quantization_aware else ""))
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
         settings = context.usable(self.train)
@@ -84,7 +82,7 @@ class Finetune(Stage):
         passes = settings.total_steps(len(data.train)) * settings.accumulate * (2 if settings.optimizer == "sam" else 1)
         rounded = prepare_aware(copy.deepcopy(model).to(context.device),
                           context.examples(CALIBRATION_IMAGES).split(CALIBRATION_BATCH),
-                          freeze_after=round(self.freeze_after * passes), weight_bits=self.weight_bits)
+                          freeze_after=round(self.freeze_after * passes), weights=self.weights)
         before = accuracy_of(rounded, data.validation, data.preprocessing)
         self._train(rounded, data, loss, settings, context)
         context.note("simulated_int8", {  # accuracy on the validation split

@@ -24,6 +24,7 @@ from compress.quantization.layer_times import layer_times
 from compress.quantization.saturation import Backend
 from compress.quantization.search import AS_FAST, Search
 from compress.quantization.static import Calibration, NOT_QUANTIZED, int8_rows, layers_of
+from compress.quantization.weights import WeightForm
 from compress.quantization.workbench import OnnxWorkbench
 from metadata.errors import UserError, VerificationError
 from metadata.files import write_atomically, write_json
@@ -40,6 +41,9 @@ class QuantizeStatic(CompressingStage):
     max_drop: float = Field(0.003, ge=0, lt=1, description="tolerated drop of validation accuracy from float, a fraction")
     backend: Literal["auto", "onnxruntime", "openvino"] = Field(
         "auto", description="the runtime to choose for and to serve on; auto: the faster of the installed ones")
+    weights: Literal["auto", WeightForm] = Field(
+        "auto", description="pair: 8 bits that no CPU's 16-bit sums saturate with; 7-bit: the same with half the levels; "
+        "8-bit: may answer differently on CPUs without VNNI; auto: pair, and the others as candidates")
     portable: bool = Field(True, description="accept only a candidate that also keeps its accuracy on CPUs without VNNI")
     calibration_images: int = Field(512, ge=1, le=4096, description="number of training images to calibrate with")
     validation_images: int = Field(5000, ge=1, description="largest number of validation images to compare candidates on")
@@ -71,7 +75,7 @@ class QuantizeStatic(CompressingStage):
         images = context.examples(self.calibration_images).numpy()
         calibration = Calibration(onnx.load_model_from_string(model.content), images, torch.get_num_threads())
         request = SearchRequest(max_drop=self.max_drop, portable=self.portable, budget_seconds=self.budget_seconds,
-                                exclude=tuple(self.exclude))
+                                exclude=tuple(self.exclude), weights=None if self.weights == "auto" else self.weights)
 
         def keep(candidates: list[Candidate]) -> None:
             write_atomically(context.folder / BEST, candidates[0].content)
