@@ -19,6 +19,7 @@ from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
 from compress.quantization.aware import FakeQuantizedActivation, FakeQuantizedLayer, prepare_aware, restored
 from compress.quantization.int8_table import sqnr_db
+from compress.quantization.weights import WEIGHT_FORMS, WeightForm
 from compress.training.assessment import accuracy_of
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy
@@ -55,7 +56,7 @@ def test_gradients_are_those_of_the_float_network(kind: str, live: bool) -> None
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.momentum = 1.0
     model.train()(images)  # remembered statistics are the batch's: a channel that is off has no others
-    prepared = prepare_aware(model, [images], freeze_after=live).train()
+    prepared = prepare_aware(model, [images], freeze_after=live, weights="8-bit").train()
     exact_one = copy.deepcopy(prepared)
     for part in itertools.chain(*parts(exact_one)):
         part.calibrating = True  # nothing is rounded, and all else is as in training
@@ -65,6 +66,15 @@ def test_gradients_are_those_of_the_float_network(kind: str, live: bool) -> None
         if float(gradient.norm()) > 1e-4:  # not a bias that batch norm takes away
             assert sqnr_db(gradient, exact[name]) > (30 if kind == "off" else 80), name
             assert float(F.cosine_similarity(gradient.flatten(), got[name].flatten(), 0)) > 0.75, name
+
+
+@pytest.mark.parametrize("form", WEIGHT_FORMS)
+def test_gradients_pass_the_rounding_of_weights_unchanged(form: WeightForm) -> None:
+    layer = parts(prepare_aware(network("plain"), some(1), weights=form))[0][0]
+    weight = layer.layer.weight
+    rounded, gradient = layer.rounded(weight), torch.randn_like(weight)
+    rounded.backward(gradient)
+    assert weight.grad is not None and torch.equal(weight.grad, gradient) and not torch.equal(rounded, weight)
 
 
 def test_gradients_pass_inside_the_range_and_not_outside() -> None:
