@@ -26,15 +26,16 @@ class Average:
         mine, theirs = self.model.state_dict(), model.state_dict()
         floating = [name for name, tensor in mine.items() if tensor.is_floating_point()]
         self._mine, self._theirs = [mine[name] for name in floating], [theirs[name] for name in floating]
-        self._whole = [(mine[name], theirs[name]) for name in mine if name not in set(floating)]
+        whole = [name for name in mine if name not in set(floating)]
+        self._whole = [mine[name] for name in whole], [theirs[name] for name in whole]
 
     @torch.no_grad()
     def follow(self, step: int) -> None:
         """Take one step towards the model, which has taken `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
-        for own, other in self._whole:
-            own.copy_(other)
+        if self._whole[0]:
+            torch._foreach_copy_(*self._whole)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state dict of the averaged model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.training.mixup import Batch
+from compress.training.mixup import Batch, cut
 from compress.training.settings import Augmentation, TrainingSettings
+from loaders.arrays import ArrayImages, prefetched
 from loaders.augment import Affine, Augmenter, derive_seed
 from loaders.images import normalize
 from loaders.splits import Split
 from metadata.errors import UserError
 from metadata.records import DatasetCard
 from metadata.schemas import Preprocessing
+
+CHUNK_BYTES = 2**28  # of float32 inputs that are made at once on a device: 21,845 images of 32x32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,23 @@ class Data:
     validation: Split
     augmenter: Augmenter
     preprocessing: Preprocessing
+
+    def batches(self, ids: Sequence[Tensor], *, view: int, size: int, device: torch.device,
+                memory_format: torch.memory_format) -> Iterator[Batch]:
+        """Yield the batches of the images with the given indices; see `batch`.
+
+        On a CPU each batch is made by itself, which leaves it in the cache. Another device that holds the images makes many
+        batches in one go and cuts them apart, because there a call costs more than its arithmetic.
+        """
+        images = self.train.images
+        together = 1
+        if device.type != "cpu" and isinstance(images, ArrayImages) and ids:
+            together = max(1, CHUNK_BYTES // (4 * images.pixels[0].numel() * len(ids[0])))
+        chunks = [ids[start:start + together] for start in range(0, len(ids), together)]
+        joined = [torch.cat(list(chunk)) if len(chunk) > 1 else chunk[0] for chunk in chunks]
+        for chunk, (some, pixels) in zip(chunks, prefetched(images, joined), strict=True):
+            made = self.batch(some, pixels, view=view, size=size, device=device, memory_format=memory_format)
+            yield from cut(made, [len(part) for part in chunk])
 
     def batch(self, ids: Tensor, pixels: Tensor, *, view: int, size: int, device: torch.device,
               memory_format: torch.memory_format) -> Batch:
@@ -41,8 +61,10 @@ class Data:
             device: where the batch goes.
             memory_format: of the images.
         """
+        if device.type == "cuda" and pixels.device.type == "cpu":  # streamed: copied while the device computes
+            pixels = pixels.pin_memory()
         ids = ids.to(device)
-        images = normalize(self.augmenter(pixels.to(device), ids, view), self.preprocessing)
+        images = normalize(self.augmenter(pixels.to(device, non_blocking=True), ids, view), self.preprocessing)
         return Batch(images=_shrunk(images, size).contiguous(memory_format=memory_format),
                      labels=self.train.labels[ids], ids=ids, view=view)
 

@@ -46,8 +46,9 @@ class TrainingRun(TrainingSettings):
     use_wandb: bool = Field(False, description="log to Weights & Biases too; offline unless you are logged in")
     wandb_project: str = Field("compress", pattern=r"^[^/\\#?%:]{1,128}$", description="project of Weights & Biases")
 
-    WHERE: ClassVar = frozenset({"log_dir", "threads", "device", "num_workers", "checkpoint_seconds", "use_tensorboard",
-                                 "use_wandb", "wandb_project", "download", "data_root", "memory_limit_gb"})
+    WHERE: ClassVar = frozenset({"log_dir", "threads", "device", "cuda_graph", "num_workers", "checkpoint_seconds",
+                                 "use_tensorboard", "use_wandb", "wandb_project", "download", "data_root",
+                                 "memory_limit_gb"})
 
     @property
     def training(self) -> TrainingSettings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from compress.training.assessment import assess
 from compress.training.averaging import Average
 from compress.training.checkpoints import Checkpoints
 from compress.training.compiling import compile_if_faster
+from compress.training.cuda import fast_kernels, step_of
 from compress.training.data import Data, epoch_order, seed_step, seeded
 from compress.training.distributed import Team
 from compress.training.memory_format import chosen_memory_format
@@ -30,7 +32,6 @@ from compress.training.settings import TrainingSettings, at_epoch
 from compress.training.state import TrainingState
 from compress.training.trackers import Tracker
 from compress.training.updates import Updater
-from loaders.arrays import prefetched
 
 PROGRESS_SECONDS = 0.5  # between looks at the loss, each of which waits for the device
 
@@ -82,36 +83,35 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
     tracker.start(label, state.epoch)
     model.train()
 
-    def batch_of(ids: Tensor, pixels: Tensor, view: int) -> Batch:
-        return data.batch(ids, pixels, view=view, size=at_epoch(settings.size_schedule, state.epoch, 0), device=device,
-                          memory_format=memory_format)
+    def batches_of(ids: Sequence[Tensor], view: int) -> Iterator[Batch]:
+        return data.batches(ids, view=view, size=at_epoch(settings.size_schedule, state.epoch, 0), device=device,
+                            memory_format=memory_format)
 
     if state.step < last:
         some = torch.arange(settings.steps(state.epoch, samples)[0])
-        compile_if_faster(updater, state, lambda: batch_of(some, data.train.images.batch(some), 0), last - state.step,
+        compile_if_faster(updater, state, lambda: next(batches_of([some], 0)), last - state.step,
                           lambda text: tracker.say(f"  {label}: {text}"))
+    step = step_of(updater, lambda text: tracker.warn(f"{label}: {text}"))
     looked = time.monotonic()
-    with tracker.progress(label, "steps") as show, seeded(seed, "train"):
+    with tracker.progress(label, "steps") as show, seeded(seed, "train"), fast_kernels(device):
         while state.step < last and not state.stopped:
             batch_size, steps = settings.steps(state.epoch, samples)
             view = state.epoch % settings.views if settings.views else state.epoch
             order = epoch_order(seed, state.epoch, samples)
             batches = order[state.done * batch_size:steps * batch_size].split(batch_size)[:last - state.step]
             started, images = time.monotonic(), 0
-            for ids, pixels in prefetched(data.train.images, [team.mine(ids) for ids in batches]):
+            for batch in batches_of([team.mine(ids) for ids in batches], view):
                 # Progress at the middle of the step: neither a warmup's first step nor a decay's last is at rate 0.
                 progress = (state.epoch + (state.done + 0.5) / steps) / settings.epochs
                 state.lr = settings.lr * rate_factor(settings, progress, state.epoch) * state.plateau.value
                 seed_step(seed, state.step, team.rank, device)
-                batch = batch_of(ids, pixels, view)
                 if settings.mixup:
                     batch = mixed(batch, settings.mixup)
-                state.count(*updater.gradients(batch), len(ids))
+                state.count(*step(batch, state.lr), len(batch.ids))
                 if device.type == "cpu":  # elsewhere a look at the loss would wait for the device
                     files.check_finite(state, state.step + 1)
-                updater.apply(batch, state.lr)
                 state.advance()
-                images += len(ids) * team.size
+                images += len(batch.ids) * team.size
                 if (now := time.monotonic()) - looked > PROGRESS_SECONDS:
                     looked = now
                     files.check_finite(state)

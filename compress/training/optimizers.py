@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from compress.training.muon import Muon
 from compress.training.settings import TrainingSettings
 
 
@@ -27,21 +28,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
 def _muon(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
     """Update kernels and hidden matrices, flattened to (out, in * h * w), by Muon; vectors and the last matrix by AdamW.
 
-    timm leaves kernels that gain nothing by Muon (depthwise ones, for instance) to AdamW as well.
-    Source: Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
+    Kernels that gain nothing by Muon (depthwise ones, for instance) are left to AdamW as well.
     """
-    from timm.optim import Muon
-
     decayed, *vectors = groups if groups[0]["params"][0].dim() > 1 else [{"params": [], "weight_decay": 0.0}, *groups]
-    adamw = {"use_fallback": True, "nesterov": False}  # with Nesterov's momentum timm would take NAdamW
+    adamw = {"use_fallback": True}
     parts = [{"params": decayed["params"][:-1], "weight_decay": decayed["weight_decay"]},
              {"params": decayed["params"][-1:], "weight_decay": decayed["weight_decay"], **adamw,
               "fallback_lr_scale": (settings.head_lr or settings.adamw_lr) / settings.lr},
              *({**group, **adamw} for group in vectors)]
-    optimizer: Optimizer = Muon([part for part in parts if part["params"]], lr=settings.lr, momentum=settings.momentum,
-                                nesterov=True, adjust_lr_fn=settings.muon_scale,
-                                fallback_lr_scale=settings.adamw_lr / settings.lr)
-    return optimizer
+    return Muon([part for part in parts if part["params"]], lr=settings.lr, momentum=settings.momentum,
+                adjust_lr_fn=settings.muon_scale, fallback_lr_scale=settings.adamw_lr / settings.lr)
 
 
 def _sgd(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
@@ -84,7 +80,8 @@ class Ascent:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rho: float) -> None:
-        self.parameters, self.rho = [parameter for parameter in parameters if parameter.requires_grad], rho
+        self.parameters: list[Tensor] = [parameter for parameter in parameters if parameter.requires_grad]
+        self.rho = rho
         self._home: list[Tensor] = []
 
     @torch.no_grad()
@@ -98,18 +95,21 @@ class Ascent:
             gradient_scale: factor by which a loss scaler multiplied the loss.
         """
         moving = [parameter for parameter in self.parameters if parameter.grad is not None]
-        self._home = [parameter.clone() for parameter in self.parameters]
-        gradients = [parameter.grad / gradient_scale for parameter in moving if parameter.grad is not None]
+        self._home = [torch.empty_like(parameter) for parameter in self.parameters]
+        torch._foreach_copy_(self._home, self.parameters)
+        gradients = [parameter.grad for parameter in moving if parameter.grad is not None]
+        if gradient_scale != 1:
+            gradients = list(torch._foreach_div(gradients, gradient_scale))
         norm = torch.stack(torch._foreach_norm(gradients)).norm()
         factor = torch.where(torch.isfinite(norm), self.rho / (norm + 1e-12), torch.zeros_like(norm))
-        for parameter, gradient in zip(moving, gradients, strict=True):
-            parameter.add_(torch.nan_to_num(gradient, 0.0, 0.0, 0.0) * factor)
+        if gradient_scale != 1:
+            gradients = [torch.nan_to_num(gradient, 0.0, 0.0, 0.0) for gradient in gradients]
+        torch._foreach_add_(moving, list(torch._foreach_mul(gradients, factor)))
 
     @torch.no_grad()
     def down(self) -> None:
         """Put the weights back, to the bit."""
-        for parameter, home in zip(self.parameters, self._home, strict=True):
-            parameter.copy_(home)
+        torch._foreach_copy_(self.parameters, self._home)
         self._home = []
 
 

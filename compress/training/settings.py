@@ -110,6 +110,8 @@ class TrainingSettings(Config):
                                  "the device has, else float32; weights are float32 always")
     compile: bool | None = Field(None, description="compile the network with torch.compile; none given: try it in long "
                                  "trainings on a CPU and keep what is faster")
+    cuda_graph: bool = Field(False, description="CUDA only: capture each step in a CUDA graph, which saves the time of "
+                             "launching small networks' kernels")
     channels_last: bool | None = Field(None, description="channels-last memory format; none given: where the network "
                                        "gains by it")
     checkpoint_seconds: float = Field(20.0, ge=0, description="time between checkpoints")

@@ -70,7 +70,7 @@ class TrainingState:
 
     def count(self, loss: Tensor, correct: Tensor, images: int) -> None:
         """Add a batch to the sums of the epoch."""
-        self.loss_sum += loss * images
+        self.loss_sum.add_(loss, alpha=images)
         self.correct += correct
         self.seen += images
 

@@ -42,27 +42,34 @@ class Updater:
     device: torch.device
     team: Team
 
+    def step(self, batch: Batch, lr: float | Tensor) -> tuple[Tensor, Tensor]:
+        """Move the weights by a batch; return its mean loss and the number of right predictions, before the step."""
+        loss, correct = self.gradients(batch)
+        self.apply(batch, lr)
+        return loss, correct
+
     def gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Leave the gradient of the mean loss in the parameters; return that loss and the number of right predictions."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        losses, counts = [], []
         pieces = parts(batch, self.settings.accumulate)
         for index, part in enumerate(pieces):
             last = index == len(pieces) - 1  # the processes exchange gradients once a step
             with nullcontext() if last or self.team.size == 1 else self.network.no_sync():  # type: ignore[operator]
                 value, logits = self.forward(self.network, part)
-                value = value * (len(part.labels) / len(batch.labels))
+                if len(pieces) > 1:
+                    value = value * (len(part.labels) / len(batch.labels))
                 self.scaler.scale(value).backward()
-            loss += value.detach()
-            correct += part.correct(logits.detach())
-        return loss, correct
+            losses.append(value.detach())
+            counts.append(part.correct(logits.detach()))
+        return sum(losses[1:], losses[0]), sum(counts[1:], counts[0])
 
     def forward(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the mean loss and the logits of a batch."""
         with autocast(self.dtype, self.device):
             return self.loss(network, batch)
 
-    def apply(self, batch: Batch, lr: float) -> None:
+    def apply(self, batch: Batch, lr: float | Tensor) -> None:
         """Move the weights by the gradients; SAM first replaces them by those at the worst point nearby."""
         if self.settings.optimizer == "sam":
             ascent = Ascent(self.model.parameters(), self.settings.sam_rho)
