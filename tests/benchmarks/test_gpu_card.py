@@ -115,7 +115,7 @@ def test_the_deadline_stops_a_long_job_and_what_it_started_and_the_next_sitting_
     assert record_of(tmp_path, "long")["status"] == "unfinished"
 
     twice = job("twice", COUNTING, [str(tmp_path)], minutes=5.0)
-    first = sit(tmp_path, [twice], Limits(minutes=0.05, parallel=1))["twice"].record
+    first = sit(tmp_path, [twice], Limits(minutes=0.1, parallel=1))["twice"].record
     second = sit(tmp_path, [twice])["twice"].record
     assert (first["status"], second["status"], second["sittings"]) == ("unfinished", "done", 2)
     assert second["seconds"] > first["seconds"] > 1
