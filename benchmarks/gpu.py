@@ -58,8 +58,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="share of each job's epochs, for trials (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="auto: CUDA, where there is a device")
-    parser.add_argument("--parallel", type=int, default=min(8, usable_cores()),
-                        help="processes at once (default: 8, or the number of cores)")
+    parser.add_argument("--parallel", type=int, default=min(16, usable_cores()),
+                        help="processes at once (default: 16, or the number of cores)")
     parser.add_argument("--dry_run", action="store_true", help="print the plan with estimated minutes, and write nothing")
     flags = parser.parse_args(arguments)
     if not (math.isfinite(flags.minutes) and 0 < flags.minutes <= 24 * 60):
@@ -107,7 +107,7 @@ def opened(flags: argparse.Namespace, device: str, unpack: bool) -> tuple[Place,
     missing = {name: f"no {name} in {flags.data}" for name in (*SETS, TEACHER, ZOO_WEIGHTS)
                if name not in found and name not in files}
     if device == "cpu":
-        missing["float16"] = "float16 is for CUDA"
+        missing |= {"float16": "float16 is for CUDA", "cuda_graph": "CUDA graphs are for CUDA"}
     homes = {name: where.folder or out / "data" / name for name, where in found.items()}
     packed = [name for name, home in homes.items() if not home.is_dir()]
     kept = out / "torch_home" / "hub" / "checkpoints"  # where torchvision looks before it fetches weights
