@@ -4,8 +4,8 @@
 
 Write NAME.json and NAME.png; keep the seeds that NAME.json already has for the same settings. Each seed is one run of
 `python -m compress train`, one after the other. The wall time includes the start of Python and the decoding of the images.
-The curve shows the held-out images. The test split is opened once a seed, at the end, and measured twice: plainly, and with
-the mean of the logits of each image and its mirror image.
+The curve shows the held-out images, if there are any. The test split is opened once a seed, at the end, and measured twice:
+plainly, and with the mean of the logits of each image and its mirror image.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def run(config: str, seed: int, data_root: Path, folder: Path, extra: list[str])
     wall = time.monotonic() - start
     summary = json.loads((folder / "summary.json").read_text())
     curve = [{"epoch": int(row["epoch"]), "seconds": float(row["seconds"]),
-              "accuracy": round(float(row["validation_accuracy"]), 4)} for row in read_csv(folder / "metrics.csv")]
+              "accuracy": round(float(row["validation_accuracy"]), 4)} for row in read_csv(folder / "metrics.csv")
+             if row.get("validation_accuracy")]
     model = open_model(read_json(folder / "architecture.json", Architecture), folder / "weights.pth").eval()
     splits = load(Request(name="cifar10", root=data_root))
     mirrored = accuracy_of(Mirrored(model), splits.open_test(), splits.card.preprocessing)
