@@ -63,7 +63,7 @@ def why_not_int8(model: nn.Module) -> str:
     layers = [layer for layer in int8_modules(model) if layer.activations == "int8"]
     if not layers or (reason := no_int8_kernels()):
         return reason if layers else ""
-    count = sum(saturating_pairs(layer.weight) for layer in layers) if kernels_saturate() else 0
+    count = sum(saturating_pairs(layer.weight.numpy()) for layer in layers) if kernels_saturate() else 0
     if not count:
         return ""
     return (f"this CPU has no VNNI instructions, and {count:,} sums of two products of these weights can exceed 16 bits "

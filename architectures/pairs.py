@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
 
+Kernels = Literal["onednn", "onnxruntime"]
 PAIR_LIMIT = 128  # of the sum of a pair's weights of one sign: activations are 0 to 255, and 255 * 128 fits in 16 bits
 
 
-def weight_rows(weight: Tensor) -> Tensor:
-    """Return a layer's weights as kernels read them: (out, in, *kernel) -> (out, kernel positions, in)."""
-    return weight.reshape(*weight.shape[:2], -1).transpose(1, 2)
+def weight_pairs(weight: np.ndarray, kernels: Kernels = "onednn") -> np.ndarray:
+    """Return the pairs of weights whose products are added: (out, in of a group, *kernel) int -> (out, pairs, 2) int16.
 
-
-def in_pairs(rows: Tensor) -> Tensor:
-    """Return the pairs of weights whose products are added: (out, positions, in) -> (out, pairs, 2).
-
-    oneDNN's kernels pair input channels 2i and 2i + 1 of a group at one kernel position. The last one of an odd number is
-    paired with a zero. tests/architectures/test_pairs.py tries the kernels for it.
+    Pairs are input channels 2i and 2i + 1 of a group at one kernel position. The last one of an odd number of channels is
+    paired with a zero by oneDNN, and with the next position's first one by ONNX Runtime. Tests ask the kernels for it.
     """
-    import torch
-    return torch.nn.functional.pad(rows, (0, rows.shape[2] % 2)).reshape(len(rows), -1, 2)
+    rows = weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2).astype(np.int16)  # (out, kernel positions, in)
+    if kernels == "onnxruntime":
+        rows = rows.reshape(len(rows), 1, -1)
+    return np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2))).reshape(len(rows), -1, 2)
 
 
-def saturating_pairs(weight: Tensor) -> int:
-    """Return the number of pairs of int8 weights (out, in, *kernel) whose products exceed 16 bits for some activations."""
-    pairs = in_pairs(weight_rows(weight)).short()
-    return int(((pairs.clamp(min=0).sum(2) > PAIR_LIMIT) | (pairs.clamp(max=0).sum(2) < -PAIR_LIMIT)).sum())
+def can_saturate(pairs: np.ndarray) -> np.ndarray:
+    """Return which pairs' sums of products exceed 16 bits for some activations of 0 to 255: (..., 2) -> (...) bool."""
+    most, least = pairs.clip(min=0).sum(-1), pairs.clip(max=0).sum(-1)
+    return (most > PAIR_LIMIT) | (least < -PAIR_LIMIT)  # type: ignore[no-any-return]
+
+
+def saturating_pairs(weight: np.ndarray, groups: int = 1, kernels: Kernels = "onednn") -> int:
+    """Return the number of pairs of an int8 layer's weights, (out, in of a group, *kernel), that can saturate."""
+    if weight.ndim > 2 and weight.shape[1] == 1 and len(weight) == groups:  # depthwise kernels multiply one by one
+        return 0
+    return int(can_saturate(weight_pairs(weight, kernels)).sum())

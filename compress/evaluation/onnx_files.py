@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from architectures.build import MAX_ACTIVATION_ELEMENTS, MAX_TOTAL_ELEMENTS
+from architectures.pairs import saturating_pairs
 from architectures.weights import MAX_MACS
 from metadata.errors import UserError, VerificationError, first_line
 
@@ -41,12 +42,14 @@ class OnnxFile:
         parameters: the number of stored numbers.
         macs: multiply-adds an image, or None where a shape that counts is not known before running.
         layers: the convolutions and matrix products, by name, and whether both their factors are 8-bit integers.
+        may_saturate: see the function of this name.
     """
 
     input_name: str
     parameters: int
     macs: int | None
     layers: dict[str, bool]
+    may_saturate: bool
 
 
 def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
@@ -68,7 +71,7 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
     if macs is not None and macs > MAX_MACS:
         raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
     return OnnxFile(input_name=image.name, parameters=sum(math.prod(tensor.dims) for tensor in tensors), macs=macs,
-                    layers=_onnx_layers(graph))
+                    layers=_onnx_layers(graph), may_saturate=may_saturate(graph))
 
 
 def _parse(path: Path) -> Any:
@@ -186,6 +189,32 @@ def _onnx_layers(graph: Any) -> dict[str, bool]:
             by_itself = node.op_type not in ("Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
             layers[node.name] = by_itself or set(node.input[:2]) <= restored
     return layers
+
+
+def may_saturate(graph: Any) -> bool:
+    """Return whether ONNX Runtime's 16-bit sums of two products may saturate in an int8 layer on CPUs without VNNI.
+
+    That depends on the int8 weights. A layer whose weights are not stored as integers counts as one that may.
+    """
+    from onnx import TensorProto, numpy_helper
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    restored: dict[str, Any] = {}  # what DequantizeLinear makes, with the stored integers that it reads, if any
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            restored[node.output[0]] = stored.get(node.input[0])
+        elif node.op_type not in ("Conv", "Gemm", "MatMul"):
+            if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS:
+                return True
+        elif set(node.input[:2]) <= restored.keys():
+            tensor, attributes = restored[node.input[1]], {attribute.name: attribute.i for attribute in node.attribute}
+            if tensor is None or len(tensor.dims) < 2 or (node.op_type != "Conv" and len(tensor.dims) > 2):
+                return True
+            if tensor.data_type == TensorProto.INT8:  # unsigned weights are multiplied in 16 bits and added in 32
+                weight = numpy_helper.to_array(tensor)
+                by_output = node.op_type == "Conv" or attributes.get("transB")
+                if saturating_pairs(weight if by_output else weight.T, attributes.get("group", 1), "onnxruntime"):
+                    return True
+    return False
 
 
 def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:

@@ -137,8 +137,8 @@ class OnnxRuntime(OnnxFileRuntime):
         self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
                                                    if isinstance(kind, type) and issubclass(kind, Exception)))
         try:
-            self.session = onnxruntime.InferenceSession(str(files.weights), onnxruntime_options(threads),
-                                                        ["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(str(files.weights), onnxruntime_options(
+                threads, self.file.may_saturate), ["CPUExecutionProvider"])
         except self.errors as error:
             raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
@@ -146,16 +146,20 @@ class OnnxRuntime(OnnxFileRuntime):
         return self.session.run(None, {self.file.input_name: images})[0]  # type: ignore[no-any-return]
 
 
-def onnxruntime_options(threads: int) -> Any:
+def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
     """Return ONNX Runtime's session options: the number of threads, no log, and exact integer products on every CPU.
 
-    On CPUs without VNNI instructions the fast kernel saturates in 16 bits. An option selects the exact kernel there. The
-    option is not set on other CPUs, where the fast kernel is exact and twice as fast.
+    On CPUs without VNNI instructions the fast kernel saturates in 16 bits with some weights. For a file with such weights
+    an option selects the exact kernel there, which takes up to twice as long.
+
+    Args:
+        threads: of one inference.
+        may_saturate: see `compress.evaluation.onnx_files.may_saturate`.
     """
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-    if not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
+    if may_saturate and not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -197,7 +197,7 @@ def _portability(model: nn.Module) -> dict[str, Any] | None:
     layers = int8_modules(model)
     if not layers:
         return None
-    pairs = sum(saturating_pairs(layer.weight) for layer in layers)
+    pairs = sum(saturating_pairs(layer.weight.numpy()) for layer in layers)
     why = ("where int8 kernels are missing or would saturate, the layers compute the same in float, slower" if pairs else
            "no sum of two products can exceed 16 bits; the int8 kernels are exact with and without VNNI")
     return {"holds": True, "method": "int8 kernels are used only where they are exact for these weights",

@@ -17,6 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from compress.evaluation.onnx_files import may_saturate
 from compress.evaluation.runtimes import onnxruntime_options
 from metadata.errors import UserError
 
@@ -51,7 +52,8 @@ class Histogram:
 
 def session(model: onnx.ModelProto, threads: int) -> Any:
     """Load a model on ONNX Runtime's CPU provider."""
-    return onnxruntime.InferenceSession(model.SerializeToString(), onnxruntime_options(threads), ["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), onnxruntime_options(
+        threads, may_saturate(model.graph)), ["CPUExecutionProvider"])
 
 
 def watched(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:

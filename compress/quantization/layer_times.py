@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
+from compress.evaluation.onnx_files import may_saturate
 from compress.evaluation.runtimes import compile_for_openvino, onnxruntime_options
 from compress.quantization.calibration import Images
 from compress.quantization.static import layers_and_products
@@ -62,7 +63,7 @@ def _owners(model: onnx.ModelProto) -> dict[str, str]:
 
 def _on_onnxruntime(model: onnx.ModelProto, image: Images, threads: int) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime_options(threads)
+        options = onnxruntime_options(threads, may_saturate(model.graph))
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
         for _ in range(WARMUP + PASSES):

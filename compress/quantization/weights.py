@@ -7,7 +7,7 @@ from typing import get_args, Literal
 import torch
 from torch import Tensor
 
-from architectures.pairs import PAIR_LIMIT, in_pairs, weight_rows
+from architectures.pairs import PAIR_LIMIT
 from metadata.errors import UserError
 
 WeightForm = Literal["pair", "8-bit", "7-bit"]
@@ -41,7 +41,7 @@ def quantize_weight(weight: Tensor, form: WeightForm, depthwise: bool = False, n
 @torch.no_grad()
 def rounded(weight: Tensor, form: WeightForm, depthwise: bool = False) -> tuple[Tensor, Tensor]:
     """Do the same for finite weights, without leaving float: (out, ...) levels in the weights' type, (out,) scales."""
-    rows = weight_rows(weight) if weight.dim() > 1 else weight[:, None, None]
+    rows = weight.reshape(len(weight), weight.shape[1], -1).transpose(1, 2)  # (out, kernel positions, in), as kernels read
     scale = (rows.abs().amax((1, 2)) / LARGEST[form]).clamp(min=SMALLEST_SCALE)
     if form == "pair" and not depthwise:
         levels, scale = _limited(rows, scale)
@@ -54,17 +54,22 @@ def _limited(rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the pair-limited levels (out, positions, in) and scales (out,) of rows of weights, from their 8-bit scales."""
     for view in _pairings(rows):
         for sign in (1, -1):
-            scale = scale.maximum((sign * in_pairs(view)).clamp(min=0).sum(2).amax(1) / PAIR_LIMIT)
+            scale = scale.maximum((sign * _in_pairs(view)).clamp(min=0).sum(2).amax(1) / PAIR_LIMIT)
     exact = rows / scale.view(-1, 1, 1)
     levels = exact.round().clamp_(-127, 127)
     for view in _pairings(levels):  # rounding up twice may exceed the limit by one
-        pairs = in_pairs(view)
+        pairs = _in_pairs(view)
         above = (pairs.clamp(min=0).sum(2) > PAIR_LIMIT) | (pairs.clamp(max=0).sum(2) < -PAIR_LIMIT)
-        added = (pairs - in_pairs(exact.reshape(view.shape))) * pairs.sign()
+        added = (pairs - _in_pairs(exact.reshape(view.shape))) * pairs.sign()
         first = added[..., 0] >= added[..., 1]
         less = pairs - pairs.sign() * torch.stack([above & first, above & ~first], 2)
         levels = less.reshape(*view.shape[:2], -1)[..., :view.shape[2]].reshape(levels.shape)
     return levels, scale
+
+
+def _in_pairs(rows: Tensor) -> Tensor:
+    """Return adjacent weights as pairs: (out, positions, in) -> (out, pairs, 2), see `architectures.pairs.weight_pairs`."""
+    return torch.nn.functional.pad(rows, (0, rows.shape[2] % 2)).reshape(len(rows), -1, 2)
 
 
 def _pairings(rows: Tensor) -> list[Tensor]:
