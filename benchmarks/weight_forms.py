@@ -6,7 +6,7 @@
 Quantize each network dynamically (all layers in int8) and statically (the first settings of the search) with each form of
 weights, and classify the test split once. 8-bit weights with exact sums are what the others are compared with, by the
 images that only one of the two has right (McNemar's exact test, and Tango's interval). Static files run with exact sums and
-on ONNX Runtime's fast kernels, which saturate on CPUs without VNNI. Latencies are interleaved, batch 1, one thread.
+on ONNX Runtime's fast kernels, which saturate on CPUs without VNNI.
 Write benchmarks/results/weight_forms.json and .md. Rows of other networks in the file are kept.
 """
 
@@ -41,13 +41,12 @@ from compress.quantization.portability import drop_bound
 from compress.quantization.saturation import saturating
 from compress.quantization.static import Calibration, StaticSettings, quantize_static
 from compress.quantization.weights import LARGEST
-from compress.training.assessment import interleaved_times
 from loaders.augment import examples
 from loaders.catalog import load
 from loaders.request import Request
 from loaders.splits import Splits
 from metadata.files import read_json, write_atomically, write_json
-from metadata.machine import machine, torch_threads, versions
+from metadata.machine import machine, versions
 
 CALIBRATION, BATCH = 256, 50  # images
 SCHEMA = 1  # version of the record
@@ -102,7 +101,7 @@ def forms_of(model: fx.GraphModule, architecture: Architecture, splits: Splits) 
 
 
 def measure(model: fx.GraphModule, architecture: Architecture, splits: Splits, images: int | None) -> dict[str, Any]:
-    """Return a row for each side: accuracy, what differs from exact 8-bit weights, error of the logits, milliseconds."""
+    """Return a row for each side: accuracy, what differs from exact 8-bit weights, and the error of the logits."""
     answers, rows, right = Answers(splits, images), {}, {}
     expected: list[Tensor] = []
     sides = forms_of(model, architecture, splits)
@@ -124,29 +123,25 @@ def measure(model: fx.GraphModule, architecture: Architecture, splits: Splits, i
             lost, gained = int((before & ~now).sum()), int((now & ~before).sum())
             row |= {"lost": lost, "gained": gained, "loses_at_most": drop_bound(lost, gained, row["images"]),
                     "p_value": binomtest(lost, lost + gained).pvalue if lost + gained else 1.0}
-    with torch_threads(1):
-        times = interleaved_times([call for call, _ in sides.values()], splits.card.input_shape)
-    for name, milliseconds in zip(sides, times, strict=True):
-        rows[name]["latency_ms"] = milliseconds
     return rows
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the tables, one for each network."""
     where = result["machine"]
-    parts = [f"# Forms of weights\n\n{where['cpu']} ({', '.join(where['flags'])}), one thread, batch 1. \"Points\" are of "
+    parts = [f"# Forms of weights\n\n{where['cpu']} ({', '.join(where['flags'])}), one thread. \"Points\" are of "
              "accuracy, against 8-bit weights with exact sums on the same images; \"at most\" is the upper end of a one-"
              "sided 95 % interval of the loss.\n"]
     for name, rows in result["networks"].items():
-        parts += [f"\n## {name}\n\n| | correct | points | loses at most | p | error of logits | pairs that can saturate "
-                  "| ms |\n|---|---:|---:|---:|---:|---:|---:|---:|"]
+        parts += [f"\n## {name}\n\n| | correct | points | loses at most | p | error of logits | pairs that can saturate|"
+                  "\n|---|---:|---:|---:|---:|---:|---:|"]
         for side, row in rows.items():
             against = ["", "", ""] if not row["base"] else [
                 f"{100 * (row['gained'] - row['lost']) / row['images']:+.2f}", f"{100 * row['loses_at_most']:.2f}",
                 f"{row['p_value']:.2f}"]
             pairs = f"{row['pairs_that_can_saturate']:,}" if "pairs_that_can_saturate" in row else ""
             parts.append(f"| {side} | {row['correct']:,} of {row['images']:,} | {' | '.join(against)} | "
-                         f"{row['error_of_logits']:.4f} | {pairs} | {row['latency_ms']:.2f} |")
+                         f"{row['error_of_logits']:.4f} | {pairs} |")
     return "\n".join(parts) + "\n"
 
 
