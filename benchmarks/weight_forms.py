@@ -133,8 +133,8 @@ def markdown(result: dict[str, Any]) -> str:
              "accuracy, against 8-bit weights with exact sums on the same images; \"at most\" is the upper end of a one-"
              "sided 95 % interval of the loss.\n"]
     for name, rows in result["networks"].items():
-        parts += [f"\n## {name}\n\n| | correct | points | loses at most | p | error of logits | pairs that can saturate|"
-                  "\n|---|---:|---:|---:|---:|---:|---:|"]
+        parts += [f"\n## {name}\n\n| | correct | points | loses at most | p | error of logits | pairs that can saturate "
+                  "|\n|---|---:|---:|---:|---:|---:|---:|"]
         for side, row in rows.items():
             against = ["", "", ""] if not row["base"] else [
                 f"{100 * (row['gained'] - row['lost']) / row['images']:+.2f}", f"{100 * row['loses_at_most']:.2f}",
