@@ -123,8 +123,8 @@ def _extract(parts: tuple[Path, ...], folder: Path) -> None:
     except tarfile.FilterError as error:
         raise UserError(f"{parts[0]}: the archive is refused: {first_line(error)}") from error
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{parts[0]}: damaged, or the last of its {len(parts)} files are missing ({first_line(error)}); "
-                        "copy it again") from error
+        raise UserError(f"{parts[0]}: damaged, or more parts belong to it than the {len(parts)} that are there "
+                        f"({first_line(error)}); copy it again") from error
 
 
 class _Member(tarfile.TarInfo):
