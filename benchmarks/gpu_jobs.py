@@ -27,7 +27,6 @@ RATE, RATE_SOURCE = 31_700, "benchmarks/results/slim_resnet18_cifar10_large.json
 START = 0.3  # minutes to start Python and CUDA and to decode 60,000 images: assumed
 TEACHER = "cifar10_resnet18_w64_fp16.pth"  # weights of a teacher that saves the training of one
 ZOO_WEIGHTS = "resnet50-11ad3fa6.pth"  # torchvision's file name for ResNet50, IMAGENET1K_V2
-GRAPH = ["--cuda_graph", "true"]
 # Each optimizer of `train`, with a learning rate for digits; SAM with each base.
 OPTIMIZERS = {"sgd": (0.1, ""), "adam": (0.003, ""), "adamw": (0.003, ""), "muon": (0.02, ""), "sam": (0.1, "sgd"),
               "sam_adam": (0.003, "adam"), "sam_adamw": (0.003, "adamw"), "sam_muon": (0.02, "muon")}
@@ -115,8 +114,6 @@ def all_jobs(place: Place) -> list[Job]:
         against_the_clock(place, "cifar10_fast", seconds=13.76, goal=0.94,
                           source="benchmarks/results/cifar10_fast_h100.json: 13.76 s a training; its start is assumed",
                           published="the project's goal: 94 %, a mean over each image and its mirror image"),
-        against_the_clock(place, "cifar10_fast", graph=True, seeds=[0], seconds=13.76, goal=0.94,
-                          source="no measurement: as without CUDA graphs", published="as without CUDA graphs"),
         against_the_clock(place, "cifar10_airbench", seconds=8.0, goal=0.94,
                           source="no measurement: the goal, 8 s a training",
                           published="the project's goal: 94 %, a mean over each image and its mirror image"),
@@ -158,7 +155,7 @@ def smoke(place: Place, optimizer: str, precision: str, graph: bool = False) -> 
     """Return a short training on digits with one optimizer in one 16-bit type: it must learn, not diverge."""
     lr, base = OPTIMIZERS[optimizer]
     flags = ["--config", "digits", "--optimizer", "sam" if base else optimizer, "--lr", str(lr), "--precision", precision]
-    flags += [*(["--sam_base", base] if base else []), *(GRAPH if graph else [])]
+    flags += [*(["--sam_base", base] if base else []), *(["--cuda_graph", "true"] if graph else [])]
     return training(place, f"smoke_{optimizer}_{precision}{'_graph' if graph else ''}", "digits", flags,
                     minutes=START + 0.15, share=1 / 16, goal=0.9, published="it learned, and did not diverge",
                     source="no measurement: 240 short steps and the start of a process",
@@ -166,7 +163,7 @@ def smoke(place: Place, optimizer: str, precision: str, graph: bool = False) -> 
 
 
 def against_the_clock(place: Place, recipe: str, *, seconds: float, goal: float, source: str, published: str,
-                      seeds: Sequence[int] = (0, 1, 2), graph: bool = False) -> Job:
+                      seeds: Sequence[int] = (0, 1, 2)) -> Job:
     """Return a training of CIFAR-10 whose time is a result: one seed after the other, alone on the card.
 
     Args:
@@ -177,19 +174,17 @@ def against_the_clock(place: Place, recipe: str, *, seconds: float, goal: float,
         source: where the seconds come from.
         published: whose figure the goal is.
         seeds: of the trainings.
-        graph: whether the steps are CUDA graphs.
     """
-    name = f"{recipe}_graph" if graph else recipe
-    folder = place.folder(name)
+    folder = place.folder(recipe)
     full = resolve_training(["--config", recipe]).epochs
     epochs = [] if place.scale == 1 else ["--epochs", str(place.epochs(full))]
     root = ["--data_root", str(place.sets["cifar10"])] if "cifar10" in place.sets else []
     return Job(
-        name=name, command=[sys.executable, "-m", "benchmarks.cifar10_time", "--config", recipe, "--seeds",
-                            ",".join(map(str, seeds)), "--precision", "auto", *(GRAPH if graph else []), *epochs],
+        name=recipe, command=[sys.executable, "-m", "benchmarks.cifar10_time", "--config", recipe, "--seeds",
+                              ",".join(map(str, seeds)), "--precision", "auto", *epochs],
         placed=[*root, "--output", str(folder / "result"), "--device", place.device],
         minutes=len(seeds) * place.minutes(START + seconds / 60), share=1.0, source=source,
-        missing=place.missing.get("cifar10", "") or (place.missing.get("cuda_graph", "") if graph else ""),
+        missing=place.missing.get("cifar10", ""),
         goal=goal, published=published, result=partial(seeds_result, folder))
 
 
