@@ -26,6 +26,8 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,12 +42,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from architectures.zoo import make
+from compress.training.cuda import Step
 from compress.training.data import training_data
 from compress.training.distillation import cross_entropy
 from compress.training.flags import TrainingRun, resolve_training
 from compress.training.loop import train
 from compress.training.mixup import Batch, Loss
 from compress.training.trackers import Tracker
+from compress.training.updates import Updater
 from loaders.arrays import ArrayImages
 from loaders.splits import Split
 from metadata.files import write_json
@@ -117,8 +121,15 @@ class Stopwatchless(Tracker):
         self.after()
 
 
-def steps_of(config: TrainingRun, classes: int, side: int) -> dict[str, Any]:
-    """Run two epochs on the pretended device; return the counts of a step, and of an epoch beyond its steps."""
+def steps_of(config: TrainingRun, classes: int, side: int, captured: bool = False) -> dict[str, Any]:
+    """Run two epochs on the pretended device; return the counts of a step, and of an epoch beyond its steps.
+
+    Args:
+        config: how to train.
+        classes: of the network.
+        side: of the images in pixels.
+        captured: give each step its learning rate and view as tensors, as a step that a CUDA graph captures gets them.
+    """
     device, samples = torch.device("pretended"), STEPS * config.batch_size
     options = {"stem": "small"} if "resnet" in config.model_name else {}
     model = make(config.model_name, num_classes=classes, **{**options, **config.model_options})
@@ -140,7 +151,8 @@ def steps_of(config: TrainingRun, classes: int, side: int) -> dict[str, Any]:
              register_optimizer_step_post_hook(lambda *_: setattr(counting, "part", "data"))]
     with tempfile.TemporaryDirectory() as folder, fake, counting, \
             mock.patch("compress.training.loop.PROGRESS_SECONDS", 1e9), \
-            mock.patch("compress.training.checkpoints.write_tensors"):
+            mock.patch("compress.training.checkpoints.write_tensors"), \
+            mock.patch("compress.training.loop.step_of", _with_tensors) if captured else nullcontext():
         _pretend(model, device, settings.channels_last)
         train_split = Split(ArrayImages(torch.empty(samples, 3, side, side, dtype=torch.uint8)),
                             torch.empty(samples, dtype=torch.int64))
@@ -162,6 +174,14 @@ def steps_of(config: TrainingRun, classes: int, side: int) -> dict[str, Any]:
 
 def _difference(later: Seen, earlier: Seen) -> Seen:
     return {part: Counter({name: count - earlier[part][name] for name, count in later[part].items()}) for part in PARTS}
+
+
+def _with_tensors(updater: Updater, warn: Callable[[str], None]) -> Step:
+    """Return the updater's step, with its numbers in tensors on the device."""
+    def step(batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
+        view = torch.zeros(1, dtype=torch.int64, device=updater.device)
+        return updater.step(replace(batch, view=view), torch.full((), lr, device=updater.device))
+    return step
 
 
 def _marked(loss: Loss, counting: Counting) -> Loss:
@@ -196,16 +216,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="cifar10_fast,cifar10_wide,cifar10,cifar100", help="recipes of `train`")
     parser.add_argument("--label", default="after", help="name of these counts in the file")
+    parser.add_argument("--captured", action="store_true", help="learning rate and view as tensors, as in CUDA graphs; "
+                        "other flags are those of `train`")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
+    arguments, changes = parser.parse_known_args()
     _setup_privateuseone_for_python_backend("pretended")
     # One operator on a GPU; without this, the pretended device takes the way of devices that have no such kernel.
     torch.library.impl("aten::silu_backward", "PrivateUse1", lambda gradient, value: torch.empty_like(value))
     counts = {}
     for name in arguments.configs.split(","):
-        config = resolve_training(["--config", name])
-        counts[name] = steps_of(config, 100 if config.dataset == "cifar100" else 10, 32)
+        config = resolve_training(["--config", name, *changes])
+        counts[name] = steps_of(config, 100 if config.dataset == "cifar100" else 10, 32, arguments.captured)
         if not arguments.json:
             print(name, *(f"{part}: {' / '.join(str(value) for value in counts[name][part].values())}"
                           for part in (*PARTS, "step", "once_an_epoch")), sep="\n  ", flush=True)
