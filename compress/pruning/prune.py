@@ -34,7 +34,7 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
     Raises:
         UserError: a layer would be left without channels, or nothing could be removed.
     """
-    pruned = copy.deepcopy(model).eval()
+    pruned = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # channels last may be unsafe
     for parameter in pruned.parameters():
         parameter.requires_grad_(True)
     if gradients is not None:

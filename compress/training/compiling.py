@@ -11,10 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from compress.training.memory_format import unsafe_channels_last
 from compress.training.mixup import Batch, parts
 from compress.training.state import TrainingState
 from compress.training.updates import Updater
@@ -49,9 +51,16 @@ def compile_if_faster(updater: Updater, state: TrainingState, make_batch: Callab
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """Return the compiled form: it shares the parameters, and has code for each batch and image size that it meets."""
+    """Return the compiled form: it shares the parameters, and has code for each batch and image size that it meets.
+
+    On a CPU the compiler lays convolutions out channels last whatever the images' layout, so a network that is unsafe that
+    way is compiled without it.
+    """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found" on a CPU
-    return torch.compile(network, dynamic=False)  # type: ignore[return-value]
+    parameter = next(network.parameters(), None)
+    unsafe = parameter is not None and bool(unsafe_channels_last(network, parameter.device))
+    options: dict[str, Any] | None = {"layout_optimization": False} if unsafe else None
+    return torch.compile(network, dynamic=False, options=options)  # type: ignore[return-value]
 
 
 def seconds_per_step(network: nn.Module, work: Work) -> float:

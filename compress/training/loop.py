@@ -72,8 +72,7 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
     memory_format = chosen_memory_format(model, settings.channels_last, device,
                                          lambda text: tracker.warn(f"{label}: {text}"))
     model.to(device)
-    if memory_format == torch.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format)  # both ways: an earlier training may have left the weights channels last
     updater = _updater(model, loss, settings, device, team)
     state = _first_state(updater)
     files = Checkpoints(path=checkpoint, label=label, seconds=settings.checkpoint_seconds, writes=team.first)

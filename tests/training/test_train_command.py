@@ -312,11 +312,20 @@ def test_pretrained_weights_that_cannot_be_fetched(compress: Compress, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_as_an_eager_one_does(trained: Path, compress: Compress, tmp_path: Path) -> None:
-    done = compress(*DIGITS, "--log_dir", tmp_path / "log", "--compile")
-    assert done.returncode == 0, done.stderr
-    one, other = (read_csv(folder / "metrics.csv") for folder in (trained, tmp_path / "log"))
-    assert float(other[0]["train_loss"]) == pytest.approx(float(one[0]["train_loss"]), rel=0.02)
+def test_a_compiled_network_trains_as_an_eager_one_does(compress: Compress, tmp_path: Path) -> None:
+    """At a rate at which training does not amplify rounding.
+
+    At the recipe's rate of 0.1 two eager trainings, one from weights changed by 1e-7, differ by 1 % after an epoch, as much
+    as a compiled one does; a compiled step's gradients are as close to those in float64 as an eager step's (3e-6).
+    """
+    rows = []
+    for name, way in (("eager", "false"), ("compiled", "true")):
+        done = compress(*DIGITS, "--log_dir", tmp_path / name, "--compile", way, "--lr", "0.001")
+        assert done.returncode == 0, done.stderr
+        rows.append([float(row["train_loss"]) for row in read_csv(tmp_path / name / "metrics.csv")])
+    eager, fused = rows
+    assert eager[-1] < 0.99 * eager[0]  # the weights move enough to tell
+    assert fused == pytest.approx(eager, rel=1e-3)
 
 
 def test_help_lists_every_key(compress: Compress) -> None:

@@ -93,7 +93,7 @@ class Prune(CompressingStage):
         order = torch.randperm(len(data.train)).split(self.train.batch_size)[:self.gradient_batches]
         for ids in order:
             images = center_crop(data.train.images.batch(ids).cpu(), data.augmenter.size)
-            logits = model(normalize(images, data.preprocessing))
+            logits = model(normalize(images.contiguous(), data.preprocessing))  # channels last may be unsafe
             yield nn.functional.cross_entropy(logits, data.train.labels[ids.to(data.train.labels.device)].cpu())
 
 
