@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,8 +82,12 @@ def status_mb(process: int | str, key: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), None)
 
 
-def machine() -> dict[str, Any]:
-    """Return the CPU's model, the instruction sets that int8 depends on, and the number of usable cores."""
+def machine(driver: Path = Path("/proc/driver/nvidia")) -> dict[str, Any]:
+    """Return the CPU's model, the instruction sets that int8 depends on, the usable cores, and NVIDIA's GPUs if any.
+
+    Args:
+        driver: where the driver of NVIDIA's GPUs tells of itself.
+    """
     model, flags = platform.processor() or platform.machine(), set()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -94,7 +99,36 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass  # not Linux: the model comes from the platform module, the flags stay unknown
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-    return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": usable_cores()}
+    return {"cpu": model, "flags": [flag for flag in wanted if flag in flags], "cores": usable_cores(),
+            **accelerators(driver)}
+
+
+def accelerators(driver: Path) -> dict[str, Any]:
+    """Return the GPUs, their driver and CUDA's version, or nothing where there is no GPU.
+
+    A process that uses CUDA asks torch, and learns the memory too. Another one reads the driver's files: asking torch would
+    import it, or start CUDA, which takes seconds and memory that an evaluation on the CPU must not pay.
+    """
+    torch = sys.modules.get("torch")
+    found: list[dict[str, Any]] = []
+    if torch is not None and torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            found.append({"name": card.name, "memory_mb": card.total_memory // 2**20})
+    else:
+        for path in sorted(driver.glob("gpus/*/information")):
+            with contextlib.suppress(OSError):
+                found += [{"name": line.partition(":")[2].strip()} for line in path.read_text().splitlines()
+                          if line.startswith("Model:")]
+    if not found:
+        return {}
+    told: dict[str, Any] = {"accelerators": found}
+    with contextlib.suppress(OSError):
+        if version := re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]+)", (driver / "version").read_text()):
+            told["driver"] = version[1]
+    if torch is not None and torch.version.cuda:
+        told["cuda"] = torch.version.cuda
+    return told
 
 
 def usable_cores() -> int:

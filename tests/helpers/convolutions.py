@@ -2,7 +2,7 @@
 
 `python -m tests.helpers.convolutions THREADS` reads a JSON list of convolutions, {in, out, kernel, stride, groups, batch,
 size, compiled}, and writes JSON lines: {"at": [index, format, refused]} before each backward pass, {"error": largest
-difference from the plain layout, relative} after one with channels last. Under `guard.c` lines on damaged memory come between.
+difference from the plain layout, relative} after one with channels last. Under `guard.c`, lines on damaged memory too.
 """
 
 from __future__ import annotations
