@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from architectures.architecture import Architecture
-from architectures.layers.base import FunctionLayer
+from architectures.layers.base import FunctionLayer, Shape
 from architectures.program import int8_graph
 from metadata.errors import VerificationError, first_line
 
@@ -52,41 +52,38 @@ def build(architecture: Architecture) -> torch.fx.GraphModule:
 
 
 def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Run the graph on the meta device, which allocates nothing, and return each layer's output shape for one image.
+    """Return each layer's output shape for one image. Nothing is allocated or computed.
 
     Raises:
         VerificationError: a layer cannot take what its inputs give (named), mixes the images of a batch, or is
             absurdly large; or the last layer's shape is not the declared one.
     """
-    import torch
-
     shapes: dict[str, tuple[int, ...]] = {}
     count = total = 0
     if (pixels := math.prod(architecture.input_shape)) > MAX_ACTIVATION_ELEMENTS:
         raise VerificationError(f"input_shape {list(architecture.input_shape)}: {pixels:,} elements are over the limit of "
                                 f"{MAX_ACTIVATION_ELEMENTS:,}")
-    with torch.device("meta"), torch.no_grad():
-        values = {"input": torch.empty(2, *architecture.input_shape)}
-        for layer in architecture.layers:
-            try:
-                count += layer.parameters()
-                output = layer.run([values[name] for name in layer.inputs])
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
-            if output.dim() < 2 or len(output) != 2:
-                raise VerificationError(f"layer {layer.name}: it mixes the images of a batch")
-            if output.numel() > 2 * MAX_ACTIVATION_ELEMENTS:
-                raise VerificationError(f"layer {layer.name}: an output of {output.numel() // 2:,} elements is over the "
-                                        f"limit of {MAX_ACTIVATION_ELEMENTS:,}")
-            total += output.numel() // 2
-            if total > MAX_TOTAL_ELEMENTS:
-                raise VerificationError(f"layer {layer.name}: {total:,} elements of output up to here are over the limit "
-                                        f"of {MAX_TOTAL_ELEMENTS:,}")
-            if count > MAX_WEIGHT_ELEMENTS:
-                raise VerificationError(f"layer {layer.name}: {count:,} weights up to here are over the limit of "
-                                        f"{MAX_WEIGHT_ELEMENTS:,}")
-            values[layer.name] = output
-            shapes[layer.name] = tuple(output.shape[1:])
+    with_batch: dict[str, Shape] = {"input": (2, *architecture.input_shape)}
+    for layer in architecture.layers:
+        try:
+            count += layer.parameters()
+            output = layer.output_shape([with_batch[name] for name in layer.inputs])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
+        if len(output) < 2 or output[0] != 2:
+            raise VerificationError(f"layer {layer.name}: it mixes the images of a batch")
+        if (elements := math.prod(output[1:])) > MAX_ACTIVATION_ELEMENTS:
+            raise VerificationError(f"layer {layer.name}: an output of {elements:,} elements is over the limit of "
+                                    f"{MAX_ACTIVATION_ELEMENTS:,}")
+        total += elements
+        if total > MAX_TOTAL_ELEMENTS:
+            raise VerificationError(f"layer {layer.name}: {total:,} elements of output up to here are over the limit of "
+                                    f"{MAX_TOTAL_ELEMENTS:,}")
+        if count > MAX_WEIGHT_ELEMENTS:
+            raise VerificationError(f"layer {layer.name}: {count:,} weights up to here are over the limit of "
+                                    f"{MAX_WEIGHT_ELEMENTS:,}")
+        with_batch[layer.name] = output
+        shapes[layer.name] = output[1:]
     final = shapes[architecture.layers[-1].name]
     if final != architecture.output_shape:
         raise VerificationError(f"layer {architecture.layers[-1].name}: the output's shape is {list(final)}, declared "

@@ -31,6 +31,15 @@ def layer_costs(architecture: Architecture) -> dict[str, LayerCost]:
     return {layer.name: LayerCost(layer.parameters(), layer.macs(shapes[layer.name])) for layer in architecture.layers}
 
 
+def architecture_macs(architecture: Architecture) -> int:
+    """Return the multiply-adds for one image by the layer table.
+
+    Raises:
+        VerificationError: see `check_shapes`.
+    """
+    return sum(cost.macs for cost in layer_costs(architecture).values())
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count every stored number but batch counters: parameters, frozen or not, and buffers such as int8 weights."""
     return count_numbers(model.state_dict())

@@ -10,7 +10,7 @@ from typing import Any, TYPE_CHECKING
 
 from architectures.architecture import Architecture
 from architectures.build import build
-from architectures.counting import layer_costs
+from architectures.counting import architecture_macs
 from metadata.errors import VerificationError, first_line
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModul
         VerificationError: the weights do not fit the architecture, or one image takes more than `MAX_MACS`.
     """
     import torch
-    macs = sum(cost.macs for cost in layer_costs(architecture).values())
+    macs = architecture_macs(architecture)
     with torch.device("meta"):
         empty = build(architecture).eval()
         if not empty.state_dict():

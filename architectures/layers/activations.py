@@ -6,14 +6,14 @@ from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 
-from architectures.layers.base import Layer, OnnxWriter, Operator, register, traced_tensors
+from architectures.layers.base import OnnxWriter, Operator, Unchanging, register, traced_tensors
 
 if TYPE_CHECKING:
     from torch import fx
 
 
 @register
-class ReLU(Layer):
+class ReLU(Unchanging):
     """`torch.nn.ReLU`."""
 
     functions = ("torch.nn.functional.relu", "torch.relu")
@@ -25,7 +25,7 @@ class ReLU(Layer):
 
 
 @register
-class ReLU6(Layer):
+class ReLU6(Unchanging):
     """`torch.nn.ReLU6`."""
 
     functions = ("torch.nn.functional.relu6",)
@@ -39,7 +39,7 @@ class ReLU6(Layer):
 
 
 @register
-class SiLU(Layer):
+class SiLU(Unchanging):
     """`torch.nn.SiLU`."""
 
     functions = ("torch.nn.functional.silu",)
@@ -52,7 +52,7 @@ class SiLU(Layer):
 
 
 @register
-class Hardswish(Layer):
+class Hardswish(Unchanging):
     """`torch.nn.Hardswish`."""
 
     functions = ("torch.nn.functional.hardswish",)
@@ -62,7 +62,7 @@ class Hardswish(Layer):
 
 
 @register
-class Hardsigmoid(Layer):
+class Hardsigmoid(Unchanging):
     """`torch.nn.Hardsigmoid`."""
 
     functions = ("torch.nn.functional.hardsigmoid",)
@@ -74,7 +74,7 @@ class Hardsigmoid(Layer):
 
 
 @register
-class Sigmoid(Layer):
+class Sigmoid(Unchanging):
     """`torch.nn.Sigmoid`."""
 
     functions = ("torch.sigmoid", "torch.nn.functional.sigmoid")
@@ -84,7 +84,7 @@ class Sigmoid(Layer):
 
 
 @register
-class Tanh(Layer):
+class Tanh(Unchanging):
     """`torch.nn.Tanh`."""
 
     functions = ("torch.tanh", "torch.nn.functional.tanh")
@@ -93,7 +93,7 @@ class Tanh(Layer):
 
 
 @register
-class LeakyReLU(Layer):
+class LeakyReLU(Unchanging):
     """`torch.nn.LeakyReLU`."""
 
     operators = {"LeakyRelu": Operator("all", passes_factors_on=True)}
@@ -105,7 +105,7 @@ class LeakyReLU(Layer):
 
 
 @register
-class GELU(Layer):
+class GELU(Unchanging):
     """`torch.nn.GELU`."""
 
     functions = ("torch.nn.functional.gelu",)

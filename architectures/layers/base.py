@@ -29,6 +29,7 @@ AS_TEACHER = "the model can still be used as a teacher"
 REGISTRY: dict[str, type[Layer]] = {}
 
 Row = TypeVar("Row", bound="type[Layer]")
+Shape = tuple[int, ...]
 
 
 def register(kind: Row) -> Row:
@@ -168,6 +169,18 @@ class Layer(Strict):
         """Compute the layer in evaluation, with fresh weights."""
         return self.module().eval()(*inputs)  # type: ignore[no-any-return]
 
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        """Return the shape of the output for inputs of these shapes, all with the batch first. Allocate nothing.
+
+        The default asks torch's meta device, which imports torch's compiler (seconds): the rows of the table know better.
+
+        Raises:
+            ValueError, RuntimeError, TypeError, IndexError: the layer cannot take such inputs.
+        """
+        import torch
+        with torch.device("meta"), torch.no_grad():
+            return tuple(self.run([torch.empty(shape) for shape in inputs]).shape)
+
     def parameters(self) -> int:
         """Return how many numbers the layer stores: weights and buffers, without batch counters."""
         import torch
@@ -242,6 +255,13 @@ class Layer(Strict):
         return f"{module}({', '.join(inputs)})"
 
 
+class Unchanging(Layer):
+    """A layer whose output has the shape of its input, whatever that is."""
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return inputs[0]
+
+
 class FunctionLayer(Layer):
     """A layer without a module: a function of its input tensors."""
 
@@ -259,6 +279,35 @@ class FunctionLayer(Layer):
 
     def parameters(self) -> int:
         return 0
+
+
+def with_channels(shape: Shape, channels: int, *dimensions: int) -> Shape:
+    """Return a shape (N, channels, ...) that has been checked.
+
+    Raises:
+        ValueError: other channels, or a number of dimensions that is not among the given.
+    """
+    if len(shape) not in dimensions or shape[1] != channels:
+        wanted = " or ".join(map(str, dimensions))
+        raise ValueError(f"expected {wanted} dimensions, images first, and {channels} channels, got {list(shape)}")
+    return shape
+
+
+def windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool = False) -> int:
+    """Return how many windows lie along an axis of an image with padding on both sides.
+
+    With `ceil_mode` a last window may reach beyond the padding, unless it begins there, as in PyTorch.
+
+    Raises:
+        ValueError: none does.
+    """
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (-(-room // stride) if ceil_mode else room // stride) + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:
+        count -= 1
+    if count < 1:
+        raise ValueError(f"a window of {kernel} with dilation {dilation} does not fit into {size} with padding {padding}")
+    return count
 
 
 @functools.cache

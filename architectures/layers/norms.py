@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from architectures.layers.base import Layer, OnnxWriter, Operator, register
+from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, register, with_channels
 from metadata.schemas import Size
 
 
@@ -20,6 +20,10 @@ class BatchNorm(Layer):
     momentum: float | None = 0.1
     affine: bool = True
     track_running_stats: Literal[True] = True
+    dimensions: ClassVar[tuple[int, ...]]  # that an input has
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return with_channels(inputs[0], self.num_features, *self.dimensions)
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         name, count = self.name, self.num_features
@@ -33,10 +37,14 @@ class BatchNorm(Layer):
 class BatchNorm1d(BatchNorm):
     """`torch.nn.BatchNorm1d`."""
 
+    dimensions = (2, 3)
+
 
 @register
 class BatchNorm2d(BatchNorm):
     """`torch.nn.BatchNorm2d`."""
+
+    dimensions = (4,)
 
 
 @register
@@ -50,6 +58,9 @@ class GroupNorm(Layer):
     num_channels: Size
     eps: float = 1e-5
     affine: bool = True
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return with_channels(inputs[0], self.num_channels, 2, 3, 4)
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         """Write each group of channels as one channel of an InstanceNormalization, then scale and shift each channel."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from architectures.layers.base import Layer, OnnxWriter, Operator, outside, register, traced_argument, traced_tensors
+from architectures.layers.base import (
+    Layer, OnnxWriter, Operator, Shape, outside, register, traced_argument, traced_tensors, windows)
 from metadata.errors import UserError
 from metadata.schemas import Padding, Pair
 
@@ -37,20 +37,29 @@ class Pool(Layer):
         options["stride"] = options["stride"] or options["kernel_size"]
         return list(traced_tensors(node)[:1]), options
 
-    def end_padding(self, shape: tuple[int, ...], dilation: Sequence[int]) -> list[int]:
+    @property
+    def spread(self) -> tuple[int, int]:
+        """The dilation of the windows."""
+        return 1, 1
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        *around, height, width = images(inputs[0])
+        if any(2 * pad > kernel for pad, kernel in zip(self.padding, self.kernel_size, strict=True)):
+            raise ValueError(f"padding {list(self.padding)} is more than half of the window {list(self.kernel_size)}")
+        return *around, *(windows(*axis, self.ceil_mode) for axis in zip(
+            (height, width), self.kernel_size, self.stride, self.padding, self.spread, strict=True))
+
+    def end_padding(self, shape: tuple[int, ...]) -> list[int]:
         """Return by axis how far the last windows reach beyond the image (C, H, W): the padding, or more by ceil_mode.
 
         ONNX runtimes do not agree on ceil_mode (ONNX keeps a last window that begins in the padding, PyTorch does not),
         so that ceil_mode is written out as padding.
         """
         ends = []
-        for size, kernel, stride, pad, step in zip(shape[1:], self.kernel_size, self.stride, self.padding, dilation,
+        for size, kernel, stride, pad, step in zip(shape[1:], self.kernel_size, self.stride, self.padding, self.spread,
                                                    strict=True):
-            reach = step * (kernel - 1) + 1
-            windows = -(-(size + 2 * pad - reach) // stride) + 1
-            if (windows - 1) * stride >= size + pad:  # as PyTorch's pooling_output_shape
-                windows -= 1
-            ends.append(max(pad, (windows - 1) * stride + reach - size - pad) if self.ceil_mode else pad)
+            last = (windows(size, kernel, stride, pad, step, self.ceil_mode) - 1) * stride
+            ends.append(max(pad, last + step * (kernel - 1) + 1 - size - pad) if self.ceil_mode else pad)
         return ends
 
 
@@ -66,9 +75,13 @@ class MaxPool2d(Pool):
 
     dilation: Pair = (1, 1)
 
+    @property
+    def spread(self) -> tuple[int, int]:
+        return self.dilation
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("MaxPool", self.name, inputs, kernel_shape=self.kernel_size, strides=self.stride,
-                           dilations=self.dilation, pads=[*self.padding, *self.end_padding(shape, self.dilation)])
+                           dilations=self.dilation, pads=[*self.padding, *self.end_padding(shape)])
 
 
 @register
@@ -94,7 +107,7 @@ class AvgPool2d(Pool):
         OpenVINO 2026 is wrong where it counts the padding itself and the network is int8: it pads integers with 0, which
         does not stand for zero there.
         """
-        ends = self.end_padding(shape, (1, 1))
+        ends = self.end_padding(shape)
         shares = [shares_inside(*axis) for axis in zip(shape[1:], self.kernel_size, self.stride, self.padding, ends,
                                                        strict=True)]
         counts = self.count_include_pad and any((share < 1).any() for share in shares)
@@ -112,12 +125,26 @@ def shares_inside(size: int, kernel: int, stride: int, pad: int, end: int) -> ND
     return inside / (np.minimum(starts + kernel, size + pad) - starts)
 
 
+def images(shape: Shape) -> Shape:
+    """Return a shape (N, C, H, W) or (N, H, W) that has been checked.
+
+    Raises:
+        ValueError: another number of dimensions.
+    """
+    if len(shape) not in (3, 4):
+        raise ValueError(f"expected images (N, C, H, W), got {list(shape)}")
+    return shape
+
+
 class AdaptivePool(Layer):
     """A pool to an output of a fixed size."""
 
     keeps_sign = True
 
     output_size: Pair
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return *images(inputs[0])[:-2], *self.output_size
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         size, wanted = shape[1:], self.output_size

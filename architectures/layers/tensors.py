@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
 from architectures.layers.base import (
-    FunctionLayer, Layer, OnnxWriter, Operator, outside, register, resolved, traced_argument, traced_tensors)
+    FunctionLayer, Layer, OnnxWriter, Operator, Shape, Unchanging, outside, register, resolved, traced_argument,
+    traced_tensors)
 from metadata.errors import UserError
 from metadata.schemas import Fraction
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @register
-class Identity(Layer):
+class Identity(Unchanging):
     """`torch.nn.Identity`."""
 
     methods = ("contiguous",)
@@ -25,7 +27,7 @@ class Identity(Layer):
 
 
 @register
-class Dropout(Layer):
+class Dropout(Unchanging):
     """`torch.nn.Dropout`."""
 
     functions = ("torch.nn.functional.dropout",)
@@ -60,6 +62,13 @@ class Flatten(Layer):
             raise outside(node.name, "a reshape other than flattening, x.view(x.size(0), -1),")
         return [node.args[0]], {}
 
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        shape = inputs[0]
+        start, end = (axis(dim, len(shape)) for dim in (self.start_dim, self.end_dim))
+        if start > end:
+            raise ValueError(f"start_dim {self.start_dim} comes after end_dim {self.end_dim}")
+        return *shape[:start], math.prod(shape[start:end + 1]), *shape[end + 1:]
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         if self.start_dim == 1 and self.end_dim in (-1, len(shape)):
             return writer.node("Flatten", self.name, inputs, axis=1)
@@ -88,6 +97,13 @@ class Mean(FunctionLayer):
         return [node.args[0]], {"dim": [dim] if isinstance(dim, int) else list(dim),
                                 "keepdim": traced_argument(node, 2, "keepdim", False)}
 
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        shape = inputs[0]
+        over = [axis(dim, len(shape)) for dim in self.dim] or list(range(len(shape)))  # as torch: none means all
+        if len(set(over)) < len(over):
+            raise ValueError(f"dim {self.dim} names a dimension twice")
+        return tuple(1 if at in over else size for at, size in enumerate(shape) if self.keepdim or at not in over)
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         axes = sorted(dim % (len(shape) + 1) for dim in self.dim)
         if axes != [2, 3] or len(shape) != 3:
@@ -113,6 +129,9 @@ class Binary(FunctionLayer):
             raise UserError(f"layer {node.name}: {cls.__name__} takes two tensors here; constants are not in the layer "
                             "table")
         return list(traced_tensors(node)), {}
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return np.broadcast_shapes(*inputs)
 
 
 @register
@@ -158,8 +177,26 @@ class Concat(FunctionLayer):
     def call(self, inputs: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         return resolved("torch.cat"), (inputs,), self.options()
 
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        at = axis(self.dim, len(inputs[0]))
+        around = {(*shape[:at], *shape[at + 1:]) for shape in inputs}
+        if len({len(shape) for shape in inputs}) > 1 or len(around) > 1:
+            raise ValueError(f"the shapes {[list(shape) for shape in inputs]} differ elsewhere than in dim {self.dim}")
+        return *inputs[0][:at], sum(shape[at] for shape in inputs), *inputs[0][at + 1:]
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("Concat", self.name, inputs, axis=self.dim)
 
     def expression(self, inputs: list[str], module: str) -> str:
         return f"torch.cat([{', '.join(inputs)}], dim={self.dim})"
+
+
+def axis(dim: int, dimensions: int) -> int:
+    """Return a dimension, which may be counted from the end, counted from the start.
+
+    Raises:
+        IndexError: there is no such dimension.
+    """
+    if not -dimensions <= dim < dimensions:
+        raise IndexError(f"there is no dimension {dim} of {dimensions}")
+    return dim % dimensions

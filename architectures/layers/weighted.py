@@ -8,7 +8,7 @@ from typing import Any, Literal, TYPE_CHECKING
 import numpy as np
 from pydantic import model_validator
 
-from architectures.layers.base import Layer, OnnxWriter, Operator, outside, register
+from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, outside, register, windows, with_channels
 from metadata.schemas import Padding, Pair, Size
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ class Convolution(Layer):
     @property
     def width(self) -> int:
         return self.out_channels
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        count, _, *sizes = with_channels(inputs[0], self.in_channels, 4)
+        return count, self.out_channels, *map(windows, sizes, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def macs(self, output_shape: tuple[int, ...]) -> int:
         return math.prod(output_shape) * self.in_channels // self.groups * math.prod(self.kernel_size)
@@ -87,6 +91,12 @@ class MatrixProduct(Layer):
     @property
     def width(self) -> int:
         return self.out_features
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        *shape, features = inputs[0]
+        if features != self.in_features:
+            raise ValueError(f"expected {self.in_features} features, got {list(inputs[0])}")
+        return *shape, self.out_features
 
     def macs(self, output_shape: tuple[int, ...]) -> int:
         return math.prod(output_shape) * self.in_features

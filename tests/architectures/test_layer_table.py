@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import count_macs, count_parameters, layer_costs
 from architectures.describe import carry_over, describe
-from architectures.layers.base import Layer, OnnxWriter, Operator, traced_argument
+from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, traced_argument
+from architectures.layers.norms import GroupNorm
 from architectures.layers.table import LAYER_TABLE, registered, row_of_module
+from architectures.layers.weighted import Convolution
 from architectures.source import source
 from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings
@@ -32,6 +35,7 @@ from compress.quantization.static import Calibration, StaticSettings, quantize_s
 from metadata.errors import UserError
 from metadata.records import DatasetCard
 from metadata.schemas import Preprocessing, Size
+from tests.helpers.commands import PROJECT
 from tests.helpers.folders import draw_folder
 
 SHAPE = (3, 16, 16)
@@ -267,3 +271,57 @@ def test_costs_of_a_network_are_the_sum_of_its_layers(described: tuple[fx.GraphM
     assert sum(cost.parameters for cost in costs) == count_parameters(graph)
     assert sum(cost.macs for cost in costs) == count_macs(graph, SHAPE)
     assert "nn.PReLU(num_parameters=16)" in source(architecture, "weights.pth")
+
+
+OTHERS: dict[str, list[dict[str, Any]]] = {
+    "Conv2d": [{"in_channels": 4, "out_channels": 2, "kernel_size": [4, 1], "padding": [1, 2], "dilation": [2, 1]}],
+    "MaxPool2d": [{"kernel_size": [3, 2], "stride": [2, 3], "padding": [1, 0], "dilation": [1, 2], "ceil_mode": ceil}
+                  for ceil in (False, True)] + [{"kernel_size": [2, 2], "stride": [3, 3], "padding": [2, 0]}],
+    "AvgPool2d": [{"kernel_size": [3, 4], "stride": [3, 2], "padding": [0, 2], "ceil_mode": True}],
+    "AdaptiveAvgPool2d": [{"output_size": [1, 1]}],
+    "Flatten": [{"start_dim": 2}, {"start_dim": -2, "end_dim": -3}, {"start_dim": -3, "end_dim": 2}, {"start_dim": 0}],
+    "Mean": [{"dim": [-1], "keepdim": True}, {"dim": [1, -1]}, {"dim": [], "keepdim": True}, {"dim": [0, 4]}],
+    "Concat": [{"dim": 0}, {"dim": -1}, {"dim": 3}]}
+SHAPES: list[Shape] = [(2, 4, 6, 6), (2, 4, 6), (2, 4), (2, 6, 5, 7), (2, 4, 1, 1), (2, 1, 3, 2), (1, 4, 6, 1), (2, 6)]
+
+
+@pytest.mark.parametrize("kind", LAYER_TABLE)
+def test_a_row_knows_the_shape_that_torch_computes(kind: str) -> None:
+    """Where torch refuses, the row refuses; for odd inputs, which nobody trains on, a row may refuse more."""
+    row, agreed = LAYER_TABLE[kind], 0
+    for options in [OPTIONS.get(kind, {}), *OTHERS.get(kind, [])]:
+        layer = row.model_validate({"name": "layer", "type": kind, "inputs": ["input"] * row.input_count[0], **options})
+        for shapes in itertools.product(SHAPES, repeat=2 if row.input_count[1] > 1 else 1):
+            own, torchs = shape_or_none(layer.output_shape, shapes), shape_or_none(of_torch(layer), shapes)
+            agreed += own is not None and own == torchs
+            odd = (isinstance(layer, Convolution) and len(shapes[0]) == 3) or isinstance(layer, GroupNorm)
+            assert own == torchs or (odd and own is None), (options, shapes)
+    assert agreed
+
+
+def of_torch(layer: Layer) -> Callable[[list[Shape]], Shape]:
+    return lambda shapes: Layer.output_shape(layer, shapes)
+
+
+def shape_or_none(compute: Callable[[list[Shape]], Shape], shapes: tuple[Shape, ...]) -> Shape | None:
+    try:
+        return compute(list(shapes))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
+
+
+def test_an_architecture_is_checked_without_torchs_compiler() -> None:
+    """Its import takes as long as that of torch itself, in each process that opens a submission."""
+    names = sorted(path.name for path in (PROJECT / "architectures" / "json").iterdir())
+    script = """import sys
+from pathlib import Path
+from architectures.architecture import Architecture
+from architectures.build import build, check_shapes
+from metadata.files import read_json
+for name in sys.argv[1:]:
+    architecture = read_json(Path("architectures/json") / name, Architecture)
+    assert check_shapes(architecture)[architecture.layers[-1].name] == architecture.output_shape
+    build(architecture)
+print({"torch", "torch._dynamo", "sympy"} & sys.modules.keys())"""
+    done = subprocess.run([sys.executable, "-c", script, *names], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'torch'}"
