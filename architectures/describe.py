@@ -137,11 +137,12 @@ def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
 
 
 def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the number of logits, computed on the meta device."""
-    shadow = copy.deepcopy(model).to("meta").eval()
+    """Return the number of logits for an image of zeros. The meta device would take longer: it imports torch's compiler."""
+    shadow = copy.deepcopy(model).eval()
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     try:
-        with torch.no_grad():
-            output = shadow(torch.empty(1, *input_shape, device="meta"))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = shadow(torch.zeros(1, *input_shape, device=device))
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise UserError(f"the model does not take images of shape {list(input_shape)}: {first_line(error)}") from error
     if output.dim() != 2:

@@ -30,6 +30,9 @@ class Images(Protocol):
         ...
 
 
+SMALL = 2**20  # numbers of an array that is resized sooner than a worker process starts
+
+
 @dataclass(frozen=True)
 class ArrayImages:
     """Images in memory: (N, C, H, W) uint8, on the device of the tensor."""
@@ -130,7 +133,8 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
         UserError: an unreadable image, images of different sizes, or a killed worker process.
     """
     batches = list(batches_of_ids)
-    if not isinstance(images, FileImages | ResizedImages) or len(batches) < 2:
+    few = isinstance(images, ResizedImages) and images.pixels.numel() < SMALL
+    if not isinstance(images, FileImages | ResizedImages) or few or len(batches) < 2:
         for ids in batches:
             yield ids, images.batch(ids)
         return

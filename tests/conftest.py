@@ -14,6 +14,7 @@ import torch
 from tests.helpers.commands import PROJECT, SMALL, Compress, run_compress
 from tests.helpers.sharing import shared_folder
 
+pytest_plugins = ["tests.helpers.summary"]
 torch.set_num_threads(1)
 
 

@@ -74,6 +74,12 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
                     layers=_onnx_layers(graph), may_saturate=may_saturate(graph))
 
 
+def check_onnx_bytes(path: Path) -> None:
+    """Raise VerificationError for a file that is too large to be an ONNX file, before anybody reads it."""
+    if path.stat().st_size >= 2**31:
+        raise VerificationError(f"{path}: {path.stat().st_size:,} bytes; an ONNX file without external data has under 2 GB")
+
+
 def _parse(path: Path) -> Any:
     """Return the file's ONNX model."""
     try:
@@ -83,8 +89,7 @@ def _parse(path: Path) -> Any:
                         "pip install onnx onnxruntime") from error
     from google.protobuf.message import DecodeError
 
-    if path.stat().st_size >= 2**31:
-        raise VerificationError(f"{path}: {path.stat().st_size:,} bytes; an ONNX file without external data has under 2 GB")
+    check_onnx_bytes(path)
     try:
         return onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, RecursionError, ValueError, TypeError) as error:

@@ -15,6 +15,7 @@ from architectures.counting import architecture_macs, count_parameters
 from architectures.kernels import why_not_int8
 from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
+from compress.evaluation.onnx_files import check_onnx_bytes
 from metadata.errors import UserError, VerificationError
 from metadata.files import inside, read_json, sha256
 from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata, Preprocessing
@@ -115,9 +116,13 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), folder / METADATA_FILE)
     content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
     if "schema" in content:
-        return _read_packaged(folder, path)
-    original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
-    return original.read_original(folder, path)  # type: ignore[no-any-return]
+        files = _read_packaged(folder, path)
+    else:
+        original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
+        files = original.read_original(folder, path)
+    if files.kind == "onnx":
+        check_onnx_bytes(files.weights)
+    return files
 
 
 def _read_packaged(folder: Path, path: Path) -> SubmissionFiles:

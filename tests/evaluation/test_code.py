@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import platform
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +201,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "exits at import": (append("import sys; sys.exit(0)"), "SystemExit"),
     "os._exit at import": (append("import os; os._exit(0)"), "ended its process (exit code 0)"),
     "os._exit in forward": (wrap("os._exit(0)"), "ended its process (exit code 0)"),
-    "loops for ever": (append("while True: pass"), "within --time_limit_s 5"),
-    "loops in forward": (wrap("while True: pass"), "within --time_limit_s 5"),
+    "loops for ever": (append("while True: pass"), "within --time_limit_s 1"),
+    "loops in forward": (wrap("while True: pass"), "within --time_limit_s 1"),
     "eats memory": (append("hoard = [bytearray(2**24) for _ in range(10**6)]"), "MemoryError"),
     "facts too deep to parse": (append("import json; json.dumps = lambda *a, **k: '[' * 100000"), "wrote into the channel"),
     "raises its limits": (append("import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); a = bytearray(2**20)"),
@@ -221,20 +221,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{name: (append(code), "PermissionError") for name, code in FORBIDDEN.items()},
 }
 # Each forbidden call has a child of its own in the slow suite; test_each_forbidden_call_is_refused tries all in one child.
+# Too few classes are what the hostile opponent answers.
 SLOW_ATTACKS = {*FORBIDDEN, "syntax error", "exits at import", "os._exit at import", "raises its limits", "no tensor",
-                "NaN answers", "loops in forward", "answers change", "a file too large"} - {"forks"}
+                "NaN answers", "loops in forward", "answers change", "a file too large", "few classes"}
 
 
 @pytest.mark.parametrize("attack", slow_but(REFUSED, REFUSED.keys() - SLOW_ATTACKS))
 def test_broken_and_hostile_code_scores_zero(attack: str, folder: Path, evaluate: Evaluate) -> None:
     change, said = REFUSED[attack]
     change(folder)
-    start = time.monotonic()
-    # Time enough for a loaded machine to run honest code; what loops for ever gets less.
-    limit = "5" if "loops" in attack else "60"
+    # Time enough for a loaded machine to run honest code; what loops for ever needs none.
+    limit = "1" if "loops" in attack else "60"
     assert_refused(evaluate(folder, ALLOW, "--time_limit_s", limit, "--memory_limit_mb", "1024"), said)
-    assert time.monotonic() - start < 90
     assert not (folder / "executed").exists() and not Path("/tmp/written_by_a_submission").exists()
+    assert children() == [], "a process outlives the evaluation"
 
 
 def test_each_forbidden_call_is_refused(folder: Path, evaluate: Evaluate) -> None:
@@ -275,13 +275,12 @@ HARMLESS: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "leaves threads behind": (append("import threading, time\n"
                                      "threading.Thread(target=lambda: time.sleep(99), daemon=True).start()"), None),
 }
-TOGETHER = ("prints forged results", "changes its own folder", "swallows what is refused", "has a class of an odd name",
-            "leaves threads behind", "patches torch", "patches time")
+TOGETHER = ("prints forged results", "hides numbers in a file", "changes its own folder", "swallows what is refused",
+            "has a class of an odd name", "leaves threads behind", "patches torch", "patches time")
 
 
-HARMLESS["many together"] = (lambda folder: [HARMLESS[trick][0](folder) for trick in TOGETHER], "printed")
-QUICK_TRICKS = ["many together", "hides numbers in a file", "caches answers", "makes folders without end",
-                "creates and deletes in a race"]
+HARMLESS["many together"] = (lambda folder: [HARMLESS[trick][0](folder) for trick in TOGETHER], None)
+QUICK_TRICKS = ["many together", "caches answers", "makes folders without end", "creates and deletes in a race"]
 
 
 @pytest.fixture(scope="session")
@@ -301,21 +300,18 @@ def test_tricks_do_not_change_the_result(trick: str, folder: Path, evaluate: Eva
     assert result["details"]["accuracy"]["predictions_sha256"] == honest["details"]["accuracy"]["predictions_sha256"]
     assert 0 < result["latency"] < 1000
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    if warned:
-        assert any(warned in warning for warning in result["details"]["warnings"]), result["details"]["warnings"]
+    for text in filter(None, [warned, *(HARMLESS[one][1] for one in TOGETHER if trick == "many together")]):
+        assert any(text in warning for warning in result["details"]["warnings"]), result["details"]["warnings"]
 
 
-def test_no_process_outlives_an_evaluation(folder: Path, evaluate: Evaluate) -> None:
-    append("while True: pass")(folder)
-    evaluate(folder, ALLOW, "--time_limit_s", "1")
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline")
-            if b"evaluation/child.py" in path.read_bytes() and f"/{os.getpid()}\n" in _parent(path)]
-    assert left == []
-
-
-def _parent(path: Path) -> str:
-    return "/" + next(line.split()[1] for line in (path.parent / "status").read_text().splitlines()
-                      if line.startswith("PPid:")) + "\n"
+def children() -> list[str]:
+    """The sandboxes that this process has started and that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if b"evaluation/child.py" in (folder / "cmdline").read_bytes():
+                found += [folder.name] if f"\nPPid:\t{os.getpid()}\n" in (folder / "status").read_text() else []
+    return found
 
 
 def test_threads_that_exist_already_are_an_error() -> None:
@@ -382,7 +378,8 @@ def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission
     wrap("return honest(self, x)[:, :5]")(folder)
     code, result, error = evaluate(submission, ALLOW, "--compare", str(folder))
     assert code == 0 and result["accuracy"] == honest["accuracy"], error
-    assert str(folder) in result["details"]["compare"]["status"]
+    status = result["details"]["compare"]["status"]
+    assert str(folder) in status and "for the data's 10 classes" in status
     assert any("there is no comparison" in warning for warning in result["details"]["warnings"])
 
 

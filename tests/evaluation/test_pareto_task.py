@@ -71,8 +71,9 @@ def public_score() -> float:
 
 
 def test_class_means_score_what_they_score_outside(run: Run) -> None:
-    code, result, error = run(MEANS)
-    assert code == 0, error
+    """At the limit to the parameter, which is no parameter too many."""
+    code, result, error = run(MEANS, "--param_limit", "49280", limit=49280)
+    assert code == 0 and result["details"]["status"] == "ok", error
     assert result["accuracy"] == pytest.approx(public_score())
     assert result["score"] == pytest.approx((result["accuracy"] - 0.85) / 0.15 * 100) == result["score_unbounded"]
     assert result["parameters_trainable"] == result["parameters_all"] == 384 * 128 + 128
@@ -80,11 +81,10 @@ def test_class_means_score_what_they_score_outside(run: Run) -> None:
     assert result["details"]["warnings"] == [] and not any(result["details"]["flags"].values())
 
 
-def test_the_limit_counts_to_the_parameter(run: Run) -> None:
-    _, exact, _ = run(MEANS, "--param_limit", "49280", limit=49280)
+def test_one_parameter_over_the_limit_scores_zero(run: Run) -> None:
     _, over, _ = run(MEANS, "--param_limit", "49279", limit=49279)
-    assert exact["score"] > 90 and over["score"] == over["score_unbounded"] == 0
-    assert over["details"]["status"] == "over the parameter limit" and exact["details"]["status"] == "ok"
+    assert over["score"] == over["score_unbounded"] == 0
+    assert over["details"]["status"] == "over the parameter limit"
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ FAILS = {
     "no module": (finish("return 7"), "returned int, expected an nn.Module"),
     "raises": (finish("raise ValueError('no luck')"), "ValueError: no luck"),
     "exits": (finish("import os; os._exit(0)"), "ended its process (exit code 0)"),
-    "for ever": (finish("while True: pass"), "within --time_limit_s 4"),
+    "for ever": (finish("while True: pass"), "within --time_limit_s 1"),
     "too few classes": (finish("return torch.nn.Linear(384, 5)"), "expected finite logits (1, 128)"),
     "NaN": (finish("head.bias.data[0] = float('nan')\nreturn head"), "finite logits"),
     "other inputs": (finish("return torch.nn.Linear(5, 128)"), "shapes cannot be multiplied"),
@@ -185,10 +185,10 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize("failure", slow_but(FAILS, ["no module", "exits", "for ever", "NaN", "reads elsewhere"]))
+@pytest.mark.parametrize("failure", slow_but(FAILS, ["no module", "for ever", "NaN", "reads elsewhere"]))
 def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> None:
     code, said = FAILS[failure]
-    exit_code, result, error = run(code, "--time_limit_s", "4" if failure == "for ever" else "60")
+    exit_code, result, error = run(code, "--time_limit_s", "1" if failure == "for ever" else "60")
     assert exit_code == 1 and said in error and len(error.strip().splitlines()) == 1, error
     assert all(result[key] == 0 for key in TASK_KEYS)
     assert result["details"]["status"].startswith("failed: ") and said in result["details"]["status"]
