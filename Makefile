@@ -7,7 +7,7 @@ demo: .venv/runtime
 	$(BIN)/python -m compress run slim_resnet18_digits
 
 test: .venv/development
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" tests
 
 slow: .venv/development
 	$(BIN)/python -m pytest -q -m slow tests

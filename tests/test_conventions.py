@@ -1,4 +1,4 @@
-"""What the code promises its readers: one meaning a name, and dataclasses that are called by keyword."""
+"""What the code promises: one meaning a name, dataclasses called by keyword, nothing that a newer Python dropped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ STANDALONE = {"compress/studies/pareto_solution.py", "compress/evaluation/child.
 STAGES = "compress/pipeline/stages/"
 # A verb is named as the function that it calls, and each of the two command lines has a `main`.
 VERBS = ("compress/cli/", "compress/api.py", "compress/evaluation/command.py")
+# Modules that Python 3.12 or 3.13 dropped, and names that they dropped or warn about. Source: the "What's New" of both.
+DROPPED_MODULES = """aifc asynchat asyncore audioop cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap msilib
+    nis nntplib ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib"""
+DROPPED_NAMES = """assertEquals assertRegexpMatches ast.Bytes ast.Ellipsis ast.NameConstant ast.Num ast.Str
+    asyncio.get_event_loop configparser.SafeConfigParser find_loader get_loader getdefaultlocale logging.warn makeSuite
+    onerror pkg_resources pkgutil.ImpImporter resetlocale ssl.wrap_socket tempfile.mktemp typing.ByteString typing.io
+    typing.re utcfromtimestamp utcnow webbrowser.MacOSX"""
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
@@ -74,4 +81,25 @@ def test_no_test_patches_a_private_name() -> None:
                          and isinstance(value := argument.value, str)]
                 wrong += [f"{path.relative_to(PROJECT)}:{node.lineno}" for text in names
                           if any(part.startswith("_") and not part.startswith("__") for part in text.split("."))]
+    assert wrong == []
+
+
+def test_nothing_that_python_3_12_or_3_13_dropped_is_used() -> None:
+    wrong, seen = [], 0
+    for path in [PROJECT / "model_loader.py", *(path for folder in ("metadata", "architectures", "loaders", "compress",
+                                                                    "benchmarks", "tests")
+                                                for path in sorted((PROJECT / folder).rglob("*.py")))]:
+        seen += 1
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+                       [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            names = ([node.attr, ast.unparse(node)] if isinstance(node, ast.Attribute) else
+                     [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else
+                     [node.arg or ""] if isinstance(node, ast.keyword) else [])
+            used = {module.split(".")[0] for module in modules} & {*DROPPED_MODULES.split()}
+            used |= {*names} & {*DROPPED_NAMES.split()}
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith((".extractall", ".extract")):
+                used |= set() if "filter=" in ast.unparse(node) else {"extractall without filter"}
+            wrong += [f"{path.relative_to(PROJECT)}: {name}" for name in used]
+    assert seen > 200
     assert wrong == []

@@ -72,6 +72,17 @@ def test_hold_out_is_stratified_seeded_and_disjoint() -> None:
         hold_out(torch.tensor([0, 0, 1]), 0.5, 0)
 
 
+def test_digits_are_what_scikit_learn_loads() -> None:
+    """The file is read without importing the package: a version that moves or changes it must be noticed."""
+    from sklearn.datasets import load_digits
+    bunch, splits = load_digits(), load(Request(name="digits", channels=1, validation_fraction=0))
+    pixels = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)[:, None]
+    train, test = hold_out(torch.from_numpy(bunch.target), 0.2, seed=0)
+    for split, ids in ((splits.train, train), (splits.open_test(), test)):
+        assert torch.equal(split.images.batch(torch.arange(len(ids))), pixels[ids])
+        assert split.labels.tolist() == bunch.target[ids].tolist()
+
+
 def test_exported_folder_gives_the_same_pixels(tmp_path: Path) -> None:
     splits = load(Request(name="digits"))
     test = splits.open_test()

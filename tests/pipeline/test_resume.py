@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,14 +33,17 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(recipe: str, stage
     command = ["run", str(request.getfixturevalue(recipe)), f"run_dir={tmp_path}", "name=tiny",
                *(f"{name}.train.checkpoint_seconds=0" for name in trainings)]
     checkpoint = tmp_path / "tiny" / stage / file
-    with subprocess.Popen([sys.executable, "-m", "compress", *command], cwd=PROJECT, stdout=subprocess.DEVNULL,
-                          stderr=subprocess.DEVNULL, start_new_session=True) as process:
-        deadline = time.monotonic() + 200
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        assert checkpoint.exists() and process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-    step = torch.load(checkpoint, weights_only=True)["step"]
+    for _ in range(5):  # on a busy machine this process may look too late
+        with subprocess.Popen([sys.executable, "-m", "compress", *command], cwd=PROJECT, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL, start_new_session=True) as process:
+            while not checkpoint.exists() and process.poll() is None:
+                time.sleep(0.002)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        step = torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else STEPS
+        if 0 < step < STEPS and not checkpoint.with_name("stage.json").exists():
+            break
+        shutil.rmtree(tmp_path / "tiny")
     assert 0 < step < STEPS, f"killed at step {step} of {STEPS}, not in the middle"
     assert not checkpoint.with_name("stage.json").exists()
     done = compress(*command)
