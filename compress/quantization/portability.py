@@ -1,4 +1,8 @@
-"""Portability: verify that a static int8 ONNX file keeps its accuracy on CPUs without VNNI, whose 16-bit sums saturate."""
+"""Portability: verify that a static int8 ONNX file keeps its accuracy on CPUs without VNNI, whose 16-bit sums saturate.
+
+Where no pair of weights can saturate, the file's integer sums are the same on every CPU: that is proof enough. Else the
+sums are emulated; the logits are those of such a CPU but for its rounding, see compress/quantization/saturation.py.
+"""
 
 from __future__ import annotations
 

@@ -5,11 +5,12 @@ Such CPUs multiply unsigned 8-bit activations by signed 8-bit weights with vpmad
 the excess of a pair of products over 16 bits, and few pairs of weights are large enough to exceed 16 bits: the emulation
 computes the excess of those pairs alone and subtracts it from the layer's exact output.
 
-Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW. Which products are adjacent was measured:
-each layer's integers are those of ONNX Runtime 1.32 with VNNI switched off, bit for bit, and
-tests/quantization/test_portability.py compares them with oneDNN and OpenVINO capped to AVX2. A runtime that fuses a layer
-with the requantization behind it may round up to two output steps differently. (Capped to AVX-512, oneDNN differs at
-borders padded with a zero point other than 0.)
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, PMADDUBSW. Which products are adjacent was measured.
+The sums are those of the CPU, bit for bit: tests/quantization/test_native_sums.py compares them with ONNX Runtime on a CPU
+with AVX2 alone, tests/quantization/test_portability.py with oneDNN and OpenVINO capped to AVX2. The rounding behind them is
+not: a runtime requantizes the integer sum at once, the emulation rounds it to float32 first. So some values of a layer's
+output (one in a thousand on ONNX Runtime) lie a step or two off, and the layers behind carry that on. (Capped to AVX-512,
+oneDNN differs at borders padded with a zero point other than 0.)
 """
 
 from __future__ import annotations

@@ -79,10 +79,11 @@ def test_a_static_run_that_is_finished_is_not_searched_again(finished: Path, rec
 
 def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(finished: Path, recipe: Path, compress: Compress) -> None:
     # Too few validation images to show that no accuracy at all is lost.
-    done = again(compress, recipe, "--update", "quantize_static.max_drop=0")
+    done = again(compress, recipe, "--update", "quantize_static.max_drop=0", "quantize_static.weights=8-bit")
     folder = finished / "05-quantize_static"
     assert len(json.loads((folder / "candidates.json").read_text())["candidates"]) == 1
-    assert_one_line_error(done, "no candidate fulfils the request; the best one, U8S8", "best_candidate.onnx", "max_drop",
+    assert_one_line_error(done, "no candidate fulfils the request; the best one, U8S8", "8-bit weights",
+                          "best_candidate.onnx", "max_drop",
                           code=1)
     assert (folder / "best_candidate.onnx").is_file() and not (folder / "stage.json").exists()
 
