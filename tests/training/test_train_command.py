@@ -320,12 +320,12 @@ def test_a_compiled_network_trains_as_an_eager_one_does(compress: Compress, tmp_
     """
     rows = []
     for name, way in (("eager", "false"), ("compiled", "true")):
-        done = compress(*DIGITS, "--log_dir", tmp_path / name, "--compile", way, "--lr", "0.001")
+        done = compress(*DIGITS, "--log_dir", tmp_path / name, "--compile", way, "--lr", "0.0001")
         assert done.returncode == 0, done.stderr
         rows.append([float(row["train_loss"]) for row in read_csv(tmp_path / name / "metrics.csv")])
     eager, fused = rows
-    assert eager[-1] < 0.99 * eager[0]  # the weights move enough to tell
     assert fused == pytest.approx(eager, rel=1e-3)
+    assert eager[0] - eager[-1] > 1e-2 * eager[0]  # the weights move, by ten times the tolerance
 
 
 def test_help_lists_every_key(compress: Compress) -> None:
