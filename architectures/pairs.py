@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -16,10 +17,13 @@ def weight_pairs(weight: np.ndarray, kernels: Kernels = "onednn") -> np.ndarray:
     Pairs are input channels 2i and 2i + 1 of a group at one kernel position. The last one of an odd number of channels is
     paired with a zero by oneDNN, and with the next position's first one by ONNX Runtime. Tests ask the kernels for it.
     """
-    rows = weight.reshape(*weight.shape[:2], -1).swapaxes(1, 2).astype(np.int16)  # (out, kernel positions, in)
+    outputs, inputs, *kernel = weight.shape
+    positions = math.prod(kernel)
+    rows = weight.reshape(outputs, inputs, positions).swapaxes(1, 2).astype(np.int16)  # (out, kernel positions, in)
     if kernels == "onnxruntime":
-        rows = rows.reshape(len(rows), 1, -1)
-    return np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2))).reshape(len(rows), -1, 2)
+        rows = rows.reshape(outputs, 1, positions * inputs)
+    rows = np.pad(rows, ((0, 0), (0, 0), (0, rows.shape[2] % 2)))
+    return rows.reshape(outputs, rows[:1].size // 2, 2)
 
 
 def can_saturate(pairs: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ ONNX_OPERATORS = {"": _OPERATORS.split(), "ai.onnx": _OPERATORS.split(), "com.mi
 # The input whose shape gives the multiply-adds of one output number: a weight (out, in/groups, ...), or rows of a matrix.
 ONNX_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "FusedConv": 1, "QLinearConv": 3}
 ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "FusedMatMul"}
+_INTEGER_PRODUCTS = {"QGemm", "MatMulIntegerToFloat"}  # ONNX infers no shapes for them, so their multiply-adds do not count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,19 +200,19 @@ def _onnx_layers(graph: Any) -> dict[str, bool]:
 def may_saturate(graph: Any) -> bool:
     """Return whether ONNX Runtime's 16-bit sums of two products may saturate in an int8 layer on CPUs without VNNI.
 
-    That depends on the int8 weights. A layer whose weights are not stored as integers counts as one that may.
+    That depends on the int8 weights. The activations do not tell: ONNX Runtime moves a DequantizeLinear behind pools,
+    slices and the like, so that a layer behind those is int8 too. Where a file restores 8-bit integers at all, a layer
+    whose weights are neither stored as floats nor directly as integers counts as one that may.
     """
     from onnx import TensorProto, numpy_helper
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    restored: dict[str, Any] = {}  # what DequantizeLinear makes, with the stored integers that it reads, if any
+    restored = {node.output[0]: stored.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            restored[node.output[0]] = stored.get(node.input[0])
-        elif node.op_type not in ("Conv", "Gemm", "MatMul"):
-            if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS or node.op_type in _INTEGER_PRODUCTS:
                 return True
-        elif set(node.input[:2]) <= restored.keys():
-            tensor, attributes = restored[node.input[1]], {attribute.name: attribute.i for attribute in node.attribute}
+        elif restored and node.input[1] not in stored:
+            tensor, attributes = restored.get(node.input[1]), {attribute.name: attribute.i for attribute in node.attribute}
             if tensor is None or len(tensor.dims) < 2 or (node.op_type != "Conv" and len(tensor.dims) > 2):
                 return True
             if tensor.data_type == TensorProto.INT8:  # unsigned weights are multiplied in 16 bits and added in 32

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.evaluation.onnx_files import may_saturate
+from compress.evaluation.runtimes import onnxruntime_options
+from tests.helpers.qdq import qdq, run
 
 
-def graph(op: str, weight: np.ndarray, stored: str = "int8", **attributes: Any) -> Any:
-    """Return a graph of one layer between 8-bit activations; `stored` says in which form its weights lie in the file."""
+def graph(op: str, weight: np.ndarray, stored: str = "int8", between: Sequence[str] = (), **attributes: Any) -> Any:
+    """Return a graph of one layer between 8-bit activations; `stored` says in which form its weights lie in the file.
+
+    Between the DequantizeLinear and the layer's first and second input stand the operators named in `between`, if any.
+    """
     nodes = [helper.make_node("DequantizeLinear", ["levels", "step"], ["x"])]
     if stored == "float through QuantizeLinear":
         nodes.append(helper.make_node("QuantizeLinear", ["w", "step", "zero"], ["w8"]))
@@ -20,7 +27,12 @@ def graph(op: str, weight: np.ndarray, stored: str = "int8", **attributes: Any) 
     name = "w8" if stored.startswith("float through") else "w"
     if stored != "float":
         nodes.append(helper.make_node("DequantizeLinear", [name, "step"], ["wide"]))
-    nodes.append(helper.make_node(op, ["x", "w" if stored == "float" else "wide"], ["y"], **attributes))
+    read = ["x", "w" if stored == "float" else "wide"]
+    for index, other in enumerate(between):
+        if other:
+            nodes.append(helper.make_node(other, [read[index]], [f"{read[index]} behind {other}"]))
+            read[index] = nodes[-1].output[0]
+    nodes.append(helper.make_node(op, read, ["y"], **attributes))
     values = {"w": weight, "step": np.float32(1), "zero": np.int8(0)}
     return helper.make_graph(nodes, "one layer", [helper.make_tensor_value_info("levels", TensorProto.UINT8, None)],
                              [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -55,3 +67,38 @@ def test_the_weights_decide(op: str, values: np.ndarray, attributes: dict[str, i
 def test_layers_whose_integers_are_not_in_the_file_count_as_saturating() -> None:
     assert may_saturate(graph("Conv", weight(2, 2, 1, 1, places=(0,)), "float through QuantizeLinear"))
     assert may_saturate(helper.make_graph([helper.make_node("ConvInteger", ["x", "w"], ["y"])], "one", [], []))
+
+
+@pytest.mark.parametrize("op", ["QGemm", "MatMulIntegerToFloat", "QLinearConv", "DynamicQuantizeMatMul"])
+def test_integer_operators_count_as_saturating(op: str) -> None:
+    assert may_saturate(helper.make_graph([helper.make_node(op, ["x", "w"], ["y"], domain="com.microsoft")], "one", [], []))
+
+
+def test_a_dequantization_that_onnx_runtime_moves_does_not_hide_a_layer() -> None:
+    large, small = weight(2, 2, 3, 3, places=(0, 9)), weight(2, 2, 3, 3, places=(0, 9), level=64)
+    assert may_saturate(graph("Conv", large, between=["MaxPool"]))
+    assert not may_saturate(graph("Conv", small, between=["MaxPool"]))
+    assert not may_saturate(graph("Conv", large.astype(np.float32), "float", between=["MaxPool"]))
+    assert may_saturate(graph("MatMul", weight(2, 4, places=(0, 1)), between=["", "Transpose"]))
+    attention = helper.make_graph([helper.make_node("MatMul", ["x", "y"], ["z"])], "of two activations", [], [])
+    assert not may_saturate(attention)  # in a file without any integers
+
+
+def test_weights_without_numbers_have_no_pairs() -> None:
+    for shape in ((0, 3, 1, 1), (8, 0, 3, 3), (8, 4, 0, 1)):
+        assert not may_saturate(graph("Conv", np.zeros(shape, np.int8)))
+
+
+@pytest.mark.parametrize("op", ["MaxPool", "Identity", "Transpose"])
+def test_exact_sums_are_asked_for_where_they_are_needed(op: str) -> None:
+    """ONNX Runtime's answers with the options that the evaluator takes, on whichever CPU runs the test."""
+    shape = {"kernel_shape": [2, 2]} if op == "MaxPool" else {"perm": [0, 1, 3, 2]} if op == "Transpose" else {}
+    model = qdq("Conv", np.full((8, 4, 1, 1), 127, np.int8), requantize=2.0**12)
+    layer = next(node for node in model.graph.node if node.op_type == "Conv")
+    moved = helper.make_node(op, [layer.input[0]], ["moved"], **shape)
+    layer.input[0] = "moved"
+    model.graph.node.insert(2, moved)
+    levels = np.full((1, 4, 4, 4), 127.5, np.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), onnxruntime_options(1, may_saturate(model.graph)),
+                                           ["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"input": levels})[0], run(model, levels))
