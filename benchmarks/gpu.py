@@ -26,7 +26,7 @@ from benchmarks.gpu_card import Ended, Job, Limits, Sitting, finite, plan, read_
 from benchmarks.gpu_jobs import TEACHER, ZOO_WEIGHTS, Place, all_jobs
 from benchmarks.gpu_sets import SETS, find, parts_of, unpacked, write_joined
 from metadata.closest import closest
-from metadata.errors import UserError
+from metadata.errors import UserError, first_line
 from metadata.files import write_json
 from metadata.locks import locked, remove_leftovers
 from metadata.machine import machine, usable_cores, versions
@@ -139,7 +139,7 @@ def claim(out: Path, shared: dict[str, Any]) -> None:
     """Make OUT the folder of these settings.
 
     Raises:
-        UserError: it is something else, or holds records of another scale or device.
+        UserError: it is something else, is damaged, or holds records of another scale or device.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file; expected a folder")
@@ -148,7 +148,10 @@ def claim(out: Path, shared: dict[str, Any]) -> None:
             raise UserError(f"--out {out}: already there and not of this program; choose another folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SETTINGS, shared)
-    before = json.loads((out / SETTINGS).read_text())
+    try:
+        before = json.loads((out / SETTINGS).read_text())
+    except ValueError as error:
+        raise UserError(f"--out {out}: {SETTINGS} in it is damaged ({first_line(error)}); choose another folder") from error
     if before != shared:
         raise UserError(f"--out {out}: holds records of {before}, not of {shared}; choose another folder")
 

@@ -258,6 +258,7 @@ def test_archives_that_are_hostile_or_damaged_are_refused(kind: str, run: Gpu, d
     (["--only", "cifar10_fats"], ["cifar10_fats", "cifar10_fast"]),
     (["--out", "FILE"], ["--out FILE", "a file"]),
     (["--out", "OTHER"], ["--out OTHER", "not of this program"]),
+    (["--out", "DAMAGED"], ["--out DAMAGED", "settings.json", "damaged"]),
     (["--fast"], ["--fast"]),
     pytest.param(["--device", "auto", "--scale", "1"], ["no CUDA device", "--scale 0.01", "--device cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")),
@@ -269,6 +270,8 @@ def test_mistakes_are_one_line(arguments: list[str], parts: list[str], run: Gpu,
     (tmp_path / "FILE").touch()
     (tmp_path / "OTHER").mkdir()
     (tmp_path / "OTHER" / "mine.txt").touch()
+    (tmp_path / "DAMAGED").mkdir()
+    (tmp_path / "DAMAGED" / "settings.json").write_text('{"scale":')
     done = run("--data", data, "--out", "out", "--scale", "0.01", "--device", "cpu", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(part in done.stderr for part in parts), done.stderr

@@ -58,7 +58,7 @@ def weight(*shape: int, places: tuple[int, ...], level: int = 65) -> np.ndarray:
     ("Gemm", weight(2, 4, places=(0, 1)), {}, False),  # (in, out): two outputs
     ("MatMul", weight(2, 4, places=(0, 1)).T.copy(), {}, True),
     ("MatMul", weight(2, 4, places=(0, 1)), {}, False)])
-def test_the_weights_decide(op: str, values: np.ndarray, attributes: dict[str, int], expected: bool) -> None:
+def test_the_weights_decide(op: str, values: np.ndarray, attributes: dict[str, Any], expected: bool) -> None:
     assert may_saturate(graph(op, values, **attributes)) is expected
     assert may_saturate(graph(op, values.astype(np.uint8), **attributes)) is False
     assert may_saturate(graph(op, values.astype(np.float32), "float", **attributes)) is False
@@ -89,13 +89,13 @@ def test_weights_without_numbers_have_no_pairs() -> None:
         assert not may_saturate(graph("Conv", np.zeros(shape, np.int8)))
 
 
-@pytest.mark.parametrize("op", ["MaxPool", "Identity", "Transpose"])
-def test_exact_sums_are_asked_for_where_they_are_needed(op: str) -> None:
+@pytest.mark.parametrize(("op", "options"), [
+    ("MaxPool", {"kernel_shape": [2, 2]}), ("Identity", {}), ("Transpose", {"perm": [0, 1, 3, 2]})])
+def test_exact_sums_are_asked_for_where_they_are_needed(op: str, options: dict[str, Any]) -> None:
     """ONNX Runtime's answers with the options that the evaluator takes, on whichever CPU runs the test."""
-    shape = {"kernel_shape": [2, 2]} if op == "MaxPool" else {"perm": [0, 1, 3, 2]} if op == "Transpose" else {}
     model = qdq("Conv", np.full((8, 4, 1, 1), 127, np.int8), requantize=2.0**12)
     layer = next(node for node in model.graph.node if node.op_type == "Conv")
-    moved = helper.make_node(op, [layer.input[0]], ["moved"], **shape)
+    moved = helper.make_node(op, [layer.input[0]], ["moved"], **options)
     layer.input[0] = "moved"
     model.graph.node.insert(2, moved)
     levels = np.full((1, 4, 4, 4), 127.5, np.float32)
