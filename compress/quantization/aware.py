@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from architectures.folding import norm_behind
-from architectures.int8 import int8_layers
+from architectures.int8 import int8_modules
 from architectures.layers.table import row_of_node
 from compress.quantization.weights import rounded, SMALLEST_SCALE, WeightForm
 from metadata.errors import UserError
@@ -177,7 +177,7 @@ def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_af
     Raises:
         UserError: the model is int8 already, it has no Conv2d or Linear, or there are no batches.
     """
-    if any(isinstance(module, (int8_layers().Int8Conv2d, int8_layers().Int8Linear)) for module in model.modules()):
+    if int8_modules(model):
         raise UserError("quantization-aware training: the model is int8 already; it needs the float model")
     rounding = partial(_round_to, weights) if isinstance(weights, str) else weights
     prepared = copy.deepcopy(model).eval()
