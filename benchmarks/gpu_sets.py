@@ -11,10 +11,12 @@ commands make of a set's folder:
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,13 +120,21 @@ def _extract(parts: tuple[Path, ...], folder: Path) -> None:
         return tarfile.data_filter(member, path)
 
     try:
-        with joined(parts) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member) as archive:
-            archive.extractall(folder, filter=checked)
+        with joined(parts) as stream, _decompressed(stream) as plain:
+            with tarfile.open(fileobj=plain, mode="r|*", tarinfo=_Member) as archive:
+                archive.extractall(folder, filter=checked)
+            while plain.read(2**20):  # up to the checksum
+                pass
     except tarfile.FilterError as error:
         raise UserError(f"{parts[0]}: the archive is refused: {first_line(error)}") from error
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, KeyError) as error:  # KeyError: a link to nothing
         raise UserError(f"{parts[0]}: damaged, or more parts belong to it than the {len(parts)} that are there "
                         f"({first_line(error)}); copy it again") from error
+
+
+def _decompressed(stream: io.BufferedReader[_Parts]) -> IO[bytes]:
+    """Return a stream, decompressed if it is gzip's: tarfile ignores gzip's checksum, and checks those of xz and bzip2."""
+    return gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
 
 
 class _Member(tarfile.TarInfo):
@@ -165,7 +175,7 @@ class _Parts(io.RawIOBase):
 
 
 @contextmanager
-def joined(parts: tuple[Path, ...]) -> Iterator[IO[bytes]]:
+def joined(parts: tuple[Path, ...]) -> Iterator[io.BufferedReader[_Parts]]:
     """Open the parts of a file as one stream."""
     with io.BufferedReader(_Parts(parts), 2**20) as stream:
         yield stream

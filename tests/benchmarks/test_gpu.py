@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -213,6 +214,8 @@ def hostile(path: Path, kind: str) -> None:
     """Write an archive that would write outside its folder, or something else than files."""
     with tarfile.open(path, "w") as archive:
         member = tarfile.TarInfo({"upwards": "../escaped", "absolute": "/tmp/escaped"}.get(kind, "train"))
+        if kind == "link to nothing":
+            member.type, member.linkname = tarfile.LNKTYPE, "nothing"
         if kind == "link":
             member.type, member.linkname = tarfile.SYMTYPE, "../.."
         if kind == "device":
@@ -221,7 +224,8 @@ def hostile(path: Path, kind: str) -> None:
         archive.addfile(member, io.BytesIO(b"evil"))
 
 
-@pytest.mark.parametrize("kind", ["upwards", "absolute", "link", "device", "cut", "cut between files", "noise", "no set"])
+@pytest.mark.parametrize("kind", ["upwards", "absolute", "link", "link to nothing", "device", "cut",
+                                  "cut between files", "other bytes in gzip", "noise", "no set"])
 def test_archives_that_are_hostile_or_damaged_are_refused(kind: str, run: Gpu, data: Path, tmp_path: Path) -> None:
     (tmp_path / "packed").mkdir()
     path = tmp_path / "packed" / "cifar10.tar"
@@ -231,6 +235,11 @@ def test_archives_that_are_hostile_or_damaged_are_refused(kind: str, run: Gpu, d
         with tarfile.open(path) as archive:
             member = archive.getmembers()[-1]
         path.write_bytes(path.read_bytes()[:member.offset if kind == "cut between files" else member.offset_data + 9])
+    elif kind == "other bytes in gzip":
+        content = bytearray(gzip.compress(path.read_bytes(), 0))
+        content[-1000] ^= 255  # of the archive's end, which nothing but the checksum protects
+        path.with_suffix(".tar.gz").write_bytes(content)
+        path.unlink()
     elif kind == "noise":
         path.write_bytes(b"this is no archive" * 1000)
     elif kind == "no set":
