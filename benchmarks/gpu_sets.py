@@ -132,7 +132,7 @@ def _extract(parts: tuple[Path, ...], folder: Path) -> None:
                         f"({first_line(error)}); copy it again") from error
 
 
-def _decompressed(stream: io.BufferedReader[_Parts]) -> IO[bytes]:
+def _decompressed(stream: io.BufferedReader[_Parts]) -> io.BufferedIOBase:
     """Return a stream, decompressed if it is gzip's: tarfile ignores gzip's checksum, and checks those of xz and bzip2."""
     return gzip.GzipFile(fileobj=stream) if stream.peek(2)[:2] == b"\x1f\x8b" else stream
 

@@ -247,7 +247,8 @@ def test_archives_that_are_hostile_or_damaged_are_refused(kind: str, run: Gpu, d
             archive.add(data / "cifar10" / "test", "test")
     else:
         hostile(path, kind)
-    done = run("--data", path.parent, "--out", tmp_path / "out", "--scale", "0.01", "--device", "cpu")
+    done = run("--data", path.parent, "--out", tmp_path / "out", "--scale", "0.01", "--device", "cpu", "--only",
+               "smoke_sgd_float16")  # which a CPU leaves out: an archive that is not refused costs no trainings
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar10" in done.stderr, done.stderr
     assert not (tmp_path / "escaped").exists() and not Path("/tmp/escaped").exists()
     assert not list((tmp_path / "out").rglob("train")) and not list((tmp_path / "out" / "data").iterdir())
