@@ -211,15 +211,17 @@ def int8_graph() -> type[torch.fx.GraphModule]:
         Everything else takes the layers' own way: training mode, other devices and dtypes, layers with forward hooks,
         tracing and counting.
 
-        The kernels hold packed copies of the weights. The graph packs them at the first call that uses them, and drops
-        them in `train()`, `eval()`, `load_state_dict()`, `recompile()` and whatever converts all weights, such as `to()`.
-        After any other change, such as writing into a tensor, averaging weights in place or replacing a layer, call
-        `pack(model)`. `torch.func.functional_call` with other weights is not seen: call `layer_by_layer(model)` instead.
+        The kernels hold packed copies of the weights. The graph packs them at the first call that uses them, and again
+        after `train()`, `eval()`, `load_state_dict()`, `recompile()`, whatever converts all weights, such as `to()`, and
+        after an operator wrote into a weight, as averaging does. After another change, such as replacing a layer, a
+        parameter or its `data`, call `pack(model)`. `torch.func.functional_call` with other weights is not seen: call
+        `layer_by_layer(model)` instead.
 
         The names here begin with an underscore because a layer's name cannot.
         """
 
         _program: Program | str | None = None  # or why there is none
+        _packed: tuple[list[Tensor], list[int]] = [], []  # the weights, and how often each had been written when packed
 
         def _takes(self, images: Any) -> bool:
             """Tell whether the input is images, or rows for a linear layer that is alone in its graph."""
@@ -235,7 +237,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
             if (self._takes(images) and images.dtype == torch.float32 and images.device.type == "cpu"
                     and not self.training and not torch.compiler.is_compiling() and not torch._C._is_tracing()
                     and _get_current_dispatch_mode() is None):
-                if self._program is None:
+                if self._program is None or _writes(self._packed[0]) != self._packed[1]:
                     pack(self)
                 program: Any = self._program
                 if isinstance(program, Program) and not any(program.hooks):
@@ -260,7 +262,7 @@ def int8_graph() -> type[torch.fx.GraphModule]:
             return super().recompile()
 
         def __deepcopy__(self, memo: Any) -> Any:
-            self._program = None  # packed weights cannot be copied
+            self._program, self._packed = None, ([], [])  # packed weights cannot be copied
             return super().__deepcopy__(memo)
 
     return Int8Graph
@@ -272,3 +274,10 @@ def pack(model: nn.Module) -> None:
     for graph in model.modules():
         if isinstance(graph, kind):
             graph._program = why_not_int8(graph) or Program(graph)
+            weights = [tensor for tensor in (*graph.parameters(), *graph.buffers()) if not tensor.is_inference()]
+            graph._packed = weights, _writes(weights)
+
+
+def _writes(weights: list[Tensor]) -> list[int]:
+    """Return how often operators have written into each tensor; inference tensors do not count that."""
+    return [tensor._version for tensor in weights]

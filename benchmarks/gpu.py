@@ -193,8 +193,15 @@ def print_ended(ended: list[Ended]) -> None:
     for entry in ended:
         record = entry.record
         rows.append((entry.job.name, entry.status, percent(accuracy(record)), percent(entry.job.goal),
-                     str(record.get("n", "")), f"{record['seconds']:,.0f}" if "seconds" in record else "", entry.note))
+                     str(record.get("n", "")), f"{record['seconds']:,.0f}" if "seconds" in record else "",
+                     entry.note or missed(entry)))
     print_rows(rows)
+
+
+def missed(entry: Ended) -> str:
+    """Return a word where a job ended with less than its goal; a share of the epochs need not reach it."""
+    found, goal = accuracy(entry.record), entry.job.goal
+    return "below its goal" if found is not None and goal is not None and found < goal else ""
 
 
 def accuracy(record: dict[str, Any]) -> float | None:

@@ -105,7 +105,7 @@ def measure(subject: Subject, sides: Sequence[str], test_images: int | None) -> 
     if subject.splits is not None:
         split, preprocessing = subject.splits.open_test(), subject.splits.card.preprocessing
         for side, call in calls.items():
-            ids = torch.arange(min(len(split), test_images or len(split)))
+            ids = split.sample(test_images or len(split))
             result = measure_accuracy(call, split.batches(1, ids), preprocessing, len(ids))
             rows[side]["accuracy"] = {"correct": result.correct, "images": result.total}
             print(f"  {side}: {result.correct}/{result.total}", flush=True)

@@ -57,7 +57,7 @@ class Answers:
 
     def __init__(self, splits: Splits, images: int | None) -> None:
         self.splits, self.split = splits, splits.open_test()
-        self.ids = torch.arange(min(len(self.split), images or len(self.split)))
+        self.ids = self.split.sample(images or len(self.split))
 
     def of(self, model: Any, logits: list[Tensor]) -> Accuracy:
         """Return the predictions, and append the logits to a list."""

@@ -1,7 +1,8 @@
 """Muon: steps along the momentum made orthogonal, for kernels and hidden matrices; AdamW for every other parameter.
 
 timm's Muon turns one matrix after the other, which launches some thirty operators for each. Here matrices are turned in
-batches. The numbers are timm's within rounding, and the names in the state are timm's, so a checkpoint of either continues.
+batches. The names in the state are timm's, so a checkpoint of either continues. So are the numbers, within rounding, where
+the processor has bfloat16 instructions; elsewhere matrices are turned in float32, which rounds less than timm's bfloat16.
 Source: Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
 """
 

@@ -36,7 +36,8 @@ def test_killed_run_continues_to_the_same_weights_bit_for_bit(recipe: str, stage
     for _ in range(5):  # on a busy machine this process may look too late
         with subprocess.Popen([sys.executable, "-m", "compress", *command], cwd=PROJECT, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL, start_new_session=True) as process:
-            while not checkpoint.exists() and process.poll() is None:
+            patience = time.monotonic() + 300
+            while not checkpoint.exists() and process.poll() is None and time.monotonic() < patience:
                 time.sleep(0.002)
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

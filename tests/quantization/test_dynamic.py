@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from architectures.describe import describe
 from architectures.kernels import layer_by_layer, no_int8_kernels
+from architectures.program import Program
 from architectures.source import source
 from architectures.weights import load_verified
 from architectures.zoo import make
@@ -18,6 +19,7 @@ from compress.quantization.dynamic import quantize, quantize_dynamic, quantize_g
 from compress.quantization.int8_table import sqnr_db
 from metadata.errors import UserError
 from tests.helpers.graphs import graph_of, Residual
+from tests.helpers.marks import slow_but
 
 
 def test_an_image_without_a_batch() -> None:
@@ -30,8 +32,9 @@ def test_an_image_without_a_batch() -> None:
         assert sqnr_db(model(images[0]), quantized(images[0])) > 30
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf",
-                                  "squeezenet1_1"])
+@pytest.mark.parametrize("name", slow_but(
+    ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "squeezenet1_1"],
+    quick=["resnet18", "mobilenet_v3_small", "squeezenet1_1"]))
 def test_torchvision_models(name: str) -> None:
     """SiLU, hard activations, squeeze-and-excitation, concatenation: fused, and measured layer by layer."""
     torch.manual_seed(0)
@@ -112,7 +115,7 @@ def test_what_cannot_be_int8_where_it_stands_is_said() -> None:
     with torch.no_grad():
         assert sqnr_db(model(images), quantized(images)) > 20
         if not no_int8_kernels():
-            assert quantized.get_submodule("rows")._program is not None  # rows of rows run on the kernels
+            assert isinstance(quantized.get_submodule("rows")._program, Program)  # rows of rows run on the kernels
     quantize_dynamic(model, images, ["own", "attention", "attention.out_proj"])  # no warning: it was asked for
 
 
