@@ -285,8 +285,9 @@ class _Child:
             self.offset = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", BOUND, *job.command, *job.placed], cwd=PROJECT,
-                env={**os.environ, **job.environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                process_group=0)
+                # Unbuffered: the log has lines in the order in which they were printed, also those of a job that is killed.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **job.environment}, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, process_group=0)
 
     @property
     def seconds(self) -> float:

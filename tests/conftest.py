@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.helpers.sharing import shared_folder
 
 pytest_plugins = ["tests.helpers.summary"]
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers' would fight for two cores
 
 
 @pytest.fixture
