@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+ON_KERNELS = "on oneDNN's int8 kernels"
+
+
 @functools.cache
 def no_int8_kernels() -> str:
     """Return why no int8 layer runs on oneDNN's kernels in this process, or "" where they compute exactly.
@@ -75,7 +78,7 @@ def int8_arithmetic(model: nn.Module) -> str | None:
     if not int8_modules(model):
         return None
     reason = why_not_int8(model)
-    return f"in float32, with the same results to rounding: {reason}" if reason else "on oneDNN's int8 kernels"
+    return f"in float32, with the same results to rounding: {reason}" if reason else ON_KERNELS
 
 
 def layer_by_layer(model: nn.Module) -> Callable[[Tensor], Tensor]:

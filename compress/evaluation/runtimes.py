@@ -14,7 +14,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from architectures.counting import count_parameters
-from architectures.kernels import int8_arithmetic, why_not_int8
+from architectures.kernels import ON_KERNELS, int8_arithmetic
 from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission
@@ -102,7 +102,7 @@ class TorchRuntime(Runtime):
                          files.metadata.macs if files.metadata else None)  # checked against the architecture
         if computed := int8_arithmetic(self.model):
             self.details["int8_arithmetic"] = computed
-            if why_not_int8(self.model):
+            if computed != ON_KERNELS:
                 self.warnings.append(f"the int8 layers were computed {computed}")
         self._mode, self._tensor = torch.inference_mode, torch.from_numpy
 

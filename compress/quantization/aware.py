@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from architectures.folding import norm_behind
 from architectures.int8 import int8_modules
 from architectures.layers.table import row_of_node
-from compress.quantization.weights import rounded, SMALLEST_SCALE, WeightForm
+from compress.quantization.weights import DEFAULT_FORM, rounded, SMALLEST_SCALE, WeightForm
 from metadata.errors import UserError
 
 RANGES = "activation_ranges"  # the submodule of a prepared network that holds its activations' quantizers
@@ -158,7 +158,7 @@ class FakeQuantizedLayer(nn.Module):
 
 
 def prepare_aware(model: fx.GraphModule, batches: Iterable[Tensor], *, freeze_after: int = 0,
-                  weights: WeightForm | Rounding = "pair") -> fx.GraphModule:
+                  weights: WeightForm | Rounding = DEFAULT_FORM) -> fx.GraphModule:
     """Return a calibrated copy with fake-quantized weights and activations, in eval mode.
 
     Quantize the network's input, its logits, and every tensor between operators, once for all readers (both inputs of an

@@ -25,7 +25,7 @@ from compress.evaluation.onnx_files import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
 from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
 from compress.quantization.equalization import equalize
 from compress.quantization.int8_table import Int8Row, decibels
-from compress.quantization.weights import quantize_weight, WeightForm
+from compress.quantization.weights import DEFAULT_FORM, quantize_weight, WeightForm
 from metadata.errors import UserError
 
 LARGEST_BIAS = 2**30  # levels, of the 2**31 that fit
@@ -65,7 +65,7 @@ class StaticSettings:
 
     operators: Operators = "sums"
     activations: Literal["uint8", "int8"] = "uint8"
-    weights: WeightForm = "pair"
+    weights: WeightForm = DEFAULT_FORM
     method: Method = "min-max"
     images: int = 0
     correct: bool = True
@@ -79,7 +79,7 @@ class StaticSettings:
     def __str__(self) -> str:
         parts = ["U8S8" if self.activations == "uint8" else "S8S8", self.method, self.operators]
         parts += [f"{self.images} images"] if self.images else []
-        parts += [text for text, on in ((f"{self.weights} weights", self.weights != "pair"),
+        parts += [text for text, on in ((f"{self.weights} weights", self.weights != DEFAULT_FORM),
                                         ("biases as trained", not self.correct), ("equalised", self.equalise),
                                         ("float ends", self.float_ends)) if on]
         return ", ".join(parts)

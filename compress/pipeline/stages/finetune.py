@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+
 from pydantic import Field
 from torch import fx
 
 from architectures.describe import carry_over, describe
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.quantization.aware import prepare_aware, restored
-from compress.quantization.weights import WeightForm
+from compress.quantization.weights import DEFAULT_FORM, WeightForm
 from compress.training.assessment import accuracy_of
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy, distill, live_targets
@@ -31,7 +32,8 @@ class Finetune(Stage):
     temperature: float = Field(4.0, gt=0, description="with the teacher: softens both distributions")
     alpha: float = Field(0.9, ge=0, le=1, description="with the teacher: weight of its loss")
     quantization_aware: bool = Field(False, description="train with weights and activations rounded as in static int8")
-    weights: WeightForm = Field("pair", description="quantization-aware: the form of the weights, as in quantize_static")
+    weights: WeightForm = Field(DEFAULT_FORM, description="quantization-aware: the form of the weights, as in "
+                                "quantize_static")
     freeze_after: float = Field(0.5, ge=0, le=1, description="quantization-aware: fraction of the steps after which "
                                 "batch norm statistics and activation ranges are frozen")
     train: TrainingSettings = TrainingSettings(epochs=5, lr=0.01)
