@@ -60,6 +60,7 @@ class ResizedImages:
     pixels: Tensor  # (N, 1 or 3, S, S) uint8
     channels: int
     size: int
+    interpolation: str = "bilinear"
     workers: int = 2
 
     def __len__(self) -> int:
@@ -72,8 +73,9 @@ class ResizedImages:
         if self.size != images.shape[3]:
             whole = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # the layout of PIL: (B, S, S[, 3])
             resized = np.empty((len(whole), self.size, self.size, *whole.shape[3:]), np.uint8)
+            resample = Image.Resampling[self.interpolation.upper()]
             for image, target in zip(whole, resized, strict=True):
-                target[:] = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BILINEAR))
+                target[:] = np.asarray(Image.fromarray(image).resize((self.size, self.size), resample))
             images = torch.from_numpy(resized).view(len(whole), self.size, self.size, images.shape[1]).permute(0, 3, 1, 2)
         return images.expand(-1, self.channels, -1, -1).contiguous()  # (B, channels, size, size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +13,13 @@ from metadata.errors import UserError, first_line
 from metadata.schemas import Preprocessing
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Where Pillow keeps an orientation in `Image.info`; a TIFF has none there, because Pillow turns it while it reads.
+_TAGGED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
+_ORIENTATION = 0x0112
 
 
 def list_images(folder: str | Path) -> tuple[list[str], list[tuple[Path, int]]]:
@@ -40,21 +45,29 @@ def list_images(folder: str | Path) -> tuple[list[str], list[tuple[Path, int]]]:
 
 
 def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode, convert, resize and crop an image file: (C, H, W) uint8, the same pixels as torchvision's transforms.
+    """Decode, turn, convert, resize and crop an image file: (C, H, W) uint8, the same pixels as torchvision's transforms.
+
+    Of an animation the first frame counts, and transparency is dropped, as torchvision does. Grey images of more than 8
+    bits are scaled to 8 (see `_eight_bits`).
 
     Raises:
-        UserError: the file is not an image, is truncated, or is smaller than the crop.
+        UserError: the file is not an image, is truncated, has values out of range, or is smaller than the crop.
     """
     from PIL import Image, UnidentifiedImageError
     try:
         with Image.open(path) as opened:
-            image = opened.convert(preprocessing.mode)
+            opened.load()  # a PNG may state its orientation after its pixels
+            turned = preprocessing.exif_orientation and not _TAGGED.isdisjoint(opened.info)
+            image = _upright(opened) if turned else opened
+            image = _eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
+            image = image if image.mode == preprocessing.mode else image.convert(preprocessing.mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image, or cut short: {first_line(error)}") from error
     if preprocessing.resize and min(image.size) != preprocessing.resize:
         width, height = image.size
         side, shorter = preprocessing.resize, min(image.size)
-        image = image.resize((side * width // shorter, side * height // shorter), Image.Resampling.BILINEAR)
+        image = image.resize((side * width // shorter, side * height // shorter),
+                             Image.Resampling[preprocessing.interpolation.upper()])
     if preprocessing.crop:
         width, height = image.size
         crop = preprocessing.crop
@@ -64,6 +77,39 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
         image = image.crop((left, top, left + crop, top + crop))
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the picture as viewers show it. Damaged EXIF data say nothing about the orientation."""
+    from PIL import ImageOps
+    try:
+        return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return image
+
+
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Scale a grey image of more than 8 bits to 8 bits; Pillow alone would clip it to white, or to black.
+
+    16 bits stand for 0 to 65535, floats for 0 to 1. 32-bit integers are read as 16 bits, or as 8 where none exceeds 255.
+
+    Raises:
+        UserError: values outside these ranges.
+    """
+    from PIL import Image
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (low >= -0.5 / 255 and high <= 1 + 0.5 / 255):  # also where a value is not a number
+            raise UserError(f"{path}: float values from {low:g} to {high:g}, expected 0 to 1; scale them, or save the "
+                            "image as 8 or 16 bits")
+        return Image.fromarray(np.rint(values * np.float32(255)).clip(0, 255).astype(np.uint8))
+    if not 0 <= low <= high <= 65535:
+        raise UserError(f"{path}: integer values from {low:.0f} to {high:.0f}, expected 0 to 65535; scale them, or save "
+                        "the image as 8 or 16 bits")
+    if image.mode == "I" and image.format == "TIFF" and high <= 255:
+        return Image.fromarray(values.astype(np.uint8))
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 255 = 257
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -111,7 +111,8 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
         as_they_are = tuple(pixels.shape[1:]) == shape
         if as_they_are:
             return Split(ArrayImages(pixels), labels)
-        resized = ResizedImages(pixels=pixels, channels=shape[0], size=shape[1], workers=request.workers)
+        resized = ResizedImages(pixels=pixels, channels=shape[0], size=shape[1], interpolation=settings.interpolation,
+                                workers=request.workers)
         return Split(in_memory(resized, request), labels)
 
     kept, held = hold_out(labels, request.validation_fraction, request.seed)

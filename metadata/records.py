@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from metadata.formats import packaged_json
-from metadata.schemas import Baselines, Preprocessing, Strict
+from metadata.schemas import Baselines, StatedPreprocessing, Strict
 
 
 class DatasetCard(Strict):
@@ -16,7 +16,7 @@ class DatasetCard(Strict):
     name: str
     class_names: list[str]
     input_shape: tuple[int, int, int] = Field(description="(C, H, W) after preprocessing")
-    preprocessing: Preprocessing
+    preprocessing: StatedPreprocessing
     flip: bool = Field(True, description="whether a mirrored image still shows its class")
     counts: dict[str, int] = Field({}, description="number of images of each split")
     fingerprint: str = Field("", description="changes when the images on disk change")

@@ -34,11 +34,18 @@ LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z
                                   max_length=200)]
 
 
+# Pillow's resampling filters, by the names that Pillow, torchvision and timm share.
+Interpolation = Annotated[Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"],
+                          BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
+
+
 class Preprocessing(Strict):
     """How an image file becomes the model's input: resize the shorter side, crop the centre, scale to [0, 1], normalize."""
 
     mode: Literal["RGB", "L"] = "RGB"
-    resize: Size | None = Field(256, description="pixels of the shorter side, bilinear with antialiasing; null: unchanged")
+    resize: Size | None = Field(256, description="pixels of the shorter side; null: unchanged")
+    interpolation: Interpolation = Field("bilinear", description="of the resize, with antialiasing, as Pillow computes it")
+    exif_orientation: bool = Field(True, description="turn a picture as the orientation in its EXIF data says")
     crop: Size | None = Field(224, description="pixels of the central square; null: unchanged")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, after scaling to [0, 1]")
     std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], description="per channel")
@@ -49,6 +56,14 @@ class Preprocessing(Strict):
         if len(self.mean) != channels or len(self.std) != channels:
             raise ValueError(f"mode {self.mode} needs {channels} values in mean and in std")
         return self
+
+
+def _as_stated(value: Any) -> Any:
+    return {"exif_orientation": False, **value} if isinstance(value, dict) else value
+
+
+# The preprocessing that a file states. A file that does not mention the orientation takes pictures as they are stored.
+StatedPreprocessing = Annotated[Preprocessing, BeforeValidator(_as_stated)]
 
 
 class Baselines(Strict):
@@ -98,7 +113,7 @@ class ModelMetadata(BaseModel):
     architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for ONNX, whose graph is its own")
     weights_file: FileName
     input_shape: tuple[Size, Size, Size]
-    preprocessing: Preprocessing
+    preprocessing: StatedPreprocessing
     quantization: Quantization
     parameters: int
     macs: int

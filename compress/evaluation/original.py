@@ -10,7 +10,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 from compress.evaluation.submission import MAX_FILE_BYTES, SubmissionFiles, submission_files
 from metadata.errors import VerificationError
 from metadata.files import inside, read_json
-from metadata.schemas import FileName, Preprocessing, Size
+from metadata.schemas import FileName, Preprocessing, Size, StatedPreprocessing
 
 
 def _original_format(value: Any) -> Any:
@@ -58,7 +58,7 @@ class OriginalMetadata(BaseModel):
     class_names: list[str] | None = None
     input_shape: Annotated[tuple[Size, Size, Size], BeforeValidator(_original_shape)] | None = Field(
         None, validation_alias=AliasChoices("input_shape", "input_size"))
-    preprocessing: Annotated[Preprocessing, BeforeValidator(_original_preprocessing)] | None = None
+    preprocessing: Annotated[StatedPreprocessing, BeforeValidator(_original_preprocessing)] | None = None
 
 
 def read_original(folder: Path, path: Path) -> SubmissionFiles:
@@ -86,7 +86,7 @@ def read_original(folder: Path, path: Path) -> SubmissionFiles:
         raise VerificationError(f"{weights}: model_format in {path.name} is {metadata.model_format}")
     if kind == "code" and not (folder / "model.py").is_file():
         raise VerificationError(f"{folder}: neither the toolkit's format ({path.name} has no schema) nor a model.py")
-    preprocessing = metadata.preprocessing or Preprocessing()
+    preprocessing = metadata.preprocessing or Preprocessing(exif_orientation=False)  # as torchvision reads pictures
     size = preprocessing.crop or 224
     named = metadata.architecture
     return SubmissionFiles(

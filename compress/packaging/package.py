@@ -114,7 +114,8 @@ The validation images were held out of the training images. Score the folder on 
     python model_loader.py --submission_dir . --data_dir TEST_IMAGES
 
 {use}
-Preprocess images as `model_metadata.json` says under `preprocessing`. Another size, mean or deviation costs accuracy.
+Preprocess images as `model_metadata.json` says under `preprocessing`. Another size, interpolation, mean or deviation costs
+accuracy.
 
 Training:
 

@@ -13,6 +13,7 @@ from compress.settings import Config, RECIPES, load_yaml, read_mapping, settings
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError, first_line
+from metadata.schemas import Interpolation
 
 
 class DataConfig(Config):
@@ -27,6 +28,8 @@ class DataConfig(Config):
     image_size: int | None = Field(None, gt=0, description="side in pixels of the input; the set's own unless given")
     resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
     crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
+    interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
+    exif_orientation: bool | None = Field(None, description="turn pictures as their EXIF data say; true unless given")
     mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
     std: list[float] | None = Field(None, description="per channel; the set's own unless given")
     skip_unreadable: bool = Field(False, description="leave damaged images out and report their number")

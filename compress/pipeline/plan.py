@@ -17,6 +17,7 @@ from loaders.request import Request
 from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.machine import usable_cores
+from metadata.schemas import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
 
 def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
     """Return the data settings as the loaders take them."""
-    preprocessing = {key: getattr(data, key) for key in ("resize", "crop", "mean", "std") if getattr(data, key) is not None}
+    preprocessing = {key: getattr(data, key) for key in Preprocessing.model_fields if getattr(data, key, None) is not None}
     return Request(name=data.name, root=data.root, download=data.download, validation_fraction=data.validation_fraction,
                    seed=seed, num_classes=data.num_classes, preprocessing=preprocessing,
                    skip_unreadable=data.skip_unreadable, memory_limit_gb=data.memory_limit_gb, workers=workers,
