@@ -30,6 +30,8 @@ Classes = Annotated[int | None, typer.Option("--classes", min=2, help="number of
                                                                       "ln K, or by 1 - 1/K")]
 NColumn = Annotated[str | None, typer.Option("--n_column", help="column of N, if its name is unusual")]
 DColumn = Annotated[str | None, typer.Option("--d_column", help="column of D, if its name is unusual")]
+DFromCompute = Annotated[bool, typer.Option("--d_from_compute", help="compute D = C / (6 N) from the column of training "
+                                                                     "FLOP")]
 LossColumn = Annotated[str | None, typer.Option(
     "--loss_column", help="column of the loss; with --target error: of the error, or of the accuracy if its name has acc")]
 AccuracyColumn = Annotated[str | None, typer.Option(
@@ -49,6 +51,7 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
         accuracy_column: AccuracyColumn = None, dataset: DataSet = None, form: FormOption = None, num_epochs: Epochs = None,
         replicates: Annotated[int, typer.Option("--bootstrap", min=50, help="number of bootstrap replicates")] = 1000,
         seed: Annotated[int, typer.Option("--seed", min=0, help="seed of the bootstrap")] = 0,
+        d_from_compute: DFromCompute = False,
         no_plots: Annotated[bool, typer.Option("--no_plots", help="write tables only")] = False) -> None:
     """Fit scaling laws to runs. Rank the forms by their error on held-out points, and plot them."""
     from compress.training.trackers import terminal
@@ -57,7 +60,8 @@ def fit(data: Annotated[Path, typer.Argument(metavar="CSV", help="runs with colu
     from compress.studies.scaling.runs import read_runs
 
     console = terminal()
-    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
+    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column,
+                     d_from_compute)
     analysis = analyse(runs, classes, form.value if form else None, _positive("--num_epochs", num_epochs), replicates, seed)
     summary.print_summary(console, analysis)
     folder = output or data.parent / ("fit" if target is Target.loss else f"fit_{target.value}")
@@ -78,7 +82,7 @@ def predict(
         data: Annotated[Path, typer.Option("--data", help="runs to fit")] = Path("results/final_data.csv"),
         target: TargetOption = Target.loss, classes: Classes = None, n_column: NColumn = None, d_column: DColumn = None,
         loss_column: LossColumn = None, accuracy_column: AccuracyColumn = None, dataset: DataSet = None,
-        form: FormOption = None) -> None:
+        form: FormOption = None, d_from_compute: DFromCompute = False) -> None:
     """Predict the loss of a new configuration. Give a 95 % interval with it."""
     from compress.training.trackers import terminal
     from compress.studies.scaling.analysis import fit_for_prediction
@@ -91,7 +95,8 @@ def predict(
         raise UserError("expected either --width (with --depth) or --parameters N")
     d = _positive("--dataset_size", dataset_size)
     epochs = _positive("--num_epochs", num_epochs)
-    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column)
+    runs = read_runs(data, target.value, n_column, d_column, loss_column, dataset, accuracy_column,
+                     d_from_compute)
     depth, network = depth or runs.depth or 2, ""
     if width is not None:
         make_point("scaling predict", width=width, depth=depth)  # refuses sizes that no study can have

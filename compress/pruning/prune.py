@@ -17,6 +17,10 @@ from compress.pruning.groups import ChannelGroup, channel_groups, widths
 from metadata.errors import UserError
 
 
+class NothingRemovedError(UserError):
+    """Every width rounds back to itself."""
+
+
 def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int, criterion: str, scope: str,
           original: dict[str, int] | None = None, gradients: Callable[[nn.Module], None] | None = None) -> fx.GraphModule:
     """Return a copy of the model with channels removed; the output layer keeps its width.
@@ -32,7 +36,8 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
         gradients: fills the copy's gradients, for criteria that need them.
 
     Raises:
-        UserError: a layer would be left without channels, or nothing could be removed.
+        NothingRemovedError: every width rounds back to itself.
+        UserError: a layer would be left without channels.
     """
     pruned = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # channels last may be unsafe
     for parameter in pruned.parameters():
@@ -57,9 +62,9 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
         if indices:
             graph.get_pruning_group(group.layer, group.function, sorted(indices)).prune()
     if widths(pruned) == before:
-        raise UserError(f"pruning removed nothing: at a ratio of {ratio} every width rounds back to itself in multiples "
-                        f"of {multiple} (widths {sorted(set(before.values()))}); raise prune.ratio or lower "
-                        "prune.multiple")
+        raise NothingRemovedError(f"pruning removed nothing: at a ratio of {ratio} every width rounds back to itself in "
+                                  f"multiples of {multiple} (widths {sorted(set(before.values()))}); raise prune.ratio or "
+                                  "lower prune.multiple")
     pruned.zero_grad(set_to_none=True)
     return pruned
 

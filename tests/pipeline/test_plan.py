@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from compress.pipeline.config import resolve
+from compress.pipeline.plan import make_plan
+from compress.pipeline.run import run_pipeline
+from compress.training.trackers import Tracker
+from metadata.errors import UserError
 from tests.helpers.commands import Compress, SMALL, assert_one_line_error
 
 
@@ -71,6 +78,21 @@ def test_stages_that_need_float_weights_are_refused_behind_int8(stage: str, comp
     recipe.write_text("data: {name: digits}\nstages: [teacher, {distill: {options: {width: 16, stem: small}}}, "
                       f"quantize_dynamic, {stage}, package]\n")
     assert_one_line_error(compress("plan", recipe), f"stage {stage}: the model is int8 by then")
+
+
+def test_steps_that_round_back_are_left_out_in_the_plan_and_in_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Widths 8 to 64 in multiples of 8: a step of 0.05 removes nothing, the whole ratio of 0.2 does."""
+    recipe = tmp_path / "steps.yaml"
+    recipe.write_text(tiny_recipe.read_text().split("  - finetune")[0])
+    config = resolve(str(recipe), ["prune.ratio=0.2", "prune.multiple=8", "prune.steps=4", "prune.train.max_steps=1",
+                                   f"run_dir={tmp_path}"])
+    drawn = make_plan(config, Tracker(Console(file=io.StringIO()))).sketch.lines[2]
+    assert "in 4 steps with 2 trainings" in drawn
+    outcome = run_pipeline(config, Console(file=io.StringIO()))
+    assert f"-> {outcome.rows[-1].parameters:,} parameters" in drawn
+    too_little = resolve(str(recipe), ["prune.ratio=0.02", "prune.multiple=8", "prune.steps=4"])
+    with pytest.raises(UserError, match="pruning removed nothing"):
+        make_plan(too_little, Tracker(Console(file=io.StringIO())))
 
 
 def test_a_stage_that_occurs_twice_is_addressed_by_its_place(compress: Compress, tmp_path: Path) -> None:

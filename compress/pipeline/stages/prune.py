@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from architectures.describe import carry_over, describe
 from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
 from compress.pruning.groups import widths
 from compress.pruning.importance import NEEDS_GRADIENTS, accumulate_gradients
-from compress.pruning.prune import prune
+from compress.pruning.prune import NothingRemovedError, prune
 from compress.training.assessment import ROUNDS, RUNS, interleaved_times
 from compress.training.data import Data, seeded
 from compress.training.distillation import cross_entropy
@@ -45,29 +45,33 @@ class Prune(CompressingStage):
         sketch.check_training("prune", self.train)
         if sketch.model is None:
             return
-        before, shape = sketch.model, sketch.card.input_shape
+        before, shape, trainings = sketch.model, sketch.card.input_shape, []
+
+        def untrained(step: int, model: fx.GraphModule) -> fx.GraphModule:
+            trainings.append(step)
+            return model
+
         loss = accumulate_gradients(lambda model: [model(torch.randn(2, *shape)).square().sum()])
-        with seeded(sketch.seed, "sketch"):
-            sketch.model = self._pruned(before, shape, self.ratio, None, loss)
+        sketch.model = self._pruned_in_steps(before, shape, sketch.seed, loss, untrained)
         counts = [(count_parameters(model), count_macs(model, shape)) for model in (before, sketch.model)]
-        sketch.lines.append(f"ratio {self.ratio} by {self.criterion}, {self.scope}: about {counts[0][0]:,} -> "
+        between = f" in {self.steps} steps with {len(trainings)} trainings" if self.steps > 1 else ""
+        sketch.lines.append(f"ratio {self.ratio} by {self.criterion}, {self.scope}{between}: about {counts[0][0]:,} -> "
                             f"{counts[1][0]:,} parameters, {counts[0][1]:,} -> {counts[1][1]:,} MACs")
 
     def run(self, model: TorchModel, context: Context) -> TorchModel:
         shape = model.architecture.input_shape
         data = context.data(self.train)
         original = widths(model.module)
-        pruned = model.module.to("cpu")
-        for step in range(1, self.steps + 1):
-            with seeded(context.seed, "prune", step):
-                pruned = self._pruned(pruned, shape, self.ratio * step / self.steps, original,
-                                      accumulate_gradients(lambda module: self._losses(module, data)))
-            if step < self.steps:
-                context.training_seconds += train(
-                    pruned, data, cross_entropy(self.train.label_smoothing), context.usable(self.train),
-                    label=f"prune step {step}", seed=context.seed, device=context.device,
-                    checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker).seconds
-                pruned = pruned.to("cpu")
+
+        def trained(step: int, module: fx.GraphModule) -> fx.GraphModule:
+            context.training_seconds += train(
+                module, data, cross_entropy(self.train.label_smoothing), context.usable(self.train),
+                label=f"prune step {step}", seed=context.seed, device=context.device,
+                checkpoint=context.folder / f"checkpoint-{step}.pth", tracker=context.tracker).seconds
+            return module.to("cpu")
+
+        pruned = self._pruned_in_steps(model.module.to("cpu"), shape, context.seed,
+                                       accumulate_gradients(lambda module: self._losses(module, data)), trained)
         after = widths(pruned)
         context.note("channels", {name: [original[name], after[name]] for name in original})
         context.note("parameters", [count_parameters(module) for module in (model.module, pruned)])
@@ -82,11 +86,37 @@ class Prune(CompressingStage):
                                   compression_steps=steps)
         return TorchModel(pruned, architecture)
 
-    def _pruned(self, model: fx.GraphModule, shape: tuple[int, int, int], ratio: float,
-                original: dict[str, int] | None, gradients: Any) -> fx.GraphModule:
-        return prune(model, torch.zeros(1, *shape), ratio=ratio, multiple=self.multiple, criterion=self.criterion,
-                     scope=self.scope, original=original,
-                     gradients=gradients if self.criterion in NEEDS_GRADIENTS else None)
+    def _pruned_in_steps(self, model: fx.GraphModule, shape: tuple[int, int, int], seed: int,
+                         gradients: Callable[[nn.Module], None],
+                         train_between: Callable[[int, fx.GraphModule], fx.GraphModule]) -> fx.GraphModule:
+        """Return the model pruned in steps. `check` and `run` both come here, so that a plan fails where a run would.
+
+        A step whose ratio rounds every width back to itself is left out, together with its training.
+
+        Args:
+            model: stays as it is.
+            shape: (C, H, W) of the input.
+            seed: of the run.
+            gradients: fills a model's gradients, for the criteria that need them.
+            train_between: trains a model after a step, by the step's number; not called after the last.
+
+        Raises:
+            UserError: a layer would be left without channels, or no step removes anything.
+        """
+        original, pruned = widths(model), model
+        for step in range(1, self.steps + 1):
+            try:
+                with seeded(seed, "prune", step):
+                    pruned = prune(pruned, torch.zeros(1, *shape), ratio=self.ratio * step / self.steps,
+                                   multiple=self.multiple, criterion=self.criterion, scope=self.scope, original=original,
+                                   gradients=gradients if self.criterion in NEEDS_GRADIENTS else None)
+            except NothingRemovedError:
+                if step == self.steps and pruned is model:
+                    raise
+                continue
+            if step < self.steps:
+                pruned = train_between(step, pruned)
+        return pruned
 
     def _losses(self, model: nn.Module, data: Data) -> Iterable[Tensor]:
         """Yield the cross-entropy of each of the first batches of training images, in a fixed order."""

@@ -11,20 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.studies.scaling.columns import Column, check_counts, find_column, usual_column
 from compress.studies.scaling.fitting import Observations, pooled_noise
 from metadata.closest import closest
 from metadata.errors import UserError
 
-ALIASES = {
-    "N": ("n", "params", "parameters", "n_params", "num_params", "n_parameters", "num_parameters", "model_size"),
-    "D": ("d", "data", "tokens", "n_tokens", "num_tokens", "dataset_size", "data_size", "training_tokens", "examples",
-          "samples", "n_samples"),
-    "C": ("c", "c_proxy", "compute", "flops", "total_flops", "training_flops"),
-    "epochs": ("epochs", "num_epochs", "n_epochs"),
-    "loss": ("final_test_loss_avg_last5", "test_loss", "val_loss", "validation_loss", "final_loss", "loss"),
-    "error": ("test_error", "error", "val_error", "error_rate"),
-    "accuracy": ("final_test_acc_avg_last5", "test_acc", "test_accuracy", "val_acc", "val_accuracy", "acc", "accuracy"),
-}
 CONFIGURATION = ("width", "depth", "batch_size", "test_freq", "dataset", "lr", "weight_decay", "optimizer")
 NumberedRow = tuple[int, dict[str, str]]  # the line number in the file, and the cells by column
 MISSING = ("", "-", "na", "n/a", "none", "null")
@@ -116,10 +107,12 @@ class Runs:
 
 
 def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_column: str | None = None,
-              loss_column: str | None = None, dataset: str | None = None, accuracy_column: str | None = None) -> Runs:
+              loss_column: str | None = None, dataset: str | None = None, accuracy_column: str | None = None,
+              d_from_compute: bool = False) -> Runs:
     """Read a CSV file with columns for N, D and the loss, under any of the usual names.
 
-    C is N * D * epochs if there are epochs, else the compute column, else N * D. Rows with a status other than "done" (or
+    C is N * D * epochs if there are epochs, else the compute column, else N * D. Logarithms of a base that the column's
+    name tells are undone, and units such as millions are multiplied out. Rows with a status other than "done" (or
     a synonym), and rows without a positive N, D and loss from SMALLEST to LARGEST, are left out and listed. Repeated rows
     count once.
 
@@ -131,30 +124,45 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
         loss_column: the column of the loss; with target "error", of the error, or of the accuracy if its name has acc.
         dataset: use only the rows of this data set.
         accuracy_column: with target "error", the column of the accuracy, under any name; the error is 1 minus its value.
+        d_from_compute: compute D = C / (6 N) from the compute column, in FLOP; D then counts what was seen in all epochs.
+            Source: Kaplan et al. 2020, section 2.1.
 
     Raises:
-        UserError: a missing file or column, a cell that is not a number, accuracies in percent, or several data sets of
-            which none was chosen.
+        UserError: a missing file or column, a column that by its name or values is another quantity, a cell that
+            is not a number, accuracies in percent, or several data sets of which none was chosen.
     """
     header, rows = _read(path)
     rows, data_set = _of_one_set(path, header, rows, dataset)
-    columns = {"N": _column(path, header, "N", n_column, "--n_column"),
-               "D": _column(path, header, "D", d_column, "--d_column")}
-    source, from_accuracy = _target_column(path, header, target, loss_column, accuracy_column)
-    columns[target] = source
-    unused = []
-    for optional in ("epochs", "C"):
-        found = _alias(path, header, optional, f"rename all but one: each may be {optional}")
-        if found and all(row[found].strip().lower() in MISSING for _, row in rows):
-            unused.append(f"column {found} is empty, so it is not used")
+    read = {"N": find_column(path, header, "N", n_column, "--n_column")}
+    if d_from_compute and d_column is not None:
+        raise UserError("--d_from_compute computes D, so it does not go with --d_column")
+    if not d_from_compute:
+        read["D"] = find_column(path, header, "D", d_column, "--d_column")
+    read[target], from_accuracy = _target_column(path, header, target, loss_column, accuracy_column)
+    source = read[target].name
+    notes = []
+    for optional in ("C",) if d_from_compute else ("epochs", "C"):
+        found = usual_column(path, header, optional, f"rename all but one: each may be {optional}")
+        if found and all(row[found.name].strip().lower() in MISSING for _, row in rows):
+            notes.append(f"column {found.name} is empty, so it is not used")
         elif found:
-            columns[optional] = found
-    if "epochs" in columns:
-        columns.pop("C", None)
+            read[optional] = found
+    if "epochs" in read:
+        read.pop("C", None)
+    if d_from_compute and "C" not in read:
+        raise UserError(f"{path}: --d_from_compute needs a column of training compute in FLOP, such as flops or "
+                        f"training_flop (columns: {', '.join(header)})")
+    for role in {"N", "D"} & read.keys():
+        check_counts(path, read[role], role, [number for line, row in rows if (number := _number(
+            path, line, read[role], row, strict=False)) is not None])
+    notes += [column.reading for column in read.values() if column.reading]
+    columns = {role: column.name for role, column in read.items()}
+    if d_from_compute:
+        columns["D"] = f"{columns['C']} / (6 {columns['N']})"
     result = Runs(path=path, target=target, columns=columns, runs=[], left_out=[],
                   classes=CLASSES.get((data_set or "").lower()),
                   dataset=data_set.lower() if data_set else None, from_accuracy=from_accuracy,
-                  notes=unused)
+                  notes=notes)
     if target == "error" and loss_column is not None and not from_accuracy and "err" not in source.lower():
         result.notes.append(f"{source} is taken for an error rate; if it is an accuracy, name it with --accuracy_column")
     by_lower = {name.lower(): name for name in header}
@@ -168,8 +176,9 @@ def read_runs(path: Path, target: str = "loss", n_column: str | None = None, d_c
     for line, row in rows:
         state = row[status].strip().lower() if status else ""
         finished = state in FINISHED
-        numbers = {role: _number(path, line, name, row[name], strict=finished) for role, name in columns.items()}
-        n, d, loss = numbers["N"], numbers["D"], numbers[target]
+        numbers = {role: _number(path, line, column, row, strict=finished) for role, column in read.items()}
+        n, loss = numbers["N"], numbers[target]
+        d = _samples(numbers) if d_from_compute else numbers["D"]
         if target == "error" and loss is not None:
             if finished and (loss < 0 or loss > 1):
                 what = "accuracy" if from_accuracy else "an error rate"
@@ -284,59 +293,42 @@ def _read(path: Path) -> tuple[list[str], list[NumberedRow]]:
     return header, rows
 
 
-def _alias(path: Path, header: list[str], role: str, advice: str) -> str | None:
-    """Return the column of a role, by the first of its usual names that the file has."""
-    return next((found for alias in ALIASES[role] if (found := _named(path, header, alias, role, advice))), None)
-
-
-def _named(path: Path, header: list[str], name: str, role: str, advice: str) -> str | None:
-    """Return the column of a name, in any case; of several, the one spelled like the role or like the name."""
-    alike = [column for column in header if column.lower() == name.lower()]
-    if len(alike) > 1 and name not in alike and role not in alike:
-        raise UserError(f"{path}: the columns {' and '.join(alike)} differ in case alone; {advice}")
-    return next((column for column in (role, name, *alike) if column in alike), None)
-
-
-def _column(path: Path, header: list[str], role: str, named: str | None, flag: str) -> str:
-    if named is not None:
-        if own := _named(path, header, named, named, f"spell {flag} as the column is"):
-            return own
-        raise UserError(f"{path}: {flag} {named!r} is not in it{closest(named, header)} (columns: {', '.join(header)})")
-    if found := _alias(path, header, role, f"choose one with {flag}"):
-        return found
-    near = next((match for alias in (role, *ALIASES[role]) if len(alias) > 2 and (match := closest(alias, header))), "")
-    raise UserError(f"{path}: no column for {role}{near} (columns: {', '.join(header)}); name it with {flag}")
-
-
 def _target_column(path: Path, header: list[str], target: str, named: str | None, accuracy: str | None
-                   ) -> tuple[str, bool]:
+                   ) -> tuple[Column, bool]:
     """Return the column of the target, and whether the target is 1 minus its value."""
     if accuracy is not None:
         if target != "error" or named is not None:
             raise UserError(f"--accuracy_column {accuracy}: goes with --target error and without --loss_column")
-        return _column(path, header, "accuracy", accuracy, "--accuracy_column"), True
+        return find_column(path, header, "accuracy", accuracy, "--accuracy_column"), True
     if target == "error" and named is None:
-        if found := _alias(path, header, "accuracy", "choose one with --accuracy_column"):
+        if found := usual_column(path, header, "accuracy", "choose one with --accuracy_column"):
             return found, True
-        if found := _alias(path, header, "error", "choose one with --loss_column"):
+        if found := usual_column(path, header, "error", "choose one with --loss_column"):
             return found, False
         flags = "--accuracy_column, or that of the error rate with --loss_column"
-        return _column(path, header, "accuracy", None, flags), True  # raises UserError: there is no such column
-    column = _column(path, header, target, named, "--loss_column")
-    return column, target == "error" and "acc" in column.lower()
+        return find_column(path, header, "accuracy", None, flags), True  # raises UserError: there is no such column
+    column = find_column(path, header, target, named, "--loss_column")
+    return column, target == "error" and "acc" in column.name.lower()
 
 
-def _number(path: Path, line: int, column: str, cell: str, strict: bool) -> float | None:
-    """Return the number in a cell; None for an empty cell or a word such as n/a, and, unless strict, for any other text."""
-    text = cell.strip().replace("_", "")
+def _number(path: Path, line: int, column: Column, row: dict[str, str], strict: bool) -> float | None:
+    """Return a cell's number in plain units; None for an empty cell or n/a, and, unless strict, for any other text."""
+    text = row[column.name].strip().replace("_", "")
     if text.lower() in MISSING:
         return None
     try:
-        return float(text)
+        return column.value(float(text))
     except ValueError as error:
         if not strict:
             return None
-        raise UserError(f"{path}, line {line}, column {column}: expected a number, got {cell.strip()!r}") from error
+        raise UserError(f"{path}, line {line}, column {column.name}: expected a number, got {row[column.name].strip()!r}"
+                        ) from error
+
+
+def _samples(numbers: dict[str, float | None]) -> float | None:
+    """Return D = C / (6 N), or None where one of the two is not a positive number."""
+    n, compute = _usable(numbers["N"]), _usable(numbers["C"])
+    return None if n is None or compute is None else compute / (6 * n)
 
 
 def _usable(value: float | None) -> float | None:
