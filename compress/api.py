@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.console import Console
 from torch import Tensor, fx, nn
 
@@ -69,8 +68,9 @@ def train(config: str | Path | None = None, *, quiet: bool = False, **settings: 
         UserError: a wrong setting, missing data, a folder that is in use; the same call continues after the repair.
     """
     flags = [] if config is None else [f"--config={config}"]
-    flags += [f"--{key}={value if isinstance(value, str | Path) else _yaml(value)}" for key, value in settings.items()]
-    return run_training(resolve_training(flags), _console(quiet))
+    flags += [f"--{key}={value}" for key, value in settings.items() if isinstance(value, str | Path)]
+    values = {key: value for key, value in settings.items() if not isinstance(value, str | Path)}
+    return run_training(resolve_training(flags, values), _console(quiet))
 
 
 def prune(model: nn.Module, example_input: Tensor, *, ratio: float = 0.3, multiple: int = 8, criterion: str = "l2",
@@ -109,20 +109,15 @@ def _resolved(recipe: str | Path, overrides: tuple[str, ...], settings: dict[str
     return resolve(str(recipe), [*overrides, *_assignments(settings)])
 
 
-def _assignments(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return nested settings as the command line's `a.b=value`."""
-    found = []
+def _assignments(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return nested settings as pairs of the command line's `a.b` and a value."""
+    found: list[tuple[str, Any]] = []
     for key, value in settings.items():
         if isinstance(value, dict) and value:
             found += _assignments(value, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}={_yaml(value)}")
+            found.append((f"{prefix}{key}", value))
     return found
-
-
-def _yaml(value: Any) -> str:
-    """Return a value as YAML that a setting is read from."""
-    return str(yaml.safe_dump(str(value) if isinstance(value, Path) else value, default_flow_style=True, width=10**9))
 
 
 def _console(quiet: bool) -> Console:

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import errno
+import functools
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from compress.cli import models, packages, pipeline, scaling_laws, scaling_runs, training
 
+
+def _with_homes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the paths of a verb begin with `~`: shells leave it alone behind `=`, as in `--out=~/x`."""
+    @functools.wraps(function)
+    def expanded(**options: Any) -> Any:
+        return function(**{key: Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+                           for key, value in options.items()})
+    return expanded
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Compress image classifiers: distill, prune, quantize to int8, package, verify and score.")
 verb: Callable[..., Any]
 for verb in (pipeline.run, pipeline.plan, pipeline.recipes, pipeline.stages):
-    app.command()(verb)
+    app.command()(_with_homes(verb))
 app.command(context_settings=training.FREE_FLAGS)(training.train)
-app.command(name="mnist_challenge")(training.mnist_challenge)
+app.command(name="mnist_challenge")(_with_homes(training.mnist_challenge))
 app.command()(models.describe)
 for verb in (packages.package, packages.export_data, packages.bundle):
-    app.command(name=verb.__name__)(verb)
+    app.command(name=verb.__name__)(_with_homes(verb))
 
 scaling = typer.Typer(no_args_is_help=True, rich_markup_mode=None,
                       help="Study how test loss scales. Run experiments over parameters, data and compute, and fit laws.")
 for verb in (scaling_runs.run, scaling_runs.sweep, scaling_runs.plan, scaling_laws.fit, scaling_laws.predict):
-    scaling.command()(verb)
+    scaling.command()(_with_homes(verb))
 app.add_typer(scaling, name="scaling")
 
 

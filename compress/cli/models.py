@@ -18,7 +18,7 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
                  metavar="[KEY=VALUE]...", help="num_classes=100, input_shape=3,32,32 and options of the model")] = None,
              ) -> None:
     """Print a model's architecture as JSON."""
-    folder = Path(model)
+    folder = Path(model).expanduser()
     architecture = _stored(folder) if folder.is_dir() else _named(model, options or [])
     typer.echo(json.dumps(architecture.to_json(), indent=2))
 
@@ -59,8 +59,7 @@ def _named(model: str, options: list[str]) -> Architecture:
 
 def _parse(options: list[str]) -> dict[str, Any]:
     """Parse `key=value` options; values are YAML."""
-    import yaml
-
+    from compress.settings import read_argument
     from metadata.errors import UserError
 
     settings: dict[str, Any] = {}
@@ -68,8 +67,5 @@ def _parse(options: list[str]) -> dict[str, Any]:
         key, equals, value = option.partition("=")
         if not equals:
             raise UserError(f"{option!r}: expected key=value, such as width=16")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"{option!r}: not a YAML value") from error
+        settings[key] = read_argument(Any, value, repr(option))
     return settings

@@ -39,16 +39,17 @@ def terminal_progress() -> Progress | None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     plain = EvaluationSettings()
+    home = os.path.expanduser  # shells leave `~` alone behind `=`, as in --data_dir=~/test
     parser = argparse.ArgumentParser(description="Scores a compressed image classifier: size, latency and accuracy.")
-    parser.add_argument("--submission_dir", help="folder with model_metadata.json and the files that it names")
-    parser.add_argument("--data_dir", help="test images, one folder a class")
+    parser.add_argument("--submission_dir", type=home, help="folder with model_metadata.json and the files that it names")
+    parser.add_argument("--data_dir", type=home, help="test images, one folder a class")
     parser.add_argument("--baseline_size", type=float, default=BASELINES.size_mb,
                         help=f"MB (2^20 bytes); default {BASELINES.size_mb:g}")
     parser.add_argument("--baseline_latency", type=float, default=BASELINES.latency_ms,
                         help=f"milliseconds at batch 1; default {BASELINES.latency_ms:g}")
     parser.add_argument("--baseline_accuracy", type=float,
                         help=f"percent, default {BASELINES.accuracy:g}; of --task a fraction, default 0.85")
-    parser.add_argument("--output_file", default="results.json", help="file to write")
+    parser.add_argument("--output_file", type=home, default="results.json", help="file to write")
     parser.add_argument("--runs", type=int, default=plain.runs, help=f"timed calls; default {plain.runs}")
     parser.add_argument("--warmup", type=int, default=plain.warmup,
                         help=f"calls before the timed ones; default {plain.warmup}")
@@ -61,10 +62,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="seconds for all calls of a submission")
     parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb,
                         help="MB (2^20 bytes) that a submission may take")
-    parser.add_argument("--compare", metavar="SUBMISSION",
+    parser.add_argument("--compare", type=home, metavar="SUBMISSION",
                         help="measure this submission interleaved with the first, and judge")
     parser.add_argument("--task", choices=["imagenet_pareto_2_5m"], help="evaluate a solution of a synthetic task instead")
-    parser.add_argument("--solution", help="of --task: a Python file with a Solution class")
+    parser.add_argument("--solution", type=home, help="of --task: a Python file with a Solution class")
     parser.add_argument("--param_limit", type=int, default=2_500_000, help="of --task: trainable parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
     parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed gives a fresh draw")

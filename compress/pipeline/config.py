@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from compress.settings import Config, RECIPES, load_yaml, read_mapping, settings_error
+from compress.settings import Config, Plain, RECIPES, read_argument, read_as, read_mapping, settings_error
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
-from metadata.errors import UserError, first_line
+from metadata.errors import UserError
 from metadata.schemas import Interpolation
 
 
@@ -34,6 +33,8 @@ class DataConfig(Config):
     std: list[float] | None = Field(None, description="per channel; the set's own unless given")
     skip_unreadable: bool = Field(False, description="leave damaged images out and report their number")
     memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more are streamed from disk")
+
+    WHERE: ClassVar = frozenset({"root", "download", "num_classes", "skip_unreadable", "memory_limit_gb"})
 
 
 class RunConfig(Config):
@@ -61,23 +62,37 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not isinstance(content.get("stages"), list):
         raise UserError(f"recipe {name}: expected a list of stages under the key stages")
     content["stages"] = [_stage_entry(entry, Path(name)) for entry in content["stages"]]
-    return {"recipe": stem, "name": stem, **content}
+    return {"recipe": stem, "name": stem, **read_as(RunConfig, content)}
 
 
 def _stage_entry(entry: Any, path: Path) -> dict[str, dict[str, Any]]:
-    if isinstance(entry, str):
-        return {entry: {}}
+    if isinstance(entry, Plain | str):
+        return {str(read_as(str, entry)): {}}
     if isinstance(entry, dict) and len(entry) == 1:
         (name, options), = entry.items()
-        if isinstance(options or {}, dict):
-            return {str(name): options or {}}
+        options = {} if isinstance(options, Plain) and options.value is None else options
+        if isinstance(options, dict):
+            return {str(name): read_as(_settings_of(str(name)), options)}
     raise UserError(f"recipe {path}: stages: expected a name or one name with its settings, got {entry!r}")
 
 
-def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a recipe and apply `key=value` overrides, such as `prune.ratio=0.4` for a setting of a stage or the data.
+def _settings_of(stage: str) -> Any:
+    """Return the class of a stage's settings, or Any for an unknown stage, which the plan refuses."""
+    from compress.pipeline.stage import stage_class  # imports torch, which not every reader of a recipe needs
 
-    A stage that occurs more than once is addressed by its number: `finetune#2.train.epochs=3`.
+    try:
+        return stage_class(stage)
+    except UserError:
+        return Any
+
+
+def resolve(recipe: str, overrides: Iterable[str | tuple[str, Any]] = ()) -> RunConfig:
+    """Read a recipe and apply overrides, such as `prune.ratio=0.4` for a setting of a stage or the data.
+
+    Args:
+        recipe: a packaged recipe by name, or a YAML file by path.
+        overrides: `key=value` as on the command line, or a key and its value. A stage that occurs more than once is
+            addressed by its number: `finetune#2.train.epochs=3`.
 
     Raises:
         UserError: an unknown recipe or key (with the closest match), or a value of the wrong type. The plan checks the
@@ -85,13 +100,12 @@ def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     content = read_recipe(recipe)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"override {override!r}: expected key=value, such as prune.ratio=0.4")
-        try:
-            value = load_yaml(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: not a YAML value: {first_line(error)}") from error
+        if isinstance(override, tuple):
+            key, value = override
+        else:
+            key, equals, value = override.partition("=")
+            if not equals or not key:
+                raise UserError(f"override {override!r}: expected key=value, such as prune.ratio=0.4")
         _apply(content, key, value)
     try:
         return RunConfig.model_validate(content)
@@ -100,11 +114,12 @@ def resolve(recipe: str, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _apply(content: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key of the run, or of a stage, in the content of a recipe."""
+    """Set a key of the run, or of a stage, in the content of a recipe; a text is read as the type of its setting asks."""
     head, *rest = key.split(".")
     if head in RunConfig.model_fields and head != "stages":
         target: dict[str, Any] = content
-        path = [head, *rest]
+        kind: Any
+        path, kind = [head, *rest], RunConfig
     else:
         name, _, number = head.partition("#")
         group = [entry[name] for entry in content["stages"] if name in entry]
@@ -116,7 +131,9 @@ def _apply(content: dict[str, Any], key: str, value: Any) -> None:
                             f"{'.'.join(rest)} or another number")
         if number and not (number.isdigit() and 1 <= int(number) <= len(group)):
             raise UserError(f"override {key!r}: the stage {name} occurs {len(group)} times, there is no #{number}")
-        target, path = group[int(number or 1) - 1], rest
+        target, path, kind = group[int(number or 1) - 1], rest, _settings_of(name)
+    if isinstance(value, str):
+        value = read_argument(_kind_of(path, kind), value, f"override {key}={value}")
     for part in path[:-1]:
         if not isinstance(target.setdefault(part, {}), dict):
             raise UserError(f"override {key!r}: {part!r} is a value, not a group of settings")
@@ -127,3 +144,10 @@ def _apply(content: dict[str, Any], key: str, value: Any) -> None:
         target.update(merged)
     else:
         target[path[-1]] = value
+
+
+def _kind_of(path: list[str], kind: Any) -> Any:
+    """Return the annotation of a setting, or Any where no class states one."""
+    for part in path:
+        kind = kind.kinds().get(part, Any) if isinstance(kind, type) and issubclass(kind, Config) else Any
+    return kind

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from compress.settings import RECIPES, load_yaml, read_mapping, settings_error
+from compress.settings import RECIPES, read_argument, read_as, read_mapping, settings_error
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
-from metadata.errors import UserError, first_line
+from metadata.errors import UserError
 
 TRAINING_RECIPES = RECIPES / "training"
-
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class TrainingRun(TrainingSettings):
     """One training, resolved: the data, the model, the machine, and how to train."""
 
     dataset: str = Field("cifar10", description="a set of loaders/; image_folder for any folder of images")
-    data_root: Folder | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
+    data_root: Path | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
     image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels to which images are resized")
@@ -41,14 +39,14 @@ class TrainingRun(TrainingSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is a CUDA device")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0: all that the process may use")
     seed: int = Field(0, ge=0, lt=2**32, description="of the split, the weights, the order and the augmentation")
-    log_dir: Folder = Field(Path("runs/train"), description="folder that is written")
+    log_dir: Path = Field(Path("runs/train"), description="folder that is written")
     use_tensorboard: bool = Field(False, description="log to TensorBoard too")
     use_wandb: bool = Field(False, description="log to Weights & Biases too; offline unless you are logged in")
     wandb_project: str = Field("compress", pattern=r"^[^/\\#?%:]{1,128}$", description="project of Weights & Biases")
 
-    WHERE: ClassVar = frozenset({"log_dir", "threads", "device", "cuda_graph", "num_workers", "checkpoint_seconds",
-                                 "use_tensorboard", "use_wandb", "wandb_project", "download", "data_root",
-                                 "memory_limit_gb"})
+    WHERE: ClassVar = TrainingSettings.WHERE | {
+        "log_dir", "threads", "device", "num_workers", "use_tensorboard", "use_wandb", "wandb_project", "download",
+        "data_root", "num_classes", "skip_unreadable", "memory_limit_gb"}
 
     @property
     def training(self) -> TrainingSettings:
@@ -69,12 +67,12 @@ class TrainingRun(TrainingSettings):
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return `--key value`, `--key=value` and a bare `--key` (true) as a mapping; values are YAML.
+    """Return `--key value`, `--key=value` and a bare `--key` (true) as a mapping; see `read_as` for the values.
 
     Raises:
         UserError: an argument is not a flag, or an unknown one (with the closest match), or its value is not YAML.
     """
-    known = ["config", *TrainingRun.names()]
+    kinds = {"config": str, **TrainingRun.kinds()}
     found: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
@@ -82,38 +80,21 @@ def parse_flags(arguments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = flag.removeprefix("--").partition("=")
         if not flag.startswith("--"):
             raise UserError(f"{flag!r}: expected a flag such as --batch_size 64")
-        if key not in known:
-            raise UserError(f"--{key}: unknown{closest(key, known)} (`python -m compress train --help` lists the keys)")
+        if key not in kinds:
+            raise UserError(f"--{key}: unknown{closest(key, kinds)} (`python -m compress train --help` lists the keys)")
         if not equals:
             if rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
-            elif _kind(key) not in (bool, bool | None):
+            elif kinds[key] not in (bool, bool | None):
                 raise UserError(f"--{key}: expected a value after it")
             else:
                 text = "true"
-        try:
-            found[key] = load_yaml(text) if _is_yaml(key) else text
-        except yaml.YAMLError as error:
-            raise UserError(f"--{key} {text!r}: not a YAML value: {first_line(error)}") from error
+        found[key] = read_argument(kinds[key], text, f"--{key} {text!r}")
     return found
 
 
-def _kind(key: str) -> Any:
-    """Return the type of a flag's value, under any name of the flag."""
-    if key in ("config", "amp_dtype", "use_amp"):
-        return bool if key == "use_amp" else str
-    return TrainingRun.model_fields[TrainingRun.aliases().get(key, key)].annotation
-
-
-def _is_yaml(key: str) -> bool:
-    """Return whether a flag's value is read as YAML. Names and paths are taken as they are, whatever is in them."""
-    kind = _kind(key)
-    return kind not in (str, Path) and get_origin(kind) is not Literal and not any(
-        get_origin(part) is Annotated and get_args(part)[0] is Path for part in (kind, *get_args(kind)))
-
-
-def resolve_training(arguments: Sequence[str]) -> TrainingRun:
-    """Return the recipe that the flags name, with the changes of the other flags.
+def resolve_training(arguments: Sequence[str], values: Mapping[str, Any] = MappingProxyType({})) -> TrainingRun:
+    """Return the recipe that the flags name, with the changes of the other flags, and then those of `values`.
 
     Raises:
         UserError: an unknown recipe, flag or key (with the closest match), or a value of the wrong type.
@@ -121,8 +102,8 @@ def resolve_training(arguments: Sequence[str]) -> TrainingRun:
     flags = parse_flags(arguments)
     name = flags.pop("config", None)
     label, content = read_mapping(name, TRAINING_RECIPES, "--config") if name else ("train", {})
-    return validated(TrainingRun.merged({"log_dir": f"runs/{label}", **content}, flags),
-                     f"--config {name}" if name else "train")
+    content = TrainingRun.merged({"log_dir": f"runs/{label}", **content}, flags)
+    return validated(TrainingRun.merged(content, dict(values)), f"--config {name}" if name else "train")
 
 
 def validated(content: dict[str, Any], where: str) -> TrainingRun:
@@ -132,7 +113,7 @@ def validated(content: dict[str, Any], where: str) -> TrainingRun:
         UserError: an unknown key (with the closest match), or a value of the wrong type.
     """
     try:
-        return TrainingRun.model_validate(content)
+        return TrainingRun.model_validate(read_as(TrainingRun, content))
     except ValidationError as error:
         raise settings_error(where, error, TrainingRun.names()) from error
 

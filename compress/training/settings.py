@@ -24,7 +24,9 @@ def _known_name(value: Any) -> Any:
 
 
 def _by_epoch(value: Any) -> Any:
-    """Return `0:128,10:256` as a mapping from epoch to number."""
+    """Return `0:128,10:256` as a mapping from epoch to number; to YAML, `{0:128, 10:256}` holds two keys without values."""
+    if isinstance(value, dict) and value and all(entry is None for entry in value.values()):
+        value = ",".join(map(str, value))
     if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*:\s*\d+\s*(,\s*\d+\s*:\s*\d+\s*)*", value):
         value = [tuple(part.split(":")) for part in value.replace(" ", "").split(",")]
         if len({int(epoch) for epoch, _ in value}) < len(value):
@@ -34,8 +36,8 @@ def _by_epoch(value: Any) -> Any:
 
 
 def _by_comma(value: Any) -> Any:
-    """Return `crop,flip` as a list."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    """Return `crop,flip` as a list, and an empty text as an empty one."""
+    return [part.strip() for part in value.split(",") if value.strip()] if isinstance(value, str) else value
 
 
 ByEpoch = Annotated[dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]], BeforeValidator(_by_epoch)]
@@ -116,6 +118,8 @@ class TrainingSettings(Config):
                                        "gains by it")
     checkpoint_seconds: float = Field(20.0, ge=0, description="time between checkpoints")
 
+    WHERE: ClassVar = frozenset({"checkpoint_seconds", "cuda_graph"})
+
     # `use_amp` and `amp_dtype` together are the setting `precision`.
     AMP: ClassVar = {"use_amp": "mixed precision; the same as precision mixed",
                      "amp_dtype": "with use_amp: auto, float16 or bfloat16"}
@@ -152,6 +156,11 @@ class TrainingSettings(Config):
         named = {info.validation_alias: key for key, info in cls.model_fields.items()
                  if isinstance(info.validation_alias, str)}
         return {**named, "use_amp": "precision"}
+
+    @classmethod
+    def kinds(cls) -> dict[str, Any]:
+        """Return the type of each setting, by each of its names."""
+        return {**super().kinds(), "use_amp": bool, "amp_dtype": str}
 
     @classmethod
     def names(cls) -> list[str]:

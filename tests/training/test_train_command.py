@@ -195,7 +195,7 @@ def test_flags_override_the_file_in_every_spelling(tmp_path: Path) -> None:
     assert (config.lr, config.precision, config.batch_size_schedule, config.optimizer) == (0.2, "mixed", {0: 64, 5: 128},
                                                                                          "adamw")
     assert config.schedule == "step" and config.model_options == {"width": 8} and config.log_dir == Path("runs/mine")
-    assert parse_flags(["--lr", "1e-3"]) == {"lr": "1e-3"} and resolve_training(["--lr", "1e-3"]).lr == 0.001
+    assert parse_flags(["--lr", "1e-3"]) == {"lr": 0.001} and resolve_training(["--lr", "1e-3"]).lr == 0.001
     changed = config.difference(validated({"lr": 0.2, "log_dir": "elsewhere", "threads": 7}, "x"))
     assert {text.split(":")[0] for text in changed} >= {"dataset", "optimizer"}
     assert not any(text.startswith(("lr:", "log_dir", "threads")) for text in changed)

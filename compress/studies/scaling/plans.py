@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from compress.settings import Config, RECIPES, read_mapping, settings_error
+from compress.settings import Config, RECIPES, read_as, read_mapping, settings_error
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError
@@ -257,7 +257,7 @@ def read_plan(name: str) -> SweepPlan:
     Raises:
         UserError: an unknown plan, bad YAML, an unknown key (with the closest match), or a value out of range.
     """
-    _, content = read_mapping(name, PLANS, "plan")
+    content = read_as(SweepPlan, read_mapping(name, PLANS, "plan")[1])
     if "kind" in content:  # a single sweep may have its keys among the common keys
         own = {key: content.pop(key) for key in list(content) if key not in SweepPlan.model_fields}
         others = content.get("sweeps") or []
