@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -20,8 +21,13 @@ if TYPE_CHECKING:
 MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; a larger count is an attack or a mistake
 
 
-def load_tensors(path: Path) -> Any:
+def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     """Return what `torch.save` wrote: tensors in plain containers (`weights_only`, so no code can run).
+
+    Args:
+        path: the file.
+        stand_ins: callables with the names of classes that they stand for, as
+            `torch.serialization.safe_globals` takes them.
 
     Raises:
         VerificationError: the file is missing, truncated, or holds objects other than tensors and plain values.
@@ -32,11 +38,15 @@ def load_tensors(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                    raise VerificationError(f"{path}: a TorchScript file, which is code; expected a state dict: "
+                                            "torch.save(model.state_dict(), FILE)")
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise VerificationError(f"{path}: its members are compressed, which torch.save never does")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about tensors that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(stand_ins)):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, struct.error,
             torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
         raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
@@ -80,10 +90,12 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
     with torch.device("meta"):
         model = build(architecture)
     expected = model.state_dict()
-    for name in expected.keys() - weights.keys():
-        raise VerificationError(f"{where}: tensor {name} is missing")
-    for name in weights.keys() - expected.keys():
-        raise VerificationError(f"{where}: tensor {name} belongs to no layer of the architecture")
+    for name in expected:  # in the model's order, so that the same tensor is named every time
+        if name not in weights:
+            raise VerificationError(f"{where}: tensor {name} is missing")
+    for name in weights:
+        if name not in expected:
+            raise VerificationError(f"{where}: tensor {name} belongs to no layer of the architecture")
     for name, tensor in weights.items():
         want = expected[name]
         if tensor.shape != want.shape:

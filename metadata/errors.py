@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import ValidationError
 
 
@@ -17,9 +19,23 @@ class VerificationError(UserError):
     exit_code = 1
 
 
+# What libraries say where a file could run code: advice to let it.
+_UNSAFE_ADVICE = re.compile(r"weights_only|^Weights only load failed|safe_globals|allow_pickle|trust_remote_code|"
+                            r"trust(ed)? (the|this) |pickle\.load", re.IGNORECASE)
+_UNSAFE_OBJECT = re.compile(r"\bGLOBAL (\S+) (?:was not an allowed|whose module)")
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, printable, for messages that must fit on one line."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, printable, for messages that must fit on one line.
+
+    A library's advice to open a file unsafely is left out.
+    """
+    lines = str(error).strip().splitlines()
+    if any(_UNSAFE_ADVICE.search(line) for line in lines):
+        if found := _UNSAFE_OBJECT.search(str(error)):
+            return f"it holds an object of the kind {found[1]}, which is no data"
+        lines = [line.strip() for line in lines if line.strip() and not _UNSAFE_ADVICE.search(line)]
+    line = (lines or [type(error).__name__])[0]
     return "".join(character if character.isprintable() else "?" for character in line)
 
 

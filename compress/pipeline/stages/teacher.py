@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from architectures.weights import load_tensors
+from architectures.checkpoints import Checkpoint, open_checkpoint
 from architectures.zoo import check_forward, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
@@ -17,8 +17,8 @@ from compress.training.data import seeded
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
 from compress.training.settings import TrainingSettings
-from metadata.errors import UserError, VerificationError, first_line
-from metadata.records import ModelReference
+from metadata.errors import UserError
+from metadata.records import DatasetCard, ModelReference
 
 
 class Teacher(Stage):
@@ -28,7 +28,10 @@ class Teacher(Stage):
     options: dict[str, Any] = Field({}, description="options of the model, such as width or stem")
     pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached); "
                                                 "a checkpoint takes precedence")
-    checkpoint: Path | None = Field(None, description="start from this .pth or .safetensors state dict")
+    checkpoint: Path | None = Field(None, description="start from this file: a state dict, bare or among other things, of "
+                                                "torch.save or of safetensors")
+    checkpoint_key: str | None = Field(None, description="key of the state dict in the checkpoint, such as "
+                                                         "model_ema; the first that fits unless given")
     train: TrainingSettings = Field(TrainingSettings(), description="epochs: 0 takes the weights as they are")
     floor: float = Field(0.5, ge=0, le=1, description="validation accuracy below which the run warns loudly")
 
@@ -40,13 +43,15 @@ class Teacher(Stage):
             module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
                       "; for auxiliary heads try teacher.options.aux_logits=false")
-        if self.checkpoint:
-            _check_checkpoint(self._read_checkpoint(), module, self.checkpoint, sketch.card.num_classes)
+        opened = self._open_checkpoint(module, sketch.card)
         if self._pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
             raise UserError(f"teacher {self.model}: its pretrained weights have 1000 classes, the data has "
                             f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
                             "checkpoint")
-        source = f"checkpoint {self.checkpoint}" if self.checkpoint else "zoo weights" if self._pretrained else "scratch"
+        taken = f" ({'; '.join(opened.notes)})" if opened and opened.notes else ""
+        source = "zoo weights" if self._pretrained else "scratch"
+        if self.checkpoint:
+            source = f"checkpoint {self.checkpoint}{taken}"
         parameters = sum(parameter.numel() for parameter in module.parameters())
         sketch.lines.append(f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs")
 
@@ -55,10 +60,10 @@ class Teacher(Stage):
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=self.options)
         with seeded(context.seed, "teacher"):
             module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **self.options)
-        if self.checkpoint:
-            weights = self._read_checkpoint()
-            _check_checkpoint(weights, module, self.checkpoint, card.num_classes)
-            module.load_state_dict(weights)
+        if opened := self._open_checkpoint(module, card):
+            module.load_state_dict(opened.weights)
+            for text in opened.notes:
+                context.tracker.say(f"  teacher.checkpoint {self.checkpoint}: {text}")
         data = context.data(self.train)
         if self.train.epochs:
             context.training_seconds += train(
@@ -75,45 +80,11 @@ class Teacher(Stage):
     def _pretrained(self) -> bool:
         return self.pretrained and self.checkpoint is None
 
-    def _read_checkpoint(self) -> dict[str, torch.Tensor]:
-        assert self.checkpoint is not None
+    def _open_checkpoint(self, module: nn.Module, card: DatasetCard) -> Checkpoint | None:
+        """Return what the checkpoint holds for the module, or None where no checkpoint is given."""
+        if self.checkpoint is None:
+            return None
         try:
-            if self.checkpoint.suffix == ".safetensors":
-                return _read_safetensors(self.checkpoint)
-            return _state_dict(load_tensors(self.checkpoint), self.checkpoint)
-        except VerificationError as error:
+            return open_checkpoint(self.checkpoint, module, key=self.checkpoint_key, num_classes=card.num_classes)
+        except UserError as error:
             raise UserError(f"teacher.checkpoint {error}") from error
-
-
-def _state_dict(content: Any, path: Path) -> dict[str, torch.Tensor]:
-    """Return the state dict in a checkpoint: bare, or under a key that training scripts commonly use."""
-    for key in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"teacher.checkpoint {path}: expected a state dict (names to tensors), bare or under "
-                        "'state_dict' or 'model'")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}  # DataParallel's prefix
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-    try:
-        weights: dict[str, torch.Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"teacher.checkpoint {path}: not a safetensors file: {first_line(error)}") from error
-    return weights
-
-
-def _check_checkpoint(weights: dict[str, torch.Tensor], module: nn.Module, path: Path, num_classes: int) -> None:
-    expected = module.state_dict()
-    for name in expected.keys() ^ weights.keys():
-        which = "is missing from" if name in expected else "is unknown to the model but in"
-        raise UserError(f"teacher.checkpoint {path}: tensor {name} {which} the checkpoint; is teacher.model right?")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            head = (f"; the teacher has {tensor.shape[0]} classes, the data has {num_classes}"
-                    if expected[name].shape[:1] == (num_classes,) else "")
-            raise UserError(f"teacher.checkpoint {path}: tensor {name} is {list(tensor.shape)}, expected "
-                            f"{list(expected[name].shape)}{head}")

@@ -1,0 +1,310 @@
+"""A user's checkpoint, of whatever training script: the state dict in it that fits a model, and its class names.
+
+Training scripts save tensors beside other things: settings, metrics, an average of the weights, an optimizer. The file is
+opened as data (`weights_only`). Three kinds of objects are let in, each as a stand-in of this file in place of the named
+class: `argparse.Namespace`, `numpy.dtype` and numpy's `scalar`. No code of theirs is called, so that it does not matter
+what a hostile file would make of them: a namespace becomes a dict, a numpy number becomes Python's number, and numpy's
+other values (above all objects, whose bytes would be pointers) are refused. torch looks the stand-ins up by the name in
+the file, and calls them only with data that went through the same reader.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from architectures.weights import load_tensors
+from metadata.errors import UserError, VerificationError, first_line
+
+DEPTH = 3  # keys below which a state dict is still found
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of names that torch's wrappers add
+AVERAGES = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)
+CLASS_KEYS = ("class_to_idx", "idx_to_class", "class_names", "classes", "label_names", "categories")
+NUMPY_CODE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}")
+HEAD = "; the teacher has {} classes, the data has {}"
+
+
+class Settings(dict[Any, Any]):
+    """Stands for `argparse.Namespace`."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.update(state)
+
+
+class NumpyType:
+    """Stands for `numpy.dtype`."""
+
+    def __init__(self, code: Any = "", *flags: Any) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|"):
+            self.order = state[1]
+
+
+def numpy_number(kind: Any, data: Any = b"") -> Any:
+    """Stand for numpy's `scalar`: return Python's number or text.
+
+    Raises:
+        ValueError: the value is of another type, such as an object.
+    """
+    code = kind.code if isinstance(kind, NumpyType) else None
+    if not isinstance(code, str) or not NUMPY_CODE.fullmatch(code) or not isinstance(data, bytes):
+        raise ValueError(f"it holds a numpy value of type {str(code)[:20]!r}, which is no number")
+    dtype = np.dtype(kind.order.replace("|", "=") + code)
+    if dtype.itemsize != len(data):
+        raise ValueError(f"it holds a numpy value of type {code!r} with {len(data)} bytes")
+    return np.frombuffer(data, dtype).item() if data else ""
+
+
+STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (Settings, "argparse.Namespace"), (NumpyType, "numpy.dtype"), (numpy_number, "numpy.core.multiarray.scalar"),
+    (numpy_number, "numpy._core.multiarray.scalar")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Tensors of a checkpoint that lie under one key and share one prefix.
+
+    Args:
+        label: the keys and the prefix, such as "state_dict.model"; empty for a bare state dict.
+        tensors: by their names without the prefix.
+        beside: names under the same key that do not have the prefix.
+    """
+
+    label: str
+    tensors: dict[str, Tensor]
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The part of a file that fits a model.
+
+    Args:
+        weights: the model's state dict, with its names, shapes and dtypes.
+        class_names: the classes in the order of the logits, where the file states them.
+        notes: one line about each choice that was made.
+    """
+
+    weights: dict[str, Tensor]
+    class_names: list[str] | None
+    notes: list[str]
+
+
+def open_checkpoint(path: Path, module: nn.Module, *, key: str | None = None, num_classes: int | None = None) -> Checkpoint:
+    """Return what a checkpoint holds for a model.
+
+    Where several state dicts in the file fit, weights as trained come before averages (a key with ema, swa or avg in it),
+    and then the first in the file. A prefix that all names share is left off. Floating-point tensors are cast.
+
+    Args:
+        path: a file of `torch.save`, or safetensors.
+        module: the model, on any device; it stays as it is.
+        key: take the state dict below this key, such as "model_ema".
+        num_classes: of the data, for the message about a head of another width.
+
+    Raises:
+        UserError: the file is not readable as data, or nothing in it fits; the message says how the names differ.
+    """
+    content = _read_safetensors(path) if _is_safetensors(path) else _read(path)
+    expected = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    stored = dict(_state_dicts(content, "", set()))
+    if not stored:
+        raise UserError(f"{path}: expected a state dict (names to tensors), bare or under a key, got {_outline(content)}")
+    found = [part for label, tensors in stored.items() for part in _parts(label, tensors, expected)]
+    if key is not None:
+        found = [part for part in found if part.label == key or part.label.startswith(f"{key}.")]
+        if not found:
+            raise UserError(f"{path}: no state dict below the key {key!r}; it holds tensors under "
+                            f"{', '.join(label or '(no key)' for label in stored)}")
+    found.sort(key=lambda part: (_misfit(part, expected), bool(AVERAGES.search(part.label))))  # stable: file order
+    best, *others = found
+    if problem := _difference(best, expected, num_classes):
+        raise UserError(f"{path}: {problem}")
+    notes = []
+    if equals := [part.label or "(no key)" for part in others if not _difference(part, expected, num_classes)]:
+        notes.append(f"takes the weights under {best.label or '(no key)'}; {', '.join(equals)} would fit too")
+    if beside := [name for name in best.beside if name.rpartition(".")[2] != "n_averaged"]:
+        notes.append(f"leaves out what is not under {best.label}: {len(beside)} tensors, first {beside[0]}")
+    return Checkpoint(weights=_cast(best, expected, path), class_names=_class_names(content), notes=notes)
+
+
+# -------------------------------------------------------------------------------------------------- reading as data
+
+
+def _read(path: Path) -> Any:
+    try:
+        return load_tensors(path, STAND_INS)
+    except VerificationError as error:
+        advice = "; save the tensors alone: torch.save(model.state_dict(), FILE)" if "it holds" in str(error) else ""
+        raise UserError(f"{error}{advice}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file is of safetensors by its name, or by its first bytes: the header's length, then JSON."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return path.suffix == ".safetensors"
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """Return the tensors, and the file's metadata (texts, perhaps JSON) as a dict under a key of its own."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stated = dict(file.metadata() or {})
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError,
+            MemoryError) as error:
+        raise UserError(f"{path}: not a safetensors file: {first_line(error)}") from error
+    return {**tensors, "__metadata__": {key: _parsed(text) for key, text in stated.items()}}
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return text
+
+
+def _outline(content: Any) -> str:
+    """Return in a few words what a checkpoint without tensors is."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = [str(key) for key in content]
+    return f"a dict of {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}" if keys else "an empty dict"
+
+
+# ------------------------------------------------------------------------------------- the state dict that fits best
+
+
+def _state_dicts(content: Any, label: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield every dict that holds tensors by name, with the keys that lead to it. A dict is entered once."""
+    if not isinstance(content, dict) or id(content) in seen:
+        return
+    seen.add(id(content))
+    if tensors := {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}:
+        yield label, tensors
+    if label.count(".") < DEPTH - 1:
+        for key, value in content.items():
+            if isinstance(key, str):  # an optimizer keeps its state under numbers
+                yield from _state_dicts(value, f"{label}.{key}" if label else key, seen)
+
+
+def _parts(label: str, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> list[Found]:
+    """Return the tensors under one key by prefix: those prefixes that are before most of the expected names."""
+    names = {_unwrapped(name, expected): name for name in tensors}
+    if len(names) < len(tensors):
+        names = {name: name for name in tensors}
+    counts: dict[str, int] = {}
+    for name in names:
+        pieces = name.split(".")
+        for start in range(len(pieces)):
+            if ".".join(pieces[start:]) in expected:
+                prefix = "".join(f"{piece}." for piece in pieces[:start])
+                counts[prefix] = counts.get(prefix, 0) + 1
+    most = max(counts.values(), default=0)
+    parts = []
+    for prefix in [prefix for prefix, count in counts.items() if count == most] or [""]:
+        inside = {name.removeprefix(prefix): tensors[old] for name, old in names.items() if name.startswith(prefix)}
+        beside = tuple(name for name in names if not name.startswith(prefix))
+        parts.append(Found(label=".".join(filter(None, (label, prefix[:-1]))), tensors=inside, beside=beside))
+    return parts
+
+
+def _unwrapped(name: str, expected: Mapping[str, Tensor]) -> str:
+    """Return a name without the parts that torch's wrappers add, unless the model itself has the name."""
+    return name if name in expected else ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _misfit(part: Found, expected: Mapping[str, Tensor]) -> tuple[bool, int, int, int]:
+    """Return what is less the better the tensors fit: whether any does not, how many do not by name, by shape, too many."""
+    named = part.tensors.keys() & expected.keys()
+    shaped = sum(part.tensors[name].shape == expected[name].shape for name in named)
+    return _difference(part, expected) is not None, -len(named), -shaped, len(part.tensors)
+
+
+def _difference(part: Found, expected: Mapping[str, Tensor], num_classes: int | None = None) -> str | None:
+    """Return in one line how the tensors differ from the model's, or None. Old files have no batch counters."""
+    missing = [name for name in expected if name not in part.tensors and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in part.tensors if name not in expected]
+    shapes = [name for name in expected if name in part.tensors and part.tensors[name].shape != expected[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of the model's {len(expected)} missing (first {missing[0]})")
+    if unknown:
+        problems.append(f"{len(unknown)} unknown to the model (first {unknown[0]})")
+    if shapes:
+        name = shapes[0]
+        have, want = list(part.tensors[name].shape), list(expected[name].shape)
+        more = f"{len(shapes)} of another shape, first " if len(shapes) > 1 else ""
+        is_head = want[:1] == [num_classes] and have[:1] != want[:1] and have[1:] == want[1:]
+        problems.append(f"{more}tensor {name} is {have}, expected {want}" + (HEAD.format(have[0], num_classes)
+                                                                             if is_head else ""))
+    if not problems:
+        return None
+    where = f"the tensors under {part.label} do not fit the model: " if part.label else "the tensors do not fit the model: "
+    return where + "; ".join(problems) + ("; is teacher.model right?" if missing or unknown else "")
+
+
+def _cast(part: Found, expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the tensors, whose names and shapes are the model's, in the model's dtypes and order.
+
+    Raises:
+        UserError: a tensor is of a kind that cannot be cast, such as a quantized one, or is not finite.
+    """
+    weights = {}
+    for name, like in expected.items():
+        tensor = part.tensors.get(name, torch.zeros(like.shape, dtype=like.dtype)).detach()
+        kinds = {(kind.is_floating_point, kind.is_complex) for kind in (tensor.dtype, like.dtype)}
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or len(kinds) > 1:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype} ({tensor.layout}, {tensor.device}), expected dense "
+                            f"{like.dtype}")
+        weights[name] = tensor.to(like.dtype)
+        if tensor.is_floating_point() and not bool(torch.isfinite(weights[name]).all()):
+            raise UserError(f"{path}: tensor {name} holds NaN or infinite values")
+    return weights
+
+
+# ------------------------------------------------------------------------------------------------- names of classes
+
+
+def _class_names(content: Any) -> list[str] | None:
+    """Return the classes in the order of their numbers, where the checkpoint states them at its top or one key below."""
+    groups = [content, *content.values()] if isinstance(content, dict) else []
+    for group in groups:
+        for key in CLASS_KEYS if isinstance(group, dict) else ():
+            if names := _ordered(group.get(key)):
+                return names
+    return None
+
+
+def _ordered(stated: Any) -> list[str] | None:
+    """Return class names from a list, or from a dict of names to numbers or of numbers to names."""
+    if isinstance(stated, dict):
+        by_name = all(isinstance(name, str) and isinstance(number, int) for name, number in stated.items())
+        pairs = [(number, name) for name, number in stated.items()] if by_name else list(stated.items())
+        try:
+            numbered = {int(number): name for number, name in pairs}
+        except (ValueError, TypeError):
+            return None
+        if sorted(numbered) != list(range(len(pairs))):
+            return None
+        stated = [numbered[number] for number in range(len(pairs))]
+    is_names = isinstance(stated, list | tuple) and stated and all(isinstance(name, str) for name in stated)
+    return list(stated) if is_names and len(set(stated)) == len(stated) else None
