@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,16 @@ def names() -> list[str]:
 def own_name(name: str) -> str:
     """Return the project's spelling of a model's name: `simple_mlp` for `SimpleMLP`. Return other names unchanged."""
     return spelled(name, families())
+
+
+def fitted_options(name: str, options: dict[str, Any], input_shape: Sequence[int]) -> dict[str, Any]:
+    """Return a model's options with those that follow from its images (C, H, W), where the project's own model takes them.
+
+    Options that are given take precedence.
+    """
+    takes = inspect.signature(families()[name]).parameters if name in families() else {}
+    known = {"input_shape": list(input_shape), "in_channels": input_shape[0]}
+    return {key: value for key, value in known.items() if key in takes} | options
 
 
 def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int], num_classes: int,

@@ -52,7 +52,7 @@ class ArrayImages:
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedImages:
-    """Square images in memory that are resized, and repeated over channels, when a batch is fetched.
+    """Square images in memory that are resized, repeated over channels or made grey, when a batch is fetched.
 
     The pixels equal those that `decode_image` reads from files of the same images, to the bit, because PIL resizes both.
     """
@@ -70,6 +70,10 @@ class ResizedImages:
         from PIL import Image
 
         images = self.pixels[ids.cpu()]  # (B, C, S, S)
+        if self.channels < images.shape[1]:
+            colours = images.permute(0, 2, 3, 1).contiguous().numpy()
+            grey = [np.asarray(Image.fromarray(image).convert("L")) for image in colours]
+            images = torch.from_numpy(np.stack(grey))[:, None]
         if self.size != images.shape[3]:
             whole = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # the layout of PIL: (B, S, S[, 3])
             resized = np.empty((len(whole), self.size, self.size, *whole.shape[3:]), np.uint8)

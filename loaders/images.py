@@ -16,32 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Where Pillow keeps an orientation in `Image.info`; a TIFF has none there, because Pillow turns it while it reads.
 _TAGGED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 _ORIENTATION = 0x0112
-
-
-def list_images(folder: str | Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    """List an image folder, `<folder>/<class>/<image>`: return the sorted class names, and (path, class index) in order.
-
-    Raises:
-        UserError: a missing folder, no classes, or a class without images.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such data folder; expected {folder}/<class>/<image>")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"{folder}: no class folders in it; expected {folder}/<class>/<image>")
-    images: list[tuple[Path, int]] = []
-    for label, name in enumerate(classes):
-        paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-                       and not path.name.startswith("."))
-        if not paths:
-            raise UserError(f"{folder / name}: the class has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        images += [(path, label) for path in paths]
-    return classes, images
 
 
 def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
@@ -77,6 +54,16 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
         image = image.crop((left, top, left + crop, top + crop))
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def is_colour(path: Path) -> bool:
+    """Return whether an image file holds colours, by its header; no for a file that is no image."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return image.mode not in ("1", "L", "LA", "La") and not image.mode.startswith(("I", "F"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -24,7 +24,7 @@ class Request:
         memory_limit_gb: stream data sets from disk that are larger than this when decoded.
         workers: the number of threads or processes that decode.
         on_progress: called with (done, total) while images are decoded.
-        channels: 3 repeats the channel of a grey data set; an RGB data set cannot become grey.
+        channels: 3 repeats the channel of grey images; 1 makes colour images grey.
         image_size: side of the square input of the model; resize keeps its proportion to the crop.
     """
 

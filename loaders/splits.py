@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -20,6 +21,7 @@ from metadata.locks import appearing
 from metadata.records import DatasetCard
 from metadata.schemas import Preprocessing
 
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in Pillow's grey (ITU-R 601-2)
 LabelledPixels = tuple[Tensor, Tensor]  # (N, C, H, W) uint8 pixels and (N,) int64 labels
 
 
@@ -67,10 +69,10 @@ class Splits:
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the indices of (train, validation): the same fraction of every class is held out, at least one image.
 
-    A fraction of 0 holds nothing out.
+    A fraction of 0 holds nothing out, and the only image of a class stays in train.
 
     Raises:
-        UserError: the fraction is out of range, or a class has fewer than two images.
+        UserError: the fraction is out of range, or no class has two images.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"data.validation_fraction {fraction}: expected a fraction of the training split, at least 0 "
@@ -82,13 +84,36 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     for label in range(int(labels.max()) + 1):
         indices = (labels == label).nonzero().view(-1)
         if len(indices) < 2:
-            raise UserError(f"class {label} has {len(indices)} training images; holding out a validation split needs "
-                            "two or more")
+            kept.append(indices)
+            continue
         order = indices[torch.randperm(len(indices), generator=generator)]
         count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
         held.append(order[:count])
         kept.append(order[count:])
+    if not held:
+        raise UserError("no class has two training images, so none can be held out for validation; add images, or a folder "
+                        "val/<class>/ beside train/ and test/")
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def few_images_warnings(labels: Tensor, class_names: Sequence[str], paths: Sequence[Path] | None = None) -> list[str]:
+    """Return which classes have no training image, or a single one, which `hold_out` leaves in train.
+
+    Args:
+        labels: (N,) of the training images before a part was held out.
+        class_names: the names of the classes, by label.
+        paths: the files of the images, if there are files.
+    """
+    counts = labels.bincount(minlength=len(class_names))
+    none, single = ((counts == count).nonzero().view(-1).tolist() for count in (0, 1))
+    warnings = []
+    for few, said in ((none, "no training image"),
+                      (single, "a single training image, which stays in train, so validation has none of them")):
+        if few:
+            names = ", ".join(class_names[label] for label in few[:5]) + (" and others" if len(few) > 5 else "")
+            folder = f" ({paths[int((labels == few[0]).nonzero()[0])].parent})" if paths and counts[few[0]] else ""
+            warnings.append(f"{len(few)} of {len(class_names)} classes have {said}: {names}{folder}")
+    return warnings
 
 
 def array_splits(request: Request, class_names: list[str], preprocessing: dict[str, Any], train: LabelledPixels,
@@ -97,7 +122,7 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
 
     Args:
         request: the request of the caller.
-        class_names: sorted names; a label is the rank of its name.
+        class_names: the names by label, in the data set's own numbering.
         preprocessing: the preprocessing of the data set.
         train: (N, C, S, S) uint8 and (N,) int64.
         open_test: returns the same for the test split.
@@ -118,8 +143,9 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
     kept, held = hold_out(labels, request.validation_fraction, request.seed)
     card = DatasetCard(name=request.name, class_names=class_names, input_shape=shape, preprocessing=settings,
                        counts={"train": len(kept), "validation": len(held)}, fingerprint=fingerprint(pixels, labels))
+    warnings = few_images_warnings(labels, class_names) if request.validation_fraction else []
     return Splits(train=split(pixels[kept], labels[kept]), validation=split(pixels[held], labels[held]),
-                  open_test=lambda: split(*open_test()), card=card)
+                  open_test=lambda: split(*open_test()), card=card, warnings=warnings)
 
 
 def fingerprint(*content: Tensor | bytes) -> str:
@@ -139,16 +165,16 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
         size: the size of images that come as arrays; only `image_size` resizes them.
 
     Raises:
-        UserError: a value out of range, a number of means other than that of the channels, another size for arrays, or
-            one channel of an RGB set.
+        UserError: a value out of range, a number of means other than that of the channels, or another size for arrays.
     """
-    mode = {**defaults, **request.preprocessing}["mode"]
-    if request.channels not in (None, 1, 3) or (request.channels == 1 and mode == "RGB"):
-        raise UserError(f"data.channels {request.channels}: the images of {request.name} are "
-                        f"{'RGB, expected 3 or no value' if mode == 'RGB' else 'grey, expected 1 or 3'}")
+    if request.channels not in (None, 1, 3):
+        raise UserError(f"data.channels {request.channels}: expected 1 or 3")
     own = dict(defaults)
     if request.channels == 3 and defaults["mode"] == "L":
         own |= {"mode": "RGB", "mean": defaults["mean"] * 3, "std": defaults["std"] * 3}
+    if request.channels == 1 and defaults["mode"] == "RGB":
+        # Exact for the mean of grey pictures, and close for the deviation, as the channels of photographs rise together.
+        own |= {"mode": "L"} | {key: [round(float(np.dot(LUMA, defaults[key])), 4)] for key in ("mean", "std")}
     if request.image_size is not None:  # keeps the proportion of resize to crop
         own |= {"resize": round(request.image_size * defaults["resize"] / defaults["crop"]), "crop": request.image_size}
     try:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from compress.evaluation.class_order import ClassOrder, class_order
 from compress.evaluation.extras import evaluator_sha256, toolkit
 from compress.evaluation.measure import Progress
 from compress.evaluation.runtimes import EvaluationSettings, Runtime, TorchRuntime, open_runtime
 from compress.evaluation.score import RESULT_KEYS, TASK_KEYS, accuracy_details, guarded_score, latency_details, score
 from compress.evaluation.serve import Answers, classify, repeats_ratio, same_answer, serve
 from compress.evaluation.submission import SubmissionFiles, combined_hash, file_hashes, read_submission
-from loaders.images import list_images
+from loaders.listing import Listing, list_images
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, machine, memory_limit, torch_threads, versions
 from metadata.schemas import Baselines
@@ -27,19 +28,22 @@ CACHED = 0.7  # repeated calls that take less than this share of the first call'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TestData:
-    """The test images: (N,) paths and class indices, in the order of the folder."""
+    """The test images: (N,) paths and class indices, in the order of the folder.
 
-    folder: Path
-    classes: list[str]
+    `listing.classes` are the classes of the folder, and those of the labels.
+    """
+
+    listing: Listing
     images: list[Path]
     labels: np.ndarray
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Contestant:
-    """A submission under evaluation: its files, its runtime, and the hash of every file before anything ran."""
+    """A submission under evaluation: its files, classes and runtime, and the hash of every file before anything ran."""
 
     files: SubmissionFiles
+    order: ClassOrder
     runtime: Runtime
     hashes: dict[str, str]
 
@@ -72,9 +76,9 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
     comparing = toolkit("--compare", "compare") if compare else None
     import torch  # noqa: F401 - these imports take far more memory than most models: do them before memory is limited
     from PIL import Image  # noqa: F401
-    classes, listed = list_images(data_dir)
-    data = TestData(folder=Path(data_dir), classes=classes, images=[path for path, _ in listed],
-                    labels=np.array([label for _, label in listed]))
+    listing = list_images(data_dir)
+    data = TestData(listing=listing, images=[path for path, _ in listing.images],
+                    labels=np.array([label for _, label in listing.images]))
     if not compare or not comparing:
         return _evaluate([submission_dir], data, baselines, settings, progress)[0][0]
     try:
@@ -86,7 +90,8 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
         result["details"]["warnings"].append(f"there is no comparison: {first_line(error)}")
         return result
     results[0]["details"]["compare"] = comparing.verdicts(results, served, data.labels)
-    results[0]["details"]["warnings"] += [f"other: {warning}" for warning in results[1]["details"]["warnings"]]
+    said = results[0]["details"]["warnings"]
+    said += [f"other: {warning}" for warning in results[1]["details"]["warnings"] if warning not in listing.warnings()]
     return results[0]
 
 
@@ -101,64 +106,58 @@ def _baselines(size: float, latency: float, accuracy: float) -> Baselines:
 def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baselines, settings: EvaluationSettings,
               progress: Progress | None) -> tuple[list[dict[str, Any]], list[Answers]]:
     """Return the results and answers of one submission, or of two whose calls are interleaved."""
-    classes, memory = len(data.classes), PeakMemory()
+    memory = PeakMemory()
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory_limit(settings.memory_limit_mb))
         entries = []
         for folder in folders:
             files = read_submission(folder)
-            _check_classes(files, data.classes, data.folder)
-            hashes = file_hashes(files.folder)
-            runtime = open_runtime(files, settings, classes, data.folder)
+            order, hashes = class_order(files, data.listing), file_hashes(files.folder)
+            runtime = open_runtime(files, settings, len(order.names), data.listing.folder)
             stack.callback(runtime.close)
             runtime.name = str(files.folder)
-            entries.append(Contestant(files, runtime, hashes))
+            entries.append(Contestant(files=files, order=order, runtime=runtime, hashes=hashes))
         if any(isinstance(entry.runtime, TorchRuntime) for entry in entries):
             stack.enter_context(torch_threads(settings.threads))
         if settings.batch_size == 1:
             served = serve([entry.runtime for entry in entries], [entry.files.preprocessing for entry in entries],
-                           data.images, classes, settings, progress)
+                           data.images, [len(entry.order.names) for entry in entries], settings, progress)
         else:
-            served = [_serve_batches(entries[0], data.images, classes, settings, progress)]
+            served = [_serve_batches(entries[0], data.images, settings, progress)]
         for entry in entries:
             entry.runtime.close()
     peak = memory.details() if len(entries) == 1 else None  # two submissions share one process and its peak
-    return [_result(entry, answers, data, baselines, settings, peak)
+    # All answers in one order of classes: those of the folder, then those that only a submission knows.
+    own = data.listing.classes
+    classes = own + sorted({name for entry in entries for name in entry.order.names} - set(own))
+    served = [dataclasses.replace(answers, logits=entry.order.arranged(answers.logits, classes))
+              for entry, answers in zip(entries, served, strict=True)]
+    return [_result(entry, answers, data, classes, baselines, settings, peak)
             for entry, answers in zip(entries, served, strict=True)], served
 
 
-def _check_classes(files: SubmissionFiles, classes: list[str], data_dir: str | Path) -> None:
-    """Raise VerificationError unless the submission's classes are the data's."""
-    count = len(classes) if files.num_classes is None else files.num_classes
-    if count == len(classes) and files.class_names in (None, classes):
-        return
-    odd = sorted(set(classes) ^ set(files.class_names or classes))
-    raise VerificationError(f"{data_dir}: {len(classes)} classes, the submission was trained on {count}"
-                            + (f"; not in both: {', '.join(odd[:3])}" if odd else ""))
-
-
-def _serve_batches(entry: Contestant, images: Sequence[Path], classes: int, settings: EvaluationSettings,
+def _serve_batches(entry: Contestant, images: Sequence[Path], settings: EvaluationSettings,
                    progress: Progress | None) -> Answers:
     """Answer all images in batches, then time calls at batch 1. The timed answers must be the same."""
-    preprocessing = entry.files.preprocessing
+    preprocessing, classes = entry.files.preprocessing, len(entry.order.names)
     logits = classify(entry.runtime, preprocessing, images, classes, settings, progress)
     some = np.random.default_rng().permutation(len(images))[:settings.runs]
-    timed = serve([entry.runtime], [preprocessing], [images[index] for index in some], classes, settings)[0]
+    timed = serve([entry.runtime], [preprocessing], [images[index] for index in some], [classes], settings)[0]
     for index, answer in zip(some, timed.logits, strict=True):
         if not same_answer(logits[index], answer, 1e-2):
             raise VerificationError(f"{images[index]}: the timed run's answer is not the one of the accuracy run")
     return dataclasses.replace(timed, logits=logits)
 
 
-def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Baselines, settings: EvaluationSettings,
-            peak: dict[str, Any] | None) -> dict[str, Any]:
+def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequence[str], baselines: Baselines,
+            settings: EvaluationSettings, peak: dict[str, Any] | None) -> dict[str, Any]:
     """Return a submission's result. Raise VerificationError where its folder changed while its model ran."""
     files, runtime = entry.files, entry.runtime
     if file_hashes(files.folder) != entry.hashes:
         raise VerificationError(f"{files.folder}: the folder changed while its model ran")
     ratio = repeats_ratio(answers)
     latency = latency_details(_durations(answers, files.kind, ratio, settings.runs), settings)
-    accuracy = accuracy_details(answers.logits, data.labels, data.classes, settings.batch_size)
+    accuracy = accuracy_details(answers.logits, data.labels, classes, settings.batch_size)
     chance = float(np.bincount(data.labels).max() / len(data.labels))
     size_bytes, needed = files.size_bytes(), sum(path.stat().st_size for path in files.needed())
     plain = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines)
@@ -170,7 +169,8 @@ def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Base
         "details": {
             "status": "ok",
             "guarded_score": guarded,
-            "warnings": [*runtime.warnings, *_cache_warnings(ratio), *_size_warnings(files, size_bytes, needed),
+            "warnings": [*data.listing.warnings(), *entry.order.warnings, *runtime.warnings,
+                         *_cache_warnings(ratio), *_size_warnings(files, size_bytes, needed),
                          *_accuracy_warnings(accuracy, chance, settings)],
             "baselines": baselines.model_dump(),
             "chance": chance,
@@ -178,6 +178,7 @@ def _result(entry: Contestant, answers: Answers, data: TestData, baselines: Base
             "backend": runtime.backend,
             "latency": latency | {"repeats_ratio": ratio},
             "accuracy": accuracy,
+            "class_order": entry.order.matched,
             "preprocessing": files.preprocessing.model_dump() | {"stated_by": files.preprocessing_from},
             "parameters": runtime.parameters,
             "macs": runtime.macs,

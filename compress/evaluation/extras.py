@@ -12,7 +12,7 @@ from metadata.files import sha256
 
 STANDALONE = __name__ != "compress.evaluation.extras"
 HOME = Path(__file__).parents[0 if STANDALONE else 2]
-SOURCES = ("metadata/*.py", "architectures/**/*.py", "loaders/images.py", "compress/evaluation/*.py")
+SOURCES = ("metadata/*.py", "architectures/**/*.py", "loaders/images.py", "loaders/listing.py", "compress/evaluation/*.py")
 
 
 def toolkit(flag: str, module: str) -> Any:

@@ -239,7 +239,7 @@ def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: 
     Args:
         files: the submission.
         settings: backend, threads and limits.
-        classes: the number of classes of the test data.
+        classes: the number of the submission's outputs.
         data_dir: the test data, which foreign code must not be able to read.
 
     Raises:

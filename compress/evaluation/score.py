@@ -47,6 +47,8 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 def accuracy_details(logits: np.ndarray, labels: np.ndarray, class_names: Sequence[str], batch_size: int) -> dict[str, Any]:
     """Return counts, interval, top-5 accuracy and the counts of every class. Ties in the top 5 count against the model.
 
+    The worst class is one of those that have images.
+
     Args:
         logits: (N, classes).
         labels: (N,) class indices.
@@ -57,7 +59,8 @@ def accuracy_details(logits: np.ndarray, labels: np.ndarray, class_names: Sequen
     right = predictions == labels
     per_class = {name: {"correct": int(right[labels == index].sum()), "total": int((labels == index).sum())}
                  for index, name in enumerate(class_names)}
-    worst = min(per_class, key=lambda name: per_class[name]["correct"] / max(1, per_class[name]["total"]))
+    seen = [name for name, counts in per_class.items() if counts["total"]]
+    worst = min(seen, key=lambda name: per_class[name]["correct"] / per_class[name]["total"])
     rank = (logits >= logits[np.arange(len(labels)), labels][:, None]).sum(1)
     correct, total = int(right.sum()), len(labels)
     return {"correct": correct, "total": total, "fraction": correct / total, "wilson_95": list(wilson(correct, total)),

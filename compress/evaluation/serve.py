@@ -48,8 +48,8 @@ class Deadline:
             raise VerificationError(f"{done} of {total} images were answered within --time_limit_s {self.seconds:g}")
 
 
-def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], images: Sequence[Path], classes: int,
-          settings: EvaluationSettings, progress: Progress | None = None) -> list[Answers]:
+def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], images: Sequence[Path],
+          classes: Sequence[int], settings: EvaluationSettings, progress: Progress | None = None) -> list[Answers]:
     """Ask every runtime for every image, one image at a time in a random order, and time each call.
 
     Timed calls and graded calls are the same calls, so a submission cannot tell them apart. Some images are asked again
@@ -60,7 +60,7 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
         runtimes: the submissions.
         preprocessings: one for each runtime.
         images: (N,) paths.
-        classes: the number of logits.
+        classes: the number of logits, one for each runtime.
         settings: runs, warm-up and time limit.
         progress: called with the number of requests done and their total.
 
@@ -70,8 +70,8 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
     """
     entropy = np.random.default_rng()  # seeded by the system: code under test must not know the order
     order, requests = _requests(len(images), settings.runs, entropy)
-    answers = [Answers(logits=np.full((len(images), classes), np.nan, np.float32), first_ms=np.zeros(len(images)),
-                       order=order) for _ in runtimes]
+    answers = [Answers(logits=np.full((len(images), count), np.nan, np.float32), first_ms=np.zeros(len(images)),
+                       order=order) for count in classes]
     deadline, asked, seen = Deadline(settings.time_limit_s), 0, set[int]()
     for start in range(0, len(requests), BURST):
         burst = requests[start:start + BURST]
@@ -79,15 +79,15 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
                   for preprocessing in preprocessings]
         if start == 0:
             for _ in range(settings.warmup):
-                for runtime, pixels in zip(runtimes, inputs, strict=True):
+                for runtime, pixels, count in zip(runtimes, inputs, classes, strict=True):
                     deadline.check(0, len(images))
                     # Noise, so that no test image has been seen before its timed call.
-                    ask(runtime, entropy.standard_normal(pixels[burst[0]].shape, np.float32), classes)
+                    ask(runtime, entropy.standard_normal(pixels[burst[0]].shape, np.float32), count)
         for image in burst:
             deadline.check(len(seen), len(images))
             turns = range(len(runtimes)) if asked % 2 == 0 else reversed(range(len(runtimes)))
             for index in turns:
-                logits, took = ask(runtimes[index], inputs[index][image], classes)
+                logits, took = ask(runtimes[index], inputs[index][image], classes[index])
                 if image not in seen:
                     answers[index].logits[image], answers[index].first_ms[image] = logits[0], took
                     continue
@@ -127,7 +127,7 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
     if not fits or not np.isfinite(logits).all():
         got = "NaN or infinite values" if fits else list(getattr(logits, "shape", [])) or type(logits).__name__
         raise VerificationError(f"{runtime.name}: the output for {len(images)} image(s) is {got}, expected finite logits "
-                                f"{[len(images), classes]} for the data's {classes} classes")
+                                f"{[len(images), classes]} for {classes} classes")
     return logits.astype(np.float32, copy=False), took
 
 

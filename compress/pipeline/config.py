@@ -21,9 +21,10 @@ class DataConfig(Config):
     name: str = Field("digits", description="a set of loaders/; image_folder for any folder of images")
     root: Path | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of the training images held out, class by class")
+    validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training images held out, class by "
+                                       "class; 0 only for data that have a validation folder")
     num_classes: int | None = Field(None, description="refuse data with another number of classes")
-    channels: Literal[1, 3] | None = Field(None, description="3 takes gray images as RGB; the set's own unless given")
+    channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
     image_size: int | None = Field(None, gt=0, description="side in pixels of the input; the set's own unless given")
     resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
     crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")

@@ -78,6 +78,10 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
     stages = parse_stages(config)
     with tracker.progress("reading images") as advance:
         splits = load(request(config.data, config.seed, threads(config), advance))
+    if not len(splits.validation):
+        raise UserError(f"data.validation_fraction {config.data.validation_fraction:g}: nothing is held out, and a "
+                        "pipeline measures and chooses by validation images; give a fraction such as 0.05, or an image "
+                        "folder with val/ beside train/ and test/")
     sketch = Sketch(card=splits.card, seed=config.seed)
     problems = []
     for _, stage in stages:

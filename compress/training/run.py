@@ -17,7 +17,7 @@ from torch import nn
 
 from architectures.counting import count_macs
 from architectures.describe import describe
-from architectures.zoo import check_forward, families, make, own_name
+from architectures.zoo import check_forward, families, fitted_options, make, own_name
 from compress.training.assessment import assess, learned_parameters
 from compress.training.checkpoints import best_file
 from compress.training.data import check_sizes, seeded, training_data
@@ -170,12 +170,11 @@ def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
     options = dict(config.model_options)
     if taken := RESERVED & options.keys():
         raise UserError(f"model_options: {min(taken)} is a setting of its own, or comes from the data")
-    channels, height, width = card.input_shape
+    _, height, width = card.input_shape
     name = own_name(config.model_name)
     if name in families():
         takes = inspect.signature(families()[name]).parameters
-        known = {"input_shape": [channels, height, width], "in_channels": channels}
-        options = {**{key: value for key, value in known.items() if key in takes}, **options}
+        options = fitted_options(name, options, card.input_shape)
         if "stem" not in takes or (config.stem == "auto" and "stem" in options):
             return options
     small = config.stem == "small" or (config.stem == "auto" and max(height, width) <= SMALL_IMAGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 
 from loaders.arrays import FileImages, in_memory
-from loaders.images import decode_image, list_images
+from loaders.images import decode_image, is_colour
+from loaders.listing import Listing, SPLIT_FOLDERS, list_images
 from loaders.request import Request
-from loaders.splits import Split, Splits, fingerprint, hold_out, preprocessing_for
+from loaders.splits import Split, Splits, few_images_warnings, fingerprint, hold_out, preprocessing_for
 from metadata.errors import UserError
 from metadata.records import DatasetCard, dataset_cards
 from metadata.schemas import Preprocessing
@@ -25,25 +27,35 @@ def image_folder(request: Request) -> Splits:
     return folder_splits(request, "image_folder", dataset_cards()["image_folder"]["preprocessing"])
 
 
-def folder_splits(request: Request, name: str, preprocessing: dict[str, Any]) -> Splits:
+def folder_splits(request: Request, name: str, preprocessing: dict[str, Any], numbering: Sequence[str] = ()) -> Splits:
     """Return the splits of root/train and root/test or root/val; hold validation out of train unless both exist.
 
+    Args:
+        request: the request of the caller.
+        name: the name of the data set.
+        preprocessing: the preprocessing of the data set.
+        numbering: the class names in the data set's own order, which counts if the folders have these names. Otherwise a
+            class has the rank of its name.
+
     Raises:
-        UserError: a missing or empty folder, a class without images, different class lists, or a damaged image.
+        UserError: a missing or empty folder, a class without training images, a class that train lacks, or a damaged image.
     """
     root = request.root
     if root is None:
         raise UserError(f"data.root is not set: {name} needs a folder with train/<class>/<image> and test/ or val/ "
                         "beside it; pass data.root=DIR")
     if not (root / "train").is_dir():
-        raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>; there is no such folder")
+        raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>; {_found_instead(root)}")
     test_folder, validation_folder = _test_and_validation(root)
-    classes, train = list_images(root / "train")
-    for folder in filter(None, (test_folder, validation_folder)):
-        _same_classes(root / "train", classes, folder)
-    test = list_images(test_folder)[1]
-    validation = list_images(validation_folder)[1] if validation_folder else None
-    return file_splits(request, name, preprocessing, classes, train, test, validation, test_folder)
+    listing = list_images(root / "train")
+    classes = list(numbering) if set(numbering) == set(listing.classes) else listing.classes
+    warnings = [*_check_training_classes(listing), *listing.warnings()]
+    train = _numbered(listing, classes)
+    test = _numbered(_held_against(listing, test_folder, warnings), classes)
+    validation = _numbered(_held_against(listing, validation_folder, warnings), classes) if validation_folder else None
+    splits = file_splits(request, name, preprocessing, classes, train, test, validation, test_folder)
+    splits.warnings[:0] = warnings
+    return splits
 
 
 def file_splits(request: Request, name: str, preprocessing: dict[str, Any], classes: list[str], train: Files, test: Files,
@@ -54,7 +66,7 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
         request: the request of the caller.
         name: the name of the data set.
         preprocessing: the preprocessing of the data set.
-        classes: sorted names.
+        classes: the names of the classes, in the order of their indices.
         train: files and the indices of their classes.
         test: the same for the test split.
         validation: the same for the validation split; None holds it out of train.
@@ -69,8 +81,16 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
     train_settings = settings  # leaves room for the random crop if the resized image is larger
     if settings.resize and settings.crop and settings.resize > settings.crop:
         train_settings = settings.model_copy(update={"crop": settings.resize})
+    if settings.mode == "L":
+        firsts = {label: path for path, label in reversed(train)}
+        colour = next((path for _, path in sorted(firsts.items()) if is_colour(path)), None)
+        if colour:
+            warnings.append(f"the input has one channel: colour pictures such as {colour} become grey")
     if validation is None:
-        kept, held = hold_out(torch.tensor([label for _, label in train]), request.validation_fraction, request.seed)
+        labels = torch.tensor([label for _, label in train])
+        kept, held = hold_out(labels, request.validation_fraction, request.seed)
+        if request.validation_fraction:
+            warnings += few_images_warnings(labels, classes, [path for path, _ in train])
         train, validation = [train[i] for i in kept.tolist()], [train[i] for i in held.tolist()]
     # Decode the test images now, though they are not used: a damaged one must not stop the run after hours of training.
     listed, test = len(test), _usable(test, settings, request, warnings)
@@ -97,12 +117,76 @@ def _test_and_validation(root: Path) -> tuple[Path, Path | None]:
     return validation, None  # root/val is the test split; validation is held out of train
 
 
-def _same_classes(train: Path, classes: list[str], folder: Path) -> None:
-    other, _ = list_images(folder)
-    if other != classes:
-        odd = sorted(set(classes) ^ set(other))
-        raise UserError(f"{folder}: its classes differ from those of {train} ({len(other)} and {len(classes)}); not in "
-                        f"both: {', '.join(odd[:5])}")
+def _found_instead(root: Path) -> str:
+    """Return what is in place of root/train, and what to do about it."""
+    if not root.is_dir():
+        return "there is no such folder" if not root.exists() else f"{root} is a file"
+    if root.name in SPLIT_FOLDERS and (root.parent / "train").is_dir():
+        return f"this is a split itself; pass data.root={root.parent}"
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for folder in folders:
+        if (folder / "train").is_dir():
+            return f"found {folder}/train; pass data.root={folder}"
+        if folder.name.lower().startswith("train"):
+            return f"found {folder}; rename it to {root}/train"
+    try:
+        listing = list_images(root)
+    except UserError:
+        return f"found {', '.join(folder.name for folder in folders[:5]) or 'no folders'}"
+    return (f"found {len(listing.classes)} class folders with {len(listing.images)} images directly in it "
+            f"({', '.join(listing.classes[:5])}); move them into {root}/train, and images for testing into {root}/test")
+
+
+def _check_training_classes(listing: Listing) -> list[str]:
+    """Return a warning where the class folders hold folders of classes, perhaps.
+
+    Raises:
+        UserError: a class without images, or one class only.
+    """
+    if listing.empty:
+        raise UserError(f"{listing.folder / listing.empty[0]}: the class has no images ({len(listing.empty)} such classes: "
+                        f"{', '.join(listing.empty[:5])}); put images there, or remove the folder"
+                        + "".join(f"; {text}" for text in listing.warnings()))
+    below: dict[str, set[str]] = {name: set() for name in listing.classes}
+    for path, label in listing.images:
+        name = listing.classes[label]
+        below[name].add(path.relative_to(listing.folder / name).parts[0] if path.parent.name != name else "")
+    nested = sorted({name for names in below.values() for name in names})
+    deeper = "" not in nested and len(nested) > len(listing.classes)
+    if len(listing.classes) == 1:
+        found = f"; if the {len(nested)} folders in it are ({', '.join(nested[:5])}), move them up" if deeper else ""
+        raise UserError(f"{listing.folder}: one class only, {listing.classes[0]!r}; expected two or more{found}")
+    if not deeper:
+        return []
+    return [f"{listing.folder}: the classes are its {len(listing.classes)} folders ({', '.join(listing.classes[:5])}), not "
+            f"the {len(nested)} folders in these ({', '.join(nested[:5])})"]
+
+
+def _held_against(train: Listing, folder: Path, warnings: list[str]) -> Listing:
+    """Return the listing of another split; add to `warnings` what it left out and which classes it lacks.
+
+    Raises:
+        UserError: the split has images of a class that train does not have.
+    """
+    listing = list_images(folder)
+    present = set(listing.classes) - set(listing.empty)
+    unknown, lacking = sorted(present - set(train.classes)), sorted(set(train.classes) - present)
+    if unknown:
+        raise UserError(f"{folder}: {len(unknown)} of its classes are not in {train.folder}: {', '.join(unknown[:5])}"
+                        + (f"; {len(lacking)} of those in train have no images here: {', '.join(lacking[:5])}" if lacking
+                           else ""))
+    warnings += listing.warnings()
+    if lacking:
+        warnings.append(f"{folder}: no images of {len(lacking)} of the {len(train.classes)} classes: "
+                        f"{', '.join(lacking[:5])}{' and others' if len(lacking) > 5 else ''}; put images there, or the "
+                        "accuracy says nothing about them")
+    return listing
+
+
+def _numbered(listing: Listing, classes: Sequence[str]) -> Files:
+    """Return the files with the indices of their classes in `classes`."""
+    number = {name: index for index, name in enumerate(classes)}
+    return [(path, number[listing.classes[label]]) for path, label in listing.images]
 
 
 def _split(files: Files, settings: Preprocessing, request: Request) -> Split:

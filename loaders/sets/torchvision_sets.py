@@ -37,30 +37,29 @@ def _open(name: str, request: Request, train: bool) -> Any:
                         ) from error
 
 
-def _arrays(dataset: Any, order: list[int], where: str) -> LabelledPixels:
-    """Return (N, C, H, W) uint8 and labels as ranks of the sorted class names, as an image folder has them."""
+def _arrays(dataset: Any, classes: int, where: str) -> LabelledPixels:
+    """Return (N, C, H, W) uint8 and labels as the data set numbers them."""
     pixels, labels = torch.from_numpy(np.asarray(dataset.data)), torch.as_tensor(dataset.targets)
-    if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) >= len(order):
-        raise UserError(f"{where}: expected as many labels below {len(order)} as images, got {len(labels)} for "
+    if len(pixels) != len(labels) or len(labels) == 0 or int(labels.max()) >= classes:
+        raise UserError(f"{where}: expected as many labels below {classes} as images, got {len(labels)} for "
                         f"{len(pixels)} images; remove the set and pass data.download=true to fetch it again")
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-    return pixels.contiguous(), torch.tensor(order)[labels]
+    return pixels.contiguous(), labels.long()
 
 
 def _loader(name: str) -> Callable[[Request], Splits]:
     def load(request: Request) -> Splits:
         known = dataset_cards()[name]
         if request.root is not None and (request.root / "train").is_dir():
-            return folder_splits(request, name, known["preprocessing"])
+            return folder_splits(request, name, known["preprocessing"], known.get("class_names", ()))
         train = _open(name, request, train=True)
         names = known.get("class_names") or [str(label) for label in train.classes]
-        order = [sorted(names).index(label) for label in names]
 
         def open_test() -> LabelledPixels:
-            return _arrays(_open(name, request, train=False), order, f"{request.root}, test split of {name}")
+            return _arrays(_open(name, request, train=False), len(names), f"{request.root}, test split of {name}")
 
-        return array_splits(request, sorted(names), known["preprocessing"],
-                            _arrays(train, order, f"{request.root}, training split of {name}"), open_test)
+        return array_splits(request, names, known["preprocessing"],
+                            _arrays(train, len(names), f"{request.root}, training split of {name}"), open_test)
     return load
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from compress.evaluation.measure import measure_accuracy
 from loaders.arrays import ArrayImages, FileImages, ResizedImages, in_memory, prefetched
 from loaders.catalog import load
-from loaders.images import decode_image, list_images
+from loaders.images import decode_image
+from loaders.listing import list_images
 from loaders.request import Request
 from loaders.splits import Split, write_image_folder
 from metadata.errors import UserError
@@ -48,15 +49,28 @@ def test_digits_are_rgb_unless_asked_for_grey() -> None:
     assert torch.equal(every(grey.validation).expand(-1, 3, -1, -1), every(colour.validation))
 
 
-def test_channels_that_cannot_be_had(tmp_path: Path) -> None:
+def test_colour_as_grey_and_channels_that_cannot_be_had(tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "images", 2, 4)
     for name in ("cifar10", "image_folder"):
-        with pytest.raises(UserError, match=rf"data\.channels 1: the images of {name} are RGB, expected 3"):
-            load(Request(name=name, root=root, channels=1, image_size=12))
+        grey = load(Request(name=name, root=root, channels=1, image_size=12, preprocessing={"resize": 12}))
+        assert grey.card.input_shape == (1, 12, 12) and grey.card.preprocessing.mode == "L"
+        first = root / "train" / "class_000" / "0.png"
+        assert grey.warnings == [f"the input has one channel: colour pictures such as {first} become grey"]
+        with Image.open(root / "test" / "class_001" / "2.png") as image:
+            assert np.array_equal(every(grey.open_test())[4 + 2, 0].numpy(), np.asarray(image.convert("L")))
         assert load(Request(name=name, root=root, channels=3, image_size=12)).card.input_shape == (3, 12, 12)
     for channels in (0, 2, 4):
-        with pytest.raises(UserError, match=rf"data\.channels {channels}: the images of digits are grey, expected 1 or 3"):
+        with pytest.raises(UserError, match=rf"data\.channels {channels}: expected 1 or 3"):
             load(Request(name="digits", channels=channels))
+
+
+def test_arrays_in_colour_become_grey_as_files_do() -> None:
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for size in (16, 20):
+        grey = ResizedImages(pixels=pixels, channels=1, size=size).batch(torch.arange(3))
+        for one, image in zip(grey, pixels, strict=True):
+            whole = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
+            assert np.array_equal(one[0].numpy(), np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR)))
 
 
 def test_grey_image_folder_as_rgb(tmp_path: Path) -> None:
@@ -78,7 +92,7 @@ def test_resized_arrays_are_what_the_evaluator_decodes(size: int, channels: int,
     order = test.labels.argsort(stable=True)
     for name, split in (("original", original.open_test()), ("resized", test)):
         write_image_folder(split, resized.card.class_names, tmp_path / name)
-        _, files = list_images(tmp_path / name)
+        files = list_images(tmp_path / name).images
         read = np.stack([decode_image(path, settings) for path, _ in files])
         assert torch.equal(torch.from_numpy(read), test.images.batch(order)), name
 
@@ -167,5 +181,5 @@ def test_skipped_images_do_not_change_what_is_written(tmp_path: Path) -> None:
     test = splits.open_test()
     assert splits.test_folder is None and len(test) == 7
     write_image_folder(test, splits.card.class_names, tmp_path / "out")
-    read = np.stack([decode_image(path, splits.card.preprocessing) for path, _ in list_images(tmp_path / "out")[1]])
+    read = np.stack([decode_image(path, splits.card.preprocessing) for path, _ in list_images(tmp_path / "out").images])
     assert torch.equal(torch.from_numpy(read), every(test))

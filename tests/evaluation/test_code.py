@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN in the weights": (poisoned, "NaN"),
     "other weights": (other_weights, "Missing key(s)"),
     "pruning info lies": (contradicted, "remaining_channels is 1000"),
-    "other class count": (lambda f: edit(f, num_classes=100), "the submission was trained on 100"),
+    "other class count": (lambda f: edit(f, num_classes=100), "the submission has 100 classes and states no names"),
     "syntax error": (append("def"), "SyntaxError"),
     "no class": (lambda f: (f / "model.py").write_text("x = 1"), "defines no nn.Module"),
     "raises at import": (append("raise ValueError('two\\nlines')"), "ValueError: two"),
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "facts too deep to parse": (append("import json; json.dumps = lambda *a, **k: '[' * 100000"), "wrote into the channel"),
     "raises its limits": (append("import resource; resource.setrlimit(resource.RLIMIT_AS, (1, 1)); a = bytearray(2**20)"),
                           "Error"),
-    "few classes": (wrap("return honest(self, x)[:, :5]"), "for the data's 10 classes"),
+    "few classes": (wrap("return honest(self, x)[:, :5]"), "for 10 classes"),
     "NaN answers": (wrap("return honest(self, x) * float('nan')"), "NaN or infinite"),
     "no tensor": (wrap("return [1]"), "returned list"),
     "answers change": (wrap("return honest(self, x) + 3 * torch.randn(1, 10)"), "another answer when asked again"),
@@ -381,7 +381,7 @@ def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission
     code, result, error = evaluate(submission, ALLOW, "--compare", str(folder))
     assert code == 0 and result["accuracy"] == honest["accuracy"], error
     status = result["details"]["compare"]["status"]
-    assert str(folder) in status and "for the data's 10 classes" in status
+    assert str(folder) in status and "for 10 classes" in status
     assert any("there is no comparison" in warning for warning in result["details"]["warnings"])
 
 

@@ -103,7 +103,7 @@ PLAIN = Preprocessing(resize=None, crop=None, mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def ask(runtime: Runtime, pictures: list[Path], **settings: Any) -> Answers:
-    return serve([runtime], [PLAIN], pictures, 3, EvaluationSettings(**settings))[0]
+    return serve([runtime], [PLAIN], pictures, [3], EvaluationSettings(**settings))[0]
 
 
 def test_every_image_is_asked_in_another_order_each_time(pictures: list[Path]) -> None:

@@ -153,7 +153,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
     "link out of the folder": (lambda f: (weights_of(f).rename(f.parent / "w.pth"), os.symlink(
         f.parent / "w.pth", f / "compressed_slimresnet18.pth")), False, "outside the submission"),
     "other classes": (lambda f: edit_json(f, META, lambda m: m.update(class_names=[str(i) for i in range(1, 11)])),
-                      False, "not in both: 0, 10"),
+                      False, "does not know 1 of the 10 classes here: 0; it knows 1, 10, 2, 3, 4 and 5 more"),
     "classes contradict": (lambda f: edit_json(f, META, lambda m: m.update(num_classes=9)), False, "class_names has 10"),
 }
 

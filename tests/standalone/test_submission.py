@@ -114,7 +114,7 @@ model = SlimResNet18()
 model.load_state_dict(torch.load("compressed_slimresnet18.pth", weights_only=True))
 model.eval()
 files = model_loader.read_submission(".")
-_, images = model_loader.list_images(sys.argv[1])
+images = model_loader.list_images(sys.argv[1]).images
 other = model_loader.load_model(".")
 pixels = torch.from_numpy(model_loader.read_images([path for path, _ in images], files.preprocessing))
 with torch.no_grad():

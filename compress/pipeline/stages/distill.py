@@ -10,7 +10,7 @@ from torch import fx
 from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.describe import carry_over, describe
-from architectures.zoo import make
+from architectures.zoo import fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -91,7 +91,8 @@ class Distill(Stage):
     def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:
         """Return the untrained student as a graph; its weights depend on the seed alone."""
         with seeded(seed, "student"):
-            module = make(self.model, num_classes=card.num_classes, **self.options)
+            module = make(self.model, num_classes=card.num_classes,
+                          **fitted_options(self.model, self.options, card.input_shape))
         architecture = describe(module, card.input_shape)
         student = build(architecture)
         student.load_state_dict(module.state_dict())

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from architectures.checkpoints import Checkpoint, open_checkpoint
-from architectures.zoo import check_forward, make
+from architectures.zoo import check_forward, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -40,7 +40,7 @@ class Teacher(Stage):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
         sketch.check_training("teacher", self.train)
         with torch.device("meta"):
-            module = make(self.model, num_classes=sketch.card.num_classes, **self.options)
+            module = make(self.model, num_classes=sketch.card.num_classes, **self._fitted(sketch.card))
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
                       "; for auxiliary heads try teacher.options.aux_logits=false")
         opened = self._open_checkpoint(module, sketch.card)
@@ -57,9 +57,10 @@ class Teacher(Stage):
 
     def run(self, model: None, context: Context) -> TeacherModel:
         card = context.splits.card
-        reference = ModelReference(name=self.model, num_classes=card.num_classes, options=self.options)
+        options = self._fitted(card)
+        reference = ModelReference(name=self.model, num_classes=card.num_classes, options=options)
         with seeded(context.seed, "teacher"):
-            module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **self.options)
+            module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **options)
         if opened := self._open_checkpoint(module, card):
             module.load_state_dict(opened.weights)
             for text in opened.notes:
@@ -75,6 +76,9 @@ class Teacher(Stage):
             context.warn(f"the teacher's validation accuracy is {accuracy:.1%}, below teacher.floor ({self.floor:.0%}): a "
                          "student will learn little from this teacher")
         return TeacherModel(module.eval(), reference)
+
+    def _fitted(self, card: DatasetCard) -> dict[str, Any]:
+        return fitted_options(self.model, self.options, card.input_shape)
 
     @property
     def _pretrained(self) -> bool:
