@@ -1,9 +1,10 @@
 """The sandbox's child process: runs foreign code and answers its parent. The file imports nothing of the project.
 
 The parent starts `python -I -B child.py REQUEST_FD REPLY_FD MEMORY_FD`. The first message says what to run. The process
-then gives up its rights (confine.py beside this file), and only then loads foreign code. A request is a nonce and a
-shape; its numbers lie in shared memory. A reply is the same nonce, a status and bytes. The parent trusts no reply: the
-parent keeps the labels and the clock.
+then gives up its rights (confine.py beside this file), and only then loads foreign code (panel.py, with offline.py for what
+the code downloads). What the code raises becomes one line (faults.py). A request is a nonce and a shape; its numbers lie in
+shared memory. A reply is the same nonce, a status and bytes. The parent trusts no reply: the parent keeps the labels and
+the clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import array
 import gc
 import importlib.util
-import inspect
 import json
 import mmap
 import os
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 REQUEST, REPLY = struct.Struct("<16sIIII"), struct.Struct("<16sBQ")
-STATE_KEYS = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the state dict
 LEAVES = (types.ModuleType, types.BuiltinFunctionType, int, float)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -48,87 +47,19 @@ def set_limits(memory_mb: int, cpu_seconds: int) -> None:
         resource.setrlimit(what, (limit, limit))
 
 
-# ------------------------------------------------------------------------------------------ an original submission
+# ------------------------------------------------------------------------------------------ a submission of the panel
 
 
-def build_submission(boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the model of a folder's model.py with its weights, and the facts that it states about itself."""
-    import torch
-    from torch import nn
-
-    folder = Path(boot["folder"])
-    sys.path.insert(0, str(folder))
-    os.chdir(folder)
-    weights = state_dict_in(torch.load(folder / boot["weights"], map_location="cpu", weights_only=True))
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}  # DataParallel's
-    module = load_file(folder / "model.py", "model")
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
-               and value.__module__ == "model"]
-    named = [value for value in classes if value.__name__ == boot["model_class"]]
-    reasons = []
-    for kind in named or classes[::-1]:  # the whole network is usually defined last
-        try:
-            model = construct(kind, boot["classes"])
-            model.load_state_dict(weights, strict=True)
-        except Exception as error:  # whatever foreign code raises; the reasons are told below
-            reasons.append(f"{kind.__name__}: {tell(error)}")
-            continue
-        model.eval()
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        return model, {"class": kind.__name__, "trainable": trainable, "macs": macs(model, boot["input_shape"])}
-    raise RuntimeError("; ".join(reasons) or "model.py defines no nn.Module")
-
-
-def state_dict_in(content: Any) -> Any:
-    """Return the state dict in a checkpoint, or the content itself."""
-    for key in STATE_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return content
-
-
-def construct(kind: Callable[..., Any], classes: int) -> Any:
-    """Return an instance, with `num_classes` where the class takes it."""
-    try:
-        parameters = inspect.signature(kind).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    takes = "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return kind(num_classes=classes) if takes else kind()
-
-
-def macs(model: Any, input_shape: list[int]) -> int | None:
-    """Return the multiply-adds of convolutions and matrix products for one input, or None where the model fails on zeros.
-
-    Calls are counted in Python: torch's own counter would import torch's compiler, which takes as long as torch itself.
-    """
-    import torch
-    import torch.nn.functional as F
-    from torch.overrides import TorchFunctionMode
-
-    # function -> multiply-adds of one number of the output, from the function's arguments
-    factors: dict[Any, Callable[..., int]] = {
-        function: lambda input, weight, *_: weight[0].numel() for function in (F.conv1d, F.conv2d, F.conv3d)}
-    factors |= {function: lambda one, other, *_: one.shape[-1] for function in (
-        F.linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm)}
-    factors[torch.addmm] = lambda bias, one, other, *_: one.shape[-1]
-
-    class Counter(TorchFunctionMode):
-        total = 0
-
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            output = function(*args, **(kwargs or {}))
-            if function in factors:
-                self.total += output.numel() * factors[function](*args, *(kwargs or {}).values())
-            return output
-
-    counter = Counter()
-    try:
-        with torch.no_grad(), counter:
-            model(torch.zeros(1, *input_shape))
-    except Exception:  # foreign code; an unknown count must not end the evaluation
-        return None
-    return counter.total
+def build_submission(boot: dict[str, Any], panel: types.ModuleType, stand_ins: Any,
+                     explain: Callable[[BaseException], str]) -> tuple[Any, dict[str, Any]]:
+    """Return the model of a submission's folder, and the facts that the code states about it."""
+    stand_ins.install()
+    model, facts = panel.load_submission_model(boot, explain)
+    kept, weights = stand_ins.kept(model) if stand_ins.asked else (0, 0)
+    return model, {"class": type(model).__name__, **facts, **panel.numbers(model),
+                   "macs": panel.macs(model, boot["input_shape"]), "reduced": panel.reduced_precision(model),
+                   "asked": len(stand_ins.asked), "asked_for": [str(name)[:80] for name in stand_ins.asked[:3]],
+                   "kept": kept, "weights": weights, "compiled": stand_ins.compiled}
 
 
 # ------------------------------------------------------------------------------------- a solution of the 2.5M task
@@ -204,11 +135,6 @@ def numbers_within_reach(model: Any, module: types.ModuleType) -> dict[int, int]
 # ------------------------------------------------------------------------------------------------------ the channel
 
 
-def tell(error: BaseException) -> str:
-    """Return an exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
 def read_exactly(handle: int, count: int) -> bytes:
     """Read from a pipe. End the process when the parent is gone."""
     parts = b""
@@ -232,7 +158,7 @@ def main() -> None:
     request, reply, memory_handle = map(int, sys.argv[1:4])
     here = Path(__file__).resolve().parent
     boot = json.loads(read_exactly(request, int.from_bytes(read_exactly(request, 8), "little")))
-    confinement = load_file(here / "confine.py", "confine")
+    confinement, faults = (load_file(here / f"{name}.py", f"sandbox_{name}") for name in ("confine", "faults"))
     confinement.die_with_parent()
     memory = mmap.mmap(memory_handle, 0)
     if boot["cores"] and hasattr(os, "sched_setaffinity"):
@@ -241,9 +167,14 @@ def main() -> None:
     import numpy as np
     import torch
     import torch.utils.data
+    panel, offline = (load_file(here / f"{name}.py", f"sandbox_{name}") for name in ("panel", "offline"))
     set_limits(boot["memory_limit_mb"], boot["cpu_limit_s"])
     protection = confinement.confine([Path(path) for path in boot["readable"]], [Path(path) for path in boot["writable"]])
     torch.set_num_threads(boot["threads"])
+
+    def explain(error: BaseException) -> str:
+        return str(error) if isinstance(error, panel.LoadingError) else faults.explain_fault(
+            error, Path(boot["folder"]), boot["memory_limit_mb"])
 
     nonce = bytes.fromhex(boot["nonce"])
     content = json.dumps(protection).encode()
@@ -252,24 +183,29 @@ def main() -> None:
         ping, *_ = REQUEST.unpack(read_exactly(request, REQUEST.size))
         write_all(reply, REPLY.pack(ping, 0, 0))
     try:
-        model, facts = (train_solution(boot, memory) if boot["mode"] == "solution" else build_submission(boot))
+        model, facts = (train_solution(boot, memory) if boot["mode"] == "solution" else
+                        build_submission(boot, panel, offline.StandIns(), explain))
         content = json.dumps(facts).encode()
         status = 0
     except BaseException as error:  # foreign code may raise anything, SystemExit too
-        content, status = tell(error).encode(errors="replace"), 1
+        content, status = explain(error).encode(errors="replace"), 1
     write_all(reply, REPLY.pack(nonce, status, len(content)) + content)
     while status == 0:
         nonce, *shape = REQUEST.unpack(read_exactly(request, REQUEST.size))
         shape = [size for size in shape if size]
         try:
             numbers = np.frombuffer(memory, np.float32, int(np.prod(shape))).reshape(shape)
-            with torch.inference_mode():
+            with torch.no_grad():  # as the panel; TorchScript and old code do not always bear inference_mode
                 logits = model(torch.from_numpy(numbers))
             if not isinstance(logits, torch.Tensor):
                 raise TypeError(f"the model returned {type(logits).__name__}, expected a Tensor")
-            content = np.ascontiguousarray(logits.float().numpy()).tobytes()
+            content = np.ascontiguousarray(logits.detach().float().numpy()).tobytes()
         except BaseException as error:
-            content, status = tell(error).encode(errors="replace"), 1
+            said = explain(error)
+            if isinstance(error, RuntimeError) and (kind := panel.reduced_precision(model)):
+                said = (f"the model's weights are {kind} and its images are float32: convert the images in forward, or "
+                        f"save float32 weights ({said})")
+            content, status = said.encode(errors="replace"), 1
         write_all(reply, REPLY.pack(nonce, status, len(content)) + content)
 
 

@@ -71,6 +71,7 @@ class Runtime:
         backend: "torch", "onnxruntime" or "openvino".
         parameters: the number of stored numbers ("all"), and of trainable ones where that is known.
         macs: multiply-adds an image, where known.
+        outputs: the number of logits where a model has more than the data have classes; else None.
         name: for messages.
         errors: the exceptions of a call that the model cannot answer.
         details, warnings: for the result.
@@ -81,6 +82,7 @@ class Runtime:
     def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
         self.backend, self.parameters, self.macs = backend, parameters, macs
         self.name = "the model"
+        self.outputs: int | None = None
         self.details: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -255,12 +257,11 @@ def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: 
     if files.kind == "onnx":
         return ONNX_RUNTIMES[backend](files, settings.threads)
     if not settings.allow_code:
-        raise UserError(f"{files.folder}: this submission is code (model.py); it runs, in a process with limits, only with "
-                        "--allow_code")
+        raise UserError(f"{files.folder}: this submission is {files.what}; it runs only with --allow_code, in a sandbox")
     if settings.batch_size != 1:
         raise UserError(f"--batch_size {settings.batch_size}: code is graded at batch 1, so that its timed calls and its "
                         "graded ones cannot be told apart")
-    return toolkit("--allow_code", "sandbox").open_code(files, settings, classes, data_dir)  # type: ignore[no-any-return]
+    return toolkit("--allow_code", "code_runtime").open_code(files, settings, classes, data_dir)  # type: ignore[no-any-return]
 
 
 def preferred_backend(files: SubmissionFiles) -> str:

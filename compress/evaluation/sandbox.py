@@ -26,22 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import RootModel
 
-from architectures.counting import count_numbers
-from architectures.weights import check_tensors, load_tensors
-from compress.evaluation.child import REPLY, REQUEST, state_dict_in
-from compress.evaluation.runtimes import Runtime, EvaluationSettings
-from compress.evaluation.submission import SubmissionFiles, submission_files
+from compress.evaluation.child import REPLY, REQUEST
+from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import UserError, VerificationError
-from metadata.files import inside, read_json
 from metadata.machine import status_mb
 
 MAX_REPLY_BYTES = 2**24
 MAX_SCRATCH_BYTES = 2**28
 MAX_SCRATCH_ENTRIES = 10_000
 PINGS = 20
-MAX_SUBMISSION_BYTES = 2**32
 # Paths that an interpreter and its libraries read. The data, the project and home folders are not among them.
 SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo",
           "/sys/devices/system", "/dev/null", "/dev/urandom")
@@ -119,13 +113,15 @@ class Child:
             self.output = self.scratch.with_name(self.scratch.name + ".txt")
             stack.callback(self.output.unlink, missing_ok=True)
             environment = {"HOME": str(self.scratch), "TMPDIR": str(self.scratch), "OPENBLAS_NUM_THREADS": "1",
-                           "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8"}
+                           "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8",
+                           # Code for torch before 2.6 calls torch.load(path) for whole modules. It runs here anyway.
+                           "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
             try:
                 with self.output.open("wb") as output:
                     self.process = subprocess.Popen(
-                        [sys.executable, "-I", "-B", str(Path(__file__).with_name("child.py")), str(request_end),
-                         str(reply_end), str(handle)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                        cwd=self.scratch, env=environment, pass_fds=(request_end, reply_end, handle),
+                        [sys.executable, "-I", "-B", "-W", "ignore", str(Path(__file__).with_name("child.py")),
+                         str(request_end), str(reply_end), str(handle)], stdin=subprocess.DEVNULL, stdout=output,
+                        stderr=output, cwd=self.scratch, env=environment, pass_fds=(request_end, reply_end, handle),
                         start_new_session=True, restore_signals=True)
             finally:
                 os.close(request_end)
@@ -242,7 +238,7 @@ class Child:
         self.waited += time.monotonic() - start
         if status:
             text = "".join(c if c.isprintable() else " " for c in content.decode(errors="replace"))
-            raise VerificationError(f"{self.where}: the code failed: {text[:300]}")
+            raise VerificationError(f"{self.where}: the code failed: {text[:500]}")
         return content
 
     def _read(self, count: int) -> bytes:
@@ -277,7 +273,8 @@ class Child:
             self.process.wait(5)
         code = self.process.returncode
         why = "channel closed" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
-        hint = "; --memory_limit_mb may be too low" if code in (-6, -9, -11) else ""
+        hint = ("; --memory_limit_mb may be too low" if code in (-6, -9, -11) else
+                "; its processor time is limited by --time_limit_s" if code == -24 else "")
         return VerificationError(f"{self.where}: the code ended its process ({why}) instead of answering{hint}")
 
 
@@ -295,102 +292,3 @@ def folder_bytes(folder: Path) -> int:
                 if entries > MAX_SCRATCH_ENTRIES:
                     return MAX_SCRATCH_BYTES + 1
     return total
-
-
-class CodeRuntime(Runtime):
-    """A submission with its own model.py, in a `Child`."""
-
-    def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
-        stored = check_weights(files)
-        where = str(files.folder / "model.py")
-        copied = {str(path.relative_to(files.folder)): path for path in submission_files(files.folder)}
-        total = sum(path.stat().st_size for path in copied.values())
-        if total > MAX_SUBMISSION_BYTES:
-            raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
-        boot = {"mode": "submission", "weights": str(files.weights.relative_to(files.folder)), "classes": classes,
-                "model_class": files.model_class, "input_shape": files.input_shape}
-        self.child = Child(boot, copied, settings, settings.threads, where, capacity=2**26)
-        try:
-            facts = self.child.facts()
-        except BaseException:
-            self.child.close()
-            raise
-        trainable, macs = (facts[key] if isinstance(facts.get(key), int) else None for key in ("trainable", "macs"))
-        super().__init__("torch", {"all": stored, "trainable": trainable}, macs)
-        self.details["sandbox"] = {"protection": self.child.protection, "model_class": str(facts.get("class"))[:100],
-                                   "channel_ms": self.child.channel_ms,  # part of every latency, not subtracted
-                                   "stated_by_the_code": ["parameters.trainable", "macs"]}
-        self.warnings += self.child.unprotected()
-        if trainable is not None and trainable < 0.5 * stored:
-            self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
-                                 "lie in buffers or are frozen")
-        self.threads, self.closed = settings.threads, False
-        self.start = self.child.usage()
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        logits = self.child.ask(images)
-        return logits.reshape(len(images), -1) if logits.size % len(images) == 0 else logits
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        self.closed = True
-        usage = self.child.usage()
-        printed = self.child.printed_bytes() if usage["cpu_s"] is not None else 0
-        self.child.close()
-        self.details["sandbox"] |= usage | {"printed_bytes": printed}
-        if printed:
-            self.warnings.append(f"the code printed {printed:,} bytes, which nobody reads")
-        if usage["cpu_s"] is not None and self.start["cpu_s"] is not None:
-            cpu = usage["cpu_s"] - self.start["cpu_s"]
-            waited = (usage["waited_s"] or 0) - (self.start["waited_s"] or 0)
-            if cpu > 1.25 * self.threads * waited + 0.5:
-                self.warnings.append(f"the code used {cpu:.1f} s of processor time in {waited:.1f} s of calls on "
-                                     f"{self.threads} thread(s)")
-
-
-def check_weights(files: SubmissionFiles) -> int:
-    """Open the state dict of an original submission without running anything. Return the number of its numbers.
-
-    Raises:
-        VerificationError: unreadable, no state dict, NaN or infinite values, or other channels than the architecture
-            file's `pruning_info` states.
-    """
-    weights = check_tensors(state_dict_in(load_tensors(files.weights)), str(files.weights))
-    if not weights:
-        raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
-    if files.architecture_path:
-        for name, claimed in pruning_claims(files.architecture_path).items():
-            tensor = weights.get(f"{name}.weight")
-            if tensor is not None and tensor.dim() and tensor.shape[0] != claimed:
-                raise VerificationError(f"{files.architecture_path}: layer {name}: remaining_channels is {claimed}, its "
-                                        f"weights have {tensor.shape[0]}")
-    return count_numbers(weights)
-
-
-def pruning_claims(path: Path) -> dict[str, int]:
-    """Return layer -> `remaining_channels` of an architecture file in the original style.
-
-    Raises:
-        VerificationError: not JSON.
-    """
-    content: Any = read_json(path, RootModel[Any]).root
-    layers = content.get("layers") if isinstance(content, dict) else None
-    claims = {}
-    for layer in layers if isinstance(layers, list) else []:
-        info = layer.get("pruning_info") if isinstance(layer, dict) else None
-        if isinstance(info, dict) and isinstance(info.get("remaining_channels"), int):
-            claims[str(layer.get("name"))] = info["remaining_channels"]
-    return claims
-
-
-def open_code(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
-    """Start a submission in the original style.
-
-    Raises:
-        UserError: the code could read the test data.
-        VerificationError: its weights or its code fail.
-    """
-    check_hidden(data_dir)
-    inside(files.folder, "model.py")
-    return CodeRuntime(files, settings, classes)

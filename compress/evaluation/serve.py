@@ -24,7 +24,8 @@ class Answers:
     """A runtime's answers, and the time of each call by this process's clock.
 
     Args:
-        logits: (N, classes) float32, the first answer to each image, in the order of the images.
+        logits: (N, classes) float32, the first answer to each image, in the order of the images. Wider where a model has
+            more outputs than the data have classes.
         first_ms: (N,) milliseconds of the first call with each image.
         order: (N,) indices of the images in the order of their first calls.
         again: (image, milliseconds) of every repeated call.
@@ -34,6 +35,11 @@ class Answers:
     first_ms: np.ndarray
     order: np.ndarray
     again: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+    def widen(self, outputs: int) -> None:
+        """Make room for rows of so many logits."""
+        if (missing := outputs - self.logits.shape[1]) > 0:
+            self.logits = np.pad(self.logits, ((0, 0), (0, missing)), constant_values=np.nan)
 
 
 class Deadline:
@@ -89,6 +95,7 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
             for index in turns:
                 logits, took = ask(runtimes[index], inputs[index][image], classes[index])
                 if image not in seen:
+                    answers[index].widen(logits.shape[1])
                     answers[index].logits[image], answers[index].first_ms[image] = logits[0], took
                     continue
                 answers[index].again.append((image, took))
@@ -123,7 +130,7 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
         raise VerificationError(f"{runtime.name} cannot answer images of shape {list(images.shape)}: "
                                 f"{first_line(error)}") from error
     took = (time.perf_counter_ns() - start) / 1e6
-    fits = isinstance(logits, np.ndarray) and logits.shape == (len(images), classes)
+    fits = isinstance(logits, np.ndarray) and logits.shape == (len(images), runtime.outputs or classes)
     if not fits or not np.isfinite(logits).all():
         got = "NaN or infinite values" if fits else list(getattr(logits, "shape", [])) or type(logits).__name__
         raise VerificationError(f"{runtime.name}: the output for {len(images)} image(s) is {got}, expected finite logits "

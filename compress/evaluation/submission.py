@@ -14,7 +14,7 @@ from architectures.architecture import Architecture
 from architectures.counting import architecture_macs, count_parameters
 from architectures.kernels import why_not_int8
 from architectures.weights import open_model
-from compress.evaluation.extras import toolkit
+from compress.evaluation.extras import STANDALONE, toolkit
 from compress.evaluation.onnx_files import check_onnx_bytes
 from metadata.errors import UserError, VerificationError
 from metadata.files import inside, read_json, sha256
@@ -34,7 +34,8 @@ class SubmissionFiles:
 
     Args:
         folder: the submission.
-        kind: "graph" (architecture JSON and `.pth`), "onnx", or "code" (the original style: its own model.py).
+        kind: "graph" (architecture JSON and `.pth`), "onnx", or "code" (the original style: only its own code, or torch's
+            unpickling, opens it).
         weights: the weights file.
         input_shape: (C, H, W) after preprocessing.
         preprocessing: how an image becomes the model's input.
@@ -44,6 +45,9 @@ class SubmissionFiles:
         architecture: of a graph.
         architecture_path, metadata_path: the JSON files.
         model_class: the class in model.py, where the metadata names one.
+        ways: of code, the ways to load it, in order: "loader", "class", "standard".
+        what: of code, what the folder is, in words.
+        notes: remarks on the metadata and the choice of files, for the result's warnings.
     """
 
     folder: Path
@@ -59,6 +63,9 @@ class SubmissionFiles:
     architecture_path: Path | None = None
     metadata_path: Path | None = None
     model_class: str | None = None
+    ways: tuple[str, ...] = ()
+    what: str = ""
+    notes: tuple[str, ...] = ()
 
     def needed(self) -> list[Path]:
         """Return the files that inference needs. Code can read all files beside it."""
@@ -114,7 +121,12 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     if not folder.is_dir():
         raise UserError(f"--submission_dir {folder}: there is no such folder")
     path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), folder / METADATA_FILE)
-    content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
+    try:
+        content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
+    except VerificationError:
+        if STANDALONE:
+            raise
+        content = toolkit(str(path), "original").read_loose_json(path)
     if "schema" in content:
         files = _read_packaged(folder, path)
     else:

@@ -1,0 +1,200 @@
+"""A submission that is code, behind the interface of a runtime: what is known of it, what it states, and warnings.
+
+The code runs in a `Child`. This process never unpickles a submission and never runs it. It reads a state dict as data,
+counts its numbers, and marks what only the code can say as stated by the code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import RootModel
+
+from architectures.checkpoints import STAND_INS
+from architectures.counting import count_numbers
+from architectures.weights import check_tensors, load_tensors
+from compress.evaluation.original import file_kind
+from compress.evaluation.panel import state_dict_in, tensors_in
+from compress.evaluation.runtimes import EvaluationSettings, Runtime
+from compress.evaluation.sandbox import Child, check_hidden
+from compress.evaluation.submission import SubmissionFiles, submission_files
+from metadata.errors import VerificationError, first_line
+from metadata.files import inside, read_json
+
+MAX_SUBMISSION_BYTES = 2**32
+MAX_OUTPUTS = 1024  # torchvision's networks have 1,000; all answers are held in memory
+FOUND = {"script": "TorchScript", "pickle": "a pickled module", "resnet18": "a state dict in torchvision's ResNet18"}
+
+
+class CodeRuntime(Runtime):
+    """A submission with its own code, or with weights that only torch can open by running code, in a `Child`."""
+
+    def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
+        remarks, stored = check_stored(files)
+        copied = {str(path.relative_to(files.folder)): path for path in submission_files(files.folder)}
+        total = sum(path.stat().st_size for path in copied.values())
+        if total > MAX_SUBMISSION_BYTES:
+            raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
+        boot = {"mode": "submission", "weights": str(files.weights.relative_to(files.folder)), "classes": classes,
+                "ways": files.ways, "model_class": files.model_class, "input_shape": files.input_shape}
+        self.child = Child(boot, copied, settings, settings.threads, str(files.folder), capacity=2**26)
+        try:
+            facts = self.child.facts()
+            loaded_by = self._loaded_by(files, facts)
+        except BaseException:
+            self.child.close()
+            raise
+        trainable, macs, stated = (count(facts.get(key)) for key in ("trainable", "macs", "all"))
+        super().__init__("torch", {"all": stated if stored is None else stored, "trainable": trainable}, macs)
+        self.details["loaded_by"] = loaded_by
+        self.details["sandbox"] = {"protection": self.child.protection, "model_class": printable(facts.get("class"), 100),
+                                   "channel_ms": self.child.channel_ms,  # part of every latency, not subtracted
+                                   "stated_by_the_code": ["loaded_by", "parameters.trainable", "macs",
+                                                          *(["parameters.all"] if stored is None else [])]}
+        self.warnings += [*files.notes, *remarks, *self.child.unprotected(), *stated_warnings(facts, files)]
+        if stored is not None and trainable is not None and trainable < 0.5 * stored:
+            self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
+                                 "lie in buffers or are frozen")
+        self.threads, self.classes, self.closed = settings.threads, classes, False
+        self.start = self.child.usage()
+
+    def _loaded_by(self, files: SubmissionFiles, facts: dict[str, Any]) -> str:
+        """Return what gave the model. The child says so, among the ways that it was told to try."""
+        way, found = facts.get("way"), facts.get("found")
+        if way not in files.ways or (way == "standard" and found not in FOUND):
+            raise self.child.forged()
+        return {"loader": "model_loader.py: load_model", "class": f"model.py: {printable(facts.get('class'), 100)}",
+                "standard": f"{files.weights.name}: {FOUND.get(str(found))}"}[str(way)]
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.child.ask(images)
+        if logits.size % len(images):
+            return logits
+        logits = logits.reshape(len(images), -1)
+        if self.outputs is None and self.classes < logits.shape[1] <= MAX_OUTPUTS:
+            self.outputs = logits.shape[1]
+            self.warnings.append(f"the model has {self.outputs:,} outputs for the data's {self.classes} classes: an answer "
+                                 "beyond the classes is wrong, as for the panel")
+        return logits
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        usage = self.child.usage()
+        printed = self.child.printed_bytes() if usage["cpu_s"] is not None else 0
+        self.child.close()
+        self.details["sandbox"] |= usage | {"printed_bytes": printed}
+        if printed:
+            self.warnings.append(f"the code printed {printed:,} bytes, which nobody reads")
+        if usage["cpu_s"] is not None and self.start["cpu_s"] is not None:
+            cpu = usage["cpu_s"] - self.start["cpu_s"]
+            waited = (usage["waited_s"] or 0) - (self.start["waited_s"] or 0)
+            if cpu > 1.25 * self.threads * waited + 0.5:
+                self.warnings.append(f"the code used {cpu:.1f} s of processor time in {waited:.1f} s of calls on "
+                                     f"{self.threads} thread(s)")
+
+
+def count(value: Any) -> int | None:
+    """Return a count that the code states, or None for anything that is no count."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def printable(value: Any, length: int) -> str:
+    """Return a text that the code states: one line of printable characters, cut at a length."""
+    return "".join(character if character.isprintable() else "?" for character in str(value))[:length]
+
+
+def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
+    """Return what the code's own process says about how the model was loaded. An untrue statement harms only its author."""
+    remarks = []
+    if facts.get("failed"):
+        first_tried = "model.py" if files.ways[0] == "class" else "model_loader.py"
+        remarks.append(f"{first_tried} failed, and the weights were loaded the standard way, as the panel does: "
+                       f"{printable(facts['failed'], 400)}")
+    asked, kept, weights = (count(facts.get(key)) or 0 for key in ("asked", "kept", "weights"))
+    if asked:
+        names = facts.get("asked_for")
+        first = ", ".join(printable(name, 80) for name in (names if isinstance(names, list) else [])[:3])
+        then = (f" and kept them: {kept} of {weights} weight tensors are random, so the accuracy says nothing about the "
+                "model that its author had" if kept else ", which it overwrote")
+        remarks.append(f"the code asked for pretrained weights ({first}); without a network it got random ones{then}")
+    if facts.get("compiled") is True:
+        remarks.append("the code called torch.compile, which would start a compiler; the model runs uncompiled")
+    if facts.get("unpacked") is True:
+        remarks.append("load_model returned a tuple; its first module was taken, where the panel fails")
+    return remarks
+
+
+def check_stored(files: SubmissionFiles) -> tuple[list[str], int | None]:
+    """Read the weights as data. Return warnings, and the number of numbers in a state dict, or None for other files.
+
+    Raises:
+        VerificationError: a state dict for model.py is unreadable, holds NaN or infinite values, or has other channels than
+            the architecture file's `pruning_info` states. (The panel checks none of this; where it loads a submission, what
+            is wrong becomes a warning.)
+    """
+    if files.ways[0] == "class":
+        weights = check_tensors(state_dict_in(load_tensors(files.weights, STAND_INS)), str(files.weights))
+        if not weights:
+            raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
+        check_pruning_claims(files, weights)
+        return [], count_numbers(weights)
+    if file_kind(files.weights)[0] != "state dict":
+        return [], None
+    try:
+        weights = state_dict_in(load_tensors(files.weights, STAND_INS))
+    except VerificationError:  # it holds more than tensors
+        return [], None
+    if not isinstance(weights, dict):
+        return [], None
+    remarks, stored = [], [tensor for value in weights.values() for tensor in tensors_in(value)]
+    odd = next((name for name, value in weights.items() for tensor in tensors_in(value)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all())), None)
+    if odd is not None:
+        remarks.append(f"{files.weights.name}: tensor {printable(odd, 100)} holds NaN or infinite values")
+    try:
+        check_pruning_claims(files, weights)
+    except VerificationError as error:
+        remarks.append(f"{first_line(error)}; the panel does not read this file")
+    return remarks, sum(tensor.numel() for tensor in stored)
+
+
+def check_pruning_claims(files: SubmissionFiles, weights: dict[str, Any]) -> None:
+    """Raise VerificationError where an architecture file states other `remaining_channels` than the weights have."""
+    for name, claimed in (pruning_claims(files.architecture_path) if files.architecture_path else {}).items():
+        shape: tuple[int, ...] = getattr(weights.get(f"{name}.weight"), "shape", ())
+        if len(shape) and shape[0] != claimed:
+            raise VerificationError(f"{files.architecture_path}: layer {name}: remaining_channels is {claimed}, its "
+                                    f"weights have {shape[0]}")
+
+
+def pruning_claims(path: Path) -> dict[str, int]:
+    """Return layer -> `remaining_channels` of an architecture file in the original style.
+
+    Raises:
+        VerificationError: not JSON.
+    """
+    content: Any = read_json(path, RootModel[Any]).root
+    layers = content.get("layers") if isinstance(content, dict) else None
+    claims = {}
+    for layer in layers if isinstance(layers, list) else []:
+        info = layer.get("pruning_info") if isinstance(layer, dict) else None
+        if isinstance(info, dict) and isinstance(info.get("remaining_channels"), int):
+            claims[str(layer.get("name"))] = info["remaining_channels"]
+    return claims
+
+
+def open_code(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
+    """Start a submission that is code.
+
+    Raises:
+        UserError: the code could read the test data.
+        VerificationError: its weights or its code fail.
+    """
+    check_hidden(data_dir)
+    for name in ("model_loader.py", "model.py"):
+        inside(files.folder, name)
+    return CodeRuntime(files, settings, classes)
