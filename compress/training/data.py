@@ -32,6 +32,11 @@ class Data:
     augmenter: Augmenter
     preprocessing: Preprocessing
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the inputs, unless `size_schedule` makes them smaller."""
+        return len(self.preprocessing.mean), *self.augmenter.size
+
     def batches(self, ids: Sequence[Tensor], *, view: int, size: int, device: torch.device,
                 memory_format: torch.memory_format) -> Iterator[Batch]:
         """Yield the batches of the images with the given indices; see `batch`.

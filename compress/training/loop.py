@@ -73,7 +73,8 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
                                          lambda text: tracker.warn(f"{label}: {text}"))
     model.to(device)
     model.to(memory_format=memory_format)  # both ways: an earlier training may have left the weights channels last
-    updater = _updater(model, loss, settings, device, team)
+    example = torch.zeros(1, *data.input_shape, device=device)
+    updater = _updater(model, loss, settings, device, team, example)
     state = _first_state(updater)
     files = Checkpoints(path=checkpoint, label=label, seconds=settings.checkpoint_seconds, writes=team.first)
     if files.restore(state):
@@ -142,12 +143,13 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
     return Trained(state.seconds, state.epoch, kept_epoch)
 
 
-def _updater(model: nn.Module, loss: Loss, settings: TrainingSettings, device: torch.device, team: Team) -> Updater:
+def _updater(model: nn.Module, loss: Loss, settings: TrainingSettings, device: torch.device, team: Team,
+             example: Tensor) -> Updater:
     """Return what moves the model's weights, shared by the processes of a team."""
     dtype = autocast_dtype(settings.precision, device)
     scaled = dtype == torch.float16
     return Updater(model=model, network=team.wrapped(model, device), loss=loss, settings=settings,
-                   optimizer=make_optimizer(settings, model, scaled=scaled),
+                   optimizer=make_optimizer(settings, model, example, scaled=scaled),
                    scaler=torch.amp.GradScaler(device.type, enabled=scaled), dtype=dtype, device=device, team=team)
 
 

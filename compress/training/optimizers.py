@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from architectures.heads import head_parameters
 from compress.training.muon import Muon
 from compress.training.settings import TrainingSettings
 
@@ -25,22 +26,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
 
 
-def _muon(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
-    """Update kernels and hidden matrices, flattened to (out, in * h * w), by Muon; vectors and the last matrix by AdamW.
+def _muon(groups: Groups, settings: TrainingSettings, scaled: bool, head: Set[nn.Parameter]) -> Optimizer:
+    """Update kernels and hidden matrices, flattened to (out, in * h * w), by Muon; vectors and the head by AdamW.
 
     Kernels that gain nothing by Muon (depthwise ones, for instance) are left to AdamW as well.
     """
     decayed, *vectors = groups if groups[0]["params"][0].dim() > 1 else [{"params": [], "weight_decay": 0.0}, *groups]
     adamw = {"use_fallback": True}
-    parts = [{"params": decayed["params"][:-1], "weight_decay": decayed["weight_decay"]},
-             {"params": decayed["params"][-1:], "weight_decay": decayed["weight_decay"], **adamw,
+    parts = [{"params": [p for p in decayed["params"] if p not in head], "weight_decay": decayed["weight_decay"]},
+             {"params": [p for p in decayed["params"] if p in head], "weight_decay": decayed["weight_decay"], **adamw,
               "fallback_lr_scale": (settings.head_lr or settings.adamw_lr) / settings.lr},
              *({**group, **adamw} for group in vectors)]
     return Muon([part for part in parts if part["params"]], lr=settings.lr, momentum=settings.momentum,
                 adjust_lr_fn=settings.muon_scale, fallback_lr_scale=settings.adamw_lr / settings.lr)
 
 
-def _sgd(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
+def _sgd(groups: Groups, settings: TrainingSettings, scaled: bool, head: Set[nn.Parameter]) -> Optimizer:
     """Return SGD with Nesterov momentum, in one kernel over all tensors of a group.
 
     Under a loss scaler torch 2.14's fused kernel leaves the momentum uninitialized if the scaler skips the first step (the
@@ -49,24 +50,26 @@ def _sgd(groups: Groups, settings: TrainingSettings, scaled: bool) -> Optimizer:
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.momentum > 0, fused=not scaled)
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, TrainingSettings, bool], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, TrainingSettings, bool, Set[nn.Parameter]], Optimizer]] = {
     "sgd": _sgd,
-    "adam": lambda groups, settings, scaled: torch.optim.Adam(groups, settings.lr, fused=True),
-    "adamw": lambda groups, settings, scaled: torch.optim.AdamW(groups, settings.lr, fused=True),
+    "adam": lambda groups, settings, scaled, head: torch.optim.Adam(groups, settings.lr, fused=True),
+    "adamw": lambda groups, settings, scaled, head: torch.optim.AdamW(groups, settings.lr, fused=True),
     "muon": _muon,
 }
 
 
-def make_optimizer(settings: TrainingSettings, model: nn.Module, *, scaled: bool = False) -> Optimizer:
+def make_optimizer(settings: TrainingSettings, model: nn.Module, example: Tensor, *, scaled: bool = False) -> Optimizer:
     """Return an optimizer over the model's trainable parameters; for SAM, the optimizer that makes the step.
 
     Args:
         settings: which optimizer, and its settings.
         model: what to train.
+        example: (N, C, H, W) float32 on the model's device; Muon finds the model's last layer by it.
         scaled: a loss scaler may skip steps of the optimizer.
     """
     name = settings.sam_base if settings.optimizer == "sam" else settings.optimizer
-    return OPTIMIZERS[name](parameter_groups(model, settings.weight_decay), settings, scaled)
+    head = set(head_parameters(model, example).values()) if name == "muon" else set[nn.Parameter]()
+    return OPTIMIZERS[name](parameter_groups(model, settings.weight_decay), settings, scaled, head)
 
 
 class Ascent:

@@ -63,7 +63,7 @@ class TrainingSettings(Config):
     weight_decay: float = Field(5e-4, ge=0, description="of kernels and matrices, not of norms and biases")
     clip: float = Field(0.0, ge=0, description="largest gradient norm; 0: no limit")
     adamw_lr: float = Field(0.002, gt=0, description="Muon only: peak learning rate of the parameters that AdamW updates")
-    head_lr: float = Field(0.0, ge=0, description="Muon only: peak learning rate of the last matrix; 0: adamw_lr")
+    head_lr: float = Field(0.0, ge=0, description="Muon only: peak learning rate of the last layer; 0: adamw_lr")
     muon_scale: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw", description="Muon only: scale of a step by the matrix's shape; match_rms_adamw: "
         "0.2 sqrt(max(out, in)), original: sqrt(max(1, out / in))")

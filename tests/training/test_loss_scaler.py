@@ -43,7 +43,7 @@ def updater(chosen: dict[str, Any], *, scaled: bool) -> Updater:
         parameter.register_post_accumulate_grad_hook(
             lambda tensor: [torch.full_like(tensor, math.nan) for _ in range(8)].clear())
     return Updater(model=model, network=model, loss=half_precision_loss, settings=values,
-                   optimizer=make_optimizer(values, model, scaled=scaled),
+                   optimizer=make_optimizer(values, model, batch().images[:1], scaled=scaled),
                    scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled), dtype=None,
                    device=torch.device("cpu"), team=Team())
 

@@ -57,7 +57,8 @@ def test_plateau_is_torchs() -> None:
 @pytest.mark.parametrize("model_name", ["slim_resnet18", "timm:mobilenetv3_small_050", "mnist_model_ll"])
 def test_every_parameter_in_one_group_and_no_decay_on_vectors(name: str, model_name: str) -> None:
     model = make(model_name, num_classes=3)
-    optimizer = make_optimizer(settings(optimizer=name, weight_decay=0.01), model)
+    example = torch.zeros(1, 1, 28, 28) if model_name == "mnist_model_ll" else torch.zeros(1, 3, 32, 32)
+    optimizer = make_optimizer(settings(optimizer=name, weight_decay=0.01), model, example)
     seen = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(seen) == sorted(id(parameter) for parameter in model.parameters())
     for group in optimizer.param_groups:
@@ -70,7 +71,8 @@ def test_muon_turns_kernels_as_matrices_and_leaves_the_rest_to_adamw() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 4))
     before = copy.deepcopy(model.state_dict())
-    optimizer = make_optimizer(settings(optimizer="muon", lr=0.1, momentum=0.0, weight_decay=0.0, adamw_lr=0.003), model)
+    optimizer = make_optimizer(settings(optimizer="muon", lr=0.1, momentum=0.0, weight_decay=0.0, adamw_lr=0.003), model,
+                               torch.zeros(1, 3, 6, 6))
     nn.functional.cross_entropy(model(torch.randn(5, 3, 6, 6)), torch.arange(5) % 4).backward()
     optimizer.step()
     moved = {name: tensor - before[name] for name, tensor in model.state_dict().items() if tensor.dim()}
@@ -151,7 +153,7 @@ def test_a_first_step_that_the_loss_scaler_skips_leaves_no_trace(optimizer: str)
     for gradients in ([1.0], [math.inf, 1.0]):
         layer = nn.Linear(100, 100, bias=False)
         nn.init.ones_(layer.weight)
-        moves = make_optimizer(TrainingSettings(optimizer=optimizer, lr=0.1), layer, scaled=True)
+        moves = make_optimizer(TrainingSettings(optimizer=optimizer, lr=0.1), layer, torch.zeros(1, 100), scaled=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         for gradient in gradients:
             scaler.scale(torch.zeros(()))  # the scaler begins to work with its first loss
@@ -162,3 +164,26 @@ def test_a_first_step_that_the_loss_scaler_skips_leaves_no_trace(optimizer: str)
             scaler.update()
         weights.append(layer.weight.detach().clone())
     assert torch.equal(*weights) and float(weights[0].max()) < 1
+
+
+class HeadFirst(nn.Module):
+    """A network that registers its head before its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 12)
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["muon", "sam"])
+def test_muons_head_is_the_last_layer_on_the_way_to_the_output(name: str) -> None:
+    model = HeadFirst()
+    chosen = settings(optimizer=name, sam_base="muon", lr=0.1, head_lr=0.05, adamw_lr=0.003)
+    optimizer = make_optimizer(chosen, model, torch.zeros(1, 3, 8, 8))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            expected = (parameter is model.head.weight, parameter is model.head.weight or parameter.dim() < 2)
+            assert (group["fallback_lr_scale"] == 0.5, group["use_fallback"]) == expected
