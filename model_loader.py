@@ -21,6 +21,8 @@ try:
     from compress.evaluation.command import main
     from compress.evaluation.evaluate import evaluate_submission
     from compress.evaluation.submission import load_model
+    from loaders.images import decode_image
+    from metadata.schemas import Preprocessing
 except ModuleNotFoundError as error:
     if str(error.name).split(".")[0] not in ("architectures", "compress", "loaders", "metadata"):
         raise
@@ -31,7 +33,7 @@ except ModuleNotFoundError as error:
     print(f"error: {ALONE}", file=sys.stderr)
     sys.exit(2)
 
-__all__ = ["evaluate_submission", "load_model", "main"]
+__all__ = ["Preprocessing", "decode_image", "evaluate_submission", "load_model", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

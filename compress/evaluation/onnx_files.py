@@ -13,22 +13,26 @@ import numpy as np
 from architectures.build import MAX_ACTIVATION_ELEMENTS, MAX_TOTAL_ELEMENTS
 from architectures.pairs import saturating_pairs
 from architectures.weights import MAX_MACS
-from metadata.errors import UserError, VerificationError, first_line
+from compress.evaluation.onnx_data import check_external_data, parse_onnx, read_external_data, stored_tensors
+from metadata.errors import VerificationError, first_line
 
 # The operators of image classifiers. Others are refused: hostile files crash a runtime through its rarer kernels.
 _OPERATORS = """
-    Abs Add ArgMax AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger
-    DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Elu Equal Erf Exp Expand Flatten Floor Gather Gelu
-    Gemm GlobalAveragePool GlobalMaxPool Greater GroupNormalization HardSigmoid HardSwish Identity InstanceNormalization
-    LayerNormalization LeakyRelu Less Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mish Mul Neg PRelu Pad Pow
-    QLinearConv QLinearMatMul QuantizeLinear Reciprocal ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape
-    Resize Round Selu Shape Sigmoid Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Transpose
-    Unsqueeze Where"""
+    Abs Add And ArgMax AveragePool BatchNormalization Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvInteger
+    DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand Flatten Floor Gather
+    GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish
+    Identity InstanceNormalization
+    LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul MatMulInteger Max MaxPool Mean Min Mish Mod Mul
+    Neg Not Or PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear Range Reciprocal ReduceL2 ReduceMax ReduceMean
+    ReduceMin ReduceProd ReduceSum Relu Reshape Resize Round ScatterND Selu Shape Sigmoid Slice Softmax Softplus Softsign
+    SpaceToDepth Split Sqrt Squeeze Sub Sum Tanh Tile Transpose Unsqueeze Where"""
 _CONTRIBUTED = """
     DynamicQuantizeMatMul FusedConv FusedGemm FusedMatMul MatMulIntegerToFloat QGemm QLinearAdd QLinearAveragePool
     QLinearConcat QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearSigmoid"""
 ONNX_OPERATORS = {"": _OPERATORS.split(), "ai.onnx": _OPERATORS.split(), "com.microsoft": _CONTRIBUTED.split()}
 # The input whose shape gives the multiply-adds of one output number: a weight (out, in/groups, ...), or rows of a matrix.
+_CONSTANTS = ("value_int", "value_ints", "value_float", "value_floats")
+MAX_LRN_SIZE = 4096  # the kernel's memory grows with it
 ONNX_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "FusedConv": 1, "QLinearConv": 3}
 ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "FusedMatMul"}
 _INTEGER_PRODUCTS = {"QGemm", "MatMulIntegerToFloat"}  # ONNX infers no shapes for them, so their multiply-adds do not count
@@ -44,6 +48,9 @@ class OnnxFile:
         macs: multiply-adds an image, or None where a shape that counts is not known before running.
         layers: the convolutions and matrix products, by name, and whether both their factors are 8-bit integers.
         may_saturate: see the function of this name.
+        batch: the only number of images that a call may have, or None where the file takes any.
+        channels_last: whether the input is (N, H, W, C).
+        content: the file with its external data, None for a file that holds all its data.
     """
 
     input_name: str
@@ -51,65 +58,47 @@ class OnnxFile:
     macs: int | None
     layers: dict[str, bool]
     may_saturate: bool
+    batch: int | None
+    channels_last: bool
+    content: bytes | None
 
 
 def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
-    """Check an ONNX file without running it: one image (C, H, W) in, one row of logits out, nothing outside the file.
+    """Check an ONNX file without running it: images in, one row of logits an image out, nothing outside its folder.
+
+    Args:
+        path: the file.
+        input_shape: (C, H, W) of an image, also where the file takes (N, H, W, C).
 
     Raises:
         UserError: the packages onnx or onnxruntime are not installed.
-        VerificationError: not ONNX, external data, operators outside the tables above, several inputs or outputs, NaN or
-            infinite weights, or sizes over the limits.
+        VerificationError: not ONNX, external data outside the folder, operators outside the tables above, several inputs or
+            outputs, images of another shape, NaN or infinite weights, or sizes over the limits.
     """
-    model = _parse(path)
+    model = parse_onnx(path)
     graph = model.graph
-    tensors = _tensors(graph)
-    _check_contents(path, model, tensors)
+    _check_contents(path, model)
+    tensors = stored_tensors(graph)
+    external = check_external_data(path, tensors)
+    if external:
+        read_external_data(path, model)
+    content = model.SerializeToString() if external else None
     image = _check_interface(path, graph)
     _check_values(path, tensors)
-    shapes = _infer_shapes(path, model, image, input_shape)
+    dims = [dim.dim_value for dim in image.type.tensor_type.shape.dim]  # 0 where the file leaves the size open
+    channels_last = _is_channels_last(path, dims, input_shape)
+    shapes = _infer_shapes(path, model, image, [input_shape[i] for i in (1, 2, 0)] if channels_last else input_shape)
     macs = _onnx_macs(graph.node, shapes)
+    macs = None if macs is None else macs // (dims[0] or 1)
     if macs is not None and macs > MAX_MACS:
         raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
-    return OnnxFile(input_name=image.name, parameters=sum(math.prod(tensor.dims) for tensor in tensors), macs=macs,
-                    layers=_onnx_layers(graph), may_saturate=may_saturate(graph))
+    return OnnxFile(
+        input_name=image.name, parameters=_stored_numbers(graph, tensors), macs=macs, layers=_onnx_layers(graph),
+        may_saturate=may_saturate(graph), batch=dims[0] or None, channels_last=channels_last, content=content)
 
 
-def check_onnx_bytes(path: Path) -> None:
-    """Raise VerificationError for a file that is too large to be an ONNX file, before anybody reads it."""
-    if path.stat().st_size >= 2**31:
-        raise VerificationError(f"{path}: {path.stat().st_size:,} bytes; an ONNX file without external data has under 2 GB")
-
-
-def _parse(path: Path) -> Any:
-    """Return the file's ONNX model."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise UserError(f"{path}: an ONNX submission needs the packages onnx and onnxruntime; "
-                        "pip install onnx onnxruntime") from error
-    from google.protobuf.message import DecodeError
-
-    check_onnx_bytes(path)
-    try:
-        return onnx.load_model_from_string(path.read_bytes())
-    except (DecodeError, RecursionError, ValueError, TypeError) as error:
-        raise VerificationError(f"{path}: not an ONNX file: {first_line(error)}") from error
-
-
-def _tensors(graph: Any) -> list[Any]:
-    """Return the stored tensors: initializers, and those that are attributes of a node."""
-    from onnx import AttributeProto
-    return [*graph.initializer, *(attribute.t for node in graph.node for attribute in node.attribute
-                                  if attribute.type == AttributeProto.TENSOR)]
-
-
-def _check_contents(path: Path, model: Any, tensors: Sequence[Any]) -> None:
-    """Raise VerificationError unless all data lie in the file and all operators are known."""
-    from onnx import TensorProto
-    for tensor in tensors:
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
-            raise VerificationError(f"{path}: tensor {tensor.name!r} lies in another file; store all data in this one")
+def _check_contents(path: Path, model: Any) -> None:
+    """Raise VerificationError unless all operators are known."""
     if model.functions or model.graph.sparse_initializer:
         raise VerificationError(f"{path}: local functions and sparse weights are not supported; export plain operators")
     for node in model.graph.node:
@@ -117,8 +106,33 @@ def _check_contents(path: Path, model: Any, tensors: Sequence[Any]) -> None:
         if node.op_type not in ONNX_OPERATORS.get(node.domain, ()) or not complete:
             raise VerificationError(f"{path}: operator {node.op_type} of node {node.name!r} (domain {node.domain!r}) is "
                                     "not one of those that image classifiers are made of")
-        if node.op_type == "Constant" and any(attribute.name != "value" for attribute in node.attribute):
-            raise VerificationError(f"{path}: node {node.name!r}: store a Constant's numbers as its tensor 'value'")
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Constant" and not attributes.keys() <= {"value", *_CONSTANTS}:
+            raise VerificationError(f"{path}: node {node.name!r}: expected a Constant of numbers, got {min(attributes)}")
+        size = attributes["size"].i if node.op_type == "LRN" and "size" in attributes else 1
+        if not 0 < size <= MAX_LRN_SIZE:
+            raise VerificationError(f"{path}: node {node.name!r}: LRN over {size} channels, expected 1 to {MAX_LRN_SIZE:,}")
+
+
+def _stored_numbers(graph: Any, tensors: Sequence[Any]) -> int:
+    """Return the number of stored numbers: of the tensors, and of constants that are lists in an attribute."""
+    lists: int = sum(len(attribute.ints) + len(attribute.floats) + (attribute.name in ("value_int", "value_float"))
+                     for node in graph.node if node.op_type == "Constant" for attribute in node.attribute)
+    return lists + sum(math.prod(tensor.dims) for tensor in tensors)
+
+
+def _is_channels_last(path: Path, dims: Sequence[int], input_shape: Sequence[int]) -> bool:
+    """Return whether a file takes (N, H, W, C), by the sizes that its input states; (N, C, H, W) where both fit.
+
+    Raises:
+        VerificationError: neither fits.
+    """
+    for last, shape in ((False, input_shape), (True, (*input_shape[1:], input_shape[0]))):
+        if all(stated in (0, size) for stated, size in zip(dims[1:], shape, strict=True)):
+            return last
+    got = ", ".join(str(size or "any") for size in dims[1:])
+    raise VerificationError(f"{path}: the input takes images of shape [{got}], the preprocessing makes {list(input_shape)} "
+                            "(C, H, W); state an input_shape and a preprocessing (resize, crop) that fit the file")
 
 
 def _check_interface(path: Path, graph: Any) -> Any:
@@ -130,7 +144,10 @@ def _check_interface(path: Path, graph: Any) -> Any:
         raise VerificationError(f"{path}: expected one input and one output, got {len(inputs)} and {len(graph.output)}")
     declared = inputs[0].type.tensor_type
     if declared.elem_type != TensorProto.FLOAT or len(declared.shape.dim) != 4:
-        raise VerificationError(f"{path}: the input must be float32 (N, C, H, W)")
+        kinds = {number: name.lower() for name, number in TensorProto.DataType.items()}
+        kind = kinds.get(declared.elem_type, "another type")
+        raise VerificationError(f"{path}: expected an input of float32 (N, C, H, W) or (N, H, W, C), got {kind} with "
+                                f"{len(declared.shape.dim)} dimensions")
     if graph.output[0].type.tensor_type.elem_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
         raise VerificationError(f"{path}: the output must be float logits (N, classes)")
     return inputs[0]
@@ -149,18 +166,17 @@ def _check_values(path: Path, tensors: Sequence[Any]) -> None:
 
 
 def _infer_shapes(path: Path, model: Any, image: Any, input_shape: Sequence[int]) -> dict[str, list[int]]:
-    """Return the shape of every tensor whose shape is known for one image.
+    """Return the shape of every tensor whose shape is known for one call.
 
-    The model in memory is fixed to one image of the stated size, so that every later shape can be inferred. The file
-    stays as it is.
+    The model in memory is fixed to one image of the stated size, or to the only number of images that the file takes, so
+    that every later shape can be inferred. The file stays as it is.
 
     Raises:
         VerificationError: the graph is not valid, or sizes are over the limits.
     """
     import onnx
     for dim, size in zip(image.type.tensor_type.shape.dim, (1, *input_shape), strict=True):
-        if not dim.dim_value or size == 1:
-            dim.dim_value = size
+        dim.dim_value = dim.dim_value or size
     del model.graph.value_info[:]
     try:
         onnx.checker.check_model(model)
@@ -227,6 +243,8 @@ def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
     """Return the multiply-adds of the convolutions and matrix products, or None where a shape is not known."""
     total = 0
     for node in nodes:
+        if node.op_type == "Einsum":
+            total += _einsum_macs(node, shapes)
         if node.op_type not in ONNX_CONVOLUTIONS and node.op_type not in ONNX_PRODUCTS:
             continue
         factors = shapes.get(node.input[ONNX_CONVOLUTIONS.get(node.op_type, 0)])
@@ -239,3 +257,16 @@ def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
             transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
             total += math.prod(output) * factors[-2 if transposed else -1]
     return total
+
+
+def _einsum_macs(node: Any, shapes: dict[str, list[int]]) -> int:
+    """Return the multiply-adds of an Einsum over two or more tensors: the product of the sizes of all its letters.
+
+    An ellipsis, or a shape that is not known, counts as 0.
+    """
+    equation = next((attribute.s.decode(errors="replace") for attribute in node.attribute), "")
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, name in zip(terms, node.input, strict=False):
+        sizes |= dict(zip(term, shapes.get(name, ()), strict=False))
+    return math.prod(sizes.values()) if len(terms) > 1 and set("".join(terms)) <= sizes.keys() else 0

@@ -78,6 +78,8 @@ def _original_shape(value: Any) -> Any:
         value = [value, value]
     if isinstance(value, list):
         value = value[-3:]
+        if len(value) == 3 and value[2] in (1, 3) and value[0] not in (1, 3):  # (H, W, C), as Keras and TensorFlow write it
+            value = [value[2], *value[:2]]
         return [3, *value] if len(value) == 2 else value
     return value
 

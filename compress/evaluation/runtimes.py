@@ -114,7 +114,7 @@ class TorchRuntime(Runtime):
 
 
 class OnnxFileRuntime(Runtime):
-    """Base of the runtimes of an ONNX file: checks the file and its claims."""
+    """Base of the runtimes of an ONNX file: checks the file and its claims, and gives it images in its own layout."""
 
     def __init__(self, backend: str, files: SubmissionFiles) -> None:
         self.file = read_onnx(files.weights, files.input_shape)
@@ -127,6 +127,27 @@ class OnnxFileRuntime(Runtime):
                 raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
                                         f"({odd})")
         super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
+        if self.file.channels_last:
+            self.details["input_layout"] = "NHWC"
+        if self.file.batch and self.file.batch > 1:
+            self.warnings.append(
+                f"the file takes {self.file.batch} images a call and no other number: one image is served among zeros, and "
+                "its latency is that of the whole call; export with a batch of any size, or of 1")
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if self.file.channels_last:
+            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+        batch = self.file.batch or len(images)
+        if batch == len(images):
+            return self.run(images)
+        missing = -len(images) % batch
+        filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
+        parts = [self.run(filled[start:start + batch]) for start in range(0, len(filled), batch)]
+        return np.concatenate(parts)[:len(images)]
+
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        """Return the logits of as many images as the file takes, in the file's layout."""
+        raise NotImplementedError
 
 
 class OnnxRuntime(OnnxFileRuntime):
@@ -139,13 +160,14 @@ class OnnxRuntime(OnnxFileRuntime):
         self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
                                                    if isinstance(kind, type) and issubclass(kind, Exception)))
         try:
-            self.session = onnxruntime.InferenceSession(str(files.weights), onnxruntime_options(
-                threads, self.file.may_saturate), ["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(
+                self.file.content or str(files.weights), onnxruntime_options(threads, self.file.may_saturate),
+                ["CPUExecutionProvider"])
         except self.errors as error:
             raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.file.input_name: images})[0]  # type: ignore[no-any-return]
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.file.input_name: inputs})[0]  # type: ignore[no-any-return]
 
 
 def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
@@ -171,10 +193,12 @@ class OpenvinoRuntime(OnnxFileRuntime):
 
     def __init__(self, files: SubmissionFiles, threads: int) -> None:
         super().__init__("openvino", files)
-        self.threads, self.path, self.shape = threads, files.weights, files.input_shape
-        self.content = files.weights.read_bytes()  # the file may be gone at a later call with another number of images
+        channels, height, width = files.input_shape
+        self.threads, self.path = threads, files.weights
+        self.content = self.file.content or files.weights.read_bytes()  # the file may be gone at a later call
+        self.shape = (height, width, channels) if self.file.channels_last else files.input_shape
         self.compiled: dict[int, Any] = {}
-        self._compile(1)
+        self._compile(self.file.batch or 1)
 
     def _compile(self, images: int) -> Any:
         try:
@@ -183,9 +207,9 @@ class OpenvinoRuntime(OnnxFileRuntime):
             raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
         return self.compiled[images]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        model = self.compiled.get(len(images)) or self._compile(len(images))
-        return next(iter(model(images).values()))
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        model = self.compiled.get(len(inputs)) or self._compile(len(inputs))
+        return next(iter(model(inputs).values()))
 
 
 def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:

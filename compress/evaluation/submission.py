@@ -15,7 +15,7 @@ from architectures.counting import architecture_macs, count_parameters
 from architectures.kernels import why_not_int8
 from architectures.weights import open_model
 from compress.evaluation.extras import STANDALONE, toolkit
-from compress.evaluation.onnx_files import check_onnx_bytes
+from compress.evaluation.onnx_data import data_files
 from metadata.errors import UserError, VerificationError
 from metadata.files import inside, read_json, sha256
 from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata, Preprocessing
@@ -48,6 +48,7 @@ class SubmissionFiles:
         ways: of code, the ways to load it, in order: "loader", "class", "standard".
         what: of code, what the folder is, in words.
         notes: remarks on the metadata and the choice of files, for the result's warnings.
+        data_files: the files with an ONNX file's external data.
     """
 
     folder: Path
@@ -66,17 +67,21 @@ class SubmissionFiles:
     ways: tuple[str, ...] = ()
     what: str = ""
     notes: tuple[str, ...] = ()
+    data_files: tuple[Path, ...] = ()
 
     def needed(self) -> list[Path]:
         """Return the files that inference needs. Code can read all files beside it."""
         if self.kind == "code":
             return submission_files(self.folder)
-        return [path for path in (self.weights, self.architecture_path, self.metadata_path) if path and path.is_file()]
+        return [path for path in (self.weights, *self.data_files, self.architecture_path, self.metadata_path)
+                if path and path.is_file()]
 
     def size_bytes(self) -> int:
         """Return the bytes that model_size counts: the weights, and for code all files but source, JSON and prose."""
-        files = self.needed() if self.kind == "code" else [self.weights]
-        return sum(path.stat().st_size for path in files if path == self.weights or path.suffix not in PROSE)
+        files = [self.weights, *self.data_files]
+        if self.kind == "code":
+            files = [path for path in self.needed() if path == self.weights or path.suffix not in PROSE]
+        return sum(path.stat().st_size for path in files)
 
 
 def submission_files(folder: Path) -> list[Path]:
@@ -133,8 +138,19 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
         original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
         files = original.read_original(folder, path)
     if files.kind == "onnx":
-        check_onnx_bytes(files.weights)
+        files = dataclasses.replace(files, data_files=data_files(files.weights))
+        _check_data_listed(files)
     return files
+
+
+def _check_data_listed(files: SubmissionFiles) -> None:
+    """Raise VerificationError where packaged metadata do not state the hash of a file with external data."""
+    if files.metadata is None:
+        return
+    for path in files.data_files:
+        if str(path.relative_to(files.folder)) not in files.metadata.files:
+            raise VerificationError(f"{path}: {files.weights.name} takes data from this file, and {METADATA_FILE} does not "
+                                    "list it under files")
 
 
 def _read_packaged(folder: Path, path: Path) -> SubmissionFiles:
