@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +109,10 @@ def test_nothing_that_python_3_12_or_3_13_dropped_is_used() -> None:
             wrong += [f"{path.relative_to(PROJECT)}: {name}" for name in used]
     assert seen > 200
     assert wrong == []
+
+
+def test_rooms_give_their_verb_on_first_use() -> None:
+    script = ("import architectures, loaders, sys; assert 'torch' not in sys.modules; "
+              "print(architectures.make.__module__, loaders.load.__module__, hasattr(loaders, 'save'))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["architectures.zoo", "loaders.catalog", "False"], done.stderr

@@ -118,7 +118,7 @@ def _stored_numbers(graph: Any, tensors: Sequence[Any]) -> int:
     """Return the number of stored numbers: of the tensors, and of constants that are lists in an attribute."""
     lists: int = sum(len(attribute.ints) + len(attribute.floats) + (attribute.name in ("value_int", "value_float"))
                      for node in graph.node if node.op_type == "Constant" for attribute in node.attribute)
-    return lists + sum(math.prod(tensor.dims) for tensor in tensors)
+    return lists + sum(int(math.prod(tensor.dims)) for tensor in tensors)
 
 
 def _is_channels_last(path: Path, dims: Sequence[int], input_shape: Sequence[int]) -> bool:

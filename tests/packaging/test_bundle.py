@@ -270,4 +270,4 @@ def test_the_face_runs_and_loads_from_elsewhere(tmp_path: Path) -> None:
     assert done.returncode == 0 and "--submission_dir" in done.stdout, done.stderr
     script = LOAD + "face = load(sys.argv[1], 'face', False)\nprint(face.__all__)"
     out = isolated(script, PROJECT / "model_loader.py", cwd=tmp_path)
-    assert out.strip() == "['evaluate_submission', 'load_model', 'main']"
+    assert out.strip() == "['Preprocessing', 'decode_image', 'evaluate_submission', 'load_model', 'main']"
