@@ -20,7 +20,7 @@ if str(HOME) not in sys.path:  # `python -I`, or loaded by path
 try:
     from compress.evaluation.command import main
     from compress.evaluation.evaluate import evaluate_submission
-    from compress.evaluation.submission import load_model
+    from compress.evaluation.runtimes import load_model
     from loaders.images import decode_image
     from metadata.schemas import Preprocessing
 except ModuleNotFoundError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,19 @@ def open_checkpoint(path: Path, module: nn.Module, *, key: str | None = None, nu
     if beside := [name for name in best.beside if name.rpartition(".")[2] != "n_averaged"]:
         notes.append(f"leaves out what is not under {best.label}: {len(beside)} tensors, first {beside[0]}")
     return Checkpoint(weights=_cast(best, expected, path), class_names=_class_names(content), notes=notes)
+
+
+def class_permutation(stated: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Return where each of the wanted classes is among the stated ones, or None where the two name different classes.
+
+    Names are compared as they are, and then by their letters and digits alone (`T-shirt/top` is `t-shirt-top`).
+    """
+    for spell in (str, lambda name: re.sub(r"[\W_]+", "", name.casefold())):
+        places = {spell(name): place for place, name in enumerate(stated)}
+        order = [places.get(spell(name)) for name in wanted]
+        if sorted(place for place in order if place is not None) == list(range(len(stated))) and None not in order:
+            return [place for place in order if place is not None]
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- reading as data

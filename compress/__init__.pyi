@@ -2,7 +2,7 @@
 
 from compress.api import plan as plan, prune as prune, run as run, train as train
 from compress.evaluation.evaluate import evaluate_submission as evaluate_submission
-from compress.evaluation.submission import load_model as load_model
+from compress.evaluation.runtimes import load_model as load_model
 from compress.quantization.dynamic import quantize_dynamic as quantize_dynamic
 
 __version__: str

@@ -53,7 +53,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     for (name, stage), line in zip(planned.stages, planned.sketch.lines, strict=True):
         console.print(f"{name:22}{line}", highlight=False, soft_wrap=True)
         console.print(f"{'':22}{json.dumps(stage.model_dump(mode='json'))}", style="dim", highlight=False, soft_wrap=True)
-    for text in planned.splits.warnings:
+    for text in (*planned.splits.warnings, *planned.sketch.warnings):
         console.print(f"warning: {text}", style="bold red", highlight=False)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +14,20 @@ from typing import Any, TYPE_CHECKING
 
 import numpy as np
 
+from architectures.architecture import Architecture
 from architectures.counting import count_parameters
-from architectures.kernels import ON_KERNELS, int8_arithmetic
+from architectures.kernels import ON_KERNELS, int8_arithmetic, why_not_int8
+from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
-from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission
+from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
 from metadata.errors import UserError, VerificationError, first_line
+from metadata.files import read_json
 from metadata.machine import machine
-from metadata.schemas import METADATA_FILE, Preprocessing
+from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, Preprocessing
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,6 +313,62 @@ def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Prep
     runtime = ONNX_RUNTIMES[backend](files, threads)
     runtime.name = str(path)
     return runtime
+
+
+def load_model(model_path: str | Path) -> nn.Module:
+    """Load a packaged model, verified, in eval mode, on the CPU. Evaluation panels call this function.
+
+    The module maps `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` float32 logits. A
+    PyTorch model is a graph of its layers; an ONNX model is a module without parameters, which calls the model's runtime.
+
+    Args:
+        model_path: the submission folder, or the weights file: a `.pth` with the architecture JSON beside it, or the
+            `.onnx` of a submission folder.
+
+    Raises:
+        UserError: the path does not exist, or is a submission of another kind.
+        VerificationError: a file is not the one that was packaged, or the weights do not fit the architecture.
+    """
+    path = Path(model_path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    if path.is_file() and path.suffix != ".onnx":
+        return _warned(open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path), path)
+    files = read_submission(path if path.is_dir() else path.parent)
+    if path.is_file() and not path.samefile(files.weights):
+        raise UserError(f"{path}: the submission beside it has the weights {files.weights.name}")
+    if files.kind == "code":
+        raise UserError(f"{files.folder}: this submission is code; it can be evaluated (--allow_code), not loaded")
+    if files.kind == "graph":
+        return _warned(open_submission(files), path)
+    import torch
+    return served_module()(ONNX_RUNTIMES[preferred_backend(files)](files, torch.get_num_threads())).eval()
+
+
+def _warned(model: nn.Module, path: Path) -> nn.Module:
+    """Return the model, after a warning if its int8 layers compute in float here."""
+    if reason := why_not_int8(model):
+        logging.getLogger(__name__).warning("%s: the int8 layers compute in float32: %s", path, reason)
+    return model
+
+
+@functools.cache
+def served_module() -> type[nn.Module]:
+    """Return the class of a module that calls a runtime; a function, because torch is imported where it is needed."""
+    import torch
+    from torch import nn
+
+    class Served(nn.Module):
+        """A runtime as a module: (N, C, H, W) float32 -> (N, classes) logits, on the CPU, without gradients."""
+
+        def __init__(self, runtime: Runtime) -> None:
+            super().__init__()
+            self.runtime = runtime
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.from_numpy(self.runtime(images.detach().cpu().float().contiguous().numpy()))
+
+    return Served
 
 
 def answering(runtime: Runtime) -> Callable[[Tensor], Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any, Literal, TYPE_CHECKING
 
@@ -12,13 +11,12 @@ from pydantic import RootModel
 
 from architectures.architecture import Architecture
 from architectures.counting import architecture_macs, count_parameters
-from architectures.kernels import why_not_int8
 from architectures.weights import open_model
 from compress.evaluation.extras import STANDALONE, toolkit
 from compress.evaluation.onnx_data import data_files
 from metadata.errors import UserError, VerificationError
 from metadata.files import inside, read_json, sha256
-from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata, Preprocessing
+from metadata.schemas import METADATA_FILE, ModelMetadata, Preprocessing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -194,8 +192,7 @@ def open_submission(files: SubmissionFiles) -> nn.Module:
     """
     metadata, architecture = files.metadata, files.architecture
     if metadata is None or architecture is None:
-        raise UserError(f"{files.folder}: a submission of the kind {files.kind} can be evaluated, not loaded; load_model "
-                        "opens PyTorch graphs alone")
+        raise UserError(f"{files.folder}: a submission of the kind {files.kind} has no graph of the layer table")
     model = open_model(architecture, files.weights)
     check_claims(files, count_parameters(model), architecture_macs(architecture))
     weighted = {layer.name: layer.int8 for layer in architecture.layers if layer.width}
@@ -220,27 +217,3 @@ def check_claims(files: SubmissionFiles, parameters: int, macs: int | None) -> N
                                    ("macs", files.metadata.macs, macs)):
         if counted is not None and stated != counted:
             raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
-
-
-def load_model(model_path: str | Path) -> nn.Module:
-    """Load a packaged model, verified, in eval mode, on the CPU. Evaluation panels call this function.
-
-    The module maps `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` logits.
-
-    Args:
-        model_path: the weights file with the architecture JSON beside it, or the submission folder.
-
-    Raises:
-        UserError: the path does not exist, or is a submission of another kind.
-        VerificationError: the weights do not fit the architecture.
-    """
-    path = Path(model_path)
-    if path.is_dir():
-        model = open_submission(read_submission(path))
-    elif path.exists():
-        model = open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path)
-    else:
-        raise UserError(f"{path}: there is no such file")
-    if reason := why_not_int8(model):
-        logging.getLogger(__name__).warning("%s: the int8 layers compute in float32: %s", path, reason)
-    return model

@@ -57,8 +57,13 @@ class OnnxPackage(SubmissionContents):
         return rows
 
     def _use(self, input_name: str) -> str:
-        return f"""Use it on ONNX Runtime or any other runtime of ONNX files. `{ARCHITECTURE_FILE}` describes
-the float network that the file was exported from; no program needs it:
+        return f"""Use it (`load_model` checks the files' hashes first, and gives a module that calls the runtime):
+
+    from model_loader import load_model
+    model = load_model("{self.weights_file}")
+
+or on ONNX Runtime or any other runtime of ONNX files. `{ARCHITECTURE_FILE}` describes the float network
+that the file was exported from; no program needs it:
 
     import onnxruntime
     session = onnxruntime.InferenceSession("{self.weights_file}")

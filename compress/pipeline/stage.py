@@ -226,6 +226,7 @@ class Sketch:
     is_onnx: bool = False  # the model is an ONNX file at this point
     is_static_int8: bool = False
     lines: list[str] = field(default_factory=list)  # one for each stage: what it would do
+    warnings: list[str] = field(default_factory=list)  # what the run will warn of
 
     def check_training(self, stage: str, train: TrainingSettings) -> None:
         """Raise UserError for training settings that the data cannot take."""

@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import model_loader
+from compress.packaging.export import export as export_layers
+from compress.packaging.onnx_package import OnnxPackage
 from compress.pipeline.stage import TorchModel
+from metadata.records import DatasetCard
 from tests.helpers.sharing import shared_folder
 from tests.helpers.verdicts import Evaluate
 
@@ -54,6 +57,22 @@ def export(folder: Path, path: Path) -> None:
         wrapped = torch.nn.Sequential(student.module).eval()  # that exporter takes an fx module's graph for its own
         torch.onnx.export(wrapped, (torch.zeros(1, *student.architecture.input_shape),), str(path), dynamo=False,
                           input_names=["image"], dynamic_axes={"image": {0: "n"}}, opset_version=17)
+
+
+@pytest.fixture(scope="session")
+def onnx_package(small_run: Path, submission: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float student as the toolkit packages ONNX files."""
+    def write(folder: Path) -> None:
+        student = TorchModel.load(small_run / "04-finetune")
+        model, architecture = export_layers(student.module, student.architecture)
+        stated = json.loads((submission / "model_metadata.json").read_text())
+        card = DatasetCard(name="digits", class_names=stated["class_names"], input_shape=architecture.input_shape,
+                           preprocessing=stated["preprocessing"])
+        measured = stated["accuracy"] | stated["latency"] | {"accuracy": stated["accuracy"]["fraction"]}
+        OnnxPackage(architecture=architecture, card=card, name="student", measured=measured,
+                    content=model.SerializeToString()).write(folder / "package")
+
+    return shared_folder(tmp_path_factory, "onnx_package", write) / "package"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from architectures.build import build
 from architectures.architecture import Architecture
 from compress.evaluation.measure import measure_latency
 from compress.evaluation.score import RESULT_KEYS
-from compress.evaluation.submission import load_model
+from compress.evaluation.runtimes import load_model
 from metadata.errors import UserError, VerificationError
 from tests.helpers.architectures import layer, tiny
 from tests.helpers.submissions import edit_json, edit_weights, rename_weights, restate, weights_of

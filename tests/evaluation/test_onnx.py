@@ -25,7 +25,7 @@ from compress.evaluation.submission import read_submission
 from compress.pipeline.stage import TorchModel
 from loaders.images import read_images
 from loaders.listing import list_images
-from metadata.errors import UserError
+from metadata.errors import UserError, VerificationError
 from metadata.files import sha256
 from tests.helpers.commands import PROJECT
 from tests.helpers.verdicts import Evaluate, assert_refused
@@ -93,8 +93,44 @@ def test_batches_shuffle_and_agree_with_single_images(onnx_submission: Path, eva
 
 def test_torch_cannot_run_onnx(onnx_submission: Path, evaluate: Evaluate) -> None:
     assert_refused(evaluate(onnx_submission, "--backend", "torch"), "runs on onnxruntime or openvino", code=2)
-    with pytest.raises(UserError, match="can be evaluated, not loaded"):
-        model_loader.load_model(onnx_submission)
+
+
+def test_load_model_serves_onnx_packages(onnx_package: Path, onnx_submission: Path, small_run: Path,
+                                         tmp_path: Path) -> None:
+    import torch
+    student = TorchModel.load(small_run / "04-finetune").module.eval()
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    script = ("import sys, torch; sys.path.insert(0, sys.argv[1]); import model_loader\n"
+              "logits = model_loader.load_model(sys.argv[1])(torch.load(sys.argv[2], weights_only=True))\n"
+              "torch.save(logits, sys.argv[3])")  # the bundled file of the package itself
+    torch.save(images, tmp_path / "images.pth")
+    subprocess.run([sys.executable, "-I", "-B", "-c", script, onnx_package, tmp_path / "images.pth",
+                    tmp_path / "logits.pth"], cwd=tmp_path, check=True)
+    with torch.no_grad():
+        expected = student(images)
+    answers = [torch.load(tmp_path / "logits.pth", weights_only=True)]
+    for path in (onnx_package, next(onnx_package.glob("*.onnx")), onnx_submission):
+        model = model_loader.load_model(path)
+        assert isinstance(model, torch.nn.Module) and not model.training
+        answers += [model(images), model(images.to(memory_format=torch.channels_last)),
+                    torch.cat([model(one[None]) for one in images])]
+    for logits in answers:
+        assert logits.dtype == torch.float32 and torch.allclose(logits, expected, atol=1e-3)
+
+
+def test_load_model_verifies_onnx_packages(onnx_package: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(onnx_package, tmp_path / "package"))
+    weights = next(folder.glob("*.onnx"))
+    (folder / "other.onnx").write_bytes(weights.read_bytes())
+    with pytest.raises(UserError, match=f"has the weights {weights.name}"):
+        model_loader.load_model(folder / "other.onnx")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+    for path in (folder, weights):
+        with pytest.raises(VerificationError, match="its bytes are not those"):
+            model_loader.load_model(path)
+    weights.rename(tmp_path / "alone.onnx")
+    with pytest.raises(UserError, match=META):
+        model_loader.load_model(tmp_path / "alone.onnx")
 
 
 def add_node(op: str, **options: Any) -> Change:

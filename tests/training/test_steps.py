@@ -136,8 +136,8 @@ def test_parts_differ_by_one_image_at_most() -> None:
 def updater(device: str, scaled: bool = False, team: Team = Team(), **changes: Any) -> Updater:  # noqa: B008
     model, chosen = WithDropout(), settings(cuda_graph=True, **changes)
     return Updater(model=model, network=model, loss=cross_entropy(0.0), settings=chosen, team=team,
-                   optimizer=make_optimizer(chosen, model, torch.zeros(1, 3, 8, 8)), scaler=torch.amp.GradScaler("cpu", enabled=scaled), dtype=None,
-                   device=torch.device(device))
+                   optimizer=make_optimizer(chosen, model, torch.zeros(1, 3, 8, 8)),
+                   scaler=torch.amp.GradScaler("cpu", enabled=scaled), dtype=None, device=torch.device(device))
 
 
 def test_steps_are_captured_on_cuda_alone_and_never_where_the_host_decides() -> None:

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from architectures.checkpoints import Checkpoint, open_checkpoint
+from architectures.checkpoints import Checkpoint, class_permutation, open_checkpoint
+from architectures.heads import reorder_classes
 from architectures.zoo import check_forward, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
@@ -43,15 +44,15 @@ class Teacher(Stage):
             module = make(self.model, num_classes=sketch.card.num_classes, **self._fitted(sketch.card))
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
                       "; for auxiliary heads try teacher.options.aux_logits=false")
-        opened = self._open_checkpoint(module, sketch.card)
+        notes, warnings = self._try_checkpoint(module, sketch.card)
+        sketch.warnings += warnings
         if self._pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
             raise UserError(f"teacher {self.model}: its pretrained weights have 1000 classes, the data has "
                             f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
                             "checkpoint")
-        taken = f" ({'; '.join(opened.notes)})" if opened and opened.notes else ""
         source = "zoo weights" if self._pretrained else "scratch"
         if self.checkpoint:
-            source = f"checkpoint {self.checkpoint}{taken}"
+            source = f"checkpoint {self.checkpoint}" + (f" ({'; '.join(notes)})" if notes else "")
         parameters = sum(parameter.numel() for parameter in module.parameters())
         sketch.lines.append(f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs")
 
@@ -61,10 +62,12 @@ class Teacher(Stage):
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=options)
         with seeded(context.seed, "teacher"):
             module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **options)
-        if opened := self._open_checkpoint(module, card):
-            module.load_state_dict(opened.weights)
-            for text in opened.notes:
+        if self.checkpoint:
+            notes, warnings = _load(self._open_checkpoint(module, card), module, card)
+            for text in notes:
                 context.tracker.say(f"  teacher.checkpoint {self.checkpoint}: {text}")
+            for text in warnings:
+                context.warn(f"teacher.checkpoint {self.checkpoint}: {text}")
         data = context.data(self.train)
         if self.train.epochs:
             context.training_seconds += train(
@@ -84,11 +87,50 @@ class Teacher(Stage):
     def _pretrained(self) -> bool:
         return self.pretrained and self.checkpoint is None
 
-    def _open_checkpoint(self, module: nn.Module, card: DatasetCard) -> Checkpoint | None:
-        """Return what the checkpoint holds for the module, or None where no checkpoint is given."""
-        if self.checkpoint is None:
-            return None
+    def _try_checkpoint(self, empty: nn.Module, card: DatasetCard) -> tuple[list[str], list[str]]:
+        """Return the notes and warnings about the checkpoint. `empty` is the module on the meta device."""
+        if not self.checkpoint:
+            return [], []
+        opened = self._open_checkpoint(empty, card)
+        if opened.class_names and class_permutation(opened.class_names, card.class_names):
+            with torch.random.fork_rng(devices=[]):  # only a module with weights shows whether its classes can be reordered
+                empty = make(self.model, num_classes=card.num_classes, **self._fitted(card))
+        try:
+            notes, warnings = _load(opened, empty, card)
+        except UserError as error:
+            raise UserError(f"teacher.checkpoint {self.checkpoint}: {error}") from error
+        return notes, [f"teacher.checkpoint {self.checkpoint}: {text}" for text in warnings]
+
+    def _open_checkpoint(self, module: nn.Module, card: DatasetCard) -> Checkpoint:
+        assert self.checkpoint is not None
         try:
             return open_checkpoint(self.checkpoint, module, key=self.checkpoint_key, num_classes=card.num_classes)
         except UserError as error:
             raise UserError(f"teacher.checkpoint {error}") from error
+
+
+def _load(opened: Checkpoint, module: nn.Module, card: DatasetCard) -> tuple[list[str], list[str]]:
+    """Load a checkpoint into a module, with its classes in the data's order. Return notes and warnings.
+
+    Raises:
+        UserError: the classes are in another order, and the module's last layer cannot be reordered.
+    """
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        module.load_state_dict(opened.weights)
+    stated, wanted = opened.class_names, card.class_names
+    if stated is None or stated == wanted:
+        return opened.notes, []
+    order = class_permutation(stated, wanted)
+    if order is None:
+        theirs, ours = next(((a, b) for a, b in zip(stated, wanted, strict=False) if a != b), (len(stated), len(wanted)))
+        return opened.notes, [f"it names other classes than the data ({theirs!r} where the data has {ours!r}); its logits "
+                              "are taken in the order of the data's classes, sorted by name"]
+    if order == list(range(len(order))):  # the names differ in spelling alone
+        return opened.notes, []
+    example = torch.randn(2, *card.input_shape, generator=torch.Generator().manual_seed(0))
+    if not reorder_classes(module, order, example):
+        raise UserError(f"its classes are the data's in another order (class 0 is {stated[0]!r}, the data's is "
+                        f"{wanted[0]!r}), and the model's last layer cannot be reordered; reorder it before you save the "
+                        "checkpoint")
+    return [*opened.notes, "its classes are in another order and are put into the data's, by name (class 0 is "
+                           f"{stated[0]!r} in it, {wanted[0]!r} in the data)"], []
