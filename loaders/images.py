@@ -30,12 +30,12 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     Raises:
         UserError: the file is not an image, is truncated, has values out of range, or is smaller than the crop.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
     try:
         with Image.open(path) as opened:
             opened.load()  # a PNG may state its orientation after its pixels
-            turned = preprocessing.exif_orientation and not _TAGGED.isdisjoint(opened.info)
-            image = _upright(opened) if turned else opened
+            turned = preprocessing.exif_orientation and _orientation(opened) in range(2, 9)
+            image = ImageOps.exif_transpose(opened) if turned else opened
             image = _eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
             image = image if image.mode == preprocessing.mode else image.convert(preprocessing.mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -66,13 +66,24 @@ def is_colour(path: Path) -> bool:
         return False
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the picture as viewers show it. Damaged EXIF data say nothing about the orientation."""
-    from PIL import ImageOps
+def is_turned(path: Path) -> bool:
+    """Return whether the EXIF data of an image file turn the picture, by its header; no for a file that is no image."""
+    from PIL import Image
     try:
-        return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
+        with Image.open(path) as image:
+            return _orientation(image) in range(2, 9)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def _orientation(image: Image.Image) -> object:
+    """Return the orientation in an image's EXIF data, 1 to 8, or 1 where they are missing or damaged."""
+    if _TAGGED.isdisjoint(image.info):
+        return 1
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
     except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
-        return image
+        return 1
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:

@@ -39,9 +39,12 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
 
     if out.exists():
         raise UserError(f"--out {out}: already there; nothing was written")
-    with Tracker(terminal()).progress("reading images") as advance:
+    tracker = Tracker(terminal())
+    with tracker.progress("reading images") as advance:
         splits = load(Request(name=name, root=root, download=download, on_progress=advance))
         test = splits.open_test()
+    for text in splits.warnings:
+        tracker.warn(text)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_image_folder(test, splits.card.class_names, out)
     typer.echo(f"{len(test)} images in {splits.card.num_classes} classes: {out}")

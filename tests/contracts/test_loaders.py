@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from compress.pipeline.stage import Sketch
+from compress.pipeline.stages.package import Package
 from loaders.arrays import FileImages, prefetched
 from loaders.catalog import load, sets
 from loaders.images import decode_image, normalize, read_images
@@ -68,6 +70,16 @@ def test_fashion_labels_are_those_of_the_data_set(tmp_path: Path) -> None:
     assert found.labels.bincount().tolist() == test.labels.bincount().tolist()
     place = found.labels.argsort(stable=True)
     assert torch.equal(found.images.batch(place), test.images.batch(order))
+
+
+def test_the_public_harness_sorts_classes_so_other_orders_are_refused(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "FashionMNIST")
+    card = load(Request(name="fashion_mnist", root=tmp_path)).card
+    Package(layout="toolkit").check(Sketch(card=card, seed=0))
+    by_rank = card.model_copy(update={"class_names": sorted(card.class_names)})
+    Package(layout="challenge").check(Sketch(card=by_rank, seed=0))
+    with pytest.raises(UserError, match=r"layout challenge: .*sorted class names, and those of fashion_mnist are in its"):
+        Package(layout="challenge").check(Sketch(card=card, seed=0))
 
 
 def test_hold_out_is_stratified_seeded_and_disjoint() -> None:

@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
-from compress.pipeline.config import DataConfig
-from compress.pipeline.plan import request
+from compress.pipeline.config import DataConfig, RunConfig
+from compress.pipeline.plan import make_plan, request
+from compress.training.trackers import Tracker, terminal
 from loaders.catalog import load
-from loaders.images import decode_image
+from loaders.images import decode_image, is_turned
 from loaders.request import Request
 from metadata.errors import UserError
 from metadata.records import DatasetCard
@@ -115,7 +116,8 @@ def test_an_orientation_is_applied_where_the_preprocessing_says_so(suffix: str, 
         as_stored = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     assert np.array_equal(decode_image(path, WHOLE), shown)
     assert np.array_equal(decode_image(path, stored), as_stored)
-    assert np.array_equal(shown, as_stored) == (orientation == 1 or suffix == "tif")  # Pillow turns a TIFF itself
+    same = orientation == 1 or suffix == "tif"  # Pillow turns a TIFF itself
+    assert np.array_equal(shown, as_stored) == same and is_turned(path) != same
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's own, of damaged EXIF data
@@ -151,6 +153,23 @@ def test_files_and_arrays_are_resized_with_the_filter_that_was_asked_for(interpo
     assert digits.card.preprocessing.interpolation == interpolation
     one, whole = (split.train.images.batch(torch.arange(1))[0, 0].numpy() for split in (digits, plain))
     assert np.array_equal(one, np.asarray(Image.fromarray(whole).resize((12, 12), Image.Resampling[interpolation.upper()])))
+
+
+def test_a_grey_folder_makes_a_plan_of_one_channel(tmp_path: Path) -> None:
+    """The models of the project take the channels of the data, unless their options say otherwise."""
+    root = draw_folder(tmp_path, 2, 4)
+    for path in root.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    stage = {"model": "slim_resnet18", "options": {"width": 8, "stem": "small"}, "train": {"epochs": 1}}
+    config = RunConfig.model_validate({
+        "recipe": "r", "name": "r", "stages": [{"teacher": stage}, {"distill": stage}],
+        "data": {"name": "image_folder", "root": root, "channels": 1, "image_size": 12}})
+    planned = make_plan(config, Tracker(terminal()))
+    assert planned.splits.card.input_shape == (1, 12, 12) and planned.splits.warnings == []
+    assert planned.splits.card.preprocessing.mean == [0.459] and planned.splits.card.preprocessing.std == [0.2256]
+    stage["options"] |= {"in_channels": 3}  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"does not take images of shape \[1, 12, 12\]"):
+        make_plan(config, Tracker(terminal()))
 
 
 def test_settings_of_the_data_reach_the_card(tmp_path: Path) -> None:

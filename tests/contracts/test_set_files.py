@@ -179,6 +179,7 @@ def test_pets_are_those_of_torchvision(tmp_path: Path) -> None:
     theirs, test = datasets.OxfordIIITPet(tmp_path, split="test"), splits.open_test()
     assert [card.class_names[label] for label in test.labels.tolist()] == [theirs.classes[label] for _, label in theirs]
     assert test.paths is not None and len(test) == 20
+    assert test.labels.tolist() == [label for _, label in theirs]
     for index, path in enumerate(test.paths):
         assert np.array_equal(np.asarray(Image.open(path).convert("RGB")), np.asarray(theirs[index][0]))
     trainval = [*(splits.train.paths or []), *(splits.validation.paths or [])]

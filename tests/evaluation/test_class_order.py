@@ -149,3 +149,14 @@ def test_a_folder_of_splits_is_not_taken_for_classes(pictures: Path, tmp_path: P
     (pictures.parent / "train").mkdir()
     with pytest.raises(UserError, match=rf"its folders are splits \(test, train\), expected classes; pass .*{pictures}"):
         score(write(tmp_path / "own", list(COLOURS), [0, 1, 2]), pictures.parent)
+
+
+def test_an_orientation_that_is_not_applied_is_said(pictures: Path, tmp_path: Path) -> None:
+    """A foreign submission takes pictures as they are stored, as torchvision does."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8), (0, 0, 200)).save(pictures / "blue" / "camera.jpg", exif=exif)
+    details = score(write(tmp_path / "own", list(COLOURS), [0, 1, 2]), pictures)["details"]
+    assert details["preprocessing"]["exif_orientation"] is False
+    assert "1 of 19 test images carry an EXIF orientation that the submission's preprocessing does not apply, such as " \
+        f"{pictures}/blue/camera.jpg" in details["warnings"]

@@ -25,14 +25,19 @@ class Package(Stage):
     teamname: str = Field("", description="challenge layout: for its metadata.json")
 
     def check(self, sketch: Sketch) -> None:
-        if sketch.is_onnx:
-            self._refuse_challenge()
+        self._check_challenge(sketch.is_onnx, sketch.card)
         sketch.lines.append(f"{self.layout} layout, in the run's folder submission/")
 
-    def _refuse_challenge(self) -> None:
-        if self.layout == "challenge":
+    def _check_challenge(self, is_onnx: bool, card: DatasetCard) -> None:
+        if self.layout != "challenge":
+            return
+        if is_onnx:
             raise UserError("package.layout challenge: its harness loads PyTorch weights; package an ONNX model in the "
                             "toolkit layout")
+        if card.class_names != sorted(card.class_names):
+            raise UserError(f"package.layout challenge: its harness takes outputs for sorted class names, and those of "
+                            f"{card.name} are in its own order ({', '.join(card.class_names[:3])}, ...); train on "
+                            "data.name=image_folder, or package in the toolkit layout")
 
     def run(self, model: TorchModel | OnnxModel, context: Context) -> Submission:
         folder = context.run_folder / "submission"
@@ -42,9 +47,9 @@ class Package(Stage):
 
     def contents(self, model: TorchModel | OnnxModel, card: DatasetCard, measured: dict[str, Any]) -> SubmissionContents:
         """Return what the folder will hold."""
+        self._check_challenge(isinstance(model, OnnxModel), card)
         name = self.weights_name or model.architecture.model_type.lower()
         if isinstance(model, OnnxModel):
-            self._refuse_challenge()
             return OnnxPackage(architecture=model.architecture, card=card, name=name, measured=measured,
                                content=model.content, **model.card.model_dump())
         challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
