@@ -36,7 +36,8 @@ LayerName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z
 
 # Pillow's resampling filters, by the names that Pillow, torchvision and timm share.
 Interpolation = Annotated[Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"],
-                          BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)]
+                          BeforeValidator(lambda value: value.lower().removeprefix("interpolationmode.")
+                                          if isinstance(value, str) else value)]
 
 
 class Preprocessing(Strict):

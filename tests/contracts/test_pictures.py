@@ -134,6 +134,7 @@ def test_a_file_that_states_no_orientation_means_none(tmp_path: Path) -> None:
     old = {"mode": "RGB", "resize": 32, "crop": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     stated = TypeAdapter(StatedPreprocessing).validate_python(old)
     assert stated.exif_orientation is False and stated.interpolation == "bilinear"
+    assert Preprocessing(interpolation="InterpolationMode.BICUBIC").interpolation == "bicubic"  # torchvision's name
     card = {"name": "image_folder", "class_names": ["a"], "input_shape": [3, 32, 32], "preprocessing": old}
     assert DatasetCard.model_validate(card).preprocessing == stated
     again = DatasetCard.model_validate(DatasetCard.model_validate(card | {"preprocessing": WHOLE}).model_dump())

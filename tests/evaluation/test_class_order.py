@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from PIL import Image
 from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import UserError, VerificationError
+from tests.helpers.submissions import edit_json
 
 COLOURS = ("red", "green", "blue")
 
@@ -160,3 +164,37 @@ def test_an_orientation_that_is_not_applied_is_said(pictures: Path, tmp_path: Pa
     assert details["preprocessing"]["exif_orientation"] is False
     assert "1 of 19 test images carry an EXIF orientation that the submission's preprocessing does not apply, such as " \
         f"{pictures}/blue/camera.jpg" in details["warnings"]
+
+
+def test_a_package_with_other_names_in_another_order_keeps_its_score(submission: Path, few: Path, tmp_path: Path) -> None:
+    """Through the file in the package, which must match by name as the toolkit does."""
+    plain = score(submission, few)["details"]
+    package, renamed = tmp_path / "package", tmp_path / "renamed"
+    shutil.copytree(submission, package)
+    names = [f"digit {(number + 3) % 10}" for number in range(10)]
+    edit_json(package, "model_metadata.json", lambda metadata: metadata.update(class_names=names))
+    shutil.copytree(few, renamed)
+    for number, name in enumerate(names):
+        (renamed / str(number)).rename(renamed / name)
+    done = subprocess.run([sys.executable, "-I", package / "model_loader.py", "--submission_dir", package, "--data_dir",
+                           renamed, "--output_file", tmp_path / "results.json", "--runs", "4", "--warmup", "1"],
+                          cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    details = json.loads((tmp_path / "results.json").read_text())["details"]
+    assert details["accuracy"]["correct"] == plain["accuracy"]["correct"] and details["class_order"] == "by name"
+    assert details["accuracy"]["per_class"] == {
+        name: plain["accuracy"]["per_class"][str(number)] for number, name in enumerate(names)}
+
+
+def test_a_package_of_version_0_1_means_what_it_meant(submission: Path, few: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(submission, package)
+
+    def forget(metadata: dict[str, Any]) -> None:
+        del metadata["preprocessing"]["interpolation"], metadata["preprocessing"]["exif_orientation"]
+
+    edit_json(package, "model_metadata.json", forget)
+    old, new = score(package, few)["details"], score(submission, few)["details"]
+    assert old["accuracy"] == new["accuracy"]
+    stated = {"interpolation": "bilinear", "exif_orientation": False, "stated_by": "model_metadata.json"}
+    assert old["preprocessing"] == new["preprocessing"] | stated and new["preprocessing"]["exif_orientation"]
