@@ -4,8 +4,9 @@
         --baseline_accuracy 80 --output_file results.json
 
 This file is the evaluator's face. Its parts are in `compress/evaluation/`, on top of `architectures/`, two files of
-`loaders/` and `metadata/`. The `model_loader.py` in a submission is those parts joined into one file (`python -m compress
-bundle`). A submission is data: the evaluator executes nothing in it. With `--allow_code` it runs code in a separate process.
+`loaders/` and `metadata/`. The `model_loader.py` in a submission is those parts joined into one file by
+`python -m compress bundle`. A submission is data: the evaluator executes nothing in it. With `--allow_code` it runs code
+in a separate process.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ class TrainingRun(TrainingSettings):
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
     image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels to which images are resized")
+    channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
     num_workers: int = Field(2, ge=1, le=256, description="threads or processes that decode images")
     validation_fraction: float = Field(0.1, ge=0, lt=1, validation_alias="val_fraction", description="share of the "
                                        "training images held out, class by class; 0: none")

@@ -113,7 +113,7 @@ def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logg
 _FLAGS = {
     "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
     "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
-    "data.image_size": "--image_size", "data.resize and data.crop": "--image_size", "data.channels": "channels",
+    "data.image_size": "--image_size", "data.resize and data.crop": "--image_size", "data.channels": "--channels",
     "data.resize": "--image_size", "data.crop": "--image_size"}
 
 
@@ -132,7 +132,7 @@ def flags_named() -> Iterator[None]:
 def prepare_training(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """Return the data, the untrained (or pretrained) model, and the options that the model was made with.
 
-    Gray images get three channels where the model takes nothing else.
+    Gray images get three channels where the model takes nothing else, unless the settings say one.
 
     Raises:
         UserError: the data is missing, the model is unknown, or their shapes do not fit.
@@ -142,14 +142,15 @@ def prepare_training(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.
             name=set_name(config.dataset), root=config.data_root, download=config.download,
             validation_fraction=config.validation_fraction, seed=config.seed,
             num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-            skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size)
+            skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size,
+            channels=config.channels)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
         try:
             _check(config, options, card)
         except UserError:
-            if card.input_shape[0] != 1:
+            if card.input_shape[0] != 1 or config.channels == 1:
                 raise
             coloured = card.model_copy(update={"input_shape": (3, *card.input_shape[1:])})
             options = _options(config, coloured)
