@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from architectures.weights import load_tensors
 from metadata.errors import UserError, VerificationError, first_line
+from metadata.files import check_download
 
 DEPTH = 3  # keys below which a state dict is still found
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of names that torch's wrappers add
@@ -178,6 +179,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
+    try:
+        check_download(path)
+    except VerificationError as error:
+        raise UserError(str(error)) from error
     try:
         with safe_open(path, framework="pt") as file:
             tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

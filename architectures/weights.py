@@ -13,6 +13,7 @@ from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import architecture_macs
 from metadata.errors import VerificationError, first_line
+from metadata.files import check_download
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,10 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     if not path.is_file():
         raise VerificationError(f"{path}: there is no such file")
     try:
+        check_download(path)
+        with path.open("rb") as file:
+            if file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+                raise VerificationError(f"{path}: the file is cut short: its end is missing; copy or download it again")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):

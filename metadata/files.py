@@ -49,6 +49,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_download(path: Path) -> None:
+    """Refuse what often lies in the place of a large file: nothing, a pointer of Git LFS, or a page of a web site.
+
+    Raises:
+        VerificationError: the file is one of these; the message says how to get the real one.
+    """
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise VerificationError(f"{path}: a pointer of Git LFS, not the file itself; run git lfs pull where it comes from")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise VerificationError(f"{path}: a page of a web site, not the file itself; download it again, and look at the "
+                                "page for the reason")
+    if path.stat().st_size == 0:
+        raise VerificationError(f"{path}: the file is empty; copy or download it again")
+
+
 def read_json(path: Path, schema: type[BaseModel]) -> Any:
     """Read a JSON file into a schema.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metadata.errors import UserError, VerificationError, first_line
-from metadata.files import inside
+from metadata.files import check_download, inside
 
 MAX_ONNX_BYTES = 2**31  # protobuf's limit; external data must not be a way around it
 
@@ -29,6 +29,7 @@ def parse_onnx(path: Path) -> Any:
 
     if path.stat().st_size >= MAX_ONNX_BYTES:
         raise VerificationError(f"{path}: {path.stat().st_size:,} bytes are over the limit of 2 GB for an ONNX file")
+    check_download(path)
     try:
         return onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, RecursionError, ValueError, TypeError) as error:

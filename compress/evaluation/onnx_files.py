@@ -76,6 +76,7 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
             outputs, images of another shape, NaN or infinite weights, or sizes over the limits.
     """
     model = parse_onnx(path)
+    _check_versions(path, model)
     graph = model.graph
     _check_contents(path, model)
     tensors = stored_tensors(graph)
@@ -95,6 +96,17 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
     return OnnxFile(
         input_name=image.name, parameters=_stored_numbers(graph, tensors), macs=macs, layers=_onnx_layers(graph),
         may_saturate=may_saturate(graph), batch=dims[0] or None, channels_last=channels_last, content=content)
+
+
+def _check_versions(path: Path, model: Any) -> None:
+    """Raise VerificationError for a file of a later ONNX than the installed package knows."""
+    import onnx
+    newest = onnx.defs.onnx_opset_version()
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    if model.ir_version > onnx.IR_VERSION or opset > newest:
+        raise VerificationError(f"{path}: of a later ONNX (IR {model.ir_version}, opset {opset}) than onnx "
+                                f"{onnx.__version__} knows (IR {onnx.IR_VERSION}, opset {newest}); export with a lower "
+                                "opset_version, or pip install -U onnx onnxruntime")
 
 
 def _check_contents(path: Path, model: Any) -> None:

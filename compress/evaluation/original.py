@@ -16,13 +16,14 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from compress.evaluation.submission import MAX_FILE_BYTES, SubmissionFiles, submission_files
 from metadata.errors import VerificationError, describe_validation_error
-from metadata.files import MAX_JSON_BYTES, inside, read_json
-from metadata.schemas import FileName, Preprocessing, Size, StatedPreprocessing
+from metadata.files import MAX_JSON_BYTES, check_download, inside, read_json
+from metadata.schemas import Preprocessing, Size, StatedPreprocessing
 
 TORCH_WORDS, OTHER_WORDS = ("torch", "pt", "script", "jit", "statedict"), ("tensorflow", "keras", "tflite", "savedmodel",
                                                                          "h5", "pb", "tf")
 OTHER_SUFFIXES = {".h5", ".keras", ".pb", ".tflite", ".saved_model"}
 HINTS = ("num_classes", "class_names", "input_shape", "input_size", "preprocessing", "architecture_file")
+AnyFileName = Annotated[str, Field(pattern=r"\A[^\x00-\x1f\x7f]+\z", max_length=200)]
 OWN_LOADER = "The evaluator of record: load a compressed image classifier"  # how the toolkit's model_loader.py begins
 PICKLED_CLASS = re.compile(rb"c([\w.]+)\n([\w.]+)\n")  # pickle's opcode GLOBAL: a module and a name
 COMMA_BEFORE_END = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
@@ -109,9 +110,9 @@ class OriginalMetadata(BaseModel):
         None, validation_alias=AliasChoices("model_format", "format", "framework"))
     architecture: Any = Field(None, validation_alias=AliasChoices(
         "model_class", "architecture", "model_type", "model_name"))
-    weights_file: Annotated[FileName, BeforeValidator(_original_file)] | None = Field(None, validation_alias=AliasChoices(
-        "weights_file", "model_file", "model_path", "weights", "checkpoint"))
-    architecture_file: FileName | None = None
+    weights_file: Annotated[AnyFileName, BeforeValidator(_original_file)] | None = Field(
+        None, validation_alias=AliasChoices("weights_file", "model_file", "model_path", "weights", "checkpoint"))
+    architecture_file: AnyFileName | None = None
     num_classes: Size | None = None
     class_names: Annotated[list[str], BeforeValidator(_original_names)] | None = None
     input_shape: Annotated[tuple[Size, Size, Size], BeforeValidator(_original_shape)] | None = Field(
@@ -198,9 +199,7 @@ def find_weights(folder: Path, metadata: OriginalMetadata, named_in: str) -> tup
             remarks.append(f"{len(found)} files could be the weights: {weights.name} was taken")
     if weights.stat().st_size > MAX_FILE_BYTES:
         raise VerificationError(f"{weights}: {weights.stat().st_size:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
-    with weights.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise VerificationError(f"{weights}: a pointer of Git LFS, not the weights; run git lfs pull there")
+    check_download(weights)
     return weights, remarks
 
 

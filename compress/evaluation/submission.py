@@ -123,7 +123,12 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--submission_dir {folder}: there is no such folder")
-    path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), folder / METADATA_FILE)
+    path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), None)
+    if path is None:
+        below = next((file.parent for name in ORIGINAL_METADATA_FILES for above in ("*", "*/*")
+                      for file in sorted(folder.glob(f"{above}/{name}"))), None)
+        raise VerificationError(f"{folder}: expected {' or '.join(ORIGINAL_METADATA_FILES)} in it, there is neither"
+                                + (f"; {below} has one: pass that folder" if below else ""))
     try:
         content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
     except VerificationError:

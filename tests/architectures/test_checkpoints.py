@@ -259,6 +259,22 @@ def test_malformed_pickles_are_refused_in_one_line(data: bytes, tmp_path: Path) 
     refused(rewritten(saved({"model": STATE}, tmp_path / "bad.pth"), data))
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(("content", "said"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 46827520\n", "a pointer of Git LFS"),
+    (b"\n<!DOCTYPE html><html><title>Quota exceeded</title></html>", "a page of a web site"), (b"", "the file is empty")])
+def test_what_a_failed_download_leaves_is_named(content: bytes, said: str, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    assert said in refused(path)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    path = saved(STATE, tmp_path / "weights.pth")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "cut short" in refused(path)
+
+
 def test_torchscript_is_named(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch wants it no more, but such files are there
@@ -275,7 +291,7 @@ def header(content: dict[str, Any]) -> bytes:
     struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 10**9) + b"{" + b" " * 100, struct.pack("<Q", 2) + b"[]",
     header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
     header({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}) + b"1234",
-    b"nonsense", b""])
+    b"nonsense"])
 def test_hostile_safetensors_are_refused_in_one_line(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(data)
     assert "not a safetensors file" in refused(tmp_path / "bad.safetensors")

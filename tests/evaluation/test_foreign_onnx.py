@@ -41,7 +41,7 @@ def network(input_dims: list[Any], nodes: list[Any] | None = None) -> onnx.Model
 
 
 def fold(folder: Path, model: onnx.ModelProto, **metadata: Any) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     onnx.save(model, folder / "model.onnx")
     (folder / "metadata.json").write_text(json.dumps({
         "model_format": "onnx", "input_size": [3, SIDE, SIDE], "preprocessing": {
@@ -125,6 +125,24 @@ def test_numbers_in_attribute_lists_are_counted(tmp_path: Path) -> None:
     counted = [read_onnx(fold(tmp_path / str(index), model) / "model.onnx", (3, SIDE, SIDE)).parameters
                for index, model in enumerate((PLAIN, VARIANTS["eight images a call"][0]))]
     assert counted[1] == counted[0] + 4
+
+
+@pytest.mark.parametrize(("ir_version", "opset"), [(99, 13), (8, 99)])
+def test_a_file_of_a_later_onnx_says_so(ir_version: int, opset: int, tmp_path: Path) -> None:
+    model = network(["N", 3, SIDE, SIDE])
+    model.ir_version, model.opset_import[0].version = ir_version, opset
+    with pytest.raises(VerificationError, match=rf"of a later ONNX \(IR {ir_version}, opset {opset}\) than onnx .* knows"):
+        read_onnx(fold(tmp_path / "folder", model) / "model.onnx", (3, SIDE, SIDE))
+
+
+def test_names_of_files_and_folders_as_people_have_them(few: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    place = tmp_path / "submissions"
+    folder = fold(place / "team" / "final version", PLAIN, weights_file="Modèle final (1).onnx", accuracy=float("nan"))
+    (folder / "model.onnx").rename(folder / "Modèle final (1).onnx")
+    (folder / "metadata.json").write_bytes(b"\xef\xbb\xbf" + (folder / "metadata.json").read_bytes())  # Windows' mark
+    code, _, error = evaluate(folder)
+    assert code == 0, error
+    assert_refused(evaluate(place), f"{folder} has one: pass that folder")
 
 
 # ------------------------------------------------------------------------------------------------- external data

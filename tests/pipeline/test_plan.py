@@ -9,11 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from architectures.zoo import make
 from compress.pipeline.config import resolve
 from compress.pipeline.plan import make_plan
 from compress.pipeline.run import run_pipeline
 from compress.training.trackers import Tracker
 from metadata.errors import UserError
+from tests.helpers.folders import draw_folder
 from tests.helpers.commands import Compress, SMALL, assert_one_line_error
 
 
@@ -118,7 +120,24 @@ def test_teacher_with_other_classes_is_refused(small_run: Path, compress: Compre
     assert done.returncode == 0 and "from checkpoint" in done.stdout
     (tmp_path / "bad.pth").write_bytes(good.read_bytes()[:5000])
     done = compress("plan", *common[:-1], f"teacher.checkpoint={tmp_path / 'bad.pth'}")
-    assert_one_line_error(done, "bad.pth", "not a PyTorch state dict")
+    assert_one_line_error(done, "bad.pth", "cut short")
+
+
+def test_a_teacher_without_class_names_for_numbered_classes(tmp_path: Path) -> None:
+    """torchvision's folders sort 1, 10, 2; timm's 1, 2, 10: nothing in the file tells which it was."""
+    draw_folder(tmp_path / "images", classes=11, images=4, size=8)
+    for split in (tmp_path / "images").iterdir():
+        for number, folder in enumerate(sorted(split.iterdir()), 1):
+            folder.rename(split / str(number))
+    torch.save(make("slim_resnet18", num_classes=11, width=4, stem="small").state_dict(), tmp_path / "teacher.pth")
+    (tmp_path / "recipe.yaml").write_text(f"""
+data: {{name: image_folder, root: {tmp_path / 'images'}, resize: 8, crop: 8, validation_fraction: 0.25}}
+stages: [teacher: {{model: slim_resnet18, options: {{width: 4, stem: small}}, checkpoint: {tmp_path / 'teacher.pth'},
+                    train: {{epochs: 0}}}}]
+""")
+    plan = make_plan(resolve(str(tmp_path / "recipe.yaml")), Tracker(Console(file=io.StringIO())))
+    assert plan.splits.card.class_names[:3] == ["1", "10", "11"]
+    assert "sorted as text (1, 10, 11, ...)" in plan.sketch.warnings[0] and "(1, 2, 3, ...)" in plan.sketch.warnings[0]
 
 
 def test_safetensors_teacher(small_run: Path, compress: Compress, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def _load(opened: Checkpoint, module: nn.Module, card: DatasetCard) -> tuple[lis
     if not any(parameter.is_meta for parameter in module.parameters()):
         module.load_state_dict(opened.weights)
     stated, wanted = opened.class_names, card.class_names
-    if stated is None or stated == wanted:
+    if stated is None:
+        return opened.notes, _order_in_doubt(wanted)
+    if stated == wanted:
         return opened.notes, []
     order = class_permutation(stated, wanted)
     if order is None:
@@ -134,3 +137,16 @@ def _load(opened: Checkpoint, module: nn.Module, card: DatasetCard) -> tuple[lis
                         "checkpoint")
     return [*opened.notes, "its classes are in another order and are put into the data's, by name (class 0 is "
                            f"{stated[0]!r} in it, {wanted[0]!r} in the data)"], []
+
+
+def _order_in_doubt(names: list[str]) -> list[str]:
+    """Return a warning where training scripts number these classes differently: sorted as text, or by the numbers in it."""
+    def by_number(name: str) -> list[Any]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+    other = sorted(names, key=by_number)
+    if names != sorted(names) or names == other:
+        return []
+    return ["it names no classes; its logits are taken in the order of the data's, sorted as text "
+            f"({', '.join(names[:3])}, ...), as torchvision does; timm sorts by number and regardless of case "
+            f"({', '.join(other[:3])}, ...)"]
