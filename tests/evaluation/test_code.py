@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown schema": (lambda f: edit(f, schema=7), "schema"),
     "weights missing": (lambda f: (f / "best_weights.pth").unlink(), "0 files end in"),
     "weights named but missing": (lambda f: edit(f, weights_file="other.pth"), "it is not there"),
-    "weights empty": (lambda f: (f / "best_weights.pth").write_bytes(b""), "not a PyTorch state dict"),
+    "weights empty": (lambda f: (f / "best_weights.pth").write_bytes(b""), "the file is empty"),
     "weights huge": (lambda f: os.truncate(f / "best_weights.pth", 2**33), "over the limit"),
     "two candidates": (lambda f: shutil.copy(f / "best_weights.pth", f / "a.pt"), "2 files end in"),
     "weights outside": (lambda f: edit(f, weights_file="a/../../w.pth"), "outside the submission"),

@@ -92,9 +92,9 @@ def code_in_a_pickle(folder: Path) -> None:
 ARCH, META = "trained_pruned_architecture.json", "model_metadata.json"
 ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
     "weights missing": (lambda f: weights_of(f).unlink(), False, "is not there"),
-    "weights empty": (lambda f: weights_of(f).write_bytes(b""), True, "not a PyTorch state dict"),
+    "weights empty": (lambda f: weights_of(f).write_bytes(b""), True, "the file is empty"),
     "weights cut short": (lambda f: weights_of(f).write_bytes(weights_of(f).read_bytes()[:2000]), True,
-                          "not a PyTorch state dict"),
+                          "cut short"),
     "weights swapped unstated": (lambda f: edit_weights(f, lambda w: w["fc.bias"].add_(1)), False, "sha256"),
     "pickle with code": (code_in_a_pickle, True, "not a PyTorch state dict"),
     "tensor missing": (lambda f: edit_weights(f, lambda w: w.pop("fc.bias")), True, "tensor fc.bias is missing"),
