@@ -236,7 +236,8 @@ def test_hostile_onnx_files_are_refused(attack: str, onnx_submission: Path, eval
 
 
 @pytest.mark.parametrize(("content", "said"), [
-    (b"", "the file is empty"), (b"\x00nonsense" * 9, "not an ONNX file"), (None, "2 GB")], ids=["empty", "nonsense", "huge"])
+    (b"", "the file is empty"), (b"\x00nonsense" * 9, "not an ONNX file"), (None, "2 GB")],
+    ids=["empty", "nonsense", "huge"])
 def test_files_that_are_no_onnx(content: bytes | None, said: str, onnx_submission: Path, evaluate: Evaluate,
                                 tmp_path: Path) -> None:
     folder = Path(shutil.copytree(onnx_submission, tmp_path / "folder"))
