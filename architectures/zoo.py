@@ -30,6 +30,12 @@ def families() -> dict[str, Callable[..., nn.Module]]:
     return found
 
 
+def family_modules(name: str) -> list[str]:
+    """Return the module in `architectures/families/` that holds a model; none for a model of torchvision or timm."""
+    modules = [f"architectures.families.{module.name}" for module in pkgutil.iter_modules(architectures.families.__path__)]
+    return [module for module in modules if name in importlib.import_module(module).MODELS]
+
+
 def names() -> list[str]:
     """Return the names of the project's own models, sorted."""
     return sorted(families())

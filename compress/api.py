@@ -31,7 +31,7 @@ def run(recipe: str | Path, *overrides: str, update: bool = False, quiet: bool =
     Args:
         recipe: name of a packaged recipe, or path of a .yaml file.
         overrides: settings to change, written as on the command line, such as "prune.ratio=0.4".
-        update: redo the stages that the changed settings affect, where the run's folder holds other settings.
+        update: make finished stages again that changed settings, data, files or code affect.
         quiet: print no progress.
         settings: settings to change, as values. A mapping changes the keys that it names and no others.
 

@@ -212,17 +212,18 @@ class Config(BaseModel):
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the keys whose values differ in nested mappings, as `a.b: 1 -> 2`."""
-    mine, theirs = _flatten(now), _flatten(before)
+    mine, theirs = flattened(now), flattened(before)
     return [f"{key}: {theirs.get(key)} -> {mine.get(key)}" for key in [*mine, *(key for key in theirs if key not in mine)]
             if mine.get(key) != theirs.get(key)]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings, and lists of mappings, as one mapping with keys such as `a.b`."""
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         value = {str(index): entry for index, entry in enumerate(value)}
     if isinstance(value, dict) and value:
         return {key: leaf for name, part in value.items()
-                for key, leaf in _flatten(part, f"{prefix}.{name}" if prefix else str(name)).items()}
+                for key, leaf in flattened(part, f"{prefix}.{name}" if prefix else str(name)).items()}
     return {prefix: value}
 
 

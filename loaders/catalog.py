@@ -24,6 +24,12 @@ def sets() -> dict[str, Callable[[Request], Splits]]:
     return found
 
 
+def set_module(name: str) -> str:
+    """Return the module in `loaders/sets/` that holds a known data set."""
+    modules = [f"loaders.sets.{module.name}" for module in pkgutil.iter_modules(loaders.sets.__path__)]
+    return next(module for module in modules if name in importlib.import_module(module).SETS)
+
+
 def set_name(name: str) -> str:
     """Return the canonical spelling of a data set's name, such as `cifar10` for `CIFAR-10`; other names are kept."""
     return spelled(name, sets())

@@ -7,6 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
+@dataclass
+class FileHashes:
+    """Hashes of files, by group, that spare the next start the reading; see `loaders/content.py`.
+
+    Args:
+        known: for each group of files a hash of their paths, sizes and times, and a hash of their bytes.
+        changed: whether a group was read since.
+    """
+
+    known: dict[str, tuple[str, str]] = field(default_factory=dict)
+    changed: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A request for a data set.
@@ -26,6 +39,7 @@ class Request:
         on_progress: called with (done, total) while images are decoded.
         channels: 3 repeats the channel of grey images; 1 makes colour images grey.
         image_size: side of the square input of the model; resize keeps its proportion to the crop.
+        hashes: the hashes of files of an earlier start; those of the files that are read are added.
     """
 
     name: str
@@ -41,3 +55,4 @@ class Request:
     on_progress: Callable[[int, int], None] | None = None
     channels: int | None = None
     image_size: int | None = None
+    hashes: FileHashes = field(default_factory=FileHashes)

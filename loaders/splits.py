@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from loaders.arrays import ArrayImages, Images, ResizedImages, in_memory, prefetched
+from loaders.content import array_content, content_hash
 from loaders.request import Request
 from metadata.errors import UserError, describe_validation_error
 from metadata.locks import appearing
@@ -141,8 +142,10 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
         return Split(in_memory(resized, request), labels)
 
     kept, held = hold_out(labels, request.validation_fraction, request.seed)
+    content = array_content(class_names, {"train": (pixels, labels), "test": open_test()})
     card = DatasetCard(name=request.name, class_names=class_names, input_shape=shape, preprocessing=settings,
-                       counts={"train": len(kept), "validation": len(held)}, fingerprint=fingerprint(pixels, labels))
+                       counts={"train": len(kept), "validation": len(held)}, fingerprint=content_hash(content),
+                       content=content)
     warnings = few_images_warnings(labels, class_names) if request.validation_fraction else []
     return Splits(train=split(pixels[kept], labels[kept]), validation=split(pixels[held], labels[held]),
                   open_test=lambda: split(*open_test()), card=card, warnings=warnings)

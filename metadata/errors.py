@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
@@ -37,6 +38,11 @@ def first_line(error: BaseException) -> str:
         lines = [line.strip() for line in lines if line.strip() and not _UNSAFE_ADVICE.search(line)]
     line = (lines or [type(error).__name__])[0]
     return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def some_of(texts: Sequence[str], most: int = 4, separator: str = ", ") -> str:
+    """Return the first texts in one line, with dots for the others."""
+    return separator.join([*texts[:most], *["..."] * (len(texts) > most)])
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -19,7 +19,9 @@ class DatasetCard(Strict):
     preprocessing: StatedPreprocessing
     flip: bool = Field(True, description="whether a mirrored image still shows its class")
     counts: dict[str, int] = Field({}, description="number of images of each split")
-    fingerprint: str = Field("", description="changes when the images on disk change")
+    fingerprint: str = Field("", description="a hash of the content")
+    content: dict[str, dict[str, str]] = Field({}, description="for each split and class, the number of images and a hash "
+                                               "of their bytes in order; see loaders/content.py")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +67,9 @@ class StageRecord(Strict):
 
     schema_version: Literal[1] = 1
     stage: str
-    key: str = Field(description="hash of the stage's settings, its parent's key and its source")
+    key: str = Field(description="hash of what the stage was made from")
+    made_from: dict[str, dict[str, Any]] = Field({}, description="settings, data, files and code that decide the result; "
+                                                 "earlier versions did not record them")
     config: dict[str, Any]
     notes: dict[str, Any] = {}
     warnings: list[str] = []

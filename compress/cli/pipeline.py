@@ -17,7 +17,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 
 def run(recipe: RecipeName, overrides: Overrides = None,
-        update: Annotated[bool, typer.Option("--update", help="redo the stages that the changed settings affect")] = False,
+        update: Annotated[bool, typer.Option("--update", help="make finished stages again that changed settings, "
+                                                      "data, files or code affect")] = False,
         ) -> None:
     """Run a recipe from teacher to scored submission. The same command continues an interrupted run."""
     from compress.cli.tables import print_ledger
@@ -43,6 +44,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Check a recipe and its data, and print what would run. Train nothing and write nothing."""
     from compress.training.trackers import Tracker, terminal
     from compress.pipeline.config import resolve
+    from compress.pipeline.folder import standing
     from compress.pipeline.plan import make_plan
 
     console = terminal()
@@ -55,6 +57,8 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
         console.print(f"{'':22}{json.dumps(stage.model_dump(mode='json'))}", style="dim", highlight=False, soft_wrap=True)
     for text in (*planned.splits.warnings, *planned.sketch.warnings):
         console.print(f"warning: {text}", style="bold red", highlight=False)
+    for text in standing(planned):
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def recipes() -> None:

@@ -1,17 +1,24 @@
-"""A run's folder: claimed by one process and one configuration, read back, and cleared of stale stages."""
+"""A run's folder: claimed by one process, read back, and cleared of stages that are to be made again.
+
+Nothing that a run has finished is removed unless the user says `--update`. What would be redone is named, with the reason.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from compress.pipeline.config import RunConfig
-from compress.pipeline.plan import threads
+from compress.pipeline.identity import StageIdentity
+from compress.pipeline.plan import RunPlan, threads
 from compress.training.trackers import Tracker
-from metadata.errors import UserError
+from loaders.content import write_hashes
+from metadata.errors import UserError, VerificationError, some_of
 from metadata.files import read_json, write_json
 from metadata.locks import locked
 from metadata.machine import machine, versions
@@ -19,35 +26,131 @@ from metadata.records import StageRecord
 
 RUN, CARD, STAGE, KEY, SUBMISSION = "run.json", "card.json", "stage.json", "stage.key", "submission"
 RESULTS, REPORT, PLOT = "results.json", "report.md", "plot.png"  # what a finished run adds
+WORK = ("*.pth", "*.onnx")  # of an interrupted stage: checkpoints, cached outputs of a teacher, candidates of a search
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageStatus:
+    """How far a stage of a run has come.
+
+    Args:
+        name: of the stage's folder.
+        state: "finished"; "begun" and to be continued; "open", with nothing to lose; or "stale": finished or begun, and to
+            be redone.
+        reasons: why a stale stage is; none if only because a stage before it is to be made.
+        record: of a finished stage.
+    """
+
+    name: str
+    state: Literal["finished", "begun", "open", "stale"]
+    reasons: list[str] = field(default_factory=list)
+    record: StageRecord | None = None
+
+
+def survey(folder: Path, plan: RunPlan) -> list[StageStatus]:
+    """Return how far each stage of a plan has come in a run's folder, and then what is left of other stages."""
+    found: list[StageStatus] = []
+    to_make = ""  # the first stage that has not finished: what follows it is made from its result
+    named = False  # whether a reason was given
+    for (name, _), identity in zip(plan.stages, plan.identities, strict=True):
+        status = _status(folder / name, identity, to_make)
+        if status.state == "stale" and not status.reasons and not named:
+            status = replace(status, reasons=[f"{to_make} before it is not finished"])
+        found.append(status)
+        named = named or bool(status.reasons)
+        to_make = to_make or ("" if status.state == "finished" else name)
+    planned = {name for name, _ in plan.stages}
+    found += [StageStatus(name=path.name, state="stale", reasons=["the recipe has no such stage any more: to be removed"])
+              for path in sorted(folder.glob("[0-9][0-9]-*")) if path.name not in planned and _has_work(path)]
+    return found
+
+
+def _status(own: Path, identity: StageIdentity, to_make: str) -> StageStatus:
+    if (own / STAGE).is_file():
+        try:
+            record: StageRecord = read_json(own / STAGE, StageRecord)
+        except VerificationError as error:
+            return StageStatus(name=own.name, state="stale", reasons=[str(error)])
+        if record.key == identity.key and not to_make:
+            return StageStatus(name=own.name, state="finished", record=record)
+        return StageStatus(name=own.name, state="stale", reasons=identity.changes(record.made_from))
+    if (own / KEY).is_file():
+        key, made_from = _begun_with(own / KEY)
+        if key == identity.key and not to_make:
+            return StageStatus(name=own.name, state="begun")
+        if work := _work(own):
+            reasons = [*identity.changes(made_from), f"it has begun: {work[0]}"]
+            return StageStatus(name=own.name, state="stale", reasons=reasons)
+    return StageStatus(name=own.name, state="open")
+
+
+def _work(own: Path) -> list[str]:
+    """Return the files of an interrupted stage that took long to make."""
+    return sorted(path.name for pattern in WORK for path in own.glob(pattern))
+
+
+def _has_work(own: Path) -> bool:
+    return (own / STAGE).is_file() or ((own / KEY).is_file() and bool(_work(own)))
+
+
+def _begun_with(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the key of a stage that has begun, and what from; earlier versions wrote the key alone."""
+    text = path.read_text()
+    try:
+        content = json.loads(text)
+        return str(content["key"]), dict(content["made_from"])
+    except (ValueError, LookupError, TypeError):
+        return text, {}
+
+
+def to_redo(found: Sequence[StageStatus]) -> str:
+    """Return the stages that are to be redone, with their reasons, in words; "" if there are none."""
+    stale = [status for status in found if status.state == "stale"]
+    named = [f"{status.name} ({some_of(status.reasons, 3, '; ')})" for status in stale if status.reasons]
+    following = [status.name for status in stale if not status.reasons]
+    return some_of(named, 4) + (f" and what follows it ({', '.join(following)})" if following else "")
+
+
+def standing(plan: RunPlan) -> list[str]:
+    """Return a line on what the run's folder already holds of a plan, and one on what would be redone."""
+    folder = plan.config.run_dir / plan.config.name
+    found = survey(folder, plan) if (folder / RUN).is_file() else []
+    words = {"finished": "finished before", "begun": "begun"}
+    lines = [f"{folder}: {words[state]}: {', '.join(names)}" for state in words
+             if (names := [status.name for status in found if status.state == state])]
+    return lines + ([f"{folder}: would be redone, with --update: {redo}"] if (redo := to_redo(found)) else [])
 
 
 @contextmanager
-def claimed(folder: Path, config: RunConfig, update: bool, tracker: Tracker) -> Iterator[None]:
-    """Hold the folder for this process and this configuration.
+def claimed(folder: Path, plan: RunPlan, update: bool, tracker: Tracker) -> Iterator[list[StageStatus]]:
+    """Hold the folder for this process. Yield how far the stages have come.
 
     Raises:
-        UserError: the folder holds something else, a run of other settings (without `update`), or another process has
-            the folder.
+        UserError: the folder holds something else, or another process has it; or, without `update`, something that is
+            finished would be redone. Nothing in the folder was changed then.
     """
+    before = None
     if (folder / RUN).is_file():
-        _check_same(folder, config, update, tracker)
+        before = read_config(folder)
     elif folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"{folder}: already there and not a run's folder; choose name=OTHER or run_dir=DIR")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "choose name=OTHER"):
-        write_json(folder / RUN, {"schema": 1, "config": config.model_dump(mode="json"), "machine": machine(),
+        found = survey(folder, plan)
+        if redo := to_redo(found):
+            if not update:
+                raise UserError(f"{folder} holds work that would be redone: {redo}; nothing was changed; pass --update to "
+                                "redo it, or choose name=OTHER")
+            tracker.say(f"redone: {redo}")
+        if before and any(status.state == "begun" for status in found):
+            _warn_of_bits(before, plan.config, tracker)
+        write_json(folder / RUN, {"schema": 1, "config": plan.config.model_dump(mode="json"), "machine": machine(),
                                   "versions": versions()})
-        yield
+        write_hashes(folder, plan.hashes)
+        yield found
 
 
-def _check_same(folder: Path, config: RunConfig, update: bool, tracker: Tracker) -> None:
-    """Raise UserError where the folder holds a run of other settings; warn of other threads and another device."""
-    before = read_config(folder)
-    difference = config.difference(before)
-    if difference and not update:
-        raise UserError(f"{folder} already holds another run ({', '.join(difference[:4])}"
-                        f"{', ...' if len(difference) > 4 else ''}); choose name=OTHER, or pass --update to redo "
-                        "only the stages that this changes")
+def _warn_of_bits(before: RunConfig, config: RunConfig, tracker: Tracker) -> None:
     if (threads(before), before.device) != (threads(config), config.device):
         tracker.warn(f"this run began on {threads(before)} threads, device {before.device}; a training that continues "
                      f"on {threads(config)} threads, device {config.device}, does not end with the same bits")
@@ -68,23 +171,13 @@ def read_config(folder: Path) -> RunConfig:
         raise UserError(f"{path}: not a run's settings; move the folder away, or choose name=OTHER") from error
 
 
-def finished(folder: Path, name: str, key: str) -> StageRecord | None:
-    """Return the record of a stage that has finished with this key, or None."""
-    path = folder / name / STAGE
-    if not path.is_file():
-        return None
-    record: StageRecord = read_json(path, StageRecord)
-    return record if record.key == key else None
-
-
-def open_stage(folder: Path, name: str, key: str) -> Path:
-    """Return the stage's folder, ready to run in: what an interrupted run with the same key left there is kept."""
-    own = folder / name
-    started = own / KEY
-    if not started.is_file() or started.read_text() != key:
-        remove_stages(folder, from_number=int(name[:2]))  # other settings made them, and what follows them
+def open_stage(folder: Path, status: StageStatus, identity: StageIdentity) -> Path:
+    """Return the stage's folder, ready to run in: what an interrupted run of the same stage left there is kept."""
+    own = folder / status.name
+    if status.state != "begun":
+        remove_stages(folder, from_number=int(status.name[:2]))  # made from something else, and so is what follows them
         own.mkdir()
-        started.write_text(key)
+        write_json(own / KEY, {"key": identity.key, "made_from": identity.made_from})
     for leftover in own.glob(".*.part"):  # SIGKILL cut the write short
         leftover.unlink()
     return own

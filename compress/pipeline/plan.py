@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from compress.pipeline.config import DataConfig, RunConfig
+from compress.pipeline.identity import StageIdentity, identities
 from compress.pipeline.stage import KINDS, Sketch, Stage, signature, stage_class
 from compress.settings import settings_error
 from compress.training.trackers import Tracker
 from loaders.catalog import load
-from loaders.request import Request
+from loaders.content import read_hashes
+from loaders.request import FileHashes, Request
 from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.machine import usable_cores
@@ -28,6 +30,8 @@ class RunPlan:
     stages: list[tuple[str, Stage]]  # folder name, stage
     splits: Splits
     sketch: Sketch
+    identities: list[StageIdentity]  # of the stages
+    hashes: FileHashes  # of the data's files
 
 
 def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
@@ -77,7 +81,8 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
         raise UserError("device cuda: torch sees no CUDA device; use device=cpu or auto")
     stages = parse_stages(config)
     with tracker.progress("reading images") as advance:
-        splits = load(request(config.data, config.seed, threads(config), advance))
+        hashes = read_hashes(config.run_dir / config.name)
+        splits = load(replace(request(config.data, config.seed, threads(config), advance), hashes=hashes))
     if not len(splits.validation):
         raise UserError(f"data.validation_fraction {config.data.validation_fraction:g}: nothing is held out, and a "
                         "pipeline measures and chooses by validation images; give a fraction such as 0.05, or an image "
@@ -94,7 +99,8 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
             sketch.lines.append("")
     if problems:
         raise UserError("; ".join(problems))
-    return RunPlan(config=config, stages=stages, splits=splits, sketch=sketch)
+    return RunPlan(config=config, stages=stages, splits=splits, sketch=sketch, hashes=hashes,
+                   identities=identities(stages, splits.card, config))
 
 
 def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:

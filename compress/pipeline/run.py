@@ -12,14 +12,15 @@ import torch
 from rich.console import Console
 
 from compress.pipeline.config import RunConfig
-from compress.pipeline.folder import CARD, KEY, RESULTS, STAGE, claimed, finished, open_stage, remove_stages
-from compress.pipeline.identity import data_key, stage_key
+from compress.pipeline.folder import CARD, KEY, RESULTS, STAGE, StageStatus, claimed, open_stage, remove_stages
+from compress.pipeline.identity import StageIdentity
 from compress.pipeline.ledger import evaluation_row, ledger_row, served
 from compress.pipeline.plan import RunPlan, make_plan, threads
 from compress.pipeline.report import write_report
 from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
 from compress.training.assessment import interleaved_times
 from compress.training.trackers import Tracker
+from loaders.splits import Split
 from metadata.errors import VerificationError
 from metadata.files import write_json
 from metadata.formats import write_csv
@@ -44,7 +45,7 @@ def run_pipeline(config: RunConfig, console: Console, update: bool = False) -> R
     Args:
         config: the run's settings.
         console: where progress goes.
-        update: accept a folder that holds a run of other settings; stages whose settings are the same are kept.
+        update: make finished stages again if what they were made from has changed: settings, data, files or code.
 
     Raises:
         UserError: the user made a mistake; nothing was lost, and the same command continues once it is mended.
@@ -54,8 +55,8 @@ def run_pipeline(config: RunConfig, console: Console, update: bool = False) -> R
     tracker = Tracker(console)
     plan = make_plan(config, tracker)
     folder = config.run_dir / config.name
-    with claimed(folder, config, update, tracker):
-        return PipelineRun(plan=plan, folder=folder, tracker=tracker).complete()
+    with claimed(folder, plan, update, tracker) as found:
+        return PipelineRun(plan=plan, folder=folder, tracker=tracker).complete(found)
 
 
 @dataclass(kw_only=True)
@@ -77,21 +78,20 @@ class PipelineRun:
         cuda = chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if cuda else "cpu")
 
-    def complete(self) -> RunOutcome:
-        """Run the stages that have not finished, in order, and write the report."""
+    def complete(self, found: list[StageStatus]) -> RunOutcome:
+        """Run the stages that have not finished, in order, and write the report; `found` is how far they have come."""
         self._begin()
-        config, stages = self.plan.config, self.plan.stages
-        key = data_key(self.plan.splits.card, config)
-        for (name, stage), line in zip(stages, self.plan.sketch.lines, strict=True):
-            key = stage_key(key, name, stage)
+        stages = self.plan.stages
+        for (name, stage), line, identity, status in zip(stages, self.plan.sketch.lines, self.plan.identities,
+                                                         found[:len(stages)], strict=True):
             title = f"[{int(name[:2])}/{len(stages)}] {_stage_name(name)}"
-            record = finished(self.folder, name, key)
+            record = status.record
             if record:
                 self.tracker.say(f"{title}: finished before, skipped")
                 self._load_output(stage, name)
             else:
                 self.tracker.say(f"{title}: {line}")
-                record = self._run_stage(stage, name, key)
+                record = self._run_stage(stage, status, identity)
             self._enter(record)
         return self._end()
 
@@ -121,16 +121,17 @@ class PipelineRun:
 
     # --------------------------------------------------------------------------------------------------- one stage
 
-    def _run_stage(self, stage: Stage, name: str, key: str) -> StageRecord:
+    def _run_stage(self, stage: Stage, status: StageStatus, identity: StageIdentity) -> StageRecord:
         """Run a stage, measure its result, and write its record last."""
-        folder = open_stage(self.folder, name, key)
-        context = self._context(folder)
+        name, folder = status.name, open_stage(self.folder, status, identity)
+        context = self._context(stage, folder)
         seconds = self._transform(stage, name, context)
         row = self._measure(self.outputs[-1], folder, _stage_name(name), seconds)
         if isinstance(stage, CompressingStage) and not stage.allow_slower and self.latest:
             self._refuse_slower(name, row, self.latest)
-        record = StageRecord(stage=name, key=key, config=stage.model_dump(mode="json"), notes=context.notes,
-                             warnings=context.warnings, rows=[row, *self._measure_extras(name, context)])
+        record = StageRecord(stage=name, key=identity.key, made_from=identity.made_from,
+                             config=stage.model_dump(mode="json"), notes=context.notes, warnings=context.warnings,
+                             rows=[row, *self._measure_extras(name, context)])
         write_json(folder / STAGE, record.model_dump(mode="json"))
         for path in [*folder.glob("checkpoint*.pth"), *folder.glob("best-*.pth")]:
             path.unlink()
@@ -138,8 +139,11 @@ class PipelineRun:
                          f"{row.split} accuracy {row.accuracy:.2%} ({row.correct}/{row.images}), {seconds:.1f} s")
         return record
 
-    def _context(self, folder: Path) -> Context:
-        return Context(splits=self.plan.splits, device=self.device, seed=self.plan.config.seed, folder=folder,
+    def _context(self, stage: Stage, folder: Path) -> Context:
+        splits = self.plan.splits
+        if not stage.opens_test:  # its identity does not hold the test images
+            splits = dataclasses.replace(splits, open_test=_refuse_test)
+        return Context(splits=splits, device=self.device, seed=self.plan.config.seed, folder=folder,
                        run_folder=self.folder, tracker=dataclasses.replace(self.tracker, folder=folder),
                        outputs=self.outputs, measurements=self.latest.model_dump() if self.latest else {})
 
@@ -189,6 +193,10 @@ class PipelineRun:
                 f"stage {name}: its result is slower, {now:.3f} ms against {earlier:.3f} ms, and not smaller, "
                 f"{row.size_bytes:,} bytes against {before.size_bytes:,}; take the stage out, or set "
                 f"{_stage_name(name)}.allow_slower=true")
+
+
+def _refuse_test() -> Split:
+    raise AssertionError("a stage that opens the test split says so: opens_test = True")
 
 
 def _stage_name(folder_name: str) -> str:

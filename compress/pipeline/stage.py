@@ -201,6 +201,15 @@ class Stage(Config):
     """
 
     history: ClassVar[str | None] = None  # the entry that the stage adds to compression_steps
+    opens_test: ClassVar[bool] = False  # whether the stage may open the test split
+
+    def modules(self) -> list[str]:
+        """Return the modules that the stage finds by name instead of importing them, such as that of a model family."""
+        return []
+
+    def reads(self) -> dict[str, Any]:
+        """Return what the stage reads beside its settings and the files they name, such as baselines, as JSON values."""
+        return {}
 
     def check(self, sketch: Sketch) -> None:
         """Raise UserError for what is sure to fail before anything runs; sketch the model that the stage will make."""

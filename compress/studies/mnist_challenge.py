@@ -26,8 +26,9 @@ from compress.training.flags import TrainingRun, validated
 from compress.training.loggers import draw_curves
 from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
-from compress.training.run import CHECKPOINT, SUMMARY, claimed_log_dir, flags_named, prepare_training, write_settings
+from compress.training.run import CHECKPOINT, SUMMARY, begin, claimed_log_dir, flags_named, prepare_training
 from compress.training.trackers import Tracker
+from loaders.content import read_hashes
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import write_json
@@ -122,8 +123,8 @@ def _train(config: TrainingRun, console: Console) -> ChallengeResult:
         device = torch.device("cpu")
         tracker = Tracker(console, folder)
         with flags_named():
-            splits, model, options = prepare_training(config, tracker)
-        write_settings(config)
+            splits, model, options = prepare_training(config, tracker, hashes := read_hashes(folder))
+        begin(config, splits.card, hashes, tracker)
         # The test split is measured and decides nothing.
         data = training_data(splits.train, splits.open_test(), splits.card, config.training, seed=config.seed,
                              device=device)

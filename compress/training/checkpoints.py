@@ -30,12 +30,14 @@ class Checkpoints:
         label: the training's name, for messages.
         seconds: time between checkpoints.
         writes: whether this process writes; the first of a team does.
+        data: fingerprint of the data, which a checkpoint keeps; "" if it is not known.
     """
 
     path: Path
     label: str
     seconds: float
     writes: bool
+    data: str = ""
     saved: float = field(default_factory=time.monotonic)
 
     @property
@@ -47,11 +49,15 @@ class Checkpoints:
         """Continue from the checkpoint; return whether there is one.
 
         Raises:
-            UserError: the file is damaged, or of another training.
+            UserError: the file is damaged, or of another training or other data.
         """
         if not self.path.is_file():
             return False
         content = _read(self.path)
+        began_with = content.get("data", "") if isinstance(content, dict) else ""
+        if began_with and self.data and began_with != self.data:
+            raise UserError(f"{self.path}: the data are not those of the checkpoint (their hash is {self.data}, the "
+                            f"checkpoint's {began_with}); bring the data back to continue, or start in another folder")
         try:
             state.load_state_dict(content)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -71,7 +77,7 @@ class Checkpoints:
         self.check_finite(state)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
             raise self._diverged(state, "the weights are not finite any more")
-        write_tensors(self.path, state.state_dict())
+        write_tensors(self.path, {**state.state_dict(), "data": self.data})
         for path in self.path.parent.glob(best_file(self.path, "*").name):
             if path != best_file(self.path, state.best_epoch):  # no checkpoint names this file any more
                 path.unlink()

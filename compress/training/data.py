@@ -31,6 +31,7 @@ class Data:
     validation: Split
     augmenter: Augmenter
     preprocessing: Preprocessing
+    fingerprint: str = ""  # of the data set's content
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -88,7 +89,8 @@ def training_data(train: Split, validation: Split, card: DatasetCard, settings: 
                     shift=settings.affine_shift)
     augmenter = Augmenter(names=list(augmentations(settings, card)), size=card.input_shape[1:], padding=settings.padding,
                           seed=seed, samples=len(train), affine=affine)
-    return Data(train=train, validation=validation.to(device), augmenter=augmenter, preprocessing=card.preprocessing)
+    return Data(train=train, validation=validation.to(device), augmenter=augmenter, preprocessing=card.preprocessing,
+                fingerprint=card.fingerprint)
 
 
 def augmentations(settings: TrainingSettings, card: DatasetCard) -> list[Augmentation]:

@@ -64,7 +64,7 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
 
     Raises:
         DivergedError: the loss is not finite.
-        UserError: batches would be smaller than two images, or the checkpoint is of another training.
+        UserError: batches would be smaller than two images, or the checkpoint is of another training or other data.
     """
     samples = len(data.train)
     settings.check_batches(label, samples, team.size)
@@ -76,7 +76,8 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
     example = torch.zeros(1, *data.input_shape, device=device)
     updater = _updater(model, loss, settings, device, team, example)
     state = _first_state(updater)
-    files = Checkpoints(path=checkpoint, label=label, seconds=settings.checkpoint_seconds, writes=team.first)
+    files = Checkpoints(path=checkpoint, label=label, seconds=settings.checkpoint_seconds, writes=team.first,
+                        data=data.fingerprint)
     if files.restore(state):
         over = state.step >= last or state.stopped
         tracker.say(f"  {label}: {'done before' if over else f'continuing at step {state.step} of {last}'}")

@@ -28,13 +28,14 @@ from compress.training.loggers import Curves, Logger, TensorBoard, WeightsAndBia
 from compress.training.loop import Trained, train
 from compress.training.malloc import keep_freed_memory
 from compress.training.precision import autocast_dtype, usable
-from compress.training.trackers import Tracker
+from compress.training.trackers import Advance, Tracker
 from loaders.augment import center_crop
 from loaders.catalog import load, set_name
+from loaders.content import HASHES, Content, content_changes, read_hashes, write_hashes
 from loaders.images import normalize
-from loaders.request import Request
+from loaders.request import FileHashes, Request
 from loaders.splits import Splits
-from metadata.errors import UserError
+from metadata.errors import UserError, some_of
 from metadata.files import write_json
 from metadata.formats import write_tensors
 from metadata.locks import locked, remove_leftovers
@@ -44,6 +45,7 @@ from metadata.records import DatasetCard
 SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
 RESERVED = {"name", "num_classes", "pretrained", "known"}  # arguments of `make` that are not the model's own
+UNDECODED_GB = 1e-9  # memory for images that are to be listed and not decoded
 LOOKED_AT = 5000  # training images that a model may see before it trains, such as for whitening
 
 
@@ -70,6 +72,8 @@ def run_training(config: TrainingRun, console: Console) -> dict[str, Any]:
             summary = read_summary(config.log_dir)
         finished, = team.of_first([float(summary is not None)])
         if finished:
+            if team.first:
+                _check_finished(config, tracker)
             tracker.say(f"{config.log_dir}: finished before")
             return summary or {}
         return _train(config, team, tracker, loggers)
@@ -77,7 +81,9 @@ def run_training(config: TrainingRun, console: Console) -> dict[str, Any]:
 
 def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logger]) -> dict[str, Any]:
     with team.first_goes_first(), flags_named():  # one process fetches what is missing
-        splits, model, options = prepare_training(config, tracker)
+        splits, model, options = prepare_training(config, tracker, hashes := read_hashes(config.log_dir))
+        if team.first:
+            begin(config, splits.card, hashes, tracker)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder, device = splits.card, config.log_dir, team.device
@@ -85,7 +91,6 @@ def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logg
     settings.check_batches("train", len(splits.train), team.size)
     if team.first:
         tracker = replace(tracker, folder=folder, loggers=loggers)
-        write_settings(config)
     tracker.say(f"{config.model_name} ({learned_parameters(model):,} parameters) on {card.name} "
                 f"({len(splits.train):,} images, {len(splits.validation):,} held out, {list(card.input_shape)}), "
                 f"{config.epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
@@ -129,21 +134,18 @@ def flags_named() -> Iterator[None]:
         raise type(error)(text) from error
 
 
-def prepare_training(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.Module, dict[str, Any]]:
+def prepare_training(config: TrainingRun, tracker: Tracker, hashes: FileHashes,
+                     ) -> tuple[Splits, nn.Module, dict[str, Any]]:
     """Return the data, the untrained (or pretrained) model, and the options that the model was made with.
 
-    Gray images get three channels where the model takes nothing else, unless the settings say one.
+    Gray images get three channels where the model takes nothing else, unless the settings say one. `hashes` are those of an
+    earlier start, and get the new ones.
 
     Raises:
         UserError: the data is missing, the model is unknown, or their shapes do not fit.
     """
     with tracker.progress("reading images") as advance:
-        request = Request(
-            name=set_name(config.dataset), root=config.data_root, download=config.download,
-            validation_fraction=config.validation_fraction, seed=config.seed,
-            num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-            skip_unreadable=config.skip_unreadable, on_progress=advance, image_size=config.image_size,
-            channels=config.channels)
+        request = _request(config, hashes, advance)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
@@ -164,6 +166,16 @@ def prepare_training(config: TrainingRun, tracker: Tracker) -> tuple[Splits, nn.
         images = center_crop(splits.train.images.batch(some), splits.card.input_shape[1:])
         look(normalize(images, splits.card.preprocessing))
     return splits, model, options
+
+
+def _request(config: TrainingRun, hashes: FileHashes, on_progress: Advance) -> Request:
+    """Return the data settings as the loaders take them."""
+    return Request(
+        name=set_name(config.dataset), root=config.data_root, download=config.download,
+        validation_fraction=config.validation_fraction, seed=config.seed,
+        num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
+        skip_unreadable=config.skip_unreadable, on_progress=on_progress, image_size=config.image_size,
+        channels=config.channels, hashes=hashes)
 
 
 def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
@@ -222,10 +234,9 @@ def claimed_log_dir(config: TrainingRun) -> Iterator[None]:
     files = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if files & {CHECKPOINT, SUMMARY, "metrics.csv"}:  # a training has begun
         if changed := config.difference(_settings_in(folder)):
-            raise UserError(f"{folder} already holds another training ({', '.join(changed[:4])}"
-                            f"{', ...' if len(changed) > 4 else ''}); choose --log_dir OTHER, or give the same settings "
-                            "to continue it")
-    elif {name for name in files if not name.endswith(".part")} - {".lock", SETTINGS, "wandb", "tensorboard"}:
+            raise UserError(f"{folder} already holds another training ({some_of(changed)}); choose --log_dir OTHER, or "
+                            "give the same settings to continue it")
+    elif {name for name in files if not name.endswith(".part")} - {".lock", HASHES, SETTINGS, "wandb", "tensorboard"}:
         raise UserError(f"{folder}: already there and not a training's folder; choose --log_dir OTHER")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "choose --log_dir OTHER"):
@@ -247,11 +258,41 @@ def _settings_in(folder: Path) -> TrainingRun:
                         "--log_dir OTHER") from error
 
 
-def write_settings(config: TrainingRun) -> None:
-    """Write the settings into the log folder when the training begins."""
-    if not (config.log_dir / CHECKPOINT).is_file():
-        write_json(config.log_dir / SETTINGS, {"schema": 1, "config": config.model_dump(mode="json"),
+def begin(config: TrainingRun, card: DatasetCard, hashes: FileHashes, tracker: Tracker) -> None:
+    """Write the settings and the content of the data into the log folder, or compare the data of a training that continues.
+
+    Raises:
+        UserError: the data are not those that the training began with.
+    """
+    write_hashes(config.log_dir, hashes)
+    if (config.log_dir / CHECKPOINT).is_file():
+        _check_data(config.log_dir, card.content, "the checkpoint", tracker)
+    else:
+        write_json(config.log_dir / SETTINGS, {"schema": 1, "config": config.model_dump(mode="json"), "data": card.content,
                                                "machine": machine(), "versions": versions()})
+
+
+def _check_finished(config: TrainingRun, tracker: Tracker) -> None:
+    """Raise UserError if the data are other ones than those that a finished training began with."""
+    if config.data_root is not None and not config.data_root.exists():
+        tracker.warn(f"--data_root {config.data_root} is not there: the data are not compared with those of the training")
+        return
+    hashes = read_hashes(config.log_dir)
+    with flags_named(), tracker.progress("reading images") as advance:
+        request = replace(_request(config, hashes, advance), memory_limit_gb=UNDECODED_GB)
+        content = load(request).card.content
+    write_hashes(config.log_dir, hashes)
+    _check_data(config.log_dir, content, "the finished training", tracker)
+
+
+def _check_data(folder: Path, now: Content, whose: str, tracker: Tracker) -> None:
+    before = json.loads((folder / SETTINGS).read_text()).get("data")
+    if before is None:
+        tracker.warn(f"{folder} began with an earlier version of the toolkit, which did not record its data: see yourself "
+                     "that they are the same")
+    elif changed := content_changes(before, now):
+        raise UserError(f"{folder}: the data are not those of {whose}: {some_of(changed)}; bring the data back, or choose "
+                        "--log_dir OTHER")
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from loaders.arrays import FileImages, in_memory
+from loaders.content import file_content, content_hash
 from loaders.images import decode_image, is_colour
 from loaders.listing import Listing, SPLIT_FOLDERS, list_images
 from loaders.request import Request
-from loaders.splits import Split, Splits, few_images_warnings, fingerprint, hold_out, preprocessing_for
+from loaders.splits import Split, Splits, few_images_warnings, hold_out, preprocessing_for
 from metadata.errors import UserError
 from metadata.records import DatasetCard, dataset_cards
 from metadata.schemas import Preprocessing
@@ -86,6 +87,7 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
         colour = next((path for _, path in sorted(firsts.items()) if is_colour(path)), None)
         if colour:
             warnings.append(f"the input has one channel: colour pictures such as {colour} become grey")
+    listed = {"train": train, "validation": validation or [], "test": test}
     if validation is None:
         labels = torch.tensor([label for _, label in train])
         kept, held = hold_out(labels, request.validation_fraction, request.seed)
@@ -93,19 +95,18 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
             warnings += few_images_warnings(labels, classes, [path for path, _ in train])
         train, validation = [train[i] for i in kept.tolist()], [train[i] for i in held.tolist()]
     # Decode the test images now, though they are not used: a damaged one must not stop the run after hours of training.
-    listed, test = len(test), _usable(test, settings, request, warnings)
+    test = _usable(test, settings, request, warnings)
     if request.skip_unreadable:
         train = _usable(train, train_settings, request, warnings)
         validation = _usable(validation, settings, request, warnings)
     train_split, validation_split = _split(train, train_settings, request), _split(validation, settings, request)
-    listing = "\n".join(f"{path.relative_to(request.root)} {(stat := path.stat()).st_size} {stat.st_mtime_ns}"
-                        for path, _ in [*train, *validation, *test])
+    content = file_content(request, classes, listed, {path for path, _ in [*train, *validation, *test]})
     channels, height, width = decode_image(test[0][0], settings).shape
     card = DatasetCard(name=name, class_names=classes, input_shape=(channels, height, width), preprocessing=settings,
                        counts={"train": len(train), "validation": len(validation)},
-                       fingerprint=fingerprint(listing.encode()))
+                       fingerprint=content_hash(content), content=content)
     return Splits(train=train_split, validation=validation_split, open_test=lambda: _split(test, settings, request),
-                  card=card, warnings=warnings, test_folder=test_folder if len(test) == listed else None)
+                  card=card, warnings=warnings, test_folder=test_folder if len(test) == len(listed["test"]) else None)
 
 
 def _test_and_validation(root: Path) -> tuple[Path, Path | None]:

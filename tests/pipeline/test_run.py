@@ -54,7 +54,7 @@ def test_finished_stages_are_skipped_and_changes_need_a_word(tiny_recipe: Path, 
     assert again.returncode == 0 and again.stdout.count("finished before, skipped") == len(STAGES)
     before = ledger(tiny_run)
     changed = compress(*same, "seed=7")
-    assert_one_line_error(changed, "already holds another run", "seed: 0 -> 7", "--update")
+    assert_one_line_error(changed, "work that would be redone", "seed: 0 -> 7", "--update")
     assert ledger(tiny_run) == before
 
 

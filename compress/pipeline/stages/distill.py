@@ -10,7 +10,7 @@ from torch import fx
 from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.describe import carry_over, describe
-from architectures.zoo import fitted_options, make
+from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -36,6 +36,9 @@ class Distill(Stage):
                                                   "once and cached; 0: the teacher runs on every batch")
     control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
     train: TrainingSettings = TrainingSettings()
+
+    def modules(self) -> list[str]:
+        return family_modules(self.model)
 
     def check(self, sketch: Sketch) -> None:
         sketch.check_training("distill", self.train)

@@ -28,6 +28,11 @@ class Evaluate(Stage):
 
     baselines: str = Field("default", description="name of an entry of metadata/baselines.json")
 
+    opens_test = True
+
+    def reads(self) -> dict[str, Any]:
+        return {"baselines": baselines()[self.baselines].model_dump()}
+
     def check(self, sketch: Sketch) -> None:
         if self.baselines not in baselines():
             raise UserError(f"evaluate.baselines {self.baselines!r}: unknown (known: {', '.join(baselines())})")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from compress.packaging.bundle import START
 from compress.packaging.onnx_package import OnnxPackage
 from compress.packaging.package import SubmissionContents, TorchPackage
 from compress.pipeline.stage import Context, OnnxModel, Sketch, Stage, Submission, TorchModel
@@ -23,6 +24,9 @@ class Package(Stage):
                                                                                    "default the model's type")
     username: str = Field("", description="challenge layout: for its metadata.json")
     teamname: str = Field("", description="challenge layout: for its metadata.json")
+
+    def modules(self) -> list[str]:
+        return [START]  # of the evaluator, whose sources go into the folder
 
     def check(self, sketch: Sketch) -> None:
         self._check_challenge(sketch.is_onnx, sketch.card)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import nn
 
 from architectures.checkpoints import Checkpoint, class_permutation, open_checkpoint
 from architectures.heads import reorder_classes
-from architectures.zoo import check_forward, fitted_options, make
+from architectures.zoo import check_forward, family_modules, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -36,6 +36,11 @@ class Teacher(Stage):
                                                          "model_ema; the first that fits unless given")
     train: TrainingSettings = Field(TrainingSettings(), description="epochs: 0 takes the weights as they are")
     floor: float = Field(0.5, ge=0, le=1, description="validation accuracy below which the run warns loudly")
+
+    WHERE: ClassVar = frozenset({"floor"})  # it decides on a warning alone
+
+    def modules(self) -> list[str]:
+        return family_modules(self.model)
 
     def check(self, sketch: Sketch) -> None:
         if not (self.checkpoint or self.pretrained or self.train.epochs):

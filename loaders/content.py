@@ -1,0 +1,140 @@
+"""What a data set holds, as hashes. Other images, labels or another order are other content; places and times are not.
+
+A set is listed as {split: {class: "20 images 5f0c..."}}: the number of images that are used, and a hash of their bytes in
+order. A training or a run keeps the list, and compares it when it continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+from loaders.request import FileHashes, Request
+from metadata.errors import some_of
+from metadata.files import write_json
+
+Content = dict[str, dict[str, str]]
+Files = Sequence[tuple[Path, int]]  # with the index of the class
+HASHES = ".hashes.json"  # what `read_hashes` reads, in the folder of a run or a training
+READERS = 4  # threads that read files: on a disk of the network most of their time is waiting
+
+
+def file_content(request: Request, classes: Sequence[str], splits: Mapping[str, Files], used: set[Path]) -> Content:
+    """Return the content of image files, class by class. Names of files and folders count only by the order they give.
+
+    A class whose files have the path, size, inode and times that `request.hashes` knows is not read again.
+
+    Args:
+        request: takes the progress, and has the hashes of an earlier sitting.
+        classes: their names, by index.
+        splits: all files of each split, in order.
+        used: the files among them that are not left out as unreadable.
+    """
+    groups: dict[tuple[str, str], list[tuple[Path, bool]]] = {}
+    for split, files in splits.items():
+        for path, label in files:
+            groups.setdefault((split, classes[label]), []).append((path, path in used))
+    total, done = sum(map(len, groups.values())), 0
+    found: Content = {split: {} for split in splits}
+    with ThreadPoolExecutor(max(READERS, request.workers)) as pool:
+        hashed = pool.map(lambda name: _hash_of_files("/".join(name), groups[name], request.hashes), groups)
+        for ((split, name), files), text in zip(groups.items(), hashed, strict=True):
+            found[split][name] = f"{sum(is_used for _, is_used in files)} images {text}"
+            done += len(files)
+            if request.on_progress:
+                request.on_progress(done, total)
+    return found
+
+
+def _hash_of_files(group: str, files: list[tuple[Path, bool]], hashes: FileHashes) -> str:
+    states = hashlib.sha256()
+    for path, is_used in files:
+        states.update(f"{path} {is_used} {_state(path)}\n".encode(errors="surrogateescape"))
+    state = states.hexdigest()[:16]
+    if (before := hashes.known.get(group)) is not None and before[0] == state:
+        return before[1]
+    digest = hashlib.sha256()
+    for path, is_used in files:
+        try:
+            with path.open("rb", buffering=0) as file:
+                digest.update(hashlib.sha256(file.readall()).digest())
+        except OSError:
+            digest.update(b"unreadable")
+        digest.update(b"used" if is_used else b"left out")
+    hashes.known[group] = state, digest.hexdigest()[:16]
+    hashes.changed = True
+    return hashes.known[group][1]
+
+
+def _state(path: Path) -> str:
+    """Return what changes with a file's bytes. The time of the last change cannot be set, as that of writing can."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return ""
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+
+
+def array_content(class_names: Sequence[str], splits: Mapping[str, tuple[Tensor, Tensor]]) -> Content:
+    """Return the content of arrays of images, class by class.
+
+    Args:
+        class_names: their names, by label.
+        splits: (N, C, H, W) uint8 pixels and (N,) int64 labels of each split.
+    """
+    found: Content = {}
+    for split, (pixels, labels) in splits.items():
+        found[split] = {}
+        for label, name in enumerate(class_names):
+            places = (labels == label).nonzero().view(-1)
+            digest = hashlib.sha256(places.numpy().data)  # the order of the classes counts too
+            digest.update(pixels[places].numpy().data)
+            found[split][name] = f"{len(places)} images {digest.hexdigest()[:16]}"
+    return found
+
+
+def content_hash(content: Content) -> str:
+    """Return one short hash of a content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def content_changes(before: Content, now: Content) -> list[str]:
+    """Return how a content differs from an earlier one, a text for each split, such as `8 images more in train (alpha)`."""
+    found = []
+    for split in dict.fromkeys([*before, *now]):
+        earlier, later = before.get(split, {}), now.get(split, {})
+        changed = [name for name in dict.fromkeys([*earlier, *later]) if earlier.get(name) != later.get(name)]
+        if changed:
+            more = sum(_count(later.get(name)) - _count(earlier.get(name)) for name in changed)
+            what = f"{abs(more)} image{'s' * (abs(more) > 1)} {'more' if more > 0 else 'fewer'}" if more else "other images"
+            found.append(f"{what} in {split} ({some_of(changed, 3)})")
+    return found
+
+
+def _count(text: str | None) -> int:
+    return int(text.partition(" ")[0]) if text else 0
+
+
+# --------------------------------------------------------------------------------------------- hashes of an earlier start
+
+
+def read_hashes(folder: Path) -> FileHashes:
+    """Return the hashes that an earlier start left in a folder; none where there are none, or they cannot be read."""
+    try:
+        content = json.loads((folder / HASHES).read_text())
+        return FileHashes({str(group): (str(state), str(text)) for group, (state, text) in content.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return FileHashes()
+
+
+def write_hashes(folder: Path, hashes: FileHashes) -> None:
+    """Write the hashes into a folder if they are new."""
+    if hashes.changed:
+        write_json(folder / HASHES, hashes.known)
+        hashes.changed = False
