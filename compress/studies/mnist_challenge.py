@@ -28,7 +28,7 @@ from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory
 from compress.training.run import CHECKPOINT, SUMMARY, begin, claimed_log_dir, flags_named, prepare_training
 from compress.training.trackers import Tracker
-from loaders.content import read_hashes
+from loaders.content import read_hashes, write_hashes
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import write_json
@@ -124,7 +124,8 @@ def _train(config: TrainingRun, console: Console) -> ChallengeResult:
         tracker = Tracker(console, folder)
         with flags_named():
             splits, model, options = prepare_training(config, tracker, hashes := read_hashes(folder))
-        begin(config, splits.card, hashes, tracker)
+        write_hashes(folder, hashes)
+        begin(config, splits.card, tracker)
         # The test split is measured and decides nothing.
         data = training_data(splits.train, splits.open_test(), splits.card, config.training, seed=config.seed,
                              device=device)

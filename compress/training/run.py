@@ -83,7 +83,7 @@ def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logg
     with team.first_goes_first(), flags_named():  # one process fetches what is missing
         splits, model, options = prepare_training(config, tracker, hashes := read_hashes(config.log_dir))
         if team.first:
-            begin(config, splits.card, hashes, tracker)
+            write_hashes(config.log_dir, hashes)
     for text in splits.warnings:
         tracker.warn(text)
     card, folder, device = splits.card, config.log_dir, team.device
@@ -91,6 +91,7 @@ def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logg
     settings.check_batches("train", len(splits.train), team.size)
     if team.first:
         tracker = replace(tracker, folder=folder, loggers=loggers)
+        begin(config, splits.card, tracker)
     tracker.say(f"{config.model_name} ({learned_parameters(model):,} parameters) on {card.name} "
                 f"({len(splits.train):,} images, {len(splits.validation):,} held out, {list(card.input_shape)}), "
                 f"{config.epochs} epochs on {device}" + (f", {team.size} processes" if team.size > 1 else ""))
@@ -244,8 +245,9 @@ def claimed_log_dir(config: TrainingRun) -> Iterator[None]:
         try:
             yield
         finally:
-            if not files and {entry.name for entry in folder.iterdir()} == {".lock"}:
-                (folder / ".lock").unlink()
+            if not files and {entry.name for entry in folder.iterdir()} <= {".lock", HASHES}:
+                for name in (".lock", HASHES):
+                    (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
 
 
@@ -258,13 +260,12 @@ def _settings_in(folder: Path) -> TrainingRun:
                         "--log_dir OTHER") from error
 
 
-def begin(config: TrainingRun, card: DatasetCard, hashes: FileHashes, tracker: Tracker) -> None:
+def begin(config: TrainingRun, card: DatasetCard, tracker: Tracker) -> None:
     """Write the settings and the content of the data into the log folder, or compare the data of a training that continues.
 
     Raises:
         UserError: the data are not those that the training began with.
     """
-    write_hashes(config.log_dir, hashes)
     if (config.log_dir / CHECKPOINT).is_file():
         _check_data(config.log_dir, card.content, "the checkpoint", tracker)
     else:
