@@ -190,12 +190,14 @@ def main() -> None:
     except BaseException as error:  # foreign code may raise anything, SystemExit too
         content, status = explain(error).encode(errors="replace"), 1
     write_all(reply, REPLY.pack(nonce, status, len(content)) + content)
+    # The panel's answers are computed without gradients; TorchScript and old code do not always bear inference_mode.
+    by_panel = status == 0 and facts.get("way") in ("loader", "standard")
     while status == 0:
         nonce, *shape = REQUEST.unpack(read_exactly(request, REQUEST.size))
         shape = [size for size in shape if size]
         try:
             numbers = np.frombuffer(memory, np.float32, int(np.prod(shape))).reshape(shape)
-            with torch.no_grad():  # as the panel; TorchScript and old code do not always bear inference_mode
+            with torch.no_grad() if by_panel else torch.inference_mode():
                 logits = model(torch.from_numpy(numbers))
             if not isinstance(logits, torch.Tensor):
                 raise TypeError(f"the model returned {type(logits).__name__}, expected a Tensor")

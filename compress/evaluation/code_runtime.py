@@ -57,13 +57,16 @@ class CodeRuntime(Runtime):
         if stored is not None and trainable is not None and trainable < 0.5 * stored:
             self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
                                  "lie in buffers or are frozen")
+        if stored is not None and stated is not None and stated > 1.5 * stored + 1000:
+            self.warnings.append(f"the weights file holds {stored:,} numbers and the model {stated:,}: the others come "
+                                 "from the code, from other files, or stayed random")
         self.threads, self.classes, self.closed = settings.threads, classes, False
         self.start = self.child.usage()
 
     def _loaded_by(self, files: SubmissionFiles, facts: dict[str, Any]) -> str:
         """Return what gave the model. The child says so, among the ways that it was told to try."""
         way, found = facts.get("way"), facts.get("found")
-        if way not in files.ways or (way == "standard" and found not in FOUND):
+        if way not in files.ways or (way == "standard" and str(found) not in FOUND):
             raise self.child.forged()
         return {"loader": "model_loader.py: load_model", "class": f"model.py: {printable(facts.get('class'), 100)}",
                 "standard": f"{files.weights.name}: {FOUND.get(str(found))}"}[str(way)]
@@ -112,7 +115,8 @@ def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
     remarks = []
     if facts.get("failed"):
         first_tried = "model.py" if files.ways[0] == "class" else "model_loader.py"
-        remarks.append(f"{first_tried} failed, and the weights were loaded the standard way, as the panel does: "
+        judged = "where the panel fails" if facts.get("panel_fails") is True else "as the panel does"
+        remarks.append(f"{first_tried} failed, and the weights were loaded the standard way, {judged}: "
                        f"{printable(facts['failed'], 400)}")
     asked, kept, weights = (count(facts.get(key)) or 0 for key in ("asked", "kept", "weights"))
     if asked:

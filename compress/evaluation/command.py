@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="auto", choices=["auto", "torch", *ONNX_RUNTIMES])
     parser.add_argument("--batch_size", type=int, default=1, help="batch size for the accuracy; default 1")
     parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
-    parser.add_argument("--allow_code", action="store_true", help="run a submission's model.py, in a process with limits")
+    parser.add_argument("--allow_code", action="store_true", help="run a submission that is code, in a sandbox")
     parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s,
                         help="seconds for all calls of a submission")
     parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb,

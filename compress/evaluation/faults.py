@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import resource
 import socket
 import sys
 import traceback
@@ -24,6 +25,7 @@ PROCESS_CALL = re.compile(r"\b(v?fork|forkpty|posix_spawn\w*|exec[lv]\w*|spawn[l
 NETWORK_CALL = re.compile(r"\b(socket|connect|bind|urlopen|urlretrieve|getaddrinfo|create_connection)\b")
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|[Cc]annot allocate memory|std::bad_alloc|"
                            r"can't start new thread|Resource temporarily unavailable")
+NO_GPU = re.compile(r"no NVIDIA driver|CUDA (enabled|device)|HIP GPUs|CUDA GPUs|no NVIDIA GPU")
 MAX_LINE = 400
 
 
@@ -72,6 +74,8 @@ def sentence(error: BaseException, folder: Path, memory_limit_mb: int) -> str:
             said = _refusal(link, line, folder)
             if said:
                 return said
+        if NO_GPU.search(text) and not isinstance(link, OSError):
+            return "no GPU here: use the device cpu"
         if "Weights only load failed" in text:
             return "torch.load with weights_only=True refuses this file, which holds more than tensors"
     return ""
@@ -82,9 +86,9 @@ def _refusal(error: OSError, line: str, folder: Path) -> str:
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     names = {path.name for path in files} | {path.parent.name for path in files}
     if error.errno == errno.EFBIG:
-        return "no file above 16 MiB is written here"
+        return f"no file above {resource.getrlimit(resource.RLIMIT_FSIZE)[0] >> 20} MiB is written here"
     if error.errno == errno.EMFILE:
-        return "no more than 128 files are open at once here"
+        return f"no more than {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open at once here"
     if error.errno == errno.ENOENT and "synchronize.py" not in names:
         known = isinstance(error.filename, str) and not os.path.isabs(error.filename)
         return "the code runs in a copy of its folder: take paths from model_path" if error.filename and (
@@ -106,7 +110,7 @@ def own_words(error: BaseException) -> str:
     if "TorchScript interpreter" in text and "Error: " in text:
         text = text.rpartition("Error: ")[2]
     if "Weights only load failed" in text:
-        text = text.partition("WeightsUnpickler error:")[2].partition("\n")[0] or "weights only load failed"
+        text = text.partition("WeightsUnpickler error:")[2].partition(". Please")[0] or "weights only load failed"
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 

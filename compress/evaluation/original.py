@@ -26,6 +26,7 @@ HINTS = ("num_classes", "class_names", "input_shape", "input_size", "preprocessi
 AnyFileName = Annotated[str, Field(pattern=r"\A[^\x00-\x1f\x7f]+\z", max_length=200)]
 OWN_LOADER = "The evaluator of record: load a compressed image classifier"  # how the toolkit's model_loader.py begins
 PICKLED_CLASS = re.compile(rb"c([\w.]+)\n([\w.]+)\n")  # pickle's opcode GLOBAL: a module and a name
+DATA_MODULES = {b"_codecs", b"argparse", b"builtins", b"collections", b"datetime", b"numpy", b"pathlib"}
 COMMA_BEFORE_END = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
 
 
@@ -166,8 +167,7 @@ def file_kind(path: Path) -> tuple[str, str]:
             return "unknown", ""
         with archive.open(pickled) as file:
             first = PICKLED_CLASS.search(file.read(2**16))
-    if first is None or first[1].partition(b".")[0] in (b"collections", b"builtins", b"numpy") or first[1] in (
-            b"torch._utils", b"torch"):
+    if first is None or first[1] in (b"torch", b"torch._utils") or first[1].partition(b".")[0] in DATA_MODULES:
         return "state dict", ""
     return "pickled module", (first[1] + b"." + first[2]).decode(errors="replace")
 

@@ -38,6 +38,10 @@ class LoadingError(Exception):
     """A submission whose model cannot be loaded, in words for its author."""
 
 
+class NotAModelError(LoadingError):
+    """A load_model that gives something else than a model: the panel does not go on from there."""
+
+
 def load_submission_model(boot: dict[str, Any], explain: Callable[[BaseException], str]) -> tuple[Any, dict[str, Any]]:
     """Return a submission's model in eval mode, and what is to be said of it.
 
@@ -56,22 +60,26 @@ def load_submission_model(boot: dict[str, Any], explain: Callable[[BaseException
     main = types.ModuleType("__main__")
     main.__getattr__ = lambda name: from_folder(folder, name)  # type: ignore[method-assign]  # classes pickled in a notebook
     sys.modules["__main__"] = main
-    reasons = []
+    reasons, panel_fails = [], False
     for way in boot["ways"]:
         try:
             model, facts = WAYS[way](folder, boot)
             model = evaluated(model)
         except Exception as error:  # whatever foreign code raises; the panel goes on to the standard way, too
             reasons.append(explain(error))
+            panel_fails |= isinstance(error, NotAModelError)
             continue
-        return model, facts | {"way": way, "failed": reasons[0] if reasons else None}
-    raise LoadingError(reasons[0] + (f"; then, the standard way: {reasons[1]}" if len(reasons) > 1 else ""))
+        return model, facts | {"way": way, "failed": reasons[0] if reasons else None, "panel_fails": panel_fails}
+    raise LoadingError(reasons[0] + (f"; the standard way fails too: {reasons[1]}" if len(reasons) > 1 else ""))
 
 
 def evaluated(model: Any) -> Any:
-    """Return a model on the CPU in eval mode. The panel calls `to` and `eval` as well."""
-    model = model.to("cpu")
-    model.eval()
+    """Return a model on the CPU in eval mode, by the calls that the panel makes."""
+    try:
+        model = model.to("cpu")
+        model.eval()
+    except Exception as error:  # foreign code
+        raise NotAModelError(f"the model cannot be put in eval mode: {type(error).__name__}: {error}") from error
     return model
 
 
@@ -98,7 +106,7 @@ def by_loader(folder: Path, boot: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     model = module_in(result)
     if model is None:
         hint = "; is `return model` missing?" if result is None else "; the panel calls .to, .eval and the model itself"
-        raise LoadingError(f"model_loader.py: load_model returned {type(result).__name__}, expected an nn.Module{hint}")
+        raise NotAModelError(f"model_loader.py: load_model returned {type(result).__name__}, expected an nn.Module{hint}")
     return model, {"unpacked": isinstance(result, tuple | list)}
 
 
@@ -142,6 +150,10 @@ def by_standard(folder: Path, boot: dict[str, Any]) -> tuple[Any, dict[str, Any]
         content = torch.load(path, map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:  # a class that no file of the folder defines
         raise LoadingError(f"{name} was pickled with a class or module that is not in the folder: {error}") from error
+    except (EOFError, ValueError) as error:
+        raise LoadingError(f"{name} is cut short or not of torch: {error}") from error
+    except RuntimeError as error:
+        raise LoadingError(f"{name} is not what torch.save writes: {str(error).partition('. ')[0]}") from error
     if (model := module_in(content)) is not None or (
             isinstance(content, dict) and (model := module_in(list(content.values()))) is not None):
         return model, {"found": "pickle"}
@@ -155,11 +167,22 @@ def by_standard(folder: Path, boot: dict[str, Any]) -> tuple[Any, dict[str, Any]
     model = torchvision.models.resnet18(num_classes=classes)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-        raise LoadingError(f"{name} is a state dict without code that loads it, and does not fit torchvision's ResNet18: "
-                           f"{' '.join(lines)[:200]}") from None
+    except RuntimeError:
+        raise LoadingError(f"{name} is a state dict that does not fit torchvision's ResNet18: "
+                           f"{difference(weights, model.state_dict())}") from None
     return model, {"found": "resnet18"}
+
+
+def difference(weights: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Return in a few words how a state dict differs from the expected one; always the same tensor first."""
+    missing = [name for name in expected if name not in weights]
+    shapes = [name for name in expected if getattr(weights.get(name), "shape", None) not in (None, expected[name].shape)]
+    if missing:
+        return f"{len(missing)} of {len(expected)} tensors are missing, first {missing[0]}"
+    if shapes:
+        return f"{len(shapes)} tensors have other shapes, first {shapes[0]}"
+    unknown = [name for name in weights if name not in expected]
+    return f"{len(unknown)} tensors too many, first {unknown[0] if unknown else ''}"
 
 
 def is_torchscript(path: Path) -> bool:

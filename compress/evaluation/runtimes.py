@@ -41,7 +41,7 @@ class EvaluationSettings:
         backend: "torch", "onnxruntime" or "openvino"; "auto" is the submission's own choice, or the first of its kind.
         batch_size: for the accuracy; latency is always measured at batch 1.
         min_accuracy: percent; below it the guarded score is zero.
-        allow_code: run a submission's own model.py, in a process with limits.
+        allow_code: run a submission that is code, in a sandbox.
         time_limit_s: seconds for all calls of a submission.
         memory_limit_mb: MB (2^20 bytes) beyond what the evaluator has before it opens the submission.
     """

@@ -18,6 +18,7 @@ from compress.packaging.bundle import bundle
 from metadata.errors import VerificationError
 from tests.helpers import panel_folders
 from tests.helpers.marks import slow_but
+from tests.helpers.panel_variants import VARIANTS
 from tests.helpers.sharing import shared_folder
 from tests.helpers.verdicts import Evaluate, assert_refused
 
@@ -45,7 +46,8 @@ def warned(result: dict[str, Any], *parts: str) -> bool:
     return any(all(part in warning for part in parts) for warning in result["details"]["warnings"])
 
 
-@pytest.mark.parametrize("kind", slow_but(panel_folders.FOLDERS, ["a loader", "pickled int8 modules"]))
+@pytest.mark.parametrize("kind", slow_but(panel_folders.FOLDERS, [
+    "pickled int8 modules", "pretrained weights, overwritten"]))
 def test_answers_are_those_of_the_panels_procedure(kind: str, photos: Path, tmp_path: Path, evaluate: Evaluate) -> None:
     if "int8" in kind and "x86" not in torch.backends.quantized.supported_engines:
         pytest.skip("torch's x86 engine of int8 modules is not in this build")
@@ -65,6 +67,21 @@ def test_answers_are_those_of_the_panels_procedure(kind: str, photos: Path, tmp_
         stated = kind in ("TorchScript", "pickled int8 modules")
         assert ("parameters.all" in details["sandbox"]["stated_by_the_code"]) == stated
     assert warned(result, "asked for pretrained weights", "overwrote") == (kind == "pretrained weights, overwritten")
+
+
+@pytest.mark.parametrize("variant", slow_but(VARIANTS, []))
+def test_variants_of_load_model(variant: str, photos: Path, tmp_path: Path, evaluate: Evaluate) -> None:
+    build, way, said = VARIANTS[variant]
+    folder = tmp_path / "folder"
+    expected = panel_folders.panel_answers(build(folder, photos), photos)
+    code, result, error = evaluate(folder, ALLOW, data=photos)
+    assert code == 0, error
+    details = result["details"]
+    assert details["accuracy"]["predictions_sha256"] == answers_hash(expected), variant
+    assert details["loaded_by"].startswith("model_loader.py" if way == "loader" else "model.p")
+    assert said is None or warned(result, said), details["warnings"]
+    assert warned(result, "asked for pretrained weights") == bool(said and any(
+        word in said for word in ("pretrained", "overwrote", "a/b", "timm")))
 
 
 @pytest.mark.parametrize(("kind", "said"), [
