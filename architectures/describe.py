@@ -7,8 +7,6 @@ table say which modules, functions and methods they stand for.
 from __future__ import annotations
 
 import copy
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +15,9 @@ from torch import fx, nn
 
 from architectures.architecture import Architecture
 from architectures.build import build
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, Layer, traced_tensors
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, Layer, place_of
 from architectures.layers.table import row_of_call, row_of_module
+from architectures.tracing import measure_shapes, module_inputs, normalized_call, traced_graph
 from metadata.errors import UserError, describe_validation_error, first_line
 from metadata.schemas import PruningInfo
 
@@ -36,24 +35,23 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     Raises:
         UserError: the model cannot be traced, or uses something outside the table; the layer is named.
     """
-    traced = not isinstance(model, fx.GraphModule)
-    graph: fx.Graph = copy.deepcopy(model.graph if isinstance(model, fx.GraphModule) else _trace(model))
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    graph = traced_graph(model)
+    if len(placeholders := [node for node in graph.nodes if node.op == "placeholder"]) > 1:
+        raise UserError(f"input {placeholders[1].name}: a student takes one tensor, this model takes more")
+    measure_shapes(model, graph, input_shape)
     names: dict[fx.Node, str] = {}
     layers: list[dict[str, Any]] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            if names:
-                raise UserError(f"input {node.name}: a student takes one tensor, this model takes more")
             names[node] = "input"
         elif node.op == "output":
             if not isinstance(node.args[0], fx.Node):
                 raise UserError("the model's output must be one tensor of logits, got a structure")
-        elif not _is_size_arithmetic(node):
+        elif "shapes" in node.meta:  # others are sizes, and arithmetic with sizes
             kind, inputs, options = _lower(node, model)
             if any(source not in names for source in inputs):
-                raise UserError(f"layer {node.name}: it uses a tensor's shape or attribute as data, which {NOT_IN_TABLE}; "
-                                f"{AS_TEACHER}")
+                raise UserError(f"layer {place_of(node)}: it uses a tensor's shape or attribute as data, which "
+                                f"{NOT_IN_TABLE}; {AS_TEACHER}")
             names[node] = _unique_name(node, model, names)
             layers.append({"name": names[node], "type": kind, "inputs": [names[source] for source in inputs], **options})
     try:
@@ -63,7 +61,7 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
             "input_shape": input_shape, "output_shape": [classes], "layers": layers})
     except ValidationError as error:
         raise UserError(f"the model cannot be described: {describe_validation_error(error)}") from error
-    if traced:
+    if not isinstance(model, fx.GraphModule):
         _check_same(model, architecture)
     return architecture
 
@@ -85,7 +83,7 @@ def _check_same(model: nn.Module, architecture: Architecture) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             expected, got = original(images), rebuilt(images)
-    except RuntimeError as error:
+    except Exception as error:  # whatever the network's own code raises
         raise UserError(f"the model cannot be described: it does not take a batch of three: {first_line(error)}") from error
     scale = 1e-4 * float(expected.abs().max())
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True):
@@ -111,31 +109,6 @@ def carry_over(architecture: Architecture, previous: Architecture, **changes: An
     return architecture.model_copy(update={"layers": layers, **history, **changes})
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    """Trace symbolically. Modules of the layer table and of torch stay whole; the trace goes into all others."""
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-            return row_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-        def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
-                        kwargs: dict[str, Any]) -> Any:
-            try:
-                return super().call_module(m, forward, args, kwargs)
-            except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                raise _cannot_trace(self.path_of_module(m), m, error) from error
-
-    try:
-        return Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise _cannot_trace("(the whole model)", model, error) from error
-
-
-def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
-    return UserError(f"layer {name} ({type(module).__name__}) cannot be traced: {first_line(error)}; a student needs a "
-                     f"static graph, {AS_TEACHER}")
-
-
 def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Return the number of logits for an image of zeros. The meta device would take longer: it imports torch's compiler."""
     shadow = copy.deepcopy(model).eval()
@@ -143,7 +116,7 @@ def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             output = shadow(torch.zeros(1, *input_shape, device=device))
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+    except Exception as error:  # whatever the network's own code raises
         raise UserError(f"the model does not take images of shape {list(input_shape)}: {first_line(error)}") from error
     if output.dim() != 2:
         raise UserError(f"the model's output must be logits (N, classes), got shape {list(output.shape)}")
@@ -180,17 +153,14 @@ def _lower(node: fx.Node, model: nn.Module) -> Lowered:
         row = row_of_module(module)
         if row is None:
             raise UserError(f"layer {name}: {type(module).__name__} {NOT_IN_TABLE}; {AS_TEACHER}")
-        return row.__name__, traced_tensors(node), row.from_module(module, name)
+        return row.__name__, module_inputs(node, module), row.from_module(module, name)
     row = row_of_call(node.target, node.op == "call_method") if node.op in ("call_function", "call_method") else None
     if row is None:
         what = getattr(node.target, "__name__", node.target)
-        raise UserError(f"layer {node.name}: {what} ({node.op}) {NOT_IN_TABLE}; {AS_TEACHER}")
-    return row.__name__, *row.from_call(node)
-
-
-def _is_size_arithmetic(node: fx.Node) -> bool:
-    """Return whether a node is `x.size(0)` or `x.shape[0]`, which only feeds a reshape and is no layer."""
-    size = node.op == "call_method" and node.target == "size"
-    shape = bool(node.target is getattr and node.args[1] == "shape")
-    return size or shape or (node.target is operator.getitem and isinstance(node.args[0], fx.Node)
-                             and _is_size_arithmetic(node.args[0]))
+        raise UserError(f"layer {place_of(node)}: {what} ({node.op}) {NOT_IN_TABLE}; {AS_TEACHER}")
+    normalized_call(node, row)
+    try:
+        return row.__name__, *row.from_call(node)
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = getattr(node.target, "__name__", node.target)
+        raise UserError(f"layer {place_of(node)}: this call of {what} {NOT_IN_TABLE}; {AS_TEACHER}") from error

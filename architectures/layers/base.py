@@ -85,6 +85,8 @@ class Layer(Strict):
     # without a module is built with the first function.
     functions: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ()
+    # The names of the functions' arguments that are tensors, in order.
+    call_inputs: ClassVar[tuple[str, ...]] = ("input",)
     # ONNX operators that the layer may be written as.
     operators: ClassVar[Mapping[str, Operator]] = {}
     # The layer is a convolution or a matrix product: pruning counts its channels, int8 gives it integer weights.
@@ -322,6 +324,11 @@ def traced_argument(node: fx.Node, position: int, name: str, default: Any) -> An
     if name in node.kwargs:
         return node.kwargs[name]
     return node.args[position] if len(node.args) > position else default
+
+
+def place_of(node: fx.Node) -> str:
+    """Return a traced call's name and, where it is known, its place in the network's code."""
+    return f"{node.name}{node.meta.get('line', '')}"
 
 
 def traced_tensors(node: fx.Node) -> list[fx.Node]:

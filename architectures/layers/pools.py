@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from architectures.layers.base import (
-    Layer, OnnxWriter, Operator, Shape, outside, register, traced_argument, traced_tensors, windows)
+    Layer, OnnxWriter, Operator, Shape, outside, place_of, register, traced_argument, traced_tensors, windows)
 from metadata.errors import UserError
 from metadata.schemas import Padding, Pair
 
@@ -33,7 +33,7 @@ class Pool(Layer):
         options = {name: traced_argument(node, position, name, default)
                    for position, (name, default) in enumerate(cls.arguments.items(), start=1)}
         if options.pop("divisor_override", None) is not None or options.pop("return_indices", False):
-            raise outside(node.name, f"{cls.__name__} with divisor_override or return_indices")
+            raise outside(place_of(node), f"{cls.__name__} with divisor_override or return_indices")
         options["stride"] = options["stride"] or options["kernel_size"]
         return list(traced_tensors(node)[:1]), options
 

@@ -9,7 +9,7 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 
 from architectures.layers.base import (
-    FunctionLayer, Layer, OnnxWriter, Operator, Shape, Unchanging, outside, register, resolved, traced_argument,
+    FunctionLayer, Layer, OnnxWriter, Operator, Shape, Unchanging, outside, place_of, register, resolved, traced_argument,
     traced_tensors)
 from metadata.errors import UserError
 from metadata.schemas import Fraction
@@ -44,7 +44,7 @@ class Dropout(Unchanging):
 class Flatten(Layer):
     """`torch.nn.Flatten`, and `x.view(x.size(0), -1)`, the old way to write it."""
 
-    functions = ("torch.flatten",)
+    functions = ("torch.flatten", "torch.reshape")
     methods = ("flatten", "view", "reshape")
     operators = {"Flatten": Operator("sums"), "Reshape": Operator("all")}
     keeps_sign = keeps_grid = True
@@ -54,13 +54,16 @@ class Flatten(Layer):
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        if node.target not in ("view", "reshape"):
+        if "flatten" in str(node.target):
             return [node.args[0]], {"start_dim": traced_argument(node, 1, "start_dim", 0),
                                     "end_dim": traced_argument(node, 2, "end_dim", -1)}
-        shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-        if len(shape) != 2 or shape[1] != -1:
-            raise outside(node.name, "a reshape other than flattening, x.view(x.size(0), -1),")
-        return [node.args[0]], {}
+        source: Any = node.args[0]
+        before, after = source.meta["shapes"], node.meta["shapes"]  # for two numbers of images
+        joined, same = (_joined(*shapes) for shapes in zip(before, after, strict=True))
+        if joined is None or joined != same:
+            raise outside(place_of(node), f"a reshape other than flattening, {list(before[0])} to {list(after[0])},")
+        start, end = joined
+        return [node.args[0]], {"start_dim": start, "end_dim": -1 if end == len(before[0]) - 1 else end}
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape = inputs[0]
@@ -93,7 +96,7 @@ class Mean(FunctionLayer):
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         dim = traced_argument(node, 1, "dim", None)
         if dim is None:
-            raise UserError(f"layer {node.name}: a mean over the batch is not in the layer table; name the dimensions")
+            raise UserError(f"layer {place_of(node)}: a mean over the batch is not in the layer table; name the dimensions")
         return [node.args[0]], {"dim": [dim] if isinstance(dim, int) else list(dim),
                                 "keepdim": traced_argument(node, 2, "keepdim", False)}
 
@@ -121,13 +124,14 @@ class Binary(FunctionLayer):
     """An operation on two tensors of one shape, or of shapes that broadcast."""
 
     input_count = (2, 2)
+    call_inputs = ("input", "other")
     keeps_sign = owns_output = True
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         if len(node.args) != 2 or len(traced_tensors(node)) != 2 or node.kwargs:
-            raise UserError(f"layer {node.name}: {cls.__name__} takes two tensors here; constants are not in the layer "
-                            "table")
+            raise UserError(f"layer {place_of(node)}: {cls.__name__} takes two tensors here; constants are not in the "
+                            "layer table")
         return list(traced_tensors(node)), {}
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
@@ -163,7 +167,8 @@ class Concat(FunctionLayer):
     """Tensors joined along a dimension."""
 
     input_count = (1, 1000)
-    functions = ("torch.cat",)
+    functions = ("torch.cat", "torch.concat", "torch.concatenate")
+    call_inputs = ("tensors",)
     operators = {"Concat": Operator("all")}
     keeps_sign = owns_output = True
 
@@ -189,6 +194,16 @@ class Concat(FunctionLayer):
 
     def expression(self, inputs: list[str], module: str) -> str:
         return f"torch.cat([{', '.join(inputs)}], dim={self.dim})"
+
+
+def _joined(before: Shape, after: Shape) -> tuple[int, int] | None:
+    """Return the first and the last of the dimensions, but the batch, that a reshape joins; None where it does more."""
+    more = len(before) - len(after)
+    for start in range(1, len(before) - more if more >= 0 else 0):
+        end = start + more
+        if after == (*before[:start], math.prod(before[start:end + 1]), *before[end + 1:]):
+            return start, end
+    return None
 
 
 def axis(dim: int, dimensions: int) -> int:

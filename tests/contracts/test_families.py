@@ -124,7 +124,7 @@ class Inner(nn.Module):
 
 
 @pytest.mark.parametrize(("layer", "said"), [
-    (Forks(), "layer odd (Forks) cannot be traced"),
+    (Forks(), "layer odd (Forks) cannot be traced (test_families.py, line "),
     (nn.PReLU(), "layer odd: PReLU is not in the layer table"),
     (nn.Upsample(scale_factor=2), "layer odd: Upsample is not in the layer table"),
     (nn.Conv2d(4, 4, 3, padding_mode="reflect"), "layer odd: Conv2d with padding_mode"),
@@ -207,7 +207,7 @@ def test_names_that_collide_stay_apart() -> None:
         again.load_state_dict(model.state_dict())
         images = torch.randn(2, 3, 8, 8)
         assert torch.allclose(again(images), model(images), atol=1e-6)
-    with pytest.raises(UserError, match="cannot be described"):
+    with pytest.raises(UserError, match="a reshape other than flattening"):
         describe(WrongReshape(), (3, 8, 8))
     named_input = nn.Sequential()
     named_input.add_module("flatten", nn.Flatten())

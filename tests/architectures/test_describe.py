@@ -1,0 +1,214 @@
+"""Describing what users write: every spelling of a call is understood, the rest is refused in one line that names it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from architectures.build import build
+from architectures.describe import describe
+from metadata.errors import UserError
+
+SHAPE = (3, 8, 8)
+Middle = Callable[["Net", Tensor], Tensor]
+
+
+class Net(nn.Module):
+    """A convolution, and what is tried."""
+
+    def __init__(self, middle: Middle, width: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.middle = middle
+        self.fc = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.middle(self, self.conv(x))
+
+
+class Rows(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.middle(self, self.conv(x)))  # type: ignore[no-any-return]
+
+
+class Images(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.middle(self, self.conv(x)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def assert_described(model: nn.Module) -> None:
+    model.eval()
+    rebuilt = build(describe(model, SHAPE)).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    images = torch.randn(5, *SHAPE)
+    assert torch.allclose(rebuilt(images), model(images), atol=1e-5)
+
+
+def refusal(model: nn.Module) -> str:
+    with pytest.raises(UserError) as caught:
+        describe(model.eval(), SHAPE)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("middle", "width"), [
+    (lambda net, x: torch.cat(tensors=[x, x], dim=1), 8), (lambda net, x: torch.cat((x, x), axis=1), 8),
+    (lambda net, x: torch.cat(dim=1, tensors=(x, x)), 8), (lambda net, x: torch.concat([x, x], dim=-3), 8),
+    (lambda net, x: torch.concatenate([x, x], axis=1), 8), (lambda net, x: torch.add(input=x, other=x), 4),
+    (lambda net, x: torch.mul(other=x, input=x), 4), (lambda net, x: torch.add(x, other=x), 4),
+    (lambda net, x: x.add(other=x), 4), (lambda net, x: x.mul(other=net.relu(input=x)), 4),
+    (lambda net, x: F.relu(input=x), 4), (lambda net, x: torch.relu(input=x), 4), (lambda net, x: F.relu6(input=x), 4),
+    (lambda net, x: F.silu(input=x), 4), (lambda net, x: F.hardswish(input=x), 4),
+    (lambda net, x: F.gelu(approximate="tanh", input=x), 4), (lambda net, x: torch.sigmoid(input=x), 4),
+    (lambda net, x: torch.tanh(input=x), 4), (lambda net, x: F.dropout(p=0.2, input=x, training=net.training), 4),
+    (lambda net, x: F.max_pool2d(kernel_size=2, input=x), 4), (lambda net, x: F.max_pool2d(x, kernel_size=2, stride=1), 4),
+    (lambda net, x: F.avg_pool2d(input=x, kernel_size=3, padding=1), 4),
+    (lambda net, x: F.adaptive_avg_pool2d(output_size=2, input=x), 4), (lambda net, x: x.contiguous(), 4),
+    (lambda net, x: torch.mean(input=x, dim=(2, 3), keepdim=True), 4),
+    (lambda net, x: x.mean(axis=(2, 3), keepdims=True), 4),
+])
+def test_every_spelling_of_a_call_is_understood(middle: Middle, width: int) -> None:
+    assert_described(Images(middle, width))
+
+
+@pytest.mark.parametrize("middle", [
+    lambda net, x: torch.flatten(input=x, start_dim=1), lambda net, x: torch.flatten(x, start_dim=1, end_dim=3),
+    lambda net, x: x.flatten(start_dim=1), lambda net, x: x.view(x.size(0), -1), lambda net, x: x.view(-1, 256),
+    lambda net, x: x.reshape(x.shape[0], 256), lambda net, x: x.reshape((x.size(dim=0), -1)),
+    lambda net, x: x.reshape(shape=(len_of(x), -1)), lambda net, x: torch.reshape(input=x, shape=(-1, 256)),
+    lambda net, x: x.view(x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]),
+    lambda net, x: x.view(*unpacked(x)), lambda net, x: x.view(x.size(0), x.numel() // x.size(0)),
+    lambda net, x: x.view(x.size(0), 4, -1).flatten(1), lambda net, x: x.reshape(x.shape).flatten(1),
+    lambda net, x: x.view(x.size()[0], 4, 64).view(x.size(0), -1),
+])
+def test_every_spelling_of_flattening_is_understood(middle: Middle) -> None:
+    assert_described(Rows(middle, 256))
+
+
+def len_of(x: Tensor) -> int:
+    return x.shape[0]
+
+
+def unpacked(x: Tensor) -> tuple[int, int]:
+    batch, channels, height, width = x.shape
+    return batch, channels * height * width
+
+
+@pytest.mark.parametrize(("middle", "said"), [
+    (lambda net, x: x.view(1, -1), "a reshape other than flattening"),
+    (lambda net, x: x.view(-1, 8, 8), "a reshape other than flattening"),
+    (lambda net, x: x.view(x.size(0), 2, 2, 8, 8).flatten(1), "a reshape other than flattening"),
+    (lambda net, x: x.flatten(0), "must be logits"), (lambda net, x: x.view(7, -1), "shape"),
+    (lambda net, x: x * 2, "constants are not in the layer table"), (lambda net, x: 2 - x, "sub"),
+    (lambda net, x: x * x.shape[1], "not in the layer table"), (lambda net, x: x[:, 0], "getitem"),
+    (lambda net, x: x if x.shape[1] > 2 else -x, "control flow"), (lambda net, x: x if x.sum() > 0 else -x, "control flow"),
+    (lambda net, x: x.view(len(x), -1), "len() of a tensor"), (lambda net, x: x.view(int(x.shape[0]), -1), "int()"),
+    (lambda net, x: torch.cat([x] * x.shape[1]), "cat"), (lambda net, x: torch.cat(tensors=x, dim=1), "cat"),
+    (lambda net, x: torch.cat([x, torch.ones(1, 4, 8, 8)], 1), "get_attr"),
+    (lambda net, x: sum(x for _ in range(x.size(1))), "cannot be traced"), (lambda net, x: {"logits": x}["other"], "other"),
+    (lambda net, x: net.missing(x), "missing"), (lambda net, x: x.float().sum((2, 3)), "float"),
+    (lambda net, x: x.mean(), "mean"), (lambda net, x: torch.add(x, x, alpha=2), "takes two tensors"),
+    (lambda net, x: 1 / 0, "division"), (lambda net, x: [][0], "index"),
+])
+def test_what_is_refused_names_the_line(middle: Middle, said: str) -> None:
+    text = refusal(Net(middle))
+    assert said in text
+    assert "must be logits" in text or ("layer " in text and "test_describe.py, line " in text)
+
+
+def test_the_line_in_the_users_code_is_named() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.roll(x, 1) if self.training else x.cumsum(1)
+
+    class Forks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    number = Inner.forward.__code__.co_firstlineno + 1
+    assert f"layer cumsum (test_describe.py, line {number}): cumsum" in refusal(nn.Sequential(Inner(), nn.Flatten()))
+    number = Forks.forward.__code__.co_firstlineno + 1
+    assert f"layer 0 (Forks) cannot be traced (test_describe.py, line {number}): " in refusal(nn.Sequential(Forks()))
+
+
+@pytest.mark.parametrize(("condition", "said"), [
+    ("x.shape[0] == 1", "it does not take a batch of three"), ("x.shape[2] == 9", "does not take images of shape"),
+    ("x.dim() == 5", "does not take images of shape"), ("len(x.shape) == 3", "cannot be traced")])
+def test_an_assertion_on_a_shape_that_does_not_hold_is_one_line(condition: str, said: str) -> None:
+    refusal(asserting(condition))
+
+
+@pytest.mark.parametrize("condition", ["x.shape[2] == 8", "x.dim() == 4", "x.size(1) > 1 and x.size(2) == 8"])
+def test_an_assertion_on_a_shape_never_breaks(condition: str) -> None:
+    """Whether Python's bytecode shows the assertion to the tracer depends on Python's version."""
+    try:
+        assert_described(asserting(condition))
+    except UserError as error:
+        assert "cannot be traced (network.py, line 3)" in str(error)
+
+
+def asserting(condition: str) -> nn.Module:
+    """Return a network that asserts a condition on its input x, in line 3 of a file network.py."""
+    scope = {"nn": nn}
+    exec(compile(f"class Asserting(nn.Module):\n  def forward(self, x):\n    assert {condition}, x.shape\n"
+                 "    return x.mean((2, 3))\n", "/somewhere/network.py", "exec"), scope)
+    return scope["Asserting"]()  # type: ignore[operator, no-any-return]
+
+
+class OwnError(Exception):
+    """An error of a user's own."""
+
+
+@pytest.mark.parametrize("error", [OwnError("mine"), AssertionError(), IndexError("out of range"), KeyError("k"),
+                                   ZeroDivisionError("zero"), NotImplementedError(), StopIteration(), OSError("no file")])
+@pytest.mark.parametrize("when", ["traced", "run"])
+def test_whatever_a_network_raises_is_one_line(error: Exception, when: str) -> None:
+    def middle(net: Net, x: Tensor) -> Tensor:
+        if when == "traced" or isinstance(x, Tensor):
+            raise error
+        return x
+
+    refusal(Images(middle))
+
+
+PIECES: list[Middle] = [
+    lambda net, x: net.relu(x), lambda net, x: net.relu(input=x), lambda net, x: x + x, lambda net, x: x.add(other=x),
+    lambda net, x: torch.cat(tensors=[x, x], dim=1), lambda net, x: x[:, :4], lambda net, x: x * 0.5,
+    lambda net, x: F.max_pool2d(x, 2, ceil_mode=True), lambda net, x: x.view(x.size(0), -1), lambda net, x: x.view(-1, 4),
+    lambda net, x: torch.flatten(input=x, start_dim=1), lambda net, x: x.permute(0, 2, 3, 1), lambda net, x: x.mean(1),
+    lambda net, x: x.unsqueeze(1), lambda net, x: x.reshape(x.shape[0], x.shape[1], -1), lambda net, x: x.t(),
+    lambda net, x: torch.mul(input=x, other=x), lambda net, x: x.mean(dim=-1, keepdims=True), lambda net, x: -x,
+    lambda net, x: F.dropout(x, training=net.training), lambda net, x: x.chunk(2, 1)[0], lambda net, x: x.sum() + x,
+    lambda net, x: torch.where(x > 0, x, x), lambda net, x: x.transpose(1, -1), lambda net, x: x.split(2, dim=1)[1],
+]
+
+
+def test_random_networks_are_described_exactly_or_refused_in_one_line() -> None:
+    draw, described = random.Random(0), 0
+    for _ in range(300):
+        pieces = draw.choices(PIECES, k=draw.randint(1, 4))
+
+        class Random(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = nn.Conv2d(3, 4, 3, padding=1)
+                self.relu = nn.ReLU()
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.conv(x)
+                for piece in pieces:  # noqa: B023 - the network is used within the turn
+                    x = piece(self, x)  # type: ignore[arg-type]
+                return x.flatten(1)
+
+        try:
+            assert_described(Random())
+            described += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert described > 50
