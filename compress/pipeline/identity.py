@@ -79,13 +79,13 @@ def identities(stages: Iterable[tuple[str, Stage]], card: DatasetCard, config: R
         made_from: MadeFrom = {
             "settings": {key: value for key, value in flattened(stage.deciding()).items() if key not in paths},
             "files": {key: _hash_of_path(getattr(stage, key)) for key in sorted(paths)},
-            "read": stage.reads(), "code": _code([type(stage).__module__, *stage.modules()])}
+            "read": stage.reads(), "code": code_of([type(stage).__module__, *stage.modules()])}
         if found:
             made_from["input"] = {"key": found[-1].key}
         else:
             made_from |= {"data": _data(card, config), "content": {
                 split: classes for split, classes in card.content.items() if split != "test"}}
-            made_from["code"] |= _code([set_module(config.data.name)])
+            made_from["code"] |= code_of([set_module(config.data.name)])
         if stage.opens_test:
             made_from["content"] = {**made_from.get("content", {}), "test": card.content.get("test", {})}
         found.append(StageIdentity(stage=name.partition("-")[2], made_from=json.loads(json.dumps(made_from))))
@@ -117,21 +117,20 @@ def _short(text: str) -> str:
 # -------------------------------------------------------------------------------------------------------- source code
 
 
-def _code(modules: Iterable[str]) -> dict[str, str]:
+def code_of(modules: Iterable[str], root: Path = ROOT) -> dict[str, str]:
     """Return a hash of the code of some modules and of every module of the project that they import, directly or not."""
     found: dict[str, str] = {}
     waiting = [name for name in modules if name not in WITHOUT_EFFECT]
     while waiting:
         name = waiting.pop()
         if name not in found:
-            found[name] = _code_of(name)
-            waiting += [other for other in imported_modules(name) if other not in WITHOUT_EFFECT]
+            found[name] = _hash_of_module(name, root)
+            waiting += [other for other in imported_modules(name, root) if other not in WITHOUT_EFFECT]
     return dict(sorted(found.items()))
 
 
 @functools.cache
-def _code_of(module: str, root: Path = ROOT) -> str:
-    """Return a short hash of a module's statements."""
+def _hash_of_module(module: str, root: Path) -> str:
     file = module_file(module, root)
     assert file is not None, module
     return code_hash(file.read_text())
