@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
     """Build `torchvision:NAME`, `timm:NAME` or a bare NAME (torchvision's model where both have the name).
 
     Args:
-        name: the model's name in the zoo.
+        name: the model's name in the zoo, see `located`.
         num_classes: width of the head; pretrained weights of a head of another width are not loaded.
         pretrained: fetch the zoo's weights (a download unless they are cached).
         known: further names to suggest for an unknown one.
@@ -27,20 +28,12 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
     Raises:
         UserError: an unknown name or option, a stem that the model does not have, or weights that cannot be fetched.
     """
-    from torchvision import models
-
-    zoo, _, bare = name.rpartition(":")
-    if zoo not in ("", "torchvision", "timm"):
-        raise UserError(f"model {name}: the zoos are 'torchvision' and 'timm', got {zoo!r}")
-    in_torchvision = bare in models.list_models(module=models)
+    zoo, bare = located(name, known)
     try:
-        if zoo == "torchvision" or (not zoo and in_torchvision):
-            if not in_torchvision:
-                raise UserError(f"model {name}: torchvision has no classifier of that name"
-                                f"{closest(bare, models.list_models(module=models))}")
+        if zoo == "torchvision":
             model = _torchvision(bare, num_classes, pretrained, options)
         else:
-            model = _timm(name, bare, num_classes, pretrained, known, options)
+            model = _timm(name, bare, num_classes, pretrained, options)
     except (TypeError, ValueError, AssertionError, LookupError) as error:  # how a zoo refuses an option
         raise UserError(f"model {name}: its builder refuses the options {options}: {first_line(error)}") from error
     if stem == "small":
@@ -48,6 +41,42 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
     elif stem != "imagenet":
         raise UserError(f"model {name}: stem is 'imagenet' or 'small', got {stem!r}")
     return model
+
+
+def located(name: str, known: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the zoo of a model, "torchvision" or "timm", and the model's name there.
+
+    A timm name may have a tag, as in `resnet18.a1_in1k`. The tag selects the pretrained weights.
+
+    Raises:
+        UserError: the zoo, the name or the tag is unknown (with the closest match, also among `known`).
+    """
+    from torchvision import models
+
+    zoo, _, bare = name.rpartition(":")
+    if zoo not in ("", "torchvision", "timm"):
+        raise UserError(f"model {name}: the zoos are 'torchvision' and 'timm', got {zoo!r}")
+    classifiers = models.list_models(module=models)
+    if bare in classifiers and zoo != "timm":
+        return "torchvision", bare
+    if zoo == "torchvision":
+        raise UserError(f"model {name}: torchvision has no classifier of that name{closest(bare, classifiers)}")
+    import timm
+
+    kind, dot, tag = bare.partition(".")
+    if kind not in timm.list_models():
+        raise UserError(f"model {name}: unknown{closest(bare, [*known, *classifiers, *timm.list_models()])}")
+    tags = [entry.partition(".")[2] for entry in timm.list_models(f"{kind}.*", pretrained=True)]
+    if dot and tag not in tags:
+        raise UserError(f"model {name}: timm has no weights of the tag {tag!r} for {kind}{closest(tag, tags)} "
+                        f"(tags: {', '.join(tags) or 'none'})")
+    return "timm", bare
+
+
+def pretrained_error(name: str) -> UserError:
+    """Return the error for pretrained weights of the project's own models."""
+    return UserError(f"model {name}: there are no pretrained weights for the project's own models; pass a checkpoint or "
+                     "train one")
 
 
 def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -68,14 +97,9 @@ def _torchvision(name: str, num_classes: int, pretrained: bool, options: dict[st
     return model
 
 
-def _timm(name: str, bare: str, num_classes: int, pretrained: bool, known: list[str],
-          options: dict[str, Any]) -> nn.Module:
+def _timm(name: str, bare: str, num_classes: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     import timm
-    from torchvision import models
 
-    if bare not in timm.list_models():
-        everything = [*known, *models.list_models(module=models), *timm.list_models()]
-        raise UserError(f"model {name}: unknown{closest(bare, everything)}")
     try:
         model: nn.Module = timm.create_model(bare, pretrained=pretrained, num_classes=num_classes, **options)
     except (OSError, RuntimeError) as error:

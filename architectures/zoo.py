@@ -2,7 +2,8 @@
 
 Each file in `architectures/families/` is a family. A family file defines `MODELS`, a dict from a model's name to the
 function that builds the model. `make` also takes the names of torchvision and timm, with their prefix
-(`torchvision:resnet50`, `timm:resnest14d`) or without (`resnet50`). A bare name is looked up in the families first, then
+(`torchvision:resnet50`, `timm:resnest14d`) or without
+(`resnet50`, `resnet18.a1_in1k`). A bare name is looked up in the families first, then
 in torchvision, then in timm.
 """
 
@@ -101,8 +102,7 @@ def make(name: str, *, num_classes: int, pretrained: bool = False, **options: An
     if name not in own:
         return timm_bridge.make_zoo(name, num_classes=num_classes, pretrained=pretrained, known=list(own), **options)
     if pretrained:
-        raise UserError(f"model {name}: there are no pretrained weights for the project's own models; pass a "
-                        "checkpoint or train one")
+        raise timm_bridge.pretrained_error(name)
     parameters = inspect.signature(own[name]).parameters
     for option in options:
         if option not in parameters:

@@ -30,7 +30,7 @@ def run(recipe: RecipeName, overrides: Overrides = None,
     outcome = run_pipeline(resolve(recipe, overrides or []), console, update)
     print_ledger(console, outcome.rows)
     for text in outcome.warnings:
-        console.print(f"warning: {text}", style="bold red", highlight=False)
+        console.print(f"warning: {text}", style="bold red", highlight=False, soft_wrap=True)
     if outcome.results:
         console.print(f"total score {outcome.results['total_score']:.3f}, guarded "
                       f"{outcome.results['details']['guarded_score']:.3f}", highlight=False)
@@ -56,7 +56,7 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
         console.print(f"{name:22}{line}", highlight=False, soft_wrap=True)
         console.print(f"{'':22}{json.dumps(stage.model_dump(mode='json'))}", style="dim", highlight=False, soft_wrap=True)
     for text in (*planned.splits.warnings, *planned.sketch.warnings):
-        console.print(f"warning: {text}", style="bold red", highlight=False)
+        console.print(f"warning: {text}", style="bold red", highlight=False, soft_wrap=True)
     for text in standing(planned):
         console.print(text, highlight=False, soft_wrap=True)
 

@@ -13,6 +13,7 @@ from compress.settings import RECIPES, read_argument, read_as, read_mapping, set
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError
+from metadata.schemas import Interpolation
 
 TRAINING_RECIPES = RECIPES / "training"
 
@@ -26,6 +27,11 @@ class TrainingRun(TrainingSettings):
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
     image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels to which images are resized")
     channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
+    resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
+    crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
+    interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
+    mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
+    std: list[float] | None = Field(None, description="per channel; the set's own unless given")
     num_workers: int = Field(2, ge=1, le=256, description="threads or processes that decode images")
     validation_fraction: float = Field(0.1, ge=0, lt=1, validation_alias="val_fraction", description="share of the "
                                        "training images held out, class by class; 0: none")

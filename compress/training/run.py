@@ -17,6 +17,7 @@ from torch import nn
 
 from architectures.counting import count_macs
 from architectures.describe import describe
+from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name
 from compress.training.assessment import assess, learned_parameters
 from compress.training.checkpoints import best_file
@@ -41,6 +42,7 @@ from metadata.formats import write_tensors
 from metadata.locks import locked, remove_leftovers
 from metadata.machine import machine, usable_cores, versions
 from metadata.records import DatasetCard
+from metadata.schemas import Preprocessing
 
 SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
@@ -119,8 +121,8 @@ def _train(config: TrainingRun, team: Team, tracker: Tracker, loggers: list[Logg
 _FLAGS = {
     "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
     "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
-    "data.image_size": "--image_size", "data.resize and data.crop": "--image_size", "data.channels": "--channels",
-    "data.resize": "--image_size", "data.crop": "--image_size"}
+    "data.image_size": "--image_size", "data.resize and data.crop": "--resize and --crop", "data.channels": "--channels",
+    "data.resize": "--resize", "data.crop": "--crop"}
 
 
 @contextmanager
@@ -159,6 +161,10 @@ def prepare_training(config: TrainingRun, tracker: Tracker, hashes: FileHashes,
             options = _options(config, coloured)
             _check(config, options, coloured)
             splits = load(replace(request, channels=3))
+    if config.pretrained:
+        text = pretrained_warning(own_name(config.model_name), options, splits.card.preprocessing, lambda key: f"--{key}=")
+        if text:
+            tracker.warn(text + (" --channels=3" if splits.card.input_shape != card.input_shape else ""))
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
     look = getattr(model, "initialize_from", None)  # of networks whose first weights depend on their images
@@ -176,7 +182,9 @@ def _request(config: TrainingRun, hashes: FileHashes, on_progress: Advance) -> R
         validation_fraction=config.validation_fraction, seed=config.seed,
         num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
         skip_unreadable=config.skip_unreadable, on_progress=on_progress, image_size=config.image_size,
-        channels=config.channels, hashes=hashes)
+        channels=config.channels, hashes=hashes,
+        preprocessing={key: getattr(config, key) for key in Preprocessing.model_fields
+                       if getattr(config, key, None) is not None})
 
 
 def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:

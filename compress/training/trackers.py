@@ -93,7 +93,7 @@ class Tracker:
 
     def warn(self, text: str) -> None:
         """Print a warning."""
-        self.console.print(f"warning: {text}", style="bold red", highlight=False)
+        self.console.print(f"warning: {text}", style="bold red", highlight=False, soft_wrap=True)
 
     def _last_note(self) -> str:
         if not self._rows:

@@ -12,6 +12,7 @@ from torch import nn
 
 from architectures.checkpoints import Checkpoint, class_permutation, open_checkpoint
 from architectures.heads import reorder_classes
+from architectures.pretrained import pretrained_input, pretrained_warning
 from architectures.zoo import check_forward, family_modules, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
@@ -52,10 +53,13 @@ class Teacher(Stage):
                       "; for auxiliary heads try teacher.options.aux_logits=false")
         notes, warnings = self._try_checkpoint(module, sketch.card)
         sketch.warnings += warnings
-        if self._pretrained and not self.train.epochs and sketch.card.num_classes != 1000:
-            raise UserError(f"teacher {self.model}: its pretrained weights have 1000 classes, the data has "
-                            f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
-                            "checkpoint")
+        sketch.warnings += self._pretrained_warnings(sketch.card)
+        if self._pretrained and not self.train.epochs:
+            classes = pretrained_input(self.model, self.options).num_classes
+            if sketch.card.num_classes != classes:
+                raise UserError(f"teacher {self.model}: its pretrained weights have {classes} classes, the data has "
+                                f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
+                                "checkpoint")
         source = "zoo weights" if self._pretrained else "scratch"
         if self.checkpoint:
             source = f"checkpoint {self.checkpoint}" + (f" ({'; '.join(notes)})" if notes else "")
@@ -68,6 +72,8 @@ class Teacher(Stage):
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=options)
         with seeded(context.seed, "teacher"):
             module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **options)
+        for text in self._pretrained_warnings(card):
+            context.warn(text)
         if self.checkpoint:
             notes, warnings = _load(self._open_checkpoint(module, card), module, card)
             for text in notes:
@@ -92,6 +98,13 @@ class Teacher(Stage):
     @property
     def _pretrained(self) -> bool:
         return self.pretrained and self.checkpoint is None
+
+    def _pretrained_warnings(self, card: DatasetCard) -> list[str]:
+        """Return a line on the images that the zoo's weights were trained on, if the data's are others."""
+        if not self._pretrained:
+            return []
+        text = pretrained_warning(self.model, self.options, card.preprocessing, lambda key: f"data.{key}=")
+        return [text] if text else []
 
     def _try_checkpoint(self, empty: nn.Module, card: DatasetCard) -> tuple[list[str], list[str]]:
         """Return the notes and warnings about the checkpoint. `empty` is the module on the meta device."""
