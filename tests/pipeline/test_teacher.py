@@ -128,8 +128,8 @@ def test_plan_warns_of_them(alone: Path, compress: Compress) -> None:
     done = compress("plan", alone, "teacher.model=timm:vit_tiny_patch16_224", "teacher.pretrained=true",
                     "teacher.options={img_size: 8, patch_size: 4}", "teacher.train.epochs=1")
     assert done.returncode == 0, done.stderr
-    assert ("warning: the pretrained weights of timm:vit_tiny_patch16_224 were trained on other images than the data gives; "
-            "pass data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5] data.interpolation=bicubic\n") in done.stdout
+    assert ("warning: the pretrained weights of timm:vit_tiny_patch16_224 were trained on other images than the data "
+            "gives; pass data.mean=[0.5,0.5,0.5] data.std=[0.5,0.5,0.5] data.interpolation=bicubic\n") in done.stdout
 
 
 def test_train_warns_of_them_and_takes_them(tiny_recipe: Path, tmp_path: Path) -> None:
