@@ -37,7 +37,7 @@ class StageStatus:
         name: of the stage's folder.
         state: "finished"; "begun" and to be continued; "open", with nothing to lose; or "stale": finished or begun, and to
             be redone.
-        reasons: why a stale stage is; none if only because a stage before it is to be made.
+        reasons: why a stale stage is; none beside those of a stage before it, from whose result it is made.
         record: of a finished stage.
     """
 
@@ -51,13 +51,13 @@ def survey(folder: Path, plan: RunPlan) -> list[StageStatus]:
     """Return how far each stage of a plan has come in a run's folder, and then what is left of other stages."""
     found: list[StageStatus] = []
     to_make = ""  # the first stage that has not finished: what follows it is made from its result
-    named = False  # whether a reason was given
+    said: set[str] = set()  # reasons that were given for an earlier stage
     for (name, _), identity in zip(plan.stages, plan.identities, strict=True):
         status = _status(folder / name, identity, to_make)
-        if status.state == "stale" and not status.reasons and not named:
+        if status.state == "stale" and not status.reasons and not said:
             status = replace(status, reasons=[f"{to_make} before it is not finished"])
-        found.append(status)
-        named = named or bool(status.reasons)
+        found.append(replace(status, reasons=[reason for reason in status.reasons if reason not in said]))
+        said |= set(status.reasons)
         to_make = to_make or ("" if status.state == "finished" else name)
     planned = {name for name, _ in plan.stages}
     found += [StageStatus(name=path.name, state="stale", reasons=["the recipe has no such stage any more: to be removed"])

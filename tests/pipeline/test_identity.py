@@ -150,10 +150,10 @@ def test_what_an_earlier_version_made_stays(run: Run, compress: Compress) -> Non
         (run.folder / name / "stage.key").write_text("0" * 64)
     command = ["run", run.recipe, f"run_dir={run.folder.parent}", f"data.root={run.images}"]
     before = snapshot(run.folder)
-    assert_one_line_error(compress(*command), f"01-teacher ({EARLIER_VERSION})", "--update")
+    assert_one_line_error(compress(*command), f"01-teacher ({EARLIER_VERSION}) and what follows it (02-distill", "--update")
     assert snapshot(run.folder) == before
     run.interrupt("02-distill", "checkpoint-student.pth")
-    assert f"02-distill ({EARLIER_VERSION}; it has begun" in run.redone()[1]
+    assert run.redone()[1] == f"01-teacher ({EARLIER_VERSION}), 02-distill (it has begun: checkpoint-student.pth)"
     (run.folder / "01-teacher" / "stage.json").write_text("{")
     assert "stage.json: not valid JSON" in run.redone()[1]
 
