@@ -48,15 +48,16 @@ def plan(recipe: RecipeName, overrides: Overrides = None) -> None:
     from compress.pipeline.plan import make_plan
 
     console = terminal()
-    planned = make_plan(resolve(recipe, overrides or []), Tracker(console))
+    tracker = Tracker(console)
+    planned = make_plan(resolve(recipe, overrides or []), tracker)
+    for text in (*planned.splits.warnings, *planned.sketch.warnings):
+        tracker.warn(text)
     card = planned.splits.card
     console.print(f"{planned.config.recipe}: {card.name}, {card.num_classes} classes, {list(card.input_shape)}, "
                   f"{card.counts}", highlight=False)
     for (name, stage), line in zip(planned.stages, planned.sketch.lines, strict=True):
         console.print(f"{name:22}{line}", highlight=False, soft_wrap=True)
         console.print(f"{'':22}{json.dumps(stage.model_dump(mode='json'))}", style="dim", highlight=False, soft_wrap=True)
-    for text in (*planned.splits.warnings, *planned.sketch.warnings):
-        console.print(f"warning: {text}", style="bold red", highlight=False, soft_wrap=True)
     for text in standing(planned):
         console.print(text, highlight=False, soft_wrap=True)
 
