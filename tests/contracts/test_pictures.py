@@ -172,8 +172,8 @@ def test_a_grey_folder_makes_a_plan_of_one_channel(tmp_path: Path) -> None:
     assert planned.splits.card.input_shape == (1, 12, 12) and planned.splits.warnings == []
     assert planned.splits.card.preprocessing.mean == [0.459] and planned.splits.card.preprocessing.std == [0.2256]
     flags = ["--dataset", "image_folder", "--data_root", str(root), "--image_size", "12", "--channels", "1", "--model_name"]
-    config, tracker = resolve_training([*flags, "slim_resnet18"]), Tracker(terminal())
-    splits, model, options = prepare_training(config, tracker, FileHashes())
+    training, tracker = resolve_training([*flags, "slim_resnet18"]), Tracker(terminal())
+    splits, model, options = prepare_training(training, tracker, FileHashes())
     assert splits.card.input_shape == (1, 12, 12) and options["in_channels"] == 1
     assert model(torch.zeros(2, 1, 12, 12)).shape == (2, 2)
     with pytest.raises(UserError, match=r"resnet18: it does not take images of shape \[1, 12, 12\]"):
