@@ -176,7 +176,7 @@ FORBIDDEN: dict[str, str] = {
 }
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "metadata missing": (lambda f: (f / "metadata.json").unlink(), "there is no such file"),
+    "metadata missing": (lambda f: (f / "metadata.json").unlink(), "there is neither"),
     "metadata no JSON": (lambda f: (f / "metadata.json").write_text("{'a': 1}"), "not valid JSON"),
     "metadata huge": (lambda f: os.truncate(f / "metadata.json", 2**25), "over JSON's limit"),
     "unknown format": (lambda f: edit(f, model_format="keras"), "model_format"),
