@@ -32,7 +32,10 @@ class ClassOrder:
     warnings: list[str]
 
     def arranged(self, logits: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-        """Return (N, outputs) logits as (N, classes), with -infinity for a class that the submission does not know."""
+        """Return (N, outputs) logits as (N, classes), with -infinity for a class that the submission does not know.
+
+        Outputs beyond the names, of a model that has more, follow after the classes: an answer there is wrong.
+        """
         if self.names == list(classes):
             return logits
         columns = {name: column for column, name in enumerate(self.names)}
@@ -40,7 +43,7 @@ class ClassOrder:
         for index, name in enumerate(classes):
             if name in columns:
                 arranged[:, index] = logits[:, columns[name]]
-        return arranged
+        return np.concatenate([arranged, logits[:, len(self.names):]], axis=1)
 
 
 def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:

@@ -55,7 +55,7 @@ def load_submission_model(boot: dict[str, Any], explain: Callable[[BaseException
     folder = Path(boot["folder"])
     sys.path.insert(0, str(folder))
     os.chdir(folder)
-    sys.dont_write_bytecode = True
+    sys.argv = [str(folder / "model_loader.py")]
     torch.manual_seed(0)  # weights that stay random are the same in every run
     main = types.ModuleType("__main__")
     main.__getattr__ = lambda name: from_folder(folder, name)  # type: ignore[method-assign]  # classes pickled in a notebook

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from compress.evaluation import panel
+from compress.evaluation.class_order import ClassOrder
 from compress.evaluation.original import file_kind, read_original_metadata
+from compress.evaluation.score import accuracy_details
 from compress.evaluation.submission import read_submission
 from compress.packaging.bundle import bundle
 from metadata.errors import VerificationError
@@ -93,6 +96,16 @@ def test_a_refusal_says_what_the_folder_is(kind: str, said: str, photos: Path, t
     outcome = evaluate(tmp_path / "folder", data=photos)
     assert_refused(outcome, said, code=2)
     assert "only with --allow_code, in a sandbox" in outcome[2]
+
+
+def test_outputs_beyond_the_classes_stay_answers_and_are_wrong() -> None:
+    order = ClassOrder(names=["b", "a"], matched="by name", warnings=[])
+    logits = np.array([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]], np.float32)  # two outputs have no name
+    assert order.arranged(logits, ["a", "b"]).tolist() == [[2, 3, 1, 0], [1, 0, 2, 3]]
+    assert order.arranged(logits, ["b", "a"]) is logits
+    assert order.arranged(logits[:, :2], ["a", "b", "c"]).tolist() == [[2, 3, -np.inf], [1, 0, -np.inf]]
+    details = accuracy_details(order.arranged(logits, ["a", "b"]), np.array([1, 0]), ["a", "b"], 1)
+    assert details["correct"] == 1 and details["per_class"]["b"]["correct"] == 1
 
 
 # ---------------------------------------------------------------------------------- what goes wrong, and what is said
