@@ -127,7 +127,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
     "weights padded": (lambda f: os.truncate(weights_of(f), 2**24), True, "its tensors need"),
     "weights huge": (lambda f: edit_json(f, META, lambda m: m["files"][m["weights_file"]].update(bytes=2**40)), False,
                      "over the limit"),
-    "metadata missing": (lambda f: (f / META).unlink(), False, "no such file"),
+    "metadata missing": (lambda f: (f / META).unlink(), False, "there is neither"),
     "metadata no JSON": (lambda f: (f / META).write_text("nonsense"), False, "not valid JSON"),
     "metadata is a list": (lambda f: (f / META).write_text("[]"), False, "model_metadata.json"),
     "unknown schema": (lambda f: edit_json(f, META, lambda m: m.update(schema=2)), False, "schema"),
