@@ -38,6 +38,9 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     graph = traced_graph(model)
     if len(placeholders := [node for node in graph.nodes if node.op == "placeholder"]) > 1:
         raise UserError(f"input {placeholders[1].name}: a student takes one tensor, this model takes more")
+    for node in graph.nodes:
+        if node.op == "call_module":  # a layer outside the table is named before the model runs
+            _row(node, model)
     measure_shapes(model, graph, input_shape)
     names: dict[fx.Node, str] = {}
     layers: list[dict[str, Any]] = []
@@ -142,6 +145,15 @@ def _unique_name(node: fx.Node, model: nn.Module, names: dict[fx.Node, str]) -> 
 # ------------------------------------------------------------------------------------------- lowering to the table
 
 
+def _row(node: fx.Node, model: nn.Module) -> type[Layer]:
+    """Return the row of a module's class, or raise UserError where there is none."""
+    name, module = str(node.target), model.get_submodule(str(node.target))
+    row = row_of_module(module)
+    if row is None:
+        raise UserError(f"layer {name}: {type(module).__name__} {NOT_IN_TABLE}; {AS_TEACHER}")
+    return row
+
+
 def _lower(node: fx.Node, model: nn.Module) -> Lowered:
     """Return the layer that a node of the traced graph means.
 
@@ -149,18 +161,15 @@ def _lower(node: fx.Node, model: nn.Module) -> Lowered:
         UserError: no row of the layer table stands for the node.
     """
     if node.op == "call_module":
-        name, module = str(node.target), model.get_submodule(str(node.target))
-        row = row_of_module(module)
-        if row is None:
-            raise UserError(f"layer {name}: {type(module).__name__} {NOT_IN_TABLE}; {AS_TEACHER}")
+        name, module, row = str(node.target), model.get_submodule(str(node.target)), _row(node, model)
         return row.__name__, module_inputs(node, module), row.from_module(module, name)
-    row = row_of_call(node.target, node.op == "call_method") if node.op in ("call_function", "call_method") else None
-    if row is None:
+    found = row_of_call(node.target, node.op == "call_method") if node.op in ("call_function", "call_method") else None
+    if found is None:
         what = getattr(node.target, "__name__", node.target)
         raise UserError(f"layer {place_of(node)}: {what} ({node.op}) {NOT_IN_TABLE}; {AS_TEACHER}")
-    normalized_call(node, row)
+    normalized_call(node, found)
     try:
-        return row.__name__, *row.from_call(node)
+        return found.__name__, *found.from_call(node)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = getattr(node.target, "__name__", node.target)
         raise UserError(f"layer {place_of(node)}: this call of {what} {NOT_IN_TABLE}; {AS_TEACHER}") from error

@@ -23,7 +23,7 @@ from metadata.errors import UserError, first_line
 BATCHES = (2, 3)  # a reshape that keeps images apart does so for both
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
-LIBRARIES = (str(Path(torch.__file__).parent), __file__)
+TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
 
 
 class LineTracer(fx.Tracer):
@@ -84,8 +84,10 @@ def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
 def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
     """Return the innermost place outside torch, such as " (network.py, line 12)", or nothing."""
     for frame, number in frames:
-        file = frame.f_code.co_filename
-        if not file.startswith(LIBRARIES) and frame.f_code.co_name != "describe":
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if file == __file__ and function == "traced_graph":  # what lies outside called `describe`
+            break
+        if file != __file__ and not file.startswith(TORCH):
             return f" ({Path(file).name}, line {number})"
     return ""
 

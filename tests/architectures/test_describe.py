@@ -137,6 +137,18 @@ def test_the_line_in_the_users_code_is_named() -> None:
     assert f"layer 0 (Forks) cannot be traced (test_describe.py, line {number}): " in refusal(nn.Sequential(Forks()))
 
 
+def test_a_line_of_torchvision_is_named_and_none_outside_the_network() -> None:
+    from architectures.zoo import make
+    with pytest.raises(UserError, match=r"layer view \(shufflenetv2\.py, line \d+\): a reshape"):
+        describe(make("shufflenet_v2_x0_5", num_classes=3).eval(), (3, 64, 64))
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    assert refusal(Two()) == "input y: a student takes one tensor, this model takes more"
+
+
 @pytest.mark.parametrize(("condition", "said"), [
     ("x.shape[0] == 1", "it does not take a batch of three"), ("x.shape[2] == 9", "does not take images of shape"),
     ("x.dim() == 5", "does not take images of shape"), ("len(x.shape) == 3", "cannot be traced")])
