@@ -167,7 +167,9 @@ def test_a_refused_run_changes_nothing_and_a_plan_says_the_same(run: Run, compre
     before = snapshot(run.folder)
     where = [run.recipe, f"run_dir={run.folder.parent}", f"data.root={run.images}"]
     reason = f"03-prune (prune.ratio: 0.4 -> 0.6) and what follows it ({', '.join(ALL[3:])})"
-    assert_one_line_error(compress("run", *where, "prune.ratio=0.6"), f"{reason}; nothing was changed; pass --update")
+    refused = compress("run", *where, "prune.ratio=0.6")
+    assert_one_line_error(refused, f"{reason}; nothing was changed; pass --update")
+    assert "[3/7] prune: would be redone: prune.ratio: 0.4 -> 0.6\n" in refused.stdout
     planned = compress("plan", *where, "prune.ratio=0.6")
     assert planned.returncode == 0 and f"{run.folder}: finished before: 01-teacher, 02-distill\n" in planned.stdout
     assert f"{run.folder}: would be redone, with --update: {reason}\n" in planned.stdout
