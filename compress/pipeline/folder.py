@@ -142,7 +142,8 @@ def claimed(folder: Path, plan: RunPlan, update: bool, tracker: Tracker) -> Iter
                 for status in found:
                     if status.state == "stale":
                         why = "; ".join(status.reasons) or "what it is made from would be"
-                        tracker.say(f"[{int(status.name[:2])}/{len(plan.stages)}] {status.name[3:]}: would be redone: {why}")
+                        place = f"[{int(status.name[:2])}/{len(plan.stages)}] {status.name[3:]}"
+                        tracker.say(f"{place}: would be redone: {why}")
                 raise UserError(f"{folder} holds work that would be redone: {redo}; nothing was changed; pass --update to "
                                 "redo it, or choose name=OTHER")
             tracker.say(f"redone: {redo}")
