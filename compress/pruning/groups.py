@@ -6,10 +6,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch_pruning as tp
 from torch import Tensor, fx, nn
 
 from compress.pruning.importance import CRITERIA
+from compress.pruning.library import tp
 from metadata.errors import UserError, first_line
 
 ROOTS = (nn.Conv2d, nn.Linear)  # a group begins at the output channels of one of these

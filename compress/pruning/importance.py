@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch_pruning as tp
 from torch import Tensor, nn
+
+from compress.pruning.library import tp
 
 # Criterion -> importance of a group's channels. Sources: l1 and l2 Li et al. 2017; bn_scale Liu et al. 2017 (network
 # slimming); fpgm He et al. 2019; taylor Molchanov et al. 2019, first order.

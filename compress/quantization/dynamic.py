@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +19,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
 
 from architectures.build import build
 from architectures.describe import describe
@@ -91,9 +91,10 @@ def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
 
 def without_stochastic_depth(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode without StochasticDepth, which does nothing there and is not in the layer table."""
+    operators = sys.modules.get("torchvision.ops")  # whoever has the layer has imported it
     evaluated = copy.deepcopy(model).eval()
     for name, module in model.named_modules():
-        if isinstance(module, StochasticDepth):
+        if operators and isinstance(module, operators.StochasticDepth):
             evaluated.set_submodule(name, nn.Identity())
     return evaluated
 
