@@ -76,6 +76,16 @@ def is_turned(path: Path) -> bool:
         return False
 
 
+def is_deep_grey(path: Path) -> bool:
+    """Return whether a file is grey with more than 8 bits a pixel, by its header; no for a file that is no image."""
+    from PIL import Image
+    try:
+        with Image.open(path) as image:
+            return image.mode.startswith(("I", "F"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
 def _orientation(image: Image.Image) -> object:
     """Return the orientation in an image's EXIF data, 1 to 8, or 1 where they are missing or damaged."""
     if _TAGGED.isdisjoint(image.info):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from metadata.errors import VerificationError, describe_validation_error, first_line
 
 MAX_JSON_BYTES = 2**24
+MAX_NAME_BYTES = 255  # of a file or folder, on every usual file system
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -90,8 +91,10 @@ def inside(folder: Path, name: str) -> Path:
     """Return the path of a file that a submission names.
 
     Raises:
-        VerificationError: the name, or a symbolic link on its path, points outside the folder.
+        VerificationError: the name, or a symbolic link on its path, points outside the folder; or no file can have it.
     """
+    if "\0" in name or any(len(part.encode(errors="surrogateescape")) > MAX_NAME_BYTES for part in Path(name).parts):
+        raise VerificationError(f"{folder}: no file has the name {name[:60]!r}")
     path = folder / name
     try:
         lies_inside = path.resolve().is_relative_to(folder.resolve())

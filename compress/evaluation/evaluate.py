@@ -17,7 +17,7 @@ from compress.evaluation.runtimes import EvaluationSettings, Runtime, TorchRunti
 from compress.evaluation.score import RESULT_KEYS, TASK_KEYS, accuracy_details, guarded_score, latency_details, score
 from compress.evaluation.serve import Answers, classify, repeats_ratio, same_answer, serve
 from compress.evaluation.submission import SubmissionFiles, combined_hash, file_hashes, read_submission
-from loaders.images import is_turned
+from loaders.images import is_deep_grey, is_turned
 from loaders.listing import Listing, list_images
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, machine, memory_limit, torch_threads, versions
@@ -171,7 +171,7 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
             "status": "ok",
             "guarded_score": guarded,
             "warnings": [*data.listing.warnings(), *entry.order.warnings, *runtime.warnings,
-                         *_orientation_warnings(files, data.images),
+                         *_picture_warnings(files, data.images),
                          *_cache_warnings(ratio), *_size_warnings(files, size_bytes, needed),
                          *_accuracy_warnings(accuracy, chance, settings)],
             "baselines": baselines.model_dump(),
@@ -205,13 +205,13 @@ def _durations(answers: Answers, kind: str, ratio: float | None, runs: int) -> n
     return np.concatenate([first, [took for _, took in answers.again][:runs - len(first)]])
 
 
-def _orientation_warnings(files: SubmissionFiles, images: Sequence[Path]) -> list[str]:
-    """Return how many test pictures are shown turned by viewers, where the submission takes them as they are stored."""
+def _picture_warnings(files: SubmissionFiles, images: Sequence[Path]) -> list[str]:
+    """Return how many test pictures the submission may have seen in another way while it was trained."""
     turned = [] if files.preprocessing.exif_orientation else [path for path in images if is_turned(path)]
-    if not turned:
-        return []
-    return [f"{len(turned)} of {len(images)} test images carry an EXIF orientation that the submission's preprocessing "
-            f"does not apply, such as {turned[0]}"]
+    deep = [] if files.metadata else [path for path in images if is_deep_grey(path)]
+    return [f"{len(found)} of {len(images)} test images {what}, such as {found[0]}" for found, what in (
+        (turned, "carry an EXIF orientation that the submission's preprocessing does not apply"),
+        (deep, "are grey with more than 8 bits: they are scaled to 8 bits here, where Pillow alone would clip them")) if found]
 
 
 def _cache_warnings(ratio: float | None) -> list[str]:

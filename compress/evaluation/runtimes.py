@@ -144,7 +144,7 @@ class OnnxFileRuntime(Runtime):
         batch = self.file.batch or len(images)
         if batch == len(images):
             return self.run(images)
-        missing = -len(images) % batch
+        missing = -len(images) % batch if len(images) else batch
         filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
         parts = [self.run(filled[start:start + batch]) for start in range(0, len(filled), batch)]
         return np.concatenate(parts)[:len(images)]

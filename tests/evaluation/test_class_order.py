@@ -166,6 +166,13 @@ def test_an_orientation_that_is_not_applied_is_said(pictures: Path, tmp_path: Pa
         f"{pictures}/blue/camera.jpg" in details["warnings"]
 
 
+def test_grey_of_more_than_8_bits_is_said_to_be_scaled(pictures: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(pictures / "blue" / "microscope.png")
+    details = score(write(tmp_path / "own", list(COLOURS), [0, 1, 2]), pictures)["details"]
+    assert any(warning.startswith("1 of 19 test images are grey with more than 8 bits") and
+               warning.endswith(f"{pictures}/blue/microscope.png") for warning in details["warnings"]), details["warnings"]
+
+
 def test_a_package_with_other_names_in_another_order_keeps_its_score(submission: Path, few: Path, tmp_path: Path) -> None:
     """Through the file in the package, which must match by name as the toolkit does."""
     plain = score(submission, few)["details"]

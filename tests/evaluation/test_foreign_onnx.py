@@ -69,7 +69,7 @@ def test_every_layout_and_batch_answers_as_the_plain_file(variant: str, backend:
     plain = ONNX_RUNTIMES[backend](read_submission(fold(tmp_path / "plain", PLAIN)), 1)
     runtime = ONNX_RUNTIMES[backend](read_submission(fold(tmp_path / "other", model)), 1)
     images = np.random.default_rng(1).normal(size=(11, 3, SIDE, SIDE)).astype(np.float32)
-    for some in (images[:1], images[:8], images):
+    for some in (images[:0], images[:1], images[:8], images):
         answers = runtime(some)
         assert answers.shape == (len(some), CLASSES) and np.allclose(answers, plain(some), atol=1e-4)
     assert (runtime.file.batch, runtime.file.channels_last) == (batch, channels_last)
@@ -185,6 +185,8 @@ HOSTILE_DATA: dict[str, tuple[Change, str]] = {
     "a pipe": (lambda first: place_of(first, location="pipe"), "no such plain file"),
     "a folder": (lambda first: place_of(first, location="."), "no such plain file"),
     "no file": (lambda first: place_of(first, location="nowhere"), "no such plain file"),
+    "a name with a zero": (lambda first: place_of(first, location="model.onnx.data\0x"), "no file has the name"),
+    "an endless name": (lambda first: place_of(first, location="x" * 5000), "no file has the name"),
     "no name": (lambda first: place_of(first, location=""), "expected a file in the same folder"),
     "behind the end": (lambda first: place_of(first, offset="4"), "ends at byte 7,684 of model.onnx.data, which has"),
     "a negative place": (lambda first: place_of(first, offset="-4"), "from byte -4"),
