@@ -18,6 +18,7 @@ from torch import Tensor
 from loaders.request import FileHashes, Request
 from metadata.errors import some_of
 from metadata.files import write_json
+from metadata.records import DatasetCard
 
 Content = dict[str, dict[str, str]]
 Files = Sequence[tuple[Path, int]]  # with the index of the class
@@ -102,6 +103,12 @@ def array_content(class_names: Sequence[str], splits: Mapping[str, tuple[Tensor,
 def content_hash(content: Content) -> str:
     """Return one short hash of a content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def trained_on(card: DatasetCard) -> str:
+    """Return a hash of what a training sees: the training and validation images, not those of the test split."""
+    return content_hash({split: classes for split, classes in card.content.items() if split != "test"}) if card.content \
+        else card.fingerprint
 
 
 def content_changes(before: Content, now: Content) -> list[str]:

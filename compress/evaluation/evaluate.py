@@ -211,7 +211,7 @@ def _picture_warnings(files: SubmissionFiles, images: Sequence[Path]) -> list[st
     deep = [] if files.metadata else [path for path in images if is_deep_grey(path)]
     return [f"{len(found)} of {len(images)} test images {what}, such as {found[0]}" for found, what in (
         (turned, "carry an EXIF orientation that the submission's preprocessing does not apply"),
-        (deep, "are grey with more than 8 bits: they are scaled to 8 bits here, where Pillow alone would clip them")) if found]
+        (deep, "are grey with more than 8 bits: they are scaled to 8 bits here, Pillow alone would clip them")) if found]
 
 
 def _cache_warnings(ratio: float | None) -> list[str]:

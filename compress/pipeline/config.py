@@ -124,7 +124,10 @@ def _apply(content: dict[str, Any], key: str, value: Any) -> None:
     else:
         name, _, number = head.partition("#")
         group = [entry[name] for entry in content["stages"] if name in entry]
-        if not group or not rest:
+        if head == "stages" or (group and not rest):
+            raise UserError(f"override {key!r}: give the settings of a stage one by one, such as "
+                            f"{name if group else next(iter(content['stages'][0]))}.KEY=VALUE")
+        if not group:
             known = [*RunConfig.model_fields, *(name for entry in content["stages"] for name in entry)]
             raise UserError(f"override {key!r}: unknown key {head!r}{closest(head, known)} (known: {', '.join(known)})")
         if len(group) > 1 and not number:

@@ -35,14 +35,14 @@ class StageStatus:
 
     Args:
         name: of the stage's folder.
-        state: "finished"; "begun" and to be continued; "open", with nothing to lose; or "stale": finished or begun, and to
-            be redone.
+        state: "finished"; "begun" and to be continued; "open", with nothing to lose; "stale": finished or begun, and to
+            be redone; or "dropped": of a stage that the recipe has no more, and to be removed.
         reasons: why a stale stage is; none beside those of a stage before it, from whose result it is made.
         record: of a finished stage.
     """
 
     name: str
-    state: Literal["finished", "begun", "open", "stale"]
+    state: Literal["finished", "begun", "open", "stale", "dropped"]
     reasons: list[str] = field(default_factory=list)
     record: StageRecord | None = None
 
@@ -54,15 +54,16 @@ def survey(folder: Path, plan: RunPlan) -> list[StageStatus]:
     said: set[str] = set()  # reasons that were given for an earlier stage
     for (name, _), identity in zip(plan.stages, plan.identities, strict=True):
         status = _status(folder / name, identity, to_make)
+        if status.state == "finished" and name.endswith("-package") and not (folder / SUBMISSION).is_dir():
+            status = StageStatus(name=name, state="stale", reasons=[f"its {SUBMISSION}/ is gone"])
         if status.state == "stale" and not status.reasons and not said:
             status = replace(status, reasons=[f"{to_make} before it is not finished"])
         found.append(replace(status, reasons=[reason for reason in status.reasons if reason not in said]))
         said |= set(status.reasons)
         to_make = to_make or ("" if status.state == "finished" else name)
     planned = {name for name, _ in plan.stages}
-    found += [StageStatus(name=path.name, state="stale", reasons=["the recipe has no such stage any more: to be removed"])
-              for path in sorted(folder.glob("[0-9][0-9]-*")) if path.name not in planned and _has_work(path)]
-    return found
+    return found + [StageStatus(name=path.name, state="dropped") for path in sorted(folder.glob("[0-9][0-9]-*"))
+                    if path.name not in planned and _has_work(path)]
 
 
 def _status(own: Path, identity: StageIdentity, to_make: str) -> StageStatus:
@@ -111,6 +112,12 @@ def to_redo(found: Sequence[StageStatus]) -> str:
     return some_of(named, 4) + (f" and what follows it ({', '.join(following)})" if following else "")
 
 
+def to_remove(found: Sequence[StageStatus]) -> str:
+    """Return the stages that the recipe has no more and what was made from them, in words; "" if there are none."""
+    names = [status.name for status in found if status.state == "dropped"]
+    return f"{', '.join(names)} (not in the recipe any more), with the results and the report" if names else ""
+
+
 def standing(plan: RunPlan) -> list[str]:
     """Return a line on what the run's folder already holds of a plan, and one on what would be redone."""
     folder = plan.config.run_dir / plan.config.name
@@ -118,7 +125,8 @@ def standing(plan: RunPlan) -> list[str]:
     words = {"finished": "finished before", "begun": "begun"}
     lines = [f"{folder}: {words[state]}: {', '.join(names)}" for state in words
              if (names := [status.name for status in found if status.state == state])]
-    return lines + ([f"{folder}: would be redone, with --update: {redo}"] if (redo := to_redo(found)) else [])
+    lines += [f"{folder}: would be redone, with --update: {redo}"] if (redo := to_redo(found)) else []
+    return lines + ([f"{folder}: would be removed, with --update: {removed}"] if (removed := to_remove(found)) else [])
 
 
 @contextmanager
@@ -137,16 +145,19 @@ def claimed(folder: Path, plan: RunPlan, update: bool, tracker: Tracker) -> Iter
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, "choose name=OTHER"):
         found = survey(folder, plan)
-        if redo := to_redo(found):
+        losses = [f"{what}: {named}" for what, named in (("redone", to_redo(found)), ("removed", to_remove(found)))
+                  if named]
+        if losses:
             if not update:
                 for status in found:
                     if status.state == "stale":
                         why = "; ".join(status.reasons) or "what it is made from would be"
                         place = f"[{int(status.name[:2])}/{len(plan.stages)}] {status.name[3:]}"
                         tracker.say(f"{place}: would be redone: {why}")
-                raise UserError(f"{folder} holds work that would be redone: {redo}; nothing was changed; pass --update to "
-                                "redo it, or choose name=OTHER")
-            tracker.say(f"redone: {redo}")
+                raise UserError(f"{folder} holds work that would be {', and work that would be '.join(losses)}; nothing "
+                                "was changed; pass --update to do so, or choose name=OTHER")
+            for text in losses:
+                tracker.say(text)
         if before and any(status.state == "begun" for status in found):
             _warn_of_bits(before, plan.config, tracker)
         write_json(folder / RUN, {"schema": 1, "config": plan.config.model_dump(mode="json"), "machine": machine(),
@@ -181,7 +192,7 @@ def open_stage(folder: Path, status: StageStatus, identity: StageIdentity) -> Pa
     own = folder / status.name
     if status.state != "begun":
         remove_stages(folder, from_number=int(status.name[:2]))  # made from something else, and so is what follows them
-        own.mkdir()
+        own.mkdir(exist_ok=True)
         write_json(own / KEY, {"key": identity.key, "made_from": identity.made_from})
     for leftover in own.glob(".*.part"):  # SIGKILL cut the write short
         leftover.unlink()
@@ -190,7 +201,8 @@ def open_stage(folder: Path, status: StageStatus, identity: StageIdentity) -> Pa
 
 def remove_stages(folder: Path, from_number: int = 1, keep: Collection[str] = ()) -> None:
     """Remove stages from a number on, except those to keep, so that nothing stale is reported or handed on."""
-    stale = [path for path in folder.glob("[0-9][0-9]-*") if int(path.name[:2]) >= from_number and path.name not in keep]
+    stale = [path for path in folder.glob("[0-9][0-9]-*") if int(path.name[:2]) >= from_number and path.name not in keep
+             and ((path / STAGE).is_file() or (path / KEY).is_file())]  # another folder is the user's own
     for path in stale:
         shutil.rmtree(path)
         if path.name.endswith("-package"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, RootModel
 from torch import fx, nn
 
 import compress.pipeline.stages
@@ -118,8 +118,8 @@ class Submission:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        import json
-        return cls(folder.parent / json.loads((folder / "submission.json").read_text())["folder"])
+        content = read_json(folder / "submission.json", RootModel[dict[str, str]]).root
+        return cls(folder.parent / content.get("folder", ""))
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        import json
-        return cls(json.loads((folder / "results.json").read_text()))
+        return cls(read_json(folder / "results.json", RootModel[dict[str, Any]]).root)
 
 
 Artifact = TeacherModel | TorchModel | OnnxModel | Submission | Evaluation

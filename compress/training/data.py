@@ -14,6 +14,7 @@ from compress.training.mixup import Batch, cut
 from compress.training.settings import Augmentation, TrainingSettings
 from loaders.arrays import ArrayImages, prefetched
 from loaders.augment import Affine, Augmenter, derive_seed
+from loaders.content import trained_on
 from loaders.images import normalize
 from loaders.splits import Split
 from metadata.errors import UserError
@@ -90,7 +91,7 @@ def training_data(train: Split, validation: Split, card: DatasetCard, settings: 
     augmenter = Augmenter(names=list(augmentations(settings, card)), size=card.input_shape[1:], padding=settings.padding,
                           seed=seed, samples=len(train), affine=affine)
     return Data(train=train, validation=validation.to(device), augmenter=augmenter, preprocessing=card.preprocessing,
-                fingerprint=card.fingerprint)
+                fingerprint=trained_on(card))
 
 
 def augmentations(settings: TrainingSettings, card: DatasetCard) -> list[Augmentation]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compress.pipeline.config import resolve
-from compress.pipeline.folder import StageStatus, survey, to_redo
+from compress.pipeline.folder import StageStatus, remove_stages, survey, to_redo, to_remove
 from compress.pipeline.identity import EARLIER_VERSION, StageIdentity, code_hash, code_of
 from compress.pipeline.plan import RunPlan, make_plan
 from compress.pipeline.stages import evaluate
@@ -138,7 +138,28 @@ def test_stages_that_are_gone_or_whose_input_is_gone_are_named(run: Run, tmp_pat
     shorter = tmp_path / "tiny.yaml"
     shorter.write_text(run.recipe.read_text().replace("  - evaluate\n", ""))
     run.recipe = shorter
-    assert "07-evaluate (the recipe has no such stage any more: to be removed)" in run.redone()[1]
+    assert to_remove(run.survey()).startswith("07-evaluate (not in the recipe any more)")
+
+
+def test_a_submission_that_is_gone_is_named(run: Run) -> None:
+    shutil.rmtree(run.folder / "submission")
+    assert run.redone() == (ALL[5:], "06-package (its submission/ is gone) and what follows it (07-evaluate)")
+
+
+def test_folders_that_no_stage_made_stay(run: Run, compress: Compress) -> None:
+    notes = run.folder / "99-notes" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    done = compress("run", run.recipe, f"run_dir={run.folder.parent}", f"data.root={run.images}")
+    assert done.returncode == 0 and notes.read_text() == "precious", done.stderr
+    remove_stages(run.folder)
+    assert notes.read_text() == "precious" and not (run.folder / "01-teacher").exists()
+
+
+def test_a_damaged_record_of_an_artifact_is_one_line(run: Run, compress: Compress) -> None:
+    (run.folder / "06-package" / "submission.json").write_text("x")
+    assert_one_line_error(compress("run", run.recipe, f"run_dir={run.folder.parent}", f"data.root={run.images}"),
+                          "submission.json: not valid JSON", code=1)
 
 
 def test_what_an_earlier_version_made_stays(run: Run, compress: Compress) -> None:

@@ -20,7 +20,10 @@ FLOP = [(n, 6 * n * d, loss) for n, d, loss in grid()]
     ("Params (M)", "N", 8e6),
     ("params in billions", "N", 8e9), ("log10_params", "N", 1e8), ("log2(N)", "N", 256.0), ("ln_tokens", "D", math.exp(8)),
     ("tokens (log10)", "D", 1e8), ("log10_tokens_billions", "D", 1e17), ("Training FLOP", "C", 8.0), ("PFLOPs", "C", 8e15),
-    ("training_zettaflops", "C", 8e21), ("compute_pf_days", "C", 8 * 8.64e19), ("log_loss", "loss", 8.0),
+    ("training_zettaflops", "C", 8e21), ("compute_pf_days", "C", 8 * 8.64e19), ("loss", "loss", 8.0),
+    ("mparams", "N", 8e6), ("gtokens", "D", 8e9), ("n_layers", "another quantity", 8.0),
+    ("loss_std", "another quantity", 8.0),
+    ("val_samples", "another quantity", 8.0), ("dataset_id", "another quantity", 8.0), ("test_loss_2", "loss", 8.0),
     ("flops_per_token", "another quantity", 8.0), ("images_per_second", "another quantity", 8.0),
     ("steps", "another quantity", 8.0),
     ("perplexity", "another quantity", 8.0), ("remark", None, 8.0), ("acc1", "accuracy", 8.0), ("weights", "N", 8.0),
@@ -47,6 +50,30 @@ def test_compute_is_never_offered_or_taken_as_the_number_of_samples(header: str,
         read_runs(data, d_column=name)
     assert "holds training compute, not the number of training samples" in str(caught.value)
     assert "--d_from_compute" in str(caught.value)
+
+
+@pytest.mark.parametrize(("column", "options"), [
+    ("flops_per_token", {"d_column": "flops_per_token"}), ("steps", {"d_column": "steps"}),
+    ("width", {"n_column": "width"}),
+    ("tokens", {"loss_column": "tokens"}), ("perplexity", {"loss_column": "perplexity"})])
+def test_a_column_that_is_another_quantity_is_refused_where_it_is_named(column: str, options: dict[str, str], tmp_path: Path
+                                                                        ) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join([f"N,D,loss,{column}", *(f"{n},{d},{loss},3" for n, d, loss in grid())]))
+    with pytest.raises(UserError, match=f"'{column}': by its name this column holds .*, not .*; rename it if not"):
+        read_runs(path, **options)
+
+
+def test_what_is_no_count_of_the_training_is_not_offered(tmp_path: Path) -> None:
+    for header in ("n_layers,D,loss", "N,val_samples,loss", "N,dataset_id,loss", "N,D,loss_std"):
+        with pytest.raises(UserError, match="no column for") as caught:
+            read_runs(foreign(tmp_path / "runs.csv", grid(), header))
+        assert "did you mean" not in str(caught.value)
+
+
+def test_log_loss_is_the_cross_entropy_and_it_is_said(tmp_path: Path) -> None:
+    runs = read_runs(foreign(tmp_path / "runs.csv", grid(), "N,D,log_loss"), loss_column="log_loss")
+    assert runs.runs[0].loss == pytest.approx(grid()[0][2]) and "log_loss is taken as the loss itself" in runs.notes[0]
 
 
 def test_samples_are_computed_from_compute_when_asked(tmp_path: Path) -> None:

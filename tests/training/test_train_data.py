@@ -13,7 +13,10 @@ import torch
 
 from compress.training.checkpoints import Checkpoints
 from compress.training.state import TrainingState
+from loaders.content import trained_on
 from metadata.errors import UserError
+from metadata.records import DatasetCard
+from metadata.schemas import StatedPreprocessing
 from tests.helpers.commands import Compress, assert_one_line_error
 from tests.helpers.folders import draw_folder
 from tests.helpers.trainings import fit, settings, small_data
@@ -66,7 +69,7 @@ def test_a_checkpoint_continues_on_its_data_alone(set_folder: Path, compress: Co
         patched.setattr(Checkpoints, "save", stop)
         assert compress(*command(tmp_path, "--checkpoint_seconds=0")).returncode != 0
     checkpoint = (tmp_path / "log" / "checkpoint.pth").read_bytes()
-    card = torch.load(tmp_path / "log" / "checkpoint.pth", weights_only=True)["data"]
+    began_with = torch.load(tmp_path / "log" / "checkpoint.pth", weights_only=True)["data"]
     added = set_folder / "train" / "class_001" / "more.png"
     shutil.copy(set_folder / "train" / "class_000" / "1.png", added)
     assert_one_line_error(compress(*command(tmp_path)),
@@ -75,7 +78,17 @@ def test_a_checkpoint_continues_on_its_data_alone(set_folder: Path, compress: Co
     added.unlink()
     done = compress(*command(tmp_path))
     assert done.returncode == 0 and "continuing at step" in done.stdout, done.stderr
-    assert json.loads((tmp_path / "log" / "card.json").read_text())["fingerprint"] == card
+    assert trained_on(DatasetCard.model_validate_json((tmp_path / "log" / "card.json").read_text())) == began_with
+
+
+def test_the_test_split_is_not_what_a_training_sees() -> None:
+    card = DatasetCard(name="one", class_names=["a"], input_shape=(3, 8, 8), preprocessing=StatedPreprocessing(),
+                       content={"train": {"a": "5 images 1"}, "validation": {"a": "2 images 2"},
+                                "test": {"a": "3 images 3"}})
+    other = {**card.content, "test": {"a": "4 images 4"}}
+    assert trained_on(card) == trained_on(card.model_copy(update={"content": other}))
+    other["train"] = {"a": "6 images 1"}
+    assert trained_on(card) != trained_on(card.model_copy(update={"content": other}))
 
 
 def test_a_checkpoint_alone_knows_its_data(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ ANOTHER = "another quantity"
 PARTS = {
     "N": ("param", "weights"), "D": ("token", "example", "sample", "image"), "C": ("flop", "compute", "pfdays"),
     "epochs": ("epoch",), "loss": ("loss",), "accuracy": ("acc",), "error": ("error",),
-    ANOTHER: ("per", "flops/s", "flop/s", "step", "batch", "seed", "second", "hour", "time", "macs", "width",
-                         "depth", "perplexity")}
+    ANOTHER: ("per", "flops/s", "flop/s", "step", "batch", "seed", "second", "hour", "time", "macs", "width", "depth",
+              "layer", "heads", "perplexity", "std", "id", "name")}
+HELD_OUT = {"val", "valid", "validation", "test", "eval"}  # a number of such samples is not D
 MEANINGS = {"N": "the number of parameters", "D": "the number of training samples or tokens", "C": "training compute"}
 POWERS = {"thousand": 1e3, "thousands": 1e3, "k": 1e3, "million": 1e6, "millions": 1e6, "m": 1e6, "billion": 1e9,
           "billions": 1e9, "b": 1e9, "bn": 1e9, "trillion": 1e12, "trillions": 1e12, "t": 1e12}
@@ -72,6 +73,9 @@ class Column:
     @property
     def reading(self) -> str | None:
         """How the numbers are converted, as a note for the reader; None where they are taken as they stand."""
+        if self.quantity == "loss" and self.name.lower().startswith("log"):
+            return (f"{self.name} is taken as the loss itself; if it is a logarithm, name it log10_loss, ln_loss or "
+                    "log2_loss")
         if self.logarithm is None:
             return None if self.scale == 1 else f"the numbers of {self.name} are taken times {self.scale:g}"
         times = "" if self.scale == 1 else f", times {self.scale:g}"
@@ -84,10 +88,13 @@ class Column:
         Raises:
             UserError: by its name, the column holds another quantity than the role's, or a logarithm of unknown base.
         """
-        if role in MEANINGS and self.quantity not in (role, ANOTHER, None):
+        wrong = self.quantity not in (role, None)
+        if role in ("loss", "error", "accuracy"):  # each may be computed from another of them
+            wrong = self.quantity in ("N", "D", "C", "epochs") or "perplexity" in self.name.lower()
+        if wrong:
             way = "--d_from_compute computes D = C / (6 N)" if (role, self.quantity) == ("D", "C") else "rename it if not"
             raise UserError(f"{path}: {flag} {self.name!r}: by its name this column holds "
-                            f"{MEANINGS.get(str(self.quantity), self.quantity)}, not {MEANINGS[role]}; {way}")
+                            f"{MEANINGS.get(str(self.quantity), self.quantity)}, not {MEANINGS.get(role, role)}; {way}")
         if self.logarithm and BASES[self.logarithm] is None:
             plain, _ = _without_logarithm(self.name)
             raise UserError(f"{path}: column {self.name!r} holds logarithms, and its name does not tell their base; "
@@ -104,8 +111,10 @@ def read_name(name: str) -> Column:
     quantity = next((role for role, names in ALIASES.items() if core in map(_plain, names)), None)
     exact = quantity is not None
     if not exact:
+        words = set(re.split(r"[^a-z]+", lowered))
         told = {role for role, parts in PARTS.items() for part in parts
-                if (part in re.split(r"[^a-z]+", lowered) if len(part) < 4 else part in lowered)}
+                if (part in words if len(part) < 4 else part in lowered)}
+        told |= {ANOTHER} if told & {"N", "D"} and words & HELD_OUT else set()
         quantity = next((role for role in (ANOTHER, "C") if role in told), told.pop() if len(told) == 1 else None)
         scale = scale if quantity else 1.0
     if logarithm in ("log", "lg") and quantity in ("loss", None):  # "log loss" is a name of the cross-entropy
@@ -134,6 +143,9 @@ def _without_unit(name: str) -> tuple[float, str]:
     if prefixed:
         return PREFIXES[prefixed[2]], prefixed[1] + prefixed[3]
     unit = re.fullmatch(rf"(.+?)(?:[\s_-]+in)?[\s_([-]+({'|'.join(POWERS)})[)\]]?", name)
+    short = re.fullmatch(r"(.*[^a-z]|)([kmgbt])(params?|parameters?|tokens?)", name)  # mparams, gtokens
+    if short:
+        return {**POWERS, "g": 1e9}[short[2]], short[1] + short[3]
     return (POWERS[unit[2]], unit[1]) if unit else (1.0, name)
 
 

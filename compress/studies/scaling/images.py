@@ -131,7 +131,7 @@ def _write_arrays(folder: Path, splits: Splits) -> None:
         np.save(folder / f"{name}_labels.npy", split.labels.numpy())
         digests.append(fingerprint(torch.from_numpy(pixels), split.labels))
         counts[name] = len(split)
-    card = splits.card.model_copy(update={"counts": counts, "fingerprint": "-".join(digests)})
+    card = splits.card.model_copy(update={"counts": counts, "fingerprint": "-".join(digests), "content": {}})
     write_json(folder / CARD, card.model_dump(mode="json"))
 
 
