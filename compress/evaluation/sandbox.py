@@ -93,6 +93,7 @@ class Child:
             for name, path in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
+            self.copied = folder_size(self.scratch)
             handle = os.memfd_create("images", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             stack.callback(os.close, handle)
             os.ftruncate(handle, max(capacity, len(content), mmap.PAGESIZE))
@@ -184,6 +185,7 @@ class Child:
         """Remove the temporary files, which could hold numbers outside the model."""
         for path in self.scratch.iterdir():
             remove(path)
+        self.copied = (0, 0)
 
     def _signal(self, number: int) -> None:
         assert self.process
@@ -261,11 +263,21 @@ class Child:
                                         f"{self.time_limit_s:g}")
             if now - self.looked > 1:
                 self.looked = now
-                if folder_bytes(self.scratch) > MAX_SCRATCH_BYTES:
-                    raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its "
-                                            "folder")
+                self._check_scratch()
             if any(select.select(read, write, [], min(1.0, max(0.0, self.deadline - now)))):
                 return
+
+    def _check_scratch(self) -> None:
+        """Check what lies in the scratch folder beyond the copy of the submission, which may be of any size.
+
+        Raises:
+            VerificationError: more bytes or more entries than the code may write.
+        """
+        size, entries = folder_size(self.scratch, self.copied[1] + MAX_SCRATCH_ENTRIES)
+        if size - self.copied[0] > MAX_SCRATCH_BYTES:
+            raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder")
+        if entries - self.copied[1] > MAX_SCRATCH_ENTRIES:
+            raise VerificationError(f"{self.where}: the code made more than {MAX_SCRATCH_ENTRIES:,} files in its folder")
 
     def _ended(self) -> VerificationError:
         assert self.process
@@ -278,8 +290,13 @@ class Child:
         return VerificationError(f"{self.where}: the code ended its process ({why}) instead of answering{hint}")
 
 
-def folder_bytes(folder: Path) -> int:
-    """Return the bytes below a folder that is being written to. Vanished files count as 0, too many entries as too much."""
+def folder_size(folder: Path, most: int = 2**62) -> tuple[int, int]:
+    """Return the bytes and the entries below a folder that is being written to. Vanished files count as 0 bytes.
+
+    Args:
+        folder: where to count.
+        most: stop at more entries than this.
+    """
     total, waiting, entries = 0, [str(folder)], 0
     while waiting:
         with contextlib.suppress(OSError), os.scandir(waiting.pop()) as found:
@@ -289,6 +306,6 @@ def folder_bytes(folder: Path) -> int:
                     total += entry.stat(follow_symlinks=False).st_size
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
-                if entries > MAX_SCRATCH_ENTRIES:
-                    return MAX_SCRATCH_BYTES + 1
-    return total
+                if entries > most:
+                    return total, entries
+    return total, entries
