@@ -84,7 +84,17 @@ def _key(key: Any) -> Any:
 
 
 def _parsed(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader: data only
+    content = yaml.load(text, _Loader)  # a SafeLoader: data only
+    _refuse_circles(content, ())
+    return content
+
+
+def _refuse_circles(value: Any, above: tuple[int, ...]) -> None:
+    """Raise YAMLError where a list or mapping holds itself, which YAML's anchors can express."""
+    if id(value) in above:
+        raise yaml.YAMLError("a list or mapping holds itself")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_circles(part, (*above, id(value)))
 
 
 def load_yaml(text: str) -> Any:

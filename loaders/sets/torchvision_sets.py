@@ -28,13 +28,15 @@ def _open(name: str, request: Request, train: bool) -> Any:
         return getattr(datasets, CLASSES[name])(root, train=train, download=request.download)
     except DAMAGED as error:
         packed = next(root.glob(f"{CLASSES[name]}/raw/*-ubyte.gz"), None)
-        if request.download:
+        reason = first_line(error).partition(" You can use download")[0]
+        if root.name == CLASSES[name] and root.joinpath("raw").is_dir():
+            advice = f"the root is the folder above: pass data.root={root.parent}"
+        elif request.download:
             advice = "remove files that are damaged, see that there is a network, or give an image folder"
         else:
             advice = f"unpack {packed} and the other .gz files with gunzip, or pass" if packed else "pass"
             advice += " data.download=true to fetch it, after removing files that are damaged, or give an image folder"
-        raise UserError(f"data.root {root}: {name} is not there, or damaged ({first_line(error)}); {advice}"
-                        ) from error
+        raise UserError(f"data.root {root}: {name} is not there, or damaged ({reason}); {advice}") from error
 
 
 def _arrays(dataset: Any, classes: int, where: str) -> LabelledPixels:

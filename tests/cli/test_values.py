@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings, strategies
 
 import compress as verbs
@@ -119,6 +120,21 @@ def test_a_schedule_is_not_a_number_of_base_60(written: str, tmp_path: Path) -> 
     (tmp_path / "mine.yaml").write_text(f"size_schedule: {quoted}\nbs_schedule: {quoted}\n")
     assert resolve_training(["--config", str(tmp_path / "mine.yaml")]) == from_flags.model_copy(
         update={"log_dir": Path("runs/mine")})
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: &a {b: *a}", "&a [1, [*a]]"])
+def test_yaml_that_holds_itself_is_refused(text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="holds itself"):
+        load_yaml(text)
+    assert load_yaml("{a: &a [1], b: *a}") == {"a": [1], "b": [1]}
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("stages=[]", r"give the settings of a stage one by one, such as teacher\.KEY=VALUE"),
+    ("prune=3", r"such as prune\.KEY=VALUE"), ("prun=3", "unknown key 'prun'; did you mean 'prune'")])
+def test_a_stage_as_a_whole_is_no_override(override: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        resolve("slim_resnet18_digits", [override])
 
 
 def test_yaml_has_the_numbers_of_version_1_2_and_still_yes_and_no() -> None:

@@ -254,3 +254,10 @@ def test_pets_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
     write_pets(tmp_path / "there")
     assert len(load(pets(tmp_path / "there", download=True)).open_test()) == 20  # nothing is fetched twice
+
+
+def test_the_sets_own_folder_as_the_root_is_said(tmp_path: Path) -> None:
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    with pytest.raises(UserError) as caught:
+        load(Request(name="mnist", root=tmp_path / "MNIST"))
+    assert f"pass data.root={tmp_path}" in str(caught.value) and "download=True" not in str(caught.value)

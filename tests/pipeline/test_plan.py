@@ -87,6 +87,7 @@ def test_steps_that_round_back_are_left_out_in_the_plan_and_in_the_run(tiny_reci
     recipe = tmp_path / "steps.yaml"
     recipe.write_text(tiny_recipe.read_text().split("  - finetune")[0])
     config = resolve(str(recipe), ["prune.ratio=0.2", "prune.multiple=8", "prune.steps=4", "prune.train.max_steps=1",
+                                   "teacher.train.max_steps=1", "distill.train.max_steps=1",
                                    f"run_dir={tmp_path}"])
     drawn = make_plan(config, Tracker(Console(file=io.StringIO()))).sketch.lines[2]
     assert "in 4 steps with 2 trainings" in drawn
