@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 
 from architectures.weights import load_tensors
 from metadata.errors import UserError, VerificationError, first_line
-from metadata.files import check_download
+from metadata.files import check_download, check_is_file
 
 DEPTH = 3  # keys below which a state dict is still found
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}  # parts of names that torch's wrappers add
 AVERAGES = re.compile(r"(^|[._])(ema|swa|avg|averaged?)([._]|$)", re.IGNORECASE)
 CLASS_KEYS = ("class_to_idx", "idx_to_class", "class_names", "classes", "label_names", "categories")
-NUMPY_CODE = re.compile(r"[biufc]\d{1,2}|[US]\d{1,6}")
+JOINED = {"module", "model", "backbone", "neck", "head"}  # parts of prefixes behind which one model's tensors are divided
+NUMPY_CODE = re.compile(r"b1|[iu][1248]|f(2|4|8|16)|c(8|16|32)|[US]\d{1,6}")
 HEAD = "; the teacher has {} classes, the data has {}"
 
 
@@ -53,18 +55,32 @@ class NumpyType:
 
 
 def numpy_number(kind: Any, data: Any = b"") -> Any:
-    """Stand for numpy's `scalar`: return Python's number or text.
+    """Stand for numpy's `scalar`: return Python's number, text or bytes.
+
+    numpy makes no text of the bytes: it does not check that they are characters.
 
     Raises:
-        ValueError: the value is of another type, such as an object.
+        ValueError: the value is of another type, such as an object, or its bytes are no text.
     """
     code = kind.code if isinstance(kind, NumpyType) else None
     if not isinstance(code, str) or not NUMPY_CODE.fullmatch(code) or not isinstance(data, bytes):
         raise ValueError(f"it holds a numpy value of type {str(code)[:20]!r}, which is no number")
-    dtype = np.dtype(kind.order.replace("|", "=") + code)
-    if dtype.itemsize != len(data):
+    size = int(code[1:]) * (4 if code[0] == "U" else 1)
+    if size != len(data):
         raise ValueError(f"it holds a numpy value of type {code!r} with {len(data)} bytes")
-    return np.frombuffer(data, dtype).item() if data else ""
+    if code[0] == "S":
+        return data.rstrip(b"\0")
+    big = kind.order == ">" or (kind.order != "<" and sys.byteorder == "big")
+    if code[0] == "U":
+        try:
+            return data.decode("utf-32-be" if big else "utf-32-le").rstrip("\0")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"it holds a numpy value of type {code!r} whose bytes are no text") from error
+    try:
+        value = np.frombuffer(data, np.dtype((">" if big else "<") + code)).item()
+    except TypeError as error:  # 16 bytes and more are not on every processor
+        raise ValueError(f"it holds a numpy value of type {code!r}, which this machine does not have") from error
+    return {"f": float, "c": complex}.get(code[0], type(value))(value)
 
 
 STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
@@ -80,11 +96,13 @@ class Found:
         label: the keys and the prefix, such as "state_dict.model"; empty for a bare state dict.
         tensors: by their names without the prefix.
         beside: names under the same key that do not have the prefix.
+        joined: the prefixes, where the tensors lie behind several.
     """
 
     label: str
     tensors: dict[str, Tensor]
     beside: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +124,8 @@ def open_checkpoint(path: Path, module: nn.Module, *, key: str | None = None, nu
     """Return what a checkpoint holds for a model.
 
     Where several state dicts in the file fit, weights as trained come before averages (a key with ema, swa or avg in it),
-    and then the first in the file. A prefix that all names share is left off. Floating-point tensors are cast.
+    and then the first in the file. A prefix that all names share is left off. Where one prefix does not lead to all of the
+    model's tensors, a `backbone`, `neck` and `head` are joined. Floating-point tensors are cast.
 
     Args:
         path: a file of `torch.save`, or safetensors.
@@ -119,7 +138,7 @@ def open_checkpoint(path: Path, module: nn.Module, *, key: str | None = None, nu
     """
     content = _read_safetensors(path) if _is_safetensors(path) else _read(path)
     expected = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
-    stored = dict(_state_dicts(content, "", set()))
+    stored = dict(_state_dicts(content, (), set()))
     if not stored:
         raise UserError(f"{path}: expected a state dict (names to tensors), bare or under a key, got {_outline(content)}")
     found = [part for label, tensors in stored.items() for part in _parts(label, tensors, expected)]
@@ -133,10 +152,13 @@ def open_checkpoint(path: Path, module: nn.Module, *, key: str | None = None, nu
     if problem := _difference(best, expected, num_classes):
         raise UserError(f"{path}: {problem}")
     notes = []
+    if best.joined:
+        notes.append(f"joins the tensors under {', '.join(best.joined)}")
     if equals := [part.label or "(no key)" for part in others if not _difference(part, expected, num_classes)]:
         notes.append(f"takes the weights under {best.label or '(no key)'}; {', '.join(equals)} would fit too")
     if beside := [name for name in best.beside if name.rpartition(".")[2] != "n_averaged"]:
-        notes.append(f"leaves out what is not under {best.label}: {len(beside)} tensors, first {beside[0]}")
+        notes.append(f"leaves out what is not {'of the model' if best.joined else f'under {best.label}'}: {len(beside)} "
+                     f"tensors, first {beside[0]}")
     return Checkpoint(weights=_cast(best, expected, path), class_names=_class_names(content), notes=notes)
 
 
@@ -177,9 +199,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     """Return the tensors, and the file's metadata (texts, perhaps JSON) as a dict under a key of its own."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
     try:
+        check_is_file(path)
         check_download(path)
     except VerificationError as error:
         raise UserError(str(error)) from error
@@ -211,24 +232,22 @@ def _outline(content: Any) -> str:
 # ------------------------------------------------------------------------------------- the state dict that fits best
 
 
-def _state_dicts(content: Any, label: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _state_dicts(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield every dict that holds tensors by name, with the keys that lead to it. A dict is entered once."""
     if not isinstance(content, dict) or id(content) in seen:
         return
     seen.add(id(content))
     if tensors := {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}:
-        yield label, tensors
-    if label.count(".") < DEPTH - 1:
+        yield ".".join(keys), tensors
+    if len(keys) < DEPTH:
         for key, value in content.items():
             if isinstance(key, str):  # an optimizer keeps its state under numbers
-                yield from _state_dicts(value, f"{label}.{key}" if label else key, seen)
+                yield from _state_dicts(value, (*keys, key), seen)
 
 
 def _parts(label: str, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> list[Found]:
     """Return the tensors under one key by prefix: those prefixes that are before most of the expected names."""
-    names = {_unwrapped(name, expected): name for name in tensors}
-    if len(names) < len(tensors):
-        names = {name: name for name in tensors}
+    names = _names(tensors, expected)
     counts: dict[str, int] = {}
     for name in names:
         pieces = name.split(".")
@@ -242,12 +261,39 @@ def _parts(label: str, tensors: dict[str, Tensor], expected: Mapping[str, Tensor
         inside = {name.removeprefix(prefix): tensors[old] for name, old in names.items() if name.startswith(prefix)}
         beside = tuple(name for name in names if not name.startswith(prefix))
         parts.append(Found(label=".".join(filter(None, (label, prefix[:-1]))), tensors=inside, beside=beside))
-    return parts
+    joined = _joined(label, tensors, expected)
+    return [*parts, joined] if joined else parts
 
 
-def _unwrapped(name: str, expected: Mapping[str, Tensor]) -> str:
-    """Return a name without the parts that torch's wrappers add, unless the model itself has the name."""
-    return name if name in expected else ".".join(part for part in name.split(".") if part not in WRAPPERS)
+def _joined(label: str, tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> Found | None:
+    """Return the model's tensors from behind several prefixes of `JOINED`, if each is there once, or None."""
+    names = _names(tensors, expected)
+    places: dict[str, list[str]] = {}
+    for name in names:
+        pieces = name.split(".")
+        for start in range(len(pieces)):
+            if JOINED.issuperset(pieces[:start]) and (inner := ".".join(pieces[start:])) in expected:
+                places.setdefault(inner, []).append(name)
+    is_whole = all(len(places.get(inner, ())) == 1 or (inner not in places and _is_counter(inner)) for inner in expected)
+    prefixes = dict.fromkeys(name.removesuffix(inner).rstrip(".") for inner, found in places.items() for name in found)
+    if not is_whole or len(prefixes) < 2:
+        return None
+    used = {found[0] for found in places.values()}
+    return Found(label=label, tensors={inner: tensors[names[found[0]]] for inner, found in places.items()},
+                 beside=tuple(name for name in names if name not in used),
+                 joined=tuple(".".join(filter(None, (label, prefix))) or "(no key)" for prefix in prefixes))
+
+
+def _names(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the tensors' names by those without the parts that torch's wrappers add, unless the model itself has them."""
+    names = {name if name in expected else ".".join(part for part in name.split(".") if part not in WRAPPERS): name
+             for name in tensors}
+    return names if len(names) == len(tensors) else {name: name for name in tensors}
+
+
+def _is_counter(name: str) -> bool:
+    """Return whether a tensor counts batches. Old files have none of these."""
+    return name.endswith("num_batches_tracked")
 
 
 def _misfit(part: Found, expected: Mapping[str, Tensor]) -> tuple[bool, int, int, int]:
@@ -258,13 +304,16 @@ def _misfit(part: Found, expected: Mapping[str, Tensor]) -> tuple[bool, int, int
 
 
 def _difference(part: Found, expected: Mapping[str, Tensor], num_classes: int | None = None) -> str | None:
-    """Return in one line how the tensors differ from the model's, or None. Old files have no batch counters."""
-    missing = [name for name in expected if name not in part.tensors and not name.endswith("num_batches_tracked")]
+    """Return in one line how the tensors differ from the model's, or None."""
+    missing = [name for name in expected if name not in part.tensors and not _is_counter(name)]
     unknown = [name for name in part.tensors if name not in expected]
     shapes = [name for name in expected if name in part.tensors and part.tensors[name].shape != expected[name].shape]
     problems = []
     if missing:
         problems.append(f"{len(missing)} of the model's {len(expected)} missing (first {missing[0]})")
+        ends = tuple(f".{name}" for name in missing)
+        if beside := [name for name in part.beside if name.endswith(ends)] or part.beside:
+            problems.append(f"beside them: {len(beside)} tensors, first {beside[0]}")
     if unknown:
         problems.append(f"{len(unknown)} unknown to the model (first {unknown[0]})")
     if shapes:
@@ -303,12 +352,18 @@ def _cast(part: Found, expected: Mapping[str, Tensor], path: Path) -> dict[str, 
 
 
 def _class_names(content: Any) -> list[str] | None:
-    """Return the classes in the order of their numbers, where the checkpoint states them at its top or one key below."""
-    groups = [content, *content.values()] if isinstance(content, dict) else []
-    for group in groups:
-        for key in CLASS_KEYS if isinstance(group, dict) else ():
-            if names := _ordered(group.get(key)):
-                return names
+    """Return the classes in the order of their numbers, where the checkpoint states them, at most two keys below its top.
+
+    Keys may be in capitals, as in `meta.CLASSES`.
+    """
+    groups = [content] if isinstance(content, dict) else []
+    for _ in range(3):
+        for group in groups:
+            for key in CLASS_KEYS:
+                if names := _ordered(group.get(key)) or _ordered(group.get(key.upper())):
+                    return names
+        inner = {id(value): value for group in groups for key, value in group.items() if isinstance(key, str)}
+        groups = [value for value in inner.values() if isinstance(value, dict)]  # each once: a hostile file may share them
     return None
 
 
@@ -319,7 +374,7 @@ def _ordered(stated: Any) -> list[str] | None:
         pairs = [(number, name) for name, number in stated.items()] if by_name else list(stated.items())
         try:
             numbered = {int(number): name for number, name in pairs}
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
         if sorted(numbered) != list(range(len(pairs))):
             return None

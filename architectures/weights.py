@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import architecture_macs
 from metadata.errors import VerificationError, first_line
-from metadata.files import check_download
+from metadata.files import check_download, check_is_file
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +33,7 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
         VerificationError: the file is missing, truncated, or holds objects other than tensors and plain values.
     """
     import torch
-    if not path.is_file():
-        raise VerificationError(f"{path}: there is no such file")
+    check_is_file(path)
     try:
         check_download(path)
         with path.open("rb") as file:
@@ -52,8 +50,9 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
             warnings.simplefilter("ignore")  # torch warns about tensors that are refused anyway
             with torch.serialization.safe_globals(list(stand_ins)):
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, MemoryError, struct.error,
-            torch._weights_only_unpickler.UnpicklingError) as error:  # type: ignore[attr-defined]
+    except VerificationError:
+        raise
+    except Exception as error:  # whatever hostile bytes make torch's reader raise
         raise VerificationError(f"{path}: not a PyTorch state dict that holds only tensors: "
                                 f"{first_line(error)}") from error
 

@@ -50,6 +50,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_is_file(path: Path) -> None:
+    """Refuse a path of weights at which no file is. A folder may be what several processes saved, a piece each.
+
+    Raises:
+        VerificationError: nothing is there, or a folder, or a device.
+    """
+    if path.is_dir():
+        pieces = any(path.glob("*.distcp"))
+        raise VerificationError(f"{path}: a folder, expected a file of torch.save or of safetensors; " + (
+            "torch makes one of what torch.distributed.checkpoint wrote: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE" if pieces else "name the file in it"))
+    if not path.is_file():
+        raise VerificationError(f"{path}: " + ("not a plain file" if path.exists() else "there is no such file"))
+
+
 def check_download(path: Path) -> None:
     """Refuse what often lies in the place of a large file: nothing, a pointer of Git LFS, or a page of a web site.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from architectures.checkpoints import Checkpoint, NumpyType, numpy_number, open_checkpoint
+from architectures.checkpoints import Checkpoint, open_checkpoint
 from metadata.errors import UserError, first_line
 
 
@@ -84,6 +84,7 @@ ARGS = argparse.Namespace(lr=0.1, model="resnet18", nested=argparse.Namespace(am
     {"state_dict": prefixed("model._orig_mod.")},
     {"model_state": {"conv._orig_mod.weight" if name == "conv.weight" else name: tensor for name, tensor in STATE.items()}},
     prefixed("backbone."),
+    {"v1.0.0": {"state_dict": STATE}}, {"a.b": {"c.d": {"e.f": STATE}}},
     AveragedModel(MODEL).state_dict(),
     {**STATE, "epoch": 3},
     {name: tensor for name, tensor in STATE.items() if "num_batches" not in name},
@@ -124,6 +125,47 @@ def test_tensors_of_other_modules_are_left_out_and_named(tmp_path: Path) -> None
     found = open_checkpoint(path, MODEL)
     assert_is(found)
     assert found.notes == ["leaves out what is not under state_dict.model: 1 tensors, first criterion.weight"]
+
+
+def divided(outer: str = "", head: str = "head.", body: str = "backbone.",
+            state: dict[str, Tensor] = STATE) -> dict[str, Tensor]:
+    """Return a state dict whose last layer lies behind another prefix, as mmpretrain saves it."""
+    return {f"{outer}{head if name.startswith('fc') else body}{name}": tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(("outer", "head", "body", "joined"), [
+    ("", "head.", "backbone.", "state_dict.backbone, state_dict.head"), ("", "head.", "", "state_dict, state_dict.head"),
+    ("module.", "head.", "backbone.", "state_dict.module.backbone, state_dict.module.head"),
+    ("", "head.", "model.backbone.", "state_dict.model.backbone, state_dict.head")])
+def test_a_backbone_and_its_head_are_joined(outer: str, head: str, body: str, joined: str, tmp_path: Path) -> None:
+    state = {**divided(outer, head, body), "neck.strange": torch.ones(1)}
+    found = open_checkpoint(saved({"state_dict": state}, tmp_path / "divided.pth"), MODEL)
+    assert_is(found)
+    assert found.notes == [f"joins the tensors under {joined}",
+                           "leaves out what is not of the model: 1 tensors, first neck.strange"]
+
+
+def test_what_is_not_joined(tmp_path: Path) -> None:
+    text = refused(saved(divided(state=Net(1000).state_dict()), tmp_path / "wide.pth"), num_classes=4)
+    assert "tensor fc.weight is [1000, 4], expected [4, 4]; the teacher has 1000 classes" in text
+    twice = {**divided(), **{f"neck.{name}": STATE[name] for name in ("fc.weight", "fc.bias")}}
+    for state, count in ((twice, 4), (divided(head="decoder."), 2)):
+        text = refused(saved({"state_dict": state}, tmp_path / "twice.pth"))
+        assert "under state_dict.backbone do not fit the model: 2 of the model's 9 missing (first fc.weight)" in text
+        assert f"beside them: {count} tensors, first {list(state)[7]}" in text
+    whole = {**prefixed("backbone."), **{f"head.{name}": STATE[name] + 1 for name in ("fc.weight", "fc.bias")}}
+    found = open_checkpoint(saved(whole, tmp_path / "whole.pth"), MODEL)
+    assert_is(found)
+    assert found.notes == ["leaves out what is not under backbone: 2 tensors, first head.fc.weight"]
+
+
+@pytest.mark.parametrize("name", ["folder", "folder.safetensors"])
+def test_a_folder_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    assert "a folder, expected a file of torch.save or of safetensors; name the file in it" in refused(tmp_path / name)
+    (tmp_path / name / "__0_0.distcp").touch()
+    assert f"format_utils dcp_to_torch {tmp_path / name} FILE" in refused(tmp_path / name)
+    assert "there is no such file" in refused(tmp_path / f"no_{name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -181,10 +223,6 @@ class Custom:
     """A class of a training script."""
 
 
-OBJECT = np.dtype("O")
-POINTERS = np.dtype([("pointer", "O")])
-
-
 @pytest.mark.parametrize(("entry", "named"), [
     (Call(os.system, "true"), "system"),
     (Call(eval, "1"), "eval"),
@@ -202,25 +240,12 @@ def test_the_object_in_the_way_is_named(entry: Any, named: str, tmp_path: Path) 
         assert text.endswith("; save the tensors alone: torch.save(model.state_dict(), FILE)")
 
 
-def scalar(dtype: Any, data: bytes) -> Call:
-    return Call(np.float64(0).__reduce__()[0], dtype, data)
-
-
-@pytest.mark.parametrize("number", [scalar(OBJECT, b"\x41" * 8), scalar(POINTERS, b"\x41" * 8),
-                                    scalar(np.dtype("f8"), b"\x41"), scalar(np.dtype("V8"), b"\x41" * 8)],
-                         ids=["object", "structure", "short", "void"])
-def test_numpy_values_that_are_no_numbers_are_refused(number: Any, tmp_path: Path) -> None:
-    assert "it holds a numpy value of type" in refused(saved({"model": STATE, "metric": number}, tmp_path / "object.pth"))
-
-
-def test_numpy_numbers_are_pythons_own() -> None:
-    for value in (np.float64(0.5), np.float32(-2), np.int64(7), np.uint8(200), np.bool_(True), np.complex64(1 + 2j),
-                  np.str_("cat"), np.bytes_(b"dog")):
-        _, (dtype, data) = value.__reduce__()  # type: ignore[misc]
-        kind = NumpyType(*dtype.__reduce__()[1])
-        kind.__setstate__(dtype.__reduce__()[2])
-        got = numpy_number(kind, data)
-        assert got == value.item() and type(got) is type(value.item())
+@pytest.mark.parametrize("error", [SystemError("strange"), AssertionError(), ZeroDivisionError(), ImportError("none")])
+def test_whatever_the_reader_raises_is_one_line(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise error
+    monkeypatch.setattr(torch, "load", fails)
+    assert first_line(error) in refused(saved(STATE, tmp_path / "any.pth"))
 
 
 def test_a_namespace_can_set_nothing_but_entries_of_a_dict(tmp_path: Path) -> None:
@@ -304,6 +329,8 @@ def test_hostile_safetensors_are_refused_in_one_line(data: bytes, tmp_path: Path
     {"class_to_idx": {"dog": 1, "cat": 0, "fox": 2, "emu": 3}}, {"classes": ["cat", "dog", "fox", "emu"]},
     {"class_names": ("cat", "dog", "fox", "emu")}, {"idx_to_class": {"1": "dog", "0": "cat", "2": "fox", "3": "emu"}},
     {"idx_to_class": {1: "dog", 0: "cat", 2: "fox", 3: "emu"}}, {"meta": {"categories": ["cat", "dog", "fox", "emu"]}},
+    {"meta": {"CLASSES": ("cat", "dog", "fox", "emu"), "epoch": 3}},
+    {"meta": {"dataset_meta": {"classes": ("cat", "dog", "fox", "emu"), "palette": None}}},
     {"hyper_parameters": {"class_names": ["cat", "dog", "fox", "emu"]}},
     {"args": argparse.Namespace(classes=["cat", "dog", "fox", "emu"])},
     {"classes": [np.str_(name) for name in ("cat", "dog", "fox", "emu")]}], ids=lambda stated: next(iter(stated)))
@@ -319,7 +346,8 @@ def test_class_names_in_the_metadata_of_safetensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stated", [{"classes": 4}, {"classes": ["a", "a", "b", "c"]}, {"class_to_idx": {"a": 0, "b": 5}},
-                                    {"classes": []}, {"idx_to_class": {"x": "y"}}, {}])
+                                    {"classes": []}, {"idx_to_class": {"x": "y"}},
+                                    {"idx_to_class": {float("inf"): "a"}}, {}])
 def test_what_names_no_classes(stated: dict[str, Any], tmp_path: Path) -> None:
     assert open_checkpoint(saved({"model": STATE, **stated}, tmp_path / "unnamed.pth"), MODEL).class_names is None
 
