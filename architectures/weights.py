@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -18,7 +20,34 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+# What Python's zipfile raises for an archive that is damaged, encrypted, or compressed in an unknown way.
+UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError,
+                      LookupError)
+
 MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; a larger count is an attack or a mistake
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive as `torch.save` writes them (a zip file) whose end is missing, or whose members cannot be opened.
+
+    Files that are no archives, such as those of torch before 1.6, pass.
+
+    Raises:
+        VerificationError: the archive is cut short, damaged or encrypted.
+    """
+    with path.open("rb") as file:
+        begins = file.read(4) == b"PK\x03\x04"
+    if not zipfile.is_zipfile(path):
+        if begins:
+            raise VerificationError(f"{path}: the file is cut short: its end is missing; copy or download it again")
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                archive.open(member.filename).close()
+    except UNREADABLE_ARCHIVE as error:
+        raise VerificationError(f"{path}: a damaged or encrypted archive: {first_line(error)}; copy or download it "
+                                "again") from error
 
 
 def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
@@ -36,9 +65,7 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     check_is_file(path)
     try:
         check_download(path)
-        with path.open("rb") as file:
-            if file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path):
-                raise VerificationError(f"{path}: the file is cut short: its end is missing; copy or download it again")
+        check_archive(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):

@@ -12,9 +12,10 @@ import numpy as np
 
 from compress.evaluation.submission import SubmissionFiles
 from loaders.listing import Listing
-from metadata.errors import VerificationError
+from metadata.errors import VerificationError, first_line
 
 SHOWN = 5  # names in a message
+BY_NAME = "by name"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,14 @@ class ClassOrder:
     names: list[str]
     matched: str
     warnings: list[str]
+
+    def numbering_warnings(self, outputs: int | None) -> list[str]:
+        """Return the doubt about outputs without names, where a model has more of them than there are class folders."""
+        if outputs is None or self.matched == BY_NAME:
+            return []
+        return [f"the model has {outputs:,} outputs, and they are numbered by the {len(self.names)} class folders that are "
+                "there: if the test folder lacks classes of the training, every number behind such a class is shifted and "
+                "the accuracy wrong; add an empty folder for each, or state the folders' names as class_names"]
 
     def arranged(self, logits: np.ndarray, classes: Sequence[str]) -> np.ndarray:
         """Return (N, outputs) logits as (N, classes), with -infinity for a class that the submission does not know.
@@ -51,14 +60,28 @@ def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:
 
     A test set may lack classes that the submission knows. Names that differ only in case, spaces, hyphens and underscores
     are the same class. A submission without names has its outputs in the order of the sorted folders, if there are as many.
+    The competition's panel reads neither names nor counts: code of the original style whose metadata contradict the folders
+    has its outputs in the order of the sorted folders, too, and so has an ONNX file none of whose names is a folder's.
 
     Raises:
         VerificationError: images of a class that the submission does not know, names that contradict the metadata, or no
             names and another number of classes.
     """
-    stated = files.class_names
-    if stated is None:
+    if files.class_names is None:
         return _without_names(files, listing)
+    try:
+        return _by_name(files, files.class_names, listing)
+    except VerificationError as error:
+        if files.metadata or (files.kind != "code" and _matches(files.class_names, listing.classes)):
+            raise
+        ignored = dataclasses.replace(files, class_names=None, num_classes=None)
+        order = _without_names(ignored, listing)
+        said = f"class_names are ignored, and the outputs taken for the class folders in sorted order: {first_line(error)}"
+        return dataclasses.replace(order, warnings=[said, *order.warnings[1:]])
+
+
+def _by_name(files: SubmissionFiles, stated: Sequence[str], listing: Listing) -> ClassOrder:
+    """Return the order of a submission that states names. Raise VerificationError as `class_order` says."""
     where = files.metadata_path.name if files.metadata_path else "metadata"
     if files.num_classes not in (None, len(stated)):
         raise VerificationError(f"{files.folder}: class_names in {where} has {len(stated)} names, num_classes is "
@@ -85,7 +108,7 @@ def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:
     strange = sorted(unmatched)
     if strange:
         warnings.append(f"{listing.folder}: class folders without images, unknown to the submission: {shown(strange)}")
-    return ClassOrder(names=[folder_of.get(name, name) for name in stated], matched="by name", warnings=warnings)
+    return ClassOrder(names=[folder_of.get(name, name) for name in stated], matched=BY_NAME, warnings=warnings)
 
 
 def shown(names: Sequence[str]) -> str:
@@ -95,13 +118,16 @@ def shown(names: Sequence[str]) -> str:
 
 
 def _without_names(files: SubmissionFiles, listing: Listing) -> ClassOrder:
-    if files.num_classes not in (None, len(listing.classes)):
-        where = files.metadata_path.name if files.metadata_path else "metadata"
-        raise VerificationError(f"{listing.folder}: {len(listing.classes)} class folders, the submission has "
-                                f"{files.num_classes} classes and states no names, so nothing says which output is which; "
-                                f"state class_names in {where}")
     warnings = [f"the submission states no class_names: its outputs were taken for the class folders in sorted order: "
                 f"{shown(listing.classes)}"]
+    if files.num_classes not in (None, len(listing.classes)):
+        where = files.metadata_path.name if files.metadata_path else "metadata"
+        if files.kind != "code":
+            raise VerificationError(f"{listing.folder}: {len(listing.classes)} class folders, the submission has "
+                                    f"{files.num_classes} classes and states no names, so nothing says which output is "
+                                    f"which; state class_names in {where}")
+        warnings.append(f"{listing.folder}: {len(listing.classes)} class folders, num_classes in {where} is "
+                        f"{files.num_classes}, which the panel does not read")
     if listing.empty:
         warnings.append(f"{listing.folder}: class folders without images, which keep their place: {shown(listing.empty)}")
     return ClassOrder(names=list(listing.classes), matched="assumed: the sorted names of the folders", warnings=warnings)

@@ -24,12 +24,13 @@ from metadata.errors import VerificationError, first_line
 from metadata.files import inside, read_json
 
 MAX_SUBMISSION_BYTES = 2**32
-MAX_OUTPUTS = 1024  # torchvision's networks have 1,000; all answers are held in memory
 FOUND = {"script": "TorchScript", "pickle": "a pickled module", "resnet18": "a state dict in torchvision's ResNet18"}
 
 
 class CodeRuntime(Runtime):
     """A submission with its own code, or with weights that only torch can open by running code, in a `Child`."""
+
+    max_outputs = 1024  # torchvision's networks have 1,000; all answers are held in memory
 
     def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
         remarks, stored = check_stored(files)
@@ -76,7 +77,7 @@ class CodeRuntime(Runtime):
         if logits.size % len(images):
             return logits
         logits = logits.reshape(len(images), -1)
-        if self.outputs is None and self.classes < logits.shape[1] <= MAX_OUTPUTS:
+        if self.outputs is None and self.classes < logits.shape[1] <= self.max_outputs:
             self.outputs = logits.shape[1]
             self.warnings.append(f"the model has {self.outputs:,} outputs for the data's {self.classes} classes: an answer "
                                  "beyond the classes is wrong, as for the panel")
@@ -116,8 +117,8 @@ def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
     if facts.get("failed"):
         first_tried = "model.py" if files.ways[0] == "class" else "model_loader.py"
         judged = "where the panel fails" if facts.get("panel_fails") is True else "as the panel does"
-        remarks.append(f"{first_tried} failed, and the weights were loaded the standard way, {judged}: "
-                       f"{printable(facts['failed'], 400)}")
+        then = "by the class in model.py" if facts.get("way") == "class" else f"the standard way, {judged}"
+        remarks.append(f"{first_tried} failed, and the weights were loaded {then}: {printable(facts['failed'], 400)}")
     asked, kept, weights = (count(facts.get(key)) or 0 for key in ("asked", "kept", "weights"))
     if asked:
         names = facts.get("asked_for")

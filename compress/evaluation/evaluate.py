@@ -171,6 +171,7 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
             "status": "ok",
             "guarded_score": guarded,
             "warnings": [*data.listing.warnings(), *entry.order.warnings, *runtime.warnings,
+                         *entry.order.numbering_warnings(runtime.outputs),
                          *_picture_warnings(files, data.images),
                          *_cache_warnings(ratio), *_size_warnings(files, size_bytes, needed),
                          *_accuracy_warnings(accuracy, chance, settings)],

@@ -7,10 +7,12 @@ marks these counts as stated by the code.
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import importlib.util
 import inspect
 import os
+import pickle
 import sys
 import types
 import zipfile
@@ -70,7 +72,7 @@ def load_submission_model(boot: dict[str, Any], explain: Callable[[BaseException
             panel_fails |= isinstance(error, NotAModelError)
             continue
         return model, facts | {"way": way, "failed": reasons[0] if reasons else None, "panel_fails": panel_fails}
-    raise LoadingError(reasons[0] + (f"; the standard way fails too: {reasons[1]}" if len(reasons) > 1 else ""))
+    raise LoadingError(reasons[0] + (f"; the standard way fails too: {reasons[-1]}" if len(reasons) > 1 else ""))
 
 
 def evaluated(model: Any) -> Any:
@@ -150,7 +152,11 @@ def by_standard(folder: Path, boot: dict[str, Any]) -> tuple[Any, dict[str, Any]
         content = torch.load(path, map_location="cpu", weights_only=False)
     except (AttributeError, ModuleNotFoundError) as error:  # a class that no file of the folder defines
         raise LoadingError(f"{name} was pickled with a class or module that is not in the folder: {error}") from error
-    except (EOFError, ValueError) as error:
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what torch raises for a file without its end; all else is the code's own
+            raise
+        raise LoadingError(f"{name} is cut short or not of torch: {error}") from error
+    except (EOFError, ValueError, pickle.UnpicklingError) as error:
         raise LoadingError(f"{name} is cut short or not of torch: {error}") from error
     except RuntimeError as error:
         raise LoadingError(f"{name} is not what torch.save writes: {str(error).partition('. ')[0]}") from error
@@ -202,21 +208,36 @@ def state_dict_in(content: Any) -> Any:
 
 
 def from_folder(folder: Path, name: str) -> Any:
-    """Return what a file of the folder defines at its top level under a name; model files come first.
+    """Return what a file of the folder defines at its top level under a name; upper folders and model files come first.
 
     Raises:
         AttributeError: no file defines the name.
     """
     first = ("model_loader", "model", "models", "network", "net")
-    paths = sorted(folder.glob("*.py"), key=lambda path: (first.index(path.stem) if path.stem in first else 9, path.stem))
+    paths = sorted(folder.rglob("*.py"), key=lambda path: (
+        len(path.parts), first.index(path.stem) if path.stem in first else 9, str(path)))
     for path in [] if name.startswith("__") else paths:
         try:
             tree = ast.parse(path.read_text(errors="replace"))
         except SyntaxError:
             continue
         if any(isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name for node in tree.body):
-            return getattr(importlib.import_module(path.stem), name)
+            return getattr(import_file(folder, path), name)
     raise AttributeError(f"no file of the folder defines {name} (it was pickled as __main__.{name})")
+
+
+def import_file(folder: Path, path: Path) -> types.ModuleType:
+    """Import a file of the folder: as a module of a package where that works, else alone, with its neighbours in reach."""
+    parts = path.relative_to(folder).with_suffix("").parts
+    try:
+        module = importlib.import_module(".".join(parts))
+        if len(parts) == 1 or Path(str(module.__file__)) == path:
+            return module
+    except ImportError:
+        if len(parts) == 1:
+            raise
+    sys.path.append(str(path.parent))  # such as code/net.py, where Python has a module `code` of its own
+    return run_file(path, "_".join(parts))
 
 
 # -------------------------------------------------------------------------------------------- the class in model.py

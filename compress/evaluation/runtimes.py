@@ -76,12 +76,14 @@ class Runtime:
         parameters: the number of stored numbers ("all"), and of trainable ones where that is known.
         macs: multiply-adds an image, where known.
         outputs: the number of logits where a model has more than the data have classes; else None.
+        max_outputs: so many logits are accepted where a model has more than the data have classes; 0: none beyond.
         name: for messages.
         errors: the exceptions of a call that the model cannot answer.
         details, warnings: for the result.
     """
 
     errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError)
+    max_outputs = 0
 
     def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
         self.backend, self.parameters, self.macs = backend, parameters, macs
@@ -131,6 +133,7 @@ class OnnxFileRuntime(Runtime):
                 raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
                                         f"({odd})")
         super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
+        self.warnings += files.notes
         if self.file.channels_last:
             self.details["input_layout"] = "NHWC"
         if self.file.batch and self.file.batch > 1:

@@ -133,8 +133,9 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
     fits = isinstance(logits, np.ndarray) and logits.shape == (len(images), runtime.outputs or classes)
     if not fits or not np.isfinite(logits).all():
         got = "NaN or infinite values" if fits else list(getattr(logits, "shape", [])) or type(logits).__name__
+        more = f", or up to {runtime.max_outputs:,} outputs" if runtime.max_outputs else ""
         raise VerificationError(f"{runtime.name}: the output for {len(images)} image(s) is {got}, expected finite logits "
-                                f"{[len(images), classes]} for {classes} classes")
+                                f"{[len(images), classes]} for {classes} classes{more}")
     return logits.astype(np.float32, copy=False), took
 
 

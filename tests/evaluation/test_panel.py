@@ -14,10 +14,11 @@ from torch import nn
 
 from compress.evaluation import panel
 from compress.evaluation.class_order import ClassOrder
-from compress.evaluation.original import file_kind, read_original_metadata
+from compress.evaluation.original import OWN_LOADER, OWN_MARKS, file_kind, read_original_metadata
 from compress.evaluation.score import accuracy_details
 from compress.evaluation.submission import read_submission
 from compress.packaging.bundle import bundle
+from compress.packaging.import_graph import ROOT as PROJECT
 from metadata.errors import VerificationError
 from tests.helpers import panel_folders
 from tests.helpers.marks import slow_but
@@ -228,9 +229,15 @@ def test_which_file_loads_the_weights(photos: Path, tmp_path: Path) -> None:
     panel_folders.write(tmp_path, model_loader="def load_model(path): ...", model="x = 1")
     torch.save({"fc.weight": torch.ones(2, 2)}, tmp_path / "model.pth")
     assert read_submission(tmp_path).ways == ("loader", "standard")
-    for other in (b"", b"class Loader: ...", bundle()):  # no loader at all, or the toolkit's own evaluator
+    for other in (b"", bundle(), (PROJECT / "model_loader.py").read_bytes()):  # nothing, or the toolkit's own evaluator
         (tmp_path / "model_loader.py").write_bytes(other)
         assert read_submission(tmp_path).ways == ("class", "standard")
+    (tmp_path / "model_loader.py").write_text("from net import *")  # load_model may be imported
+    assert read_submission(tmp_path).ways == ("loader", "class", "standard")
+    for quoted in (OWN_LOADER + ' (mine)"""\n', f'{OWN_LOADER}"""\n# {OWN_MARKS[0]}\n', f"# {bundle()[:300].decode()!r}\n"):
+        (tmp_path / "model_loader.py").write_text(quoted + "def load_model(path): ...\n")
+        assert read_submission(tmp_path).ways == ("loader", "standard"), quoted
+    (tmp_path / "model_loader.py").write_bytes(bundle())
     (tmp_path / "model.py").unlink()
     files = read_submission(tmp_path)
     assert files.ways == ("standard",) and "model_loader.py is the toolkit's own" in files.what
