@@ -17,8 +17,8 @@ from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, Layer, place_of
 from architectures.layers.table import row_of_call, row_of_module
-from architectures.tracing import measure_shapes, module_inputs, normalized_call, traced_graph
-from metadata.errors import UserError, describe_validation_error, first_line
+from architectures.tracing import check_one_graph, measure_shapes, module_inputs, normalized_call, traced_graph
+from metadata.errors import UserError, describe_validation_error, first_line, some_of
 from metadata.schemas import PruningInfo
 
 Lowered = tuple[str, list[fx.Node], dict[str, Any]]  # the layer's type, its inputs, its options
@@ -66,6 +66,7 @@ def describe(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
         raise UserError(f"the model cannot be described: {describe_validation_error(error)}") from error
     if not isinstance(model, fx.GraphModule):
         _check_same(model, architecture)
+        check_one_graph(model, traced_graph(model))
     return architecture
 
 
@@ -77,11 +78,15 @@ def _check_same(model: nn.Module, architecture: Architecture) -> None:
     """
     original = copy.deepcopy(model).cpu().eval()
     rebuilt = build(architecture).eval()
-    try:
-        rebuilt.load_state_dict(original.state_dict(), strict=True)
-    except RuntimeError as error:
-        raise UserError("the model cannot be described: it has weights that its forward pass does not use "
-                        f"({' '.join(str(error).split())[:200]})") from error
+    weights, used = original.state_dict(), rebuilt.state_dict()
+    if unused := list(dict.fromkeys(name.rpartition(".")[0] or name for name in weights if name not in used)):
+        raise UserError(f"the model cannot be described: {some_of(unused)} {'has' if len(unused) == 1 else 'have'} weights "
+                        f"that its forward pass does not use; remove what is not used, {AS_TEACHER}")
+    for name, tensor in used.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise UserError(f"the model cannot be described: its layers need a tensor {name} {list(tensor.shape)}, which its "
+                            f"state dict does not have; {AS_TEACHER}")
+    rebuilt.load_state_dict(weights)
     images = torch.randn(3, *architecture.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -5,7 +5,9 @@ The code that is traced is a user's. Whatever it raises becomes one line that na
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,6 +25,7 @@ from metadata.errors import UserError, first_line
 BATCHES = (2, 3)  # a reshape that keeps images apart does so for both
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
+FLAG = re.compile(r"\b(True|False)\b")
 TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
 
 
@@ -55,9 +58,35 @@ class LineTracer(fx.Tracer):
 def traced_graph(model: nn.Module) -> fx.Graph:
     """Return a copy of a graph module's graph, or the trace of another module, without what the output does not need.
 
+    The trace is that of evaluation.
+
     Raises:
         UserError: the module cannot be traced; the layer and the line are named.
     """
+    with in_evaluation(model):
+        return _trace(model)
+
+
+def check_one_graph(model: nn.Module, graph: fx.Graph) -> None:
+    """Compare the graph of evaluation with the trace in training mode. Flags, such as dropout's, may differ.
+
+    Raises:
+        UserError: the forward pass does something else in training, which a student would lose; the line is named.
+    """
+    shadow = copy.deepcopy(model).train()
+    try:
+        in_training = _trace(shadow)
+    except UserError as error:
+        raise UserError(f"in training mode (self.training), unlike in evaluation: {error}") from error
+    calls = [{node: FLAG.sub("", f"{node.op} {node.target} {node.args} {node.kwargs}") for node in nodes}
+             for nodes in (in_training.nodes, graph.nodes)]
+    for (node, call), other in zip(calls[0].items(), calls[1].values(), strict=False):
+        if call != other:
+            raise UserError(f"layer {place_of(node)}: the forward pass does something else in training mode "
+                            f"(self.training) than in evaluation; a student has one graph for both modes, {AS_TEACHER}")
+
+
+def _trace(model: nn.Module) -> fx.Graph:
     if isinstance(model, fx.GraphModule):
         graph = fx.Graph()
         graph.output(graph.graph_copy(model.graph, {}))
@@ -85,7 +114,7 @@ def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
     """Return the innermost place outside torch, such as " (network.py, line 12)", or nothing."""
     for frame, number in frames:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
-        if file == __file__ and function == "traced_graph":  # what lies outside called `describe`
+        if file == __file__ and function == "_trace":  # what lies outside called `describe`
             break
         if file != __file__ and not file.startswith(TORCH):
             return f" ({Path(file).name}, line {number})"

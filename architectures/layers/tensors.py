@@ -129,6 +129,8 @@ class Binary(FunctionLayer):
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        if more := ", ".join(f"{name}={value}" for name, value in node.kwargs.items() if name not in cls.call_inputs):
+            raise UserError(f"layer {place_of(node)}: {cls.__name__} has no option {more} in the layer table")
         if len(node.args) != 2 or len(traced_tensors(node)) != 2 or node.kwargs:
             raise UserError(f"layer {place_of(node)}: {cls.__name__} takes two tensors here; constants are not in the "
                             "layer table")

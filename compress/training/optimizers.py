@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from architectures.heads import head_parameters
 from compress.training.muon import Muon
 from compress.training.settings import TrainingSettings
+from metadata.errors import UserError
 
 
 Groups = list[dict[str, Any]]
@@ -66,10 +67,18 @@ def make_optimizer(settings: TrainingSettings, model: nn.Module, example: Tensor
         model: what to train.
         example: (N, C, H, W) float32 on the model's device; Muon finds the model's last layer by it.
         scaled: a loss scaler may skip steps of the optimizer.
+
+    Raises:
+        UserError: Muon does not find the model's last layer.
     """
     name = settings.sam_base if settings.optimizer == "sam" else settings.optimizer
     head = set(head_parameters(model, example).values()) if name == "muon" else set[nn.Parameter]()
-    return OPTIMIZERS[name](parameter_groups(model, settings.weight_decay), settings, scaled, head)
+    groups = parameter_groups(model, settings.weight_decay)
+    if name == "muon" and not head and any(parameter.dim() > 1 for group in groups for parameter in group["params"]):
+        raise UserError("optimizer muon: expected a last layer with weights in the graph of the forward pass, to leave it to "
+                        "AdamW, got none; take another optimizer, or use_reentrant=False where the model calls "
+                        "torch.utils.checkpoint")
+    return OPTIMIZERS[name](groups, settings, scaled, head)
 
 
 class Ascent:

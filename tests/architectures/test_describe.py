@@ -113,13 +113,47 @@ def unpacked(x: Tensor) -> tuple[int, int]:
     (lambda net, x: torch.cat([x, torch.ones(1, 4, 8, 8)], 1), "get_attr"),
     (lambda net, x: sum(x for _ in range(x.size(1))), "cannot be traced"), (lambda net, x: {"logits": x}["other"], "other"),
     (lambda net, x: net.missing(x), "missing"), (lambda net, x: x.float().sum((2, 3)), "float"),
-    (lambda net, x: x.mean(), "mean"), (lambda net, x: torch.add(x, x, alpha=2), "takes two tensors"),
+    (lambda net, x: x.mean(), "mean"), (lambda net, x: torch.add(x, x, alpha=2), "Add has no option alpha=2"),
+    (lambda net, x: x.add(x, alpha=2), "Add has no option alpha=2"),
     (lambda net, x: 1 / 0, "division"), (lambda net, x: [][0], "index"),
 ])
 def test_what_is_refused_names_the_line(middle: Middle, said: str) -> None:
     text = refusal(Net(middle))
     assert said in text
     assert "must be logits" in text or ("layer " in text and "test_describe.py, line " in text)
+
+
+def test_modules_that_are_not_used_are_named() -> None:
+    model = Images(lambda net, x: x)
+    model.aux, model.old = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), nn.Linear(2, 2)
+    text = refusal(model)
+    assert "aux.0, aux.1, old have weights that its forward pass does not use" in text and "state_dict" not in text
+    model = Images(lambda net, x: x)
+    model.scale = nn.Parameter(torch.ones(1))
+    assert "scale has weights that its forward pass does not use" in refusal(model)
+
+
+def noisy(net: Net, x: Tensor) -> Tensor:
+    if net.training:
+        x = x + torch.randn_like(x)
+    return x
+
+
+@pytest.mark.parametrize("middle", [
+    noisy, lambda net, x: net.relu(x) if net.training else x, lambda net, x: F.dropout(x, 0.5 if net.training else 0.0),
+    lambda net, x: F.dropout(x) if net.training and x.sum() > 0 else x])
+@pytest.mark.parametrize("training", [False, True])
+def test_another_forward_pass_in_training_is_refused(middle: Middle, training: bool) -> None:
+    model = Images(middle).train(training)
+    with pytest.raises(UserError, match=r"test_describe.py, line \d+\).*teacher") as caught:
+        describe(model, SHAPE)
+    assert "(self.training)" in str(caught.value) and all(module.training == training for module in model.modules())
+
+
+def test_a_branch_that_is_the_same_in_both_modes_is_taken() -> None:
+    for middle in (lambda net, x: F.dropout(x, 0.5, net.training), lambda net, x: x if net.training else x):
+        assert_described(Images(middle))
+        describe(Images(middle).train(), SHAPE)
 
 
 def test_the_line_in_the_users_code_is_named() -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from architectures.zoo import make
 from compress.training.averaging import Average
 from compress.training.optimizers import Ascent, OPTIMIZERS, frozen_statistics, make_optimizer, parameter_groups
 from compress.training.schedules import Plateau, rate_factor
 from compress.training.settings import TrainingSettings
+from metadata.errors import UserError
 from tests.helpers.trainings import settings
 
 
@@ -176,6 +178,27 @@ class HeadFirst(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+class Recomputed(HeadFirst):
+    """A network whose whole forward pass is computed again for its gradients."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)  # type: ignore[no-any-return]
+
+
+def test_muon_is_refused_where_the_graph_hides_the_head() -> None:
+    chosen, example = settings(optimizer="muon"), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(UserError, match=r"^optimizer muon: .*use_reentrant=False"):
+        make_optimizer(chosen, Recomputed(True), example)
+    make_optimizer(settings(optimizer="adamw"), Recomputed(True), example)
+    model = Recomputed(False)
+    groups = make_optimizer(chosen, model, example).param_groups
+    assert [group["use_fallback"] for group in groups if any(p is model.head.weight for p in group["params"])] == [True]
 
 
 @pytest.mark.parametrize("name", ["muon", "sam"])
