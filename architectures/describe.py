@@ -81,11 +81,11 @@ def _check_same(model: nn.Module, architecture: Architecture) -> None:
     weights, used = original.state_dict(), rebuilt.state_dict()
     if unused := list(dict.fromkeys(name.rpartition(".")[0] or name for name in weights if name not in used)):
         raise UserError(f"the model cannot be described: {some_of(unused)} {'has' if len(unused) == 1 else 'have'} weights "
-                        f"that its forward pass does not use; remove what is not used, {AS_TEACHER}")
+                        f"that its forward pass does not use; remove what is not used; {AS_TEACHER}")
     for name, tensor in used.items():
         if name not in weights or weights[name].shape != tensor.shape:
-            raise UserError(f"the model cannot be described: its layers need a tensor {name} {list(tensor.shape)}, which its "
-                            f"state dict does not have; {AS_TEACHER}")
+            raise UserError(f"the model cannot be described: its layers need a tensor {name} {list(tensor.shape)}, which "
+                            f"its state dict does not have; {AS_TEACHER}")
     rebuilt.load_state_dict(weights)
     images = torch.randn(3, *architecture.input_shape, generator=torch.Generator().manual_seed(0))
     try:

@@ -75,8 +75,8 @@ def make_optimizer(settings: TrainingSettings, model: nn.Module, example: Tensor
     head = set(head_parameters(model, example).values()) if name == "muon" else set[nn.Parameter]()
     groups = parameter_groups(model, settings.weight_decay)
     if name == "muon" and not head and any(parameter.dim() > 1 for group in groups for parameter in group["params"]):
-        raise UserError("optimizer muon: expected a last layer with weights in the graph of the forward pass, to leave it to "
-                        "AdamW, got none; take another optimizer, or use_reentrant=False where the model calls "
+        raise UserError("optimizer muon: expected a last layer with weights in the graph of the forward pass, to leave it "
+                        "to AdamW, got none; take another optimizer, or use_reentrant=False where the model calls "
                         "torch.utils.checkpoint")
     return OPTIMIZERS[name](groups, settings, scaled, head)
 
