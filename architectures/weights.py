@@ -106,9 +106,30 @@ def check_tensors(weights: Any, where: str) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise VerificationError(f"{where}: tensor {name} is no plain dense tensor ({tensor.layout}, {tensor.device})")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise VerificationError(f"{where}: tensor {name} holds NaN or infinite values")
     return dict(weights)  # an OrderedDict's attributes are not data
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Tell whether no value of a tensor is NaN or infinite.
+
+    Float8, which torch does not test, is judged as float32, and a sparse tensor by the values that it stores. A tensor
+    without values (on the meta device) has none that is not finite.
+    """
+    import torch
+    if tensor.is_meta or not tensor.is_floating_point():
+        return True
+    values = stored_values(tensor)
+    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
+
+
+def stored_values(tensor: Tensor) -> Tensor:
+    """Return the numbers that a tensor stores: itself, or the values of a sparse tensor without their places."""
+    import torch
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values()
+    return tensor if tensor.layout in (torch.strided, torch._mkldnn) else tensor.values()  # type: ignore[attr-defined]
 
 
 def load_verified(architecture: Architecture, weights: dict[str, Tensor], where: str) -> torch.fx.GraphModule:

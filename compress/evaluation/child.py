@@ -55,11 +55,10 @@ def build_submission(boot: dict[str, Any], panel: types.ModuleType, stand_ins: A
     """Return the model of a submission's folder, and the facts that the code states about it."""
     stand_ins.install()
     model, facts = panel.load_submission_model(boot, explain)
-    kept, weights = stand_ins.kept(model) if stand_ins.asked else (0, 0)
     return model, {"class": type(model).__name__, **facts, **panel.numbers(model),
                    "macs": panel.macs(model, boot["input_shape"]), "reduced": panel.reduced_precision(model),
                    "asked": len(stand_ins.asked), "asked_for": [str(name)[:80] for name in stand_ins.asked[:3]],
-                   "kept": kept, "weights": weights, "compiled": stand_ins.compiled}
+                   **(stand_ins.origins(model) if stand_ins.asked else {}), "compiled": stand_ins.compiled}
 
 
 # ------------------------------------------------------------------------------------- a solution of the 2.5M task

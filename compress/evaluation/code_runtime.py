@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import RootModel
 
 from architectures.checkpoints import STAND_INS
 from architectures.counting import count_numbers
-from architectures.weights import check_tensors, load_tensors
+from architectures.weights import all_finite, check_tensors, load_tensors, stored_values
 from compress.evaluation.original import file_kind
 from compress.evaluation.panel import state_dict_in, tensors_in
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
@@ -55,12 +56,7 @@ class CodeRuntime(Runtime):
                                    "stated_by_the_code": ["loaded_by", "parameters.trainable", "macs",
                                                           *(["parameters.all"] if stored is None else [])]}
         self.warnings += [*files.notes, *remarks, *self.child.unprotected(), *stated_warnings(facts, files)]
-        if stored is not None and trainable is not None and trainable < 0.5 * stored:
-            self.warnings.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; the others "
-                                 "lie in buffers or are frozen")
-        if stored is not None and stated is not None and stated > 1.5 * stored + 1000:
-            self.warnings.append(f"the weights file holds {stored:,} numbers and the model {stated:,}: the others come "
-                                 "from the code, from other files, or stayed random")
+        self.warnings += count_warnings(stored, trainable, stated)
         self.threads, self.classes, self.closed = settings.threads, classes, False
         self.start = self.child.usage()
 
@@ -111,6 +107,19 @@ def printable(value: Any, length: int) -> str:
     return "".join(character if character.isprintable() else "?" for character in str(value))[:length]
 
 
+def count_warnings(stored: int | None, trainable: int | None, stated: int | None) -> list[str]:
+    """Return what is odd about the numbers in a weights file, trainable, and in the model's state dict; None is unknown."""
+    remarks = []
+    if stored is not None and trainable is not None and trainable < 0.5 * stored:
+        others = ("the others lie in buffers or are frozen" if stated is None or stated >= 0.9 * stored else
+                  f"the model's own state dict holds {stated:,}")
+        remarks.append(f"of {stored:,} stored numbers only {trainable:,} are trainable parameters; {others}")
+    if stored is not None and stated is not None and stated > 1.5 * stored + 1000:
+        remarks.append(f"the weights file holds {stored:,} numbers and the model {stated:,}: the others are unpacked from "
+                       "these, come from the code or other files, or stayed as they were initialized")
+    return remarks
+
+
 def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
     """Return what the code's own process says about how the model was loaded. An untrue statement harms only its author."""
     remarks = []
@@ -119,13 +128,11 @@ def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
         judged = "where the panel fails" if facts.get("panel_fails") is True else "as the panel does"
         then = "by the class in model.py" if facts.get("way") == "class" else f"the standard way, {judged}"
         remarks.append(f"{first_tried} failed, and the weights were loaded {then}: {printable(facts['failed'], 400)}")
-    asked, kept, weights = (count(facts.get(key)) or 0 for key in ("asked", "kept", "weights"))
-    if asked:
+    if count(facts.get("asked")):
         names = facts.get("asked_for")
         first = ", ".join(printable(name, 80) for name in (names if isinstance(names, list) else [])[:3])
-        then = (f" and kept them: {kept} of {weights} weight tensors are random, so the accuracy says nothing about the "
-                "model that its author had" if kept else ", which it overwrote")
-        remarks.append(f"the code asked for pretrained weights ({first}); without a network it got random ones{then}")
+        remarks.append(f"the code asked for pretrained weights ({first}); without a network it got random ones"
+                       f"{what_became_of_them(facts)}")
     if facts.get("compiled") is True:
         remarks.append("the code called torch.compile, which would start a compiler; the model runs uncompiled")
     if facts.get("unpacked") is True:
@@ -133,38 +140,55 @@ def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
     return remarks
 
 
+def what_became_of_them(facts: dict[str, Any]) -> str:
+    """Return how the random weights in place of pretrained ones ended, as far as the child knows."""
+    kept, loaded, weights = (count(facts.get(key)) or 0 for key in ("kept", "loaded", "weights"))
+    if kept:
+        return (f" and kept them: {kept} of {weights} weight tensors are random, so the accuracy says nothing about the "
+                "model that its author had")
+    if loaded and loaded == weights:
+        return ", which it overwrote"
+    if loaded or facts.get("loads") is True:
+        return (f" and loaded others: {loaded} of {weights} weight tensors are as loaded; whether the rest are random is "
+                "not known")
+    return (" and loaded no state dict of its own: the weights are random as far as is known, so the accuracy may say "
+            "nothing about the model that its author had")
+
+
 def check_stored(files: SubmissionFiles) -> tuple[list[str], int | None]:
     """Read the weights as data. Return warnings, and the number of numbers in a state dict, or None for other files.
 
     Raises:
-        VerificationError: a state dict for model.py is unreadable, holds NaN or infinite values, or has other channels than
+        VerificationError: a state dict for model.py is cut short, holds NaN or infinite values, or has other channels than
             the architecture file's `pruning_info` states. (The panel checks none of this; where it loads a submission, what
             is wrong becomes a warning.)
     """
-    if files.ways[0] == "class":
-        weights = check_tensors(state_dict_in(load_tensors(files.weights, STAND_INS)), str(files.weights))
+    by_class = files.ways[0] == "class"
+    if not by_class and file_kind(files.weights)[0] != "state dict":
+        return [], None
+    try:
+        weights = state_dict_in(load_tensors(files.weights, STAND_INS))
+    except VerificationError as error:
+        if by_class and not isinstance(error.__cause__, torch._weights_only_unpickler.UnpicklingError):  # type: ignore[attr-defined]
+            raise
+        return [], None  # it holds more than tensors, or in a pickle protocol that torch reads only unsafely
+    if by_class:
+        weights = check_tensors(weights, str(files.weights))
         if not weights:
             raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
         check_pruning_claims(files, weights)
         return [], count_numbers(weights)
-    if file_kind(files.weights)[0] != "state dict":
-        return [], None
-    try:
-        weights = state_dict_in(load_tensors(files.weights, STAND_INS))
-    except VerificationError:  # it holds more than tensors
-        return [], None
     if not isinstance(weights, dict):
         return [], None
-    remarks, stored = [], [tensor for value in weights.values() for tensor in tensors_in(value)]
-    odd = next((name for name, value in weights.items() for tensor in tensors_in(value)
-                if tensor.is_floating_point() and not bool(tensor.isfinite().all())), None)
+    remarks = []
+    odd = next((name for name, value in weights.items() for tensor in tensors_in(value) if not all_finite(tensor)), None)
     if odd is not None:
         remarks.append(f"{files.weights.name}: tensor {printable(odd, 100)} holds NaN or infinite values")
     try:
         check_pruning_claims(files, weights)
     except VerificationError as error:
         remarks.append(f"{first_line(error)}; the panel does not read this file")
-    return remarks, sum(tensor.numel() for tensor in stored)
+    return remarks, sum(stored_values(tensor).numel() for tensor in tensors_in(weights) if not tensor.is_meta)
 
 
 def check_pruning_claims(files: SubmissionFiles, weights: dict[str, Any]) -> None:

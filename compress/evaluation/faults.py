@@ -20,7 +20,7 @@ REFUSED_CODES = {errno.EPERM, errno.EACCES, errno.ENOSYS}
 PROCESS_FILES = {"subprocess.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py", "forkserver.py",
                  "synchronize.py", "resource_tracker.py", "pty.py"}
 NETWORK_FILES = {"socket.py", "ssl.py", "client.py", "request.py", "connection.py", "asyncio"}
-LOADER_FILES = {"dataloader.py", "pool.py", "context.py", "queues.py", "synchronize.py"}
+WORKER_FILES = {"dataloader.py", "pool.py", "process.py", "popen_fork.py", "popen_spawn_posix.py", "popen_forkserver.py"}
 PROCESS_CALL = re.compile(r"\b(v?fork|forkpty|posix_spawn\w*|exec[lv]\w*|spawn[lv]\w*|popen|system|Process|Popen)\b")
 NETWORK_CALL = re.compile(r"\b(socket|connect|bind|urlopen|urlretrieve|getaddrinfo|create_connection)\b")
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|[Cc]annot allocate memory|std::bad_alloc|"
@@ -74,6 +74,8 @@ def sentence(error: BaseException, folder: Path, memory_limit_mb: int) -> str:
             said = _refusal(link, line, folder)
             if said:
                 return said
+        if "shared memory object" in text:
+            return "no memory is shared with other processes here"
         if NO_GPU.search(text) and not isinstance(link, OSError):
             return "no GPU here: use the device cpu"
         if "Weights only load failed" in text:
@@ -86,17 +88,31 @@ def _refusal(error: OSError, line: str, folder: Path) -> str:
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     names = {path.name for path in files} | {path.parent.name for path in files}
     if error.errno == errno.EFBIG:
-        return f"no file above {resource.getrlimit(resource.RLIMIT_FSIZE)[0] >> 20} MiB is written here"
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        printed = any(os.fstat(handle).st_size >= limit for handle in (1, 2))
+        return f"no more than {limit >> 20} MiB are printed here" if printed else (
+            f"no file above {limit >> 20} MiB is written here")
+    if error.errno == errno.EXDEV:
+        return "no file is moved or linked from one folder to another here: copy it"
     if error.errno == errno.EMFILE:
         return f"no more than {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open at once here"
     if error.errno == errno.ENOENT and "synchronize.py" not in names:
-        known = isinstance(error.filename, str) and not os.path.isabs(error.filename)
-        return "the code runs in a copy of its folder: take paths from model_path" if error.filename and (
-            known or not inside_folder(str(error.filename), folder)) else ""
+        if not isinstance(error.filename, str) or not error.filename:
+            return ""
+        inside = inside_folder(os.path.abspath(error.filename), folder)
+        return f"{inside} is not in the submission's folder" if inside else (
+            "the code runs in a copy of its folder: take paths from model_path")
     if error.errno not in REFUSED_CODES and "synchronize.py" not in names:
         return ""
+    if "synchronize.py" in names and not names & WORKER_FILES:
+        return "no locks between processes here: use those of threading"
+    if "shared_memory.py" in names:
+        return "no memory is shared with other processes here"
+    if error.filename2 is not None and not os.path.isabs(str(error.filename2)) and "link" in line:
+        return "no links are made here: copy the file"
     if names & PROCESS_FILES or PROCESS_CALL.search(line):
-        return "no other processes here" + (": use num_workers=0" if names & LOADER_FILES or "worker" in line else "")
+        loading = "dataloader.py" in names or "num_workers" in line
+        return "no other processes here" + (": use num_workers=0" if loading else "")
     if error.filename is not None:
         return f"no file outside the submission's folder is read or written here: {error.filename}"
     if names & NETWORK_FILES or NETWORK_CALL.search(line):

@@ -7,7 +7,9 @@ was initialized. `StandIns` records who asked, so that the result can say so.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -27,6 +29,9 @@ class NoWeights(dict):  # type: ignore[type-arg]
     def __missing__(self, key: Any) -> NoWeights:
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no network here: these pretrained weights were not downloaded, so nothing has a {name}")
+
     def __delitem__(self, key: Any) -> None:
         """Delete nothing: code drops the entries of a head that it replaces."""
 
@@ -41,13 +46,15 @@ class StandIns:
     Attributes:
         asked: the names of pretrained weights, in order.
         compiled: whether the code called torch.compile; its model then runs uncompiled.
-        random: (tensors as they were initialized) of the networks that would have got the weights.
+        random: fingerprints of the weight tensors, as they were initialized, of networks that would have got the weights.
+        loaded: fingerprints of the weight tensors that `load_state_dict` has given other numbers.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.compiled = False
-        self.random: list[torch.Tensor] = []
+        self.random: set[bytes] = set()
+        self.loaded: set[bytes] = set()
 
     def install(self) -> None:
         """Replace what would need a network or a compiler, in torch now and in other packages once they are imported."""
@@ -83,6 +90,8 @@ class StandIns:
 
         def compile(model: Any = None, *_: Any, **__: Any) -> Any:
             self.compiled = True
+            if isinstance(model, nn.Module):  # torch's own wrapper holds the module there; the state dict stays the same
+                object.__setattr__(model, "_orig_mod", model)
             return (lambda function: function) if model is None else model
 
         torch.compile = compile
@@ -103,7 +112,10 @@ class StandIns:
                 return nn.modules.module._IncompatibleKeys([], [])
             if self.compiled and any("_orig_mod." in str(name) for name in state_dict):  # torch.compile renames entries
                 state_dict = {str(name).replace("_orig_mod.", ""): value for name, value in state_dict.items()}
-            return plain(module, state_dict, *args, **kwargs)
+            before = fingerprints(module)
+            result = plain(module, state_dict, *args, **kwargs)
+            self.loaded |= set(fingerprints(module)).difference(before)
+            return result
 
         nn.Module.load_state_dict = load_state_dict  # type: ignore[assignment,method-assign]
 
@@ -117,6 +129,11 @@ class StandIns:
     def _patch_hugging_face(self, downloads: types.ModuleType) -> None:
         def hf_hub_download(repo_id: str, filename: str, *_: Any, **__: Any) -> str:
             path = Path("downloads", str(repo_id).replace("/", "--"), Path(filename).name).absolute()
+            if path.name == "config.json" and (architecture := timm_architecture(str(repo_id))):
+                self.asked.append(f"{filename} of {repo_id}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"architecture": architecture}))
+                return str(path)
             if path.suffix not in WEIGHTS_SUFFIXES:
                 raise ConnectionError(f"no network here: {filename} of {repo_id} cannot be downloaded")
             self.asked.append(f"{filename} of {repo_id}")
@@ -127,21 +144,37 @@ class StandIns:
         downloads.hf_hub_download = hf_hub_download  # type: ignore[attr-defined]
 
     def _remember(self, module: nn.Module) -> None:
-        self.random += [tensor.detach().clone() for tensor in matrices(module)]
+        self.random |= set(fingerprints(module))
 
-    def kept(self, model: Any) -> tuple[int, int]:
-        """Return how many of a model's weight tensors still hold the random numbers that it got, and how many it has."""
-        own = matrices(model)
-        same = sum(any(tensor.shape == other.shape and bool(torch.equal(tensor.float(), other.float()))
-                       for other in self.random) for tensor in own)
-        return same, len(own)
+    def origins(self, model: Any) -> dict[str, Any]:
+        """Return what is known of a model's weight tensors: `kept` hold the random numbers that they got, `loaded` hold
+        what load_state_dict gave them, of `weights` in all; and whether load_state_dict gave anything to any module."""
+        own = fingerprints(model)
+        return {"kept": sum(mark in self.random for mark in own), "weights": len(own),
+                "loaded": sum(mark in self.loaded - self.random for mark in own), "loads": bool(self.loaded - self.random)}
 
 
 def matrices(model: Any) -> list[torch.Tensor]:
     """Return a model's float tensors of two or more dimensions. Others begin as constants, so they give nothing away."""
     tensors = model.state_dict().values() if hasattr(model, "state_dict") else ()
     return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            and tensor.dim() > 1]
+            and tensor.dim() > 1 and tensor.layout == torch.strided and not tensor.is_meta]
+
+
+def fingerprints(model: Any) -> list[bytes]:
+    """Return a digest of the shape and the float32 numbers of each weight tensor; none where foreign code hides them."""
+    try:
+        return [hashlib.blake2b(tensor.detach().float().cpu().contiguous().numpy().tobytes(),
+                                salt=str(tuple(tensor.shape)).encode()[:16]).digest() for tensor in matrices(model)]
+    except Exception:  # a state_dict method of foreign code may raise anything
+        return []
+
+
+def timm_architecture(repo_id: str) -> str | None:
+    """Return the architecture that a repository of timm's names, such as "timm/resnet18.a1_in1k", where timm knows it."""
+    owner, _, name = repo_id.partition("/")
+    timm = sys.modules.get("timm")
+    return name if owner == "timm" and timm is not None and timm.is_model(name) else None
 
 
 def write_no_weights(path: Path) -> None:

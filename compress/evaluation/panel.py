@@ -280,14 +280,22 @@ WAYS = {"loader": by_loader, "class": by_class, "standard": by_standard}
 
 
 def tensors_in(value: Any) -> list[Any]:
-    """Return the tensors in a state dict's value: itself, those of a tuple, or those of packed int8 weights."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [tensor for part in value for tensor in tensors_in(part)]
-    if isinstance(value, torch.ScriptObject) and hasattr(value, "unpack"):
-        return tensors_in(value.unpack())
-    return []
+    """Return the tensors in a state dict's value: itself, those of containers, or those of packed int8 weights."""
+    found: list[Any] = []
+    waiting, entered = [value], dict[int, Any]()  # a hostile file's containers may hold themselves
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, torch.Tensor):
+            found.append(part)
+        elif id(part) not in entered:
+            entered[id(part)] = part
+            if isinstance(part, tuple | list):
+                waiting += part[::-1]
+            elif isinstance(part, dict):
+                waiting += list(part.values())[::-1]
+            elif isinstance(part, torch.ScriptObject) and hasattr(part, "unpack"):
+                waiting.append(part.unpack())
+    return found
 
 
 def numbers(model: Any) -> dict[str, int | None]:

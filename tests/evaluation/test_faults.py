@@ -14,12 +14,18 @@ from compress.evaluation import faults
 from tests.helpers.commands import PROJECT
 
 # What a submission's file does -> the line of the fault in it, and what is said.
+# "printing" changes standard output: it stays the last.
 KINDS: dict[str, tuple[str, int, str]] = {
     "fork": ("import os\nos.fork()", 3, "no other processes here"),
     "subprocess": ("import subprocess\nsubprocess.run(['true'])", 3, "no other processes here"),
     "popen": ("import os\nos.popen('true')", 3, "no other processes here"),
     "a worker": ("import multiprocessing\nmultiprocessing.Process(target=print).start()", 3, "no other processes here"),
-    "a pool": ("from multiprocessing import Pool\nPool(2)  # workers", 3, "no other processes here: use num_workers=0"),
+    "a pool": ("from multiprocessing import Pool\nPool(2)  # workers", 3, "no other processes here (Perm"),
+    "a lock": ("import multiprocessing\nmultiprocessing.Lock()", 3, "no locks between processes here: use those of"),
+    "a link": ("import os\nos.symlink('case00.py', 'link')", 3, "no links are made here"),
+    "a move": ("import os\nos.mkdir('d')\nos.rename('case00.py', 'd/x')", 4, "no file is moved or linked from one"),
+    "shared memory": ("from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=9)", 3,
+                      "no memory is shared with other processes here"),
     "a connection": ("import socket\nsocket.create_connection(('127.0.0.1', 9), 1)", 3, "no network here"),
     "a name": ("import urllib.request\nurllib.request.urlopen('https://example.com/a.pth')", 3, "no network here"),
     "a download in a called function": ("import urllib.request\ndef get():\n    urllib.request.urlretrieve("
@@ -28,7 +34,8 @@ KINDS: dict[str, tuple[str, int, str]] = {
                          "/etc/shadow"),
     "writing elsewhere": ("open('/tmp/written_by_a_submission', 'w')", 2, "no file outside the submission's folder is read "
                           "or written here: /tmp/written"),
-    "a file that is not there": ("open('submissions/me/model.pth')", 2, "take paths from model_path"),
+    "a path elsewhere": ("open('/kaggle/working/model.pth')", 2, "the code runs in a copy of its folder: take paths from"),
+    "a file that is not there": ("open('classes.txt')", 2, "classes.txt is not in the submission's folder"),
     "a large file": ("with open('large', 'wb') as file:\n    for _ in range(40):\n        file.write(bytes(2**20))", 4,
                      "no file above 16 MiB is written here"),
     "many files": ("files = [open(f'{i}', 'w') for i in range(200)]", 2, "no more than 128 files are open"),
@@ -37,6 +44,8 @@ KINDS: dict[str, tuple[str, int, str]] = {
     "a system call": ("import os\nos.sched_setaffinity(0, range(2))", 3, "this system call is refused here"),
     "a fault of their own": ("a = {}\na['b']", 3, "KeyError: 'b'"),
     "a syntax error": ("x = 1\nif x\n", 3, "SyntaxError"),
+    "printing": ("import os\nos.dup2(os.open('printed', os.O_CREAT | os.O_WRONLY), 1)\nfor _ in range(40):\n"
+                 "    os.write(1, bytes(2**20))", 5, "no more than 16 MiB are printed here"),
 }
 CONFINED = """
 import importlib.util, json, pathlib, sys, os
@@ -51,13 +60,14 @@ child, confine, faults = (load(here / f"{name}.py", f"sandbox_{name}") for name 
 child.set_limits(512, 60)
 state = confine.confine(map(pathlib.Path, readable), [folder])
 os.chdir(folder)
+output = os.dup(1)
 said = {}
 for path in sorted(folder.glob("case*.py")):
     try:
         load(path, path.stem)
     except BaseException as error:
         said[path.name] = faults.explain_fault(error, folder, 512)
-print(json.dumps([state, said]))
+os.write(output, json.dumps([state, said]).encode())
 """
 
 

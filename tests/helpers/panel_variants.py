@@ -114,6 +114,9 @@ VARIANTS: dict[str, tuple[Build, str, str | None]] = {
                      "loader", None),
     "torch.compile": (loading(DEF + "    model = torch.compile(Net())\n" + LOAD + RETURN, renamed("_orig_mod.")), "loader",
                       "torch.compile"),
+    "the module in torch.compile's": (loading(
+        DEF + "    model = torch.compile(Net())\n    model._orig_mod.load_state_dict(torch.load(path))\n" + RETURN),
+        "loader", "torch.compile"),
     "weights of a hub, overwritten": (loading(
         "from huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n\n" + DEF +
         "    model = Net()\n"
