@@ -194,6 +194,7 @@ def test_an_imported_load_model_is_called(folder: Path, monkeypatch: pytest.Monk
     (folder / "model_loader.py").write_text("from star_net import *\n")
     (folder / "star_net.py").write_text("from torch import nn\ndef load_model(path): return nn.Linear(1, 2)\n")
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))  # foreign files are registered there
     model, _ = panel.by_loader(folder, {"weights": "model.pth"})
     assert isinstance(model, nn.Linear) and read_submission(folder).ways == ("loader", "standard")
 
@@ -208,7 +209,7 @@ def test_a_class_pickled_in_a_notebook_is_found_in_folders_below(folder: Path, m
     (folder / "package" / "net.py").write_text("from .parts import SIZE\nclass Other: size = SIZE\n")
     (folder / "package" / "parts.py").write_text("SIZE = 4\n")
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))  # foreign files are registered there
     assert (panel.from_folder(folder, "Net").size, panel.from_folder(folder, "Other").size) == (3, 4)
     with pytest.raises(AttributeError, match="no file of the folder defines Third"):
         panel.from_folder(folder, "Third")
