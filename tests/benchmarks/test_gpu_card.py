@@ -102,6 +102,7 @@ def running(process: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_the_deadline_stops_a_long_job_and_what_it_started_and_the_next_sitting_continues(tmp_path: Path) -> None:
     began = time.monotonic()
     long = job("long", STUBBORN, [str(tmp_path)], minutes=5.0)

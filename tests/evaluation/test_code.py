@@ -282,7 +282,7 @@ TOGETHER = ("prints forged results", "hides numbers in a file", "changes its own
 
 
 HARMLESS["many together"] = (lambda folder: [HARMLESS[trick][0](folder) for trick in TOGETHER], None)
-QUICK_TRICKS = ["many together", "caches answers", "makes folders without end", "creates and deletes in a race"]
+QUICK_TRICKS = ["many together", "caches answers", "makes folders without end"]
 
 
 @pytest.fixture(scope="session")

@@ -65,6 +65,7 @@ def test_a_damaged_table_is_an_error_of_one_line(compress: Compress, tmp_path: P
     assert_one_line_error(compress("scaling", "sweep", path), str(table), "damaged, expected a CSV file")
 
 
+@pytest.mark.slow
 def test_points_that_another_sweep_runs_are_not_taken_for_done(compress: Compress, tmp_path: Path) -> None:
     base = tmp_path / "out"
     path = write_plan(tmp_path / "plan.yaml", SMALL, base_dir=str(base))
@@ -79,6 +80,7 @@ def test_points_that_another_sweep_runs_are_not_taken_for_done(compress: Compres
 # ------------------------------------------------------------------------------------------------------- whole sweeps
 
 
+@pytest.mark.slow
 def test_plan_and_sweep_tell_what_is_done(compress: Compress, tmp_path: Path) -> None:
     base = tmp_path / "out"
     path = write_plan(tmp_path / "plan.yaml", SMALL, seeds=[0, 1], base_dir=str(base))
