@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model_loader
-from compress.evaluation import child
+from compress.evaluation import trainee
 from compress.evaluation.score import TASK_KEYS
 from compress.evaluation.synthetic import prototype_problem
 from compress.packaging.bundle import bundle
@@ -127,9 +127,9 @@ def test_every_hiding_place_is_found(where: str, tmp_path: Path) -> None:
     """The count itself, in this process: what is within a model's reach beside its weight and bias."""
     path = tmp_path / "solution.py"
     path.write_text(finish(HIDDEN[where]))
-    module = child.load_file(path, f"solution_{where.replace(' ', '_')}")
+    module = trainee.solution_module(path)
     head = module.Solution().finish(torch.nn.Linear(384, 128))
-    found = child.numbers_within_reach(head, module)
+    found = trainee.numbers_within_reach(head, module)
     assert sum(found.values()) - sum(parameter.numel() for parameter in (head.weight, head.bias)) >= 90_000
 
 
@@ -154,7 +154,7 @@ def test_batch_statistics_are_not_hidden_capacity_but_adapting_is_flagged(run: R
 
 
 def test_counters_are_bound_before_the_solution_can_change_them(run: Run) -> None:
-    patched = finish("import sys\nsys.modules['__main__'].numbers_within_reach = lambda *a: {}\n"
+    patched = finish("import sys\nsys.modules['sandbox_trainee'].numbers_within_reach = lambda *a: {}\n"
                      "head.parameters = lambda: []\nhead.more = torch.nn.Parameter(torch.zeros(3_000_000))\nreturn head")
     _, result, _ = run(patched)
     assert result["score"] == 0 and result["parameters_trainable"] == 3_049_280
