@@ -113,7 +113,7 @@ def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baseline
         entries = []
         for folder in folders:
             files = read_submission(folder)
-            order, hashes = class_order(files, data.listing), file_hashes(files.folder)
+            order, hashes = class_order(files, data.listing), files.survey.hashes()
             runtime = open_runtime(files, settings, len(order.names), data.listing.folder)
             stack.callback(runtime.close)
             runtime.name = str(files.folder)
@@ -160,7 +160,7 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
     latency = latency_details(_durations(answers, files.kind, ratio, settings.runs), settings)
     accuracy = accuracy_details(answers.logits, data.labels, classes, settings.batch_size)
     chance = float(np.bincount(data.labels).max() / len(data.labels))
-    size_bytes, needed = files.size_bytes(), sum(path.stat().st_size for path in files.needed())
+    size_bytes, needed = files.size_bytes(), files.needed_bytes()
     plain = score(size_bytes / 2**20, latency["mean_ms"], 100 * accuracy["fraction"], baselines)
     guarded = guarded_score(plain | {"size_score": baselines.size_mb / (needed / 2**20)}, accuracy["fraction"],
                             baselines.accuracy / 100, chance, settings.min_accuracy / 100, accuracy["wilson_95"][0])
@@ -185,8 +185,8 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
             "preprocessing": files.preprocessing.model_dump() | {"stated_by": files.preprocessing_from},
             "parameters": runtime.parameters,
             "macs": runtime.macs,
-            "bytes": {"weights": size_bytes, "needed_at_inference": needed,
-                      "files": {name: (files.folder / name).stat().st_size for name in entry.hashes}},
+            "bytes": {"weights": size_bytes, "needed_at_inference": needed, "counted": files.counted(),
+                      "files": {name: file.size for name, file in files.survey.files.items()}},
             "peak_memory": peak,
             "evaluator_sha256": evaluator,
             "sha256": {"evaluator": evaluator, "submission": combined_hash(entry.hashes), **entry.hashes},
@@ -224,10 +224,11 @@ def _cache_warnings(ratio: float | None) -> list[str]:
 
 def _size_warnings(files: SubmissionFiles, size_bytes: int, needed: int) -> list[str]:
     """Return the remarks on files beside the weights. `needed` is the bytes of all files that inference needs."""
-    remarks = []
-    beside = size_bytes - files.weights.stat().st_size
-    if beside > 0:
+    remarks, counted = [], files.counted()
+    if beside := counted["data_beside_the_weights"]:
         remarks.append(f"files beside the weights can hold numbers, so model_size counts them: {beside:,} bytes")
+    if files.kind == "code" and counted["file_names"] > 2**12:
+        remarks.append(f"the names of files can hold numbers, so model_size counts them: {counted['file_names']:,} bytes")
     if files.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
         remarks.append(f"source, JSON and prose take {needed - size_bytes:,} bytes, a lot beside {size_bytes:,} bytes of "
                        "data, and the code can read them; the guarded score counts them, model_size does not")

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 
 from architectures.weights import UNREADABLE_ARCHIVE, check_archive
-from compress.evaluation.submission import MAX_FILE_BYTES, PROSE, SubmissionFiles, submission_files
+from compress.evaluation.submission import PROSE, SubmissionFiles
+from compress.evaluation.survey import Survey
 from metadata.errors import VerificationError, describe_validation_error, first_line
-from metadata.files import MAX_JSON_BYTES, check_download, inside, read_json
+from metadata.files import MAX_JSON_BYTES, check_download, read_json
 from metadata.schemas import Preprocessing, Size, StatedPreprocessing
 
 TORCH_WORDS, OTHER_WORDS = ("torch", "pt", "script", "jit", "statedict"), ("tensorflow", "keras", "tflite", "savedmodel",
@@ -207,7 +208,7 @@ def file_kind(path: Path) -> tuple[str, str]:
     return "pickled module", (module + b"." + name).decode(errors="replace")
 
 
-def find_weights(folder: Path, metadata: OriginalMetadata, named_in: str) -> tuple[Path, list[str]]:
+def find_weights(found: Survey, metadata: OriginalMetadata, named_in: str) -> tuple[Path, list[str]]:
     """Return the weights file, and remarks on how it was chosen.
 
     An entry that names no file of the folder is ignored: the panel reads none of these entries.
@@ -215,55 +216,50 @@ def find_weights(folder: Path, metadata: OriginalMetadata, named_in: str) -> tup
     Raises:
         VerificationError: no file, several candidates, or a file that is not the weights.
     """
-    weights, ignored, remarks = None, [], []
+    folder, weights, ignored, remarks = found.folder, None, [], []
     for key, value in metadata.weights_named.items():
         said = f"{key} {str(value)[:80]!r}"
-        if weights := _named_weights(folder, value, metadata.model_format):
+        if weights := _named_weights(found, value, metadata.model_format):
             if weights != folder / value:
                 remarks.append(f"{named_in}: {said} was taken to be {weights.relative_to(folder)}")
             break
         if value is not None:
             ignored.append(said)
     if weights is None:
-        weights, several = _found_weights(folder, metadata.model_format, named_in, " or ".join(ignored))
+        weights, several = _found_weights(found, metadata.model_format, named_in, " or ".join(ignored))
         remarks += several
     if ignored:
         remarks.insert(0, f"{named_in}: {', '.join(ignored)}: not the name of a weights file in the folder; this is "
                           f"ignored, {weights.relative_to(folder)} was taken")
-    if weights.stat().st_size > MAX_FILE_BYTES:
-        raise VerificationError(f"{weights}: {weights.stat().st_size:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
     check_download(weights)
     return weights, remarks
 
 
-def _named_weights(folder: Path, value: Any, model_format: str | None) -> Path | None:
+def _named_weights(found: Survey, value: Any, model_format: str | None) -> Path | None:
     """Return the file of the folder that an entry names: as it stands, without a suffix, or by a path elsewhere."""
     if not isinstance(value, str) or not re.fullmatch(r"[^\x00-\x1f\x7f]{1,1000}", value):
         return None
     plain = value.replace("\\", "/")
     for name in (value, plain, plain.rpartition("/")[2]):
         for suffix in ("", *TORCH_SUFFIXES, ".onnx"):
-            relative = os.path.normpath(name + suffix)
-            try:
-                path = inside(folder, relative)
-                if os.path.isabs(relative) or not path.is_file() or path.suffix in PROSE:
-                    continue
-            except (VerificationError, OSError, ValueError):  # outside the folder, or no name of a file
+            file = found.files.get(os.path.normpath(name + suffix))
+            if file is None or file.path.suffix in PROSE:
                 continue
+            path = file.path
             if model_format is None or (path.suffix.lower() == ".onnx") == (model_format == "onnx"):
                 return path
     return None
 
 
-def _found_weights(folder: Path, model_format: str | None, named_in: str, ignored: str) -> tuple[Path, list[str]]:
+def _found_weights(found: Survey, model_format: str | None, named_in: str, ignored: str) -> tuple[Path, list[str]]:
     """Return the weights file by the names of the files alone: model.pth before all, PyTorch's before ONNX."""
     kinds: list[tuple[str, ...]] = [TORCH_SUFFIXES] * (model_format != "onnx") + [(".onnx",)] * (model_format != "pytorch")
-    files = submission_files(folder)
+    folder, files = found.folder, found.paths()
     everything = [file for suffixes in kinds for file in files if file.suffix.lower() in suffixes]
     for suffixes in kinds:
-        found = [file for file in everything if file.suffix.lower() in suffixes]
-        models = [file for file in found if file.stem == "model" and file.parent == folder]
-        chosen = found if len(found) == 1 else sorted(models, key=lambda file: file.suffix != ".pth")
+        fitting = [file for file in everything if file.suffix.lower() in suffixes]
+        models = [file for file in fitting if file.stem == "model" and file.parent == folder]
+        chosen = fitting if len(fitting) == 1 else sorted(models, key=lambda file: file.suffix != ".pth")
         if chosen:
             return chosen[0], [f"{len(everything)} files could be the weights: {chosen[0].name} was taken"] * (
                 len(everything) > 1)
@@ -344,14 +340,14 @@ def served_images(metadata: OriginalMetadata, kind: str, named_in: str
     return preprocessing, shape, source, remarks
 
 
-def read_original(folder: Path, path: Path) -> SubmissionFiles:
-    """Read a folder whose metadata file `path` has no `schema` key.
+def read_original(found: Survey, path: Path) -> SubmissionFiles:
+    """Read a surveyed folder whose metadata file `path` has no `schema` key.
 
     Raises:
         VerificationError: a file is missing, malformed, over the limit or outside the folder.
     """
     metadata, remarks = read_original_metadata(path)
-    weights, chosen = find_weights(folder, metadata, path.name)
+    weights, chosen = find_weights(found, metadata, path.name)
     kind: Literal["onnx", "code"] = "onnx" if weights.suffix.lower() == ".onnx" else "code"
     if metadata.model_format and (metadata.model_format == "onnx") != (kind == "onnx"):
         raise VerificationError(f"{weights}: model_format in {path.name} is {metadata.model_format}")
@@ -359,12 +355,12 @@ def read_original(folder: Path, path: Path) -> SubmissionFiles:
     named, architecture_path = metadata.architecture, None
     if metadata.architecture_file:
         try:
-            architecture_path = inside(folder, metadata.architecture_file)
+            architecture_path = found.find(metadata.architecture_file, path.name).path
         except VerificationError as error:
             remarks.append(f"{path.name}: architecture_file: {first_line(error)}; this entry is ignored")
-    ways, what, said = ways_to_load(folder, weights) if kind == "code" else ((), "", [])
+    ways, what, said = ways_to_load(found.folder, weights) if kind == "code" else ((), "", [])
     return SubmissionFiles(
-        folder=folder, kind=kind, weights=weights, preprocessing=preprocessing, metadata_path=path,
+        folder=found.folder, survey=found, kind=kind, weights=weights, preprocessing=preprocessing, metadata_path=path,
         input_shape=input_shape, preprocessing_from=stated_by, num_classes=metadata.num_classes,
         class_names=metadata.class_names, architecture_path=architecture_path,
         model_class=named if isinstance(named, str) and named.isidentifier() else None,

@@ -21,6 +21,7 @@ from architectures.weights import open_model
 from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
+from compress.evaluation.survey import Survey
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.files import read_json
 from metadata.machine import machine
@@ -311,7 +312,8 @@ def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Prep
         UserError: the backend is not installed.
         VerificationError: the file cannot be loaded, see `read_onnx`.
     """
-    files = SubmissionFiles(folder=path.parent, kind="onnx", weights=path, input_shape=input_shape,
+    nothing = Survey(folder=path.parent, files={}, name_bytes=0)  # the folder is the pipeline's own
+    files = SubmissionFiles(folder=path.parent, survey=nothing, kind="onnx", weights=path, input_shape=input_shape,
                             preprocessing=preprocessing, preprocessing_from="the pipeline")
     runtime = ONNX_RUNTIMES[backend](files, threads)
     runtime.name = str(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Literal, TYPE_CHECKING
 
@@ -14,8 +15,9 @@ from architectures.counting import architecture_macs, count_parameters
 from architectures.weights import open_model
 from compress.evaluation.extras import STANDALONE, toolkit
 from compress.evaluation.onnx_data import data_files
+from compress.evaluation.survey import MAX_FILE_BYTES, Survey, survey_folder
 from metadata.errors import UserError, VerificationError
-from metadata.files import inside, read_json, sha256
+from metadata.files import read_json
 from metadata.schemas import METADATA_FILE, ModelMetadata, Preprocessing
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 ORIGINAL_METADATA_FILES = (METADATA_FILE, "metadata.json")
 PROSE = {".json", ".md", ".py", ".txt"}
-MAX_FILE_BYTES = 2**32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class SubmissionFiles:
 
     Args:
         folder: the submission.
+        survey: all names and sizes in the folder, as they were when it was read.
         kind: "graph" (architecture JSON and `.pth`), "onnx", or "code" (the original style: only its own code, or torch's
             unpickling, opens it).
         weights: the weights file.
@@ -50,6 +52,7 @@ class SubmissionFiles:
     """
 
     folder: Path
+    survey: Survey
     kind: Literal["graph", "onnx", "code"]
     weights: Path
     input_shape: tuple[int, int, int]
@@ -67,40 +70,43 @@ class SubmissionFiles:
     notes: tuple[str, ...] = ()
     data_files: tuple[Path, ...] = ()
 
-    def needed(self) -> list[Path]:
-        """Return the files that inference needs. Code can read all files beside it."""
+    def counted(self) -> dict[str, int]:
+        """Return the bytes of all parts that can hold what the model knows, by what they are.
+
+        The first parts make `model_size`: the weights, the files with an ONNX file's other data, and of code all files but
+        source, JSON and prose, and the names of its files. The guarded score counts the others, too. A submission of the
+        toolkit's kinds is read through a few files. Code can read all files, and the names of those that are empty.
+        """
+        sizes = {file.path: file.size for file in self.survey.files.values()}
+        data = set(self.data_files) - {self.weights}
+        beside = {path for path in (self.architecture_path, self.metadata_path) if path in sizes} - data - {self.weights}
+        names = sum(len(os.fsencode(path.relative_to(self.folder))) for path in (self.weights, *data, *beside))
         if self.kind == "code":
-            return submission_files(self.folder)
-        return [path for path in (self.weights, *self.data_files, self.architecture_path, self.metadata_path)
-                if path and path.is_file()]
+            beside = {path for path in sizes if path.suffix in PROSE} - {self.weights}
+            data = sizes.keys() - beside - {self.weights}
+            names = self.survey.name_bytes
+        return {"weights": sizes[self.weights], "data_beside_the_weights": sum(sizes[path] for path in data),
+                "source_json_and_prose": sum(sizes[path] for path in beside), "file_names": names}
 
     def size_bytes(self) -> int:
-        """Return the bytes that model_size counts: the weights, and for code all files but source, JSON and prose."""
-        files = [self.weights, *self.data_files]
-        if self.kind == "code":
-            files = [path for path in self.needed() if path == self.weights or path.suffix not in PROSE]
-        return sum(path.stat().st_size for path in files)
+        """Return the bytes that model_size counts."""
+        counted = self.counted()
+        named = counted["file_names"] if self.kind == "code" else 0
+        return counted["weights"] + counted["data_beside_the_weights"] + named
+
+    def needed_bytes(self) -> int:
+        """Return the bytes that the guarded score counts: of everything that the model can be read from."""
+        return sum(self.counted().values())
 
 
 def submission_files(folder: Path) -> list[Path]:
-    """Return every file of a submission, sorted.
-
-    Raises:
-        VerificationError: a link leaves the folder, or an entry is neither a file nor a folder.
-    """
-    files = []
-    for path in sorted(folder.rglob("*")):
-        inside(folder, str(path.relative_to(folder)))
-        if path.is_file():
-            files.append(path)
-        elif not path.is_dir():
-            raise VerificationError(f"{path}: neither a file nor a folder")
-    return files
+    """Return every file of a submission, sorted. Raise VerificationError as `survey_folder` does."""
+    return survey_folder(folder).paths()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder, by its relative path."""
-    return {str(path.relative_to(folder)): sha256(path) for path in submission_files(folder)}
+    """Return the SHA-256 of every file that is in a folder now, by its relative path."""
+    return survey_folder(folder).hashes()
 
 
 def combined_hash(hashes: dict[str, str]) -> str:
@@ -120,26 +126,27 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
         UserError: the folder does not exist.
         VerificationError: a file is missing, malformed, outside the folder, or not the one that was packaged.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"--submission_dir {folder}: there is no such folder")
-    path = next((folder / name for name in ORIGINAL_METADATA_FILES if (folder / name).exists()), None)
-    if path is None:
-        below = next((file.parent for name in ORIGINAL_METADATA_FILES for above in ("*", "*/*")
-                      for file in sorted(folder.glob(f"{above}/{name}"))), None)
+    found = survey_folder(folder)
+    folder = found.folder
+    named = next((name for name in ORIGINAL_METADATA_FILES if name in found.files), None)
+    if named is None:
+        below = next((file.path.parent for levels in (1, 2) for other in ORIGINAL_METADATA_FILES
+                      for name, file in found.files.items()
+                      if file.path.name == other and name.count("/") == levels), None)
         raise VerificationError(f"{folder}: expected {' or '.join(ORIGINAL_METADATA_FILES)} in it, there is neither"
                                 + (f"; {below} has one: pass that folder" if below else ""))
+    path = found.files[named].path
     try:
-        content: dict[str, Any] = read_json(inside(folder, path.name), RootModel[dict[str, Any]]).root
+        content: dict[str, Any] = read_json(path, RootModel[dict[str, Any]]).root
     except VerificationError:
         if STANDALONE:
             raise
         content = toolkit(str(path), "original").read_loose_json(path)
     if "schema" in content:
-        files = _read_packaged(folder, path)
+        files = _read_packaged(found, path)
     else:
         original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
-        files = original.read_original(folder, path)
+        files = original.read_original(found, path)
     if files.kind == "onnx":
         files = dataclasses.replace(files, data_files=data_files(files.weights))
         _check_data_listed(files)
@@ -148,44 +155,50 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
 
 def _check_data_listed(files: SubmissionFiles) -> None:
     """Raise VerificationError where packaged metadata do not state the hash of a file with external data."""
-    if files.metadata is None:
-        return
     for path in files.data_files:
-        if str(path.relative_to(files.folder)) not in files.metadata.files:
+        name = str(path.relative_to(files.folder))
+        files.survey.find(name, files.weights.name)
+        if files.metadata is not None and name not in files.metadata.files:
             raise VerificationError(f"{path}: {files.weights.name} takes data from this file, and {METADATA_FILE} does not "
                                     "list it under files")
 
 
-def _read_packaged(folder: Path, path: Path) -> SubmissionFiles:
-    """Read a folder of the toolkit's format, whose metadata file is `path`."""
+def _read_packaged(found: Survey, path: Path) -> SubmissionFiles:
+    """Read a folder of the toolkit's format, whose metadata file is `path`: sizes first, then JSON, then hashes."""
     metadata: ModelMetadata = read_json(path, ModelMetadata)
-    where = inside(folder, metadata.architecture_file) if metadata.architecture_file else None
+    _check_listed(found, path.name, metadata)
+    where = found.find(metadata.architecture_file, path.name).path if metadata.architecture_file else None
     architecture: Architecture | None = read_json(where, Architecture) if where else None
-    _check_files(folder, path.name, metadata)
     if architecture and where:
         for key, stated, built in (("num_classes", metadata.num_classes, architecture.num_classes),
                                    ("input_shape", metadata.input_shape, architecture.input_shape),
                                    ("the architecture", metadata.architecture, architecture.model_type)):
             if stated != built:
-                raise VerificationError(f"{folder}: {key} is {stated} in {path.name} and {built} in {where.name}")
+                raise VerificationError(f"{found.folder}: {key} is {stated} in {path.name} and {built} in {where.name}")
+    for name, record in metadata.files.items():
+        if found.hash_of(name) != record.sha256:
+            raise VerificationError(f"{found.files[name].path}: its bytes are not those that {path.name} states (sha256)")
     is_onnx = metadata.model_format == "onnx"
     return SubmissionFiles(
-        folder=folder, kind="onnx" if is_onnx else "graph", weights=inside(folder, metadata.weights_file),
+        folder=found.folder, survey=found, kind="onnx" if is_onnx else "graph",
+        weights=found.find(metadata.weights_file, path.name).path,
         input_shape=metadata.input_shape, preprocessing=metadata.preprocessing, preprocessing_from=path.name,
         num_classes=metadata.num_classes, class_names=metadata.class_names, metadata=metadata,
         architecture=None if is_onnx else architecture, architecture_path=where, metadata_path=path)
 
 
-def _check_files(folder: Path, stated_by: str, metadata: ModelMetadata) -> None:
-    """Raise VerificationError unless every listed file is there, with the stated size and hash."""
+def _check_listed(found: Survey, stated_by: str, metadata: ModelMetadata) -> None:
+    """Raise VerificationError unless every listed file is there once, with the stated size."""
+    known: dict[tuple[int, int], str] = {}
     for name, record in metadata.files.items():
-        listed = inside(folder, name)
-        if not listed.is_file():
-            raise VerificationError(f"{listed}: {stated_by} lists this file, but it is not there")
+        listed = found.find(name, stated_by)
         if record.bytes > MAX_FILE_BYTES:
-            raise VerificationError(f"{listed}: {record.bytes:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
-        if listed.stat().st_size != record.bytes or sha256(listed) != record.sha256:
-            raise VerificationError(f"{listed}: its bytes are not those that {stated_by} states (sha256)")
+            raise VerificationError(f"{listed.path}: {record.bytes:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
+        if listed.size != record.bytes:
+            raise VerificationError(f"{listed.path}: its bytes are not those that {stated_by} states: {listed.size:,}, "
+                                    f"expected {record.bytes:,}")
+        if (other := known.setdefault(listed.identity, name)) != name:
+            raise VerificationError(f"{listed.path}: {stated_by} lists {other} and {name}, which are one file")
 
 
 def open_submission(files: SubmissionFiles) -> nn.Module:
