@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.evaluation.submission import SubmissionFiles
+from compress.evaluation.facts import SubmissionFacts
 from loaders.listing import Listing
 from metadata.errors import VerificationError, first_line
 
@@ -55,7 +55,7 @@ class ClassOrder:
         return np.concatenate([arranged, logits[:, len(self.names):]], axis=1)
 
 
-def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:
+def class_order(files: SubmissionFacts, listing: Listing) -> ClassOrder:
     """Match a submission's outputs with the class folders of the test images.
 
     A test set may lack classes that the submission knows. Names that differ only in case, spaces, hyphens and underscores
@@ -72,7 +72,7 @@ def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:
     try:
         return _by_name(files, files.class_names, listing)
     except VerificationError as error:
-        if files.metadata or (files.kind != "code" and _matches(files.class_names, listing.classes)):
+        if files.packaged or (files.kind != "code" and _matches(files.class_names, listing.classes)):
             raise
         ignored = dataclasses.replace(files, class_names=None, num_classes=None)
         order = _without_names(ignored, listing)
@@ -80,9 +80,9 @@ def class_order(files: SubmissionFiles, listing: Listing) -> ClassOrder:
         return dataclasses.replace(order, warnings=[said, *order.warnings[1:]])
 
 
-def _by_name(files: SubmissionFiles, stated: Sequence[str], listing: Listing) -> ClassOrder:
+def _by_name(files: SubmissionFacts, stated: Sequence[str], listing: Listing) -> ClassOrder:
     """Return the order of a submission that states names. Raise VerificationError as `class_order` says."""
-    where = files.metadata_path.name if files.metadata_path else "metadata"
+    where = files.metadata_name
     if files.num_classes not in (None, len(stated)):
         raise VerificationError(f"{files.folder}: class_names in {where} has {len(stated)} names, num_classes is "
                                 f"{files.num_classes}")
@@ -117,11 +117,11 @@ def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _without_names(files: SubmissionFiles, listing: Listing) -> ClassOrder:
+def _without_names(files: SubmissionFacts, listing: Listing) -> ClassOrder:
     warnings = [f"the submission states no class_names: its outputs were taken for the class folders in sorted order: "
                 f"{shown(listing.classes)}"]
     if files.num_classes not in (None, len(listing.classes)):
-        where = files.metadata_path.name if files.metadata_path else "metadata"
+        where = files.metadata_name
         if files.kind != "code":
             raise VerificationError(f"{listing.folder}: {len(listing.classes)} class folders, the submission has "
                                     f"{files.num_classes} classes and states no names, so nothing says which output is "

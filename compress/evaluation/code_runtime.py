@@ -1,7 +1,7 @@
 """A submission that is code, behind the interface of a runtime: what is known of it, what it states, and warnings.
 
-The code runs in a `Child`. This process never unpickles a submission and never runs it. It reads a state dict as data,
-counts its numbers, and marks what only the code can say as stated by the code.
+The code runs in a `Child`. A reader has looked at the files as data before. What only the code can say is marked as stated
+by the code.
 """
 
 from __future__ import annotations
@@ -10,19 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pydantic import RootModel
 
-from architectures.checkpoints import STAND_INS
-from architectures.counting import count_numbers
-from architectures.weights import all_finite, check_tensors, load_tensors, stored_values
-from compress.evaluation.original import file_kind
-from compress.evaluation.panel import state_dict_in, tensors_in
+from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
 from compress.evaluation.sandbox import Child, check_hidden
-from compress.evaluation.submission import SubmissionFiles, submission_files
-from metadata.errors import VerificationError, first_line
-from metadata.files import inside, read_json
+from metadata.errors import VerificationError
 
 MAX_SUBMISSION_BYTES = 2**32
 FOUND = {"script": "TorchScript", "pickle": "a pickled module", "resnet18": "a state dict in torchvision's ResNet18"}
@@ -33,13 +25,13 @@ class CodeRuntime(Runtime):
 
     max_outputs = 1024  # torchvision's networks have 1,000; all answers are held in memory
 
-    def __init__(self, files: SubmissionFiles, settings: EvaluationSettings, classes: int) -> None:
-        remarks, stored = check_stored(files)
-        copied = {str(path.relative_to(files.folder)): path for path in submission_files(files.folder)}
-        total = sum(path.stat().st_size for path in copied.values())
+    def __init__(self, files: SubmissionFacts, settings: EvaluationSettings, classes: int, remarks: list[str],
+                 stored: int | None) -> None:
+        copied = {name: files.folder / name for name in files.sizes}
+        total = sum(files.sizes.values())
         if total > MAX_SUBMISSION_BYTES:
             raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
-        boot = {"mode": "submission", "weights": str(files.weights.relative_to(files.folder)), "classes": classes,
+        boot = {"mode": "submission", "weights": files.weights, "classes": classes,
                 "ways": files.ways, "model_class": files.model_class, "input_shape": files.input_shape}
         self.child = Child(boot, copied, settings, settings.threads, str(files.folder), capacity=2**26)
         try:
@@ -60,13 +52,13 @@ class CodeRuntime(Runtime):
         self.threads, self.classes, self.closed = settings.threads, classes, False
         self.start = self.child.usage()
 
-    def _loaded_by(self, files: SubmissionFiles, facts: dict[str, Any]) -> str:
+    def _loaded_by(self, files: SubmissionFacts, facts: dict[str, Any]) -> str:
         """Return what gave the model. The child says so, among the ways that it was told to try."""
         way, found = facts.get("way"), facts.get("found")
         if way not in files.ways or (way == "standard" and str(found) not in FOUND):
             raise self.child.forged()
         return {"loader": "model_loader.py: load_model", "class": f"model.py: {printable(facts.get('class'), 100)}",
-                "standard": f"{files.weights.name}: {FOUND.get(str(found))}"}[str(way)]
+                "standard": f"{files.weights}: {FOUND.get(str(found))}"}[str(way)]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         logits = self.child.ask(images)
@@ -120,7 +112,7 @@ def count_warnings(stored: int | None, trainable: int | None, stated: int | None
     return remarks
 
 
-def stated_warnings(facts: dict[str, Any], files: SubmissionFiles) -> list[str]:
+def stated_warnings(facts: dict[str, Any], files: SubmissionFacts) -> list[str]:
     """Return what the code's own process says about how the model was loaded. An untrue statement harms only its author."""
     remarks = []
     if facts.get("failed"):
@@ -155,75 +147,20 @@ def what_became_of_them(facts: dict[str, Any]) -> str:
             "nothing about the model that its author had")
 
 
-def check_stored(files: SubmissionFiles) -> tuple[list[str], int | None]:
-    """Read the weights as data. Return warnings, and the number of numbers in a state dict, or None for other files.
-
-    Raises:
-        VerificationError: a state dict for model.py is cut short, holds NaN or infinite values, or has other channels than
-            the architecture file's `pruning_info` states. (The panel checks none of this; where it loads a submission, what
-            is wrong becomes a warning.)
-    """
-    by_class = files.ways[0] == "class"
-    if not by_class and file_kind(files.weights)[0] != "state dict":
-        return [], None
-    try:
-        weights = state_dict_in(load_tensors(files.weights, STAND_INS))
-    except VerificationError as error:
-        if by_class and not isinstance(error.__cause__, torch._weights_only_unpickler.UnpicklingError):  # type: ignore[attr-defined]
-            raise
-        return [], None  # it holds more than tensors, or in a pickle protocol that torch reads only unsafely
-    if by_class:
-        weights = check_tensors(weights, str(files.weights))
-        if not weights:
-            raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
-        check_pruning_claims(files, weights)
-        return [], count_numbers(weights)
-    if not isinstance(weights, dict):
-        return [], None
-    remarks = []
-    odd = next((name for name, value in weights.items() for tensor in tensors_in(value) if not all_finite(tensor)), None)
-    if odd is not None:
-        remarks.append(f"{files.weights.name}: tensor {printable(odd, 100)} holds NaN or infinite values")
-    try:
-        check_pruning_claims(files, weights)
-    except VerificationError as error:
-        remarks.append(f"{first_line(error)}; the panel does not read this file")
-    return remarks, sum(stored_values(tensor).numel() for tensor in tensors_in(weights) if not tensor.is_meta)
-
-
-def check_pruning_claims(files: SubmissionFiles, weights: dict[str, Any]) -> None:
-    """Raise VerificationError where an architecture file states other `remaining_channels` than the weights have."""
-    for name, claimed in (pruning_claims(files.architecture_path) if files.architecture_path else {}).items():
-        shape: tuple[int, ...] = getattr(weights.get(f"{name}.weight"), "shape", ())
-        if len(shape) and shape[0] != claimed:
-            raise VerificationError(f"{files.architecture_path}: layer {name}: remaining_channels is {claimed}, its "
-                                    f"weights have {shape[0]}")
-
-
-def pruning_claims(path: Path) -> dict[str, int]:
-    """Return layer -> `remaining_channels` of an architecture file in the original style.
-
-    Raises:
-        VerificationError: not JSON.
-    """
-    content: Any = read_json(path, RootModel[Any]).root
-    layers = content.get("layers") if isinstance(content, dict) else None
-    claims = {}
-    for layer in layers if isinstance(layers, list) else []:
-        info = layer.get("pruning_info") if isinstance(layer, dict) else None
-        if isinstance(info, dict) and isinstance(info.get("remaining_channels"), int):
-            claims[str(layer.get("name"))] = info["remaining_channels"]
-    return claims
-
-
-def open_code(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
+def open_code(files: SubmissionFacts, settings: EvaluationSettings, classes: int, data_dir: Path,
+              seen: dict[str, Any]) -> Runtime:
     """Start a submission that is code.
+
+    Args:
+        files: the submission.
+        settings: threads and limits.
+        classes: the number of the submission's outputs.
+        data_dir: the test data, which the code must not be able to read.
+        seen: what the reader says of the weights: `remarks`, and `stored`, the number of stored numbers or None.
 
     Raises:
         UserError: the code could read the test data.
-        VerificationError: its weights or its code fail.
+        VerificationError: its code fails.
     """
     check_hidden(data_dir)
-    for name in ("model_loader.py", "model.py"):
-        inside(files.folder, name)
-    return CodeRuntime(files, settings, classes)
+    return CodeRuntime(files, settings, classes, seen["remarks"], seen["stored"])

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.evaluation.channel import BrokenReaderError
 from compress.evaluation.evaluate import BASELINES, evaluate_submission, failed_result
 from compress.evaluation.extras import toolkit
 from compress.evaluation.measure import Progress
+from compress.evaluation.nursery import NURSERY_FLAG, tend
+from compress.evaluation.reader import read
 from compress.evaluation.runtimes import ONNX_RUNTIMES, EvaluationSettings
 from metadata.errors import UserError, first_line
 from metadata.files import write_json
@@ -97,16 +103,52 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
                                percent, settings, options.compare, terminal_progress())
 
 
+class StoppedError(BaseException):
+    """The evaluator was told to stop. Not an Exception: no handler of errors on the way may take it for one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"the evaluation was stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise StoppedError inside the block on the first SIGTERM, SIGHUP or Ctrl-C, so that everything is cleaned up.
+
+    Later ones are ignored: cleaning up must not be cut short.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets only the main thread set handlers
+        return
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+    def stop(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise StoppedError(number)
+
+    before = {number: signal.signal(number, stop) for number in numbers
+              if signal.getsignal(number) is not signal.SIG_IGN}  # such as SIGHUP under nohup
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(arguments: Sequence[str] | None = None,
          run: Callable[[argparse.Namespace], dict[str, Any]] = evaluate) -> int:
     """Run the command line. Return the exit code: 0 scored, 1 the submission fails verification, 2 the user's mistake.
 
-    The output file is written in every case, unless the file itself cannot be written.
+    The output file is written in every case, unless the file itself cannot be written. An evaluation that a signal stops
+    has a result, too, and the exit code that shells know: 128 and the signal's number.
 
     Args:
         arguments: the flags; those of the process unless given.
         run: what to do with the parsed flags.
     """
+    if arguments is None and sys.argv[1:2] == [NURSERY_FLAG]:
+        return tend(int(sys.argv[2]), read)
     options = parse(arguments)
     output = Path(options.output_file)
     try:
@@ -119,7 +161,10 @@ def main(arguments: Sequence[str] | None = None,
         return 2
     code, line, result = 0, "", {}
     try:
-        result = run(options)
+        with stoppable():
+            result = run(options)
+    except StoppedError as error:
+        code, line = error.exit_code, str(error)
     except UserError as error:
         code, line = error.exit_code, first_line(error)
     except OSError as error:
@@ -127,7 +172,7 @@ def main(arguments: Sequence[str] | None = None,
     except Exception as error:  # the edge: an unexpected error, too, must end in one line and a result
         if options.debug:
             raise
-        code, line = 1, f"the evaluation broke down ({type(error).__name__}: {first_line(error)}); --debug shows where"
+        code, line = 1, f"the evaluation broke down ({said(error)}); --debug shows where"
     try:
         write_json(output, result or failed_result(line, options.task))
     except OSError as error:
@@ -141,6 +186,13 @@ def main(arguments: Sequence[str] | None = None,
     except BrokenPipeError:  # the reader closed the pipe; leave nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def said(error: Exception) -> str:
+    """Return an unexpected error in one line: its type and text, or the last line of a reader's traceback."""
+    if isinstance(error, BrokenReaderError):
+        return str(error).strip().rpartition("\n")[2]
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def print_result(result: dict[str, Any], output: Path) -> None:

@@ -18,7 +18,6 @@ from architectures.architecture import Architecture
 from architectures.counting import count_parameters
 from architectures.kernels import ON_KERNELS, int8_arithmetic, why_not_int8
 from architectures.weights import open_model
-from compress.evaluation.extras import toolkit
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
 from compress.evaluation.survey import Survey
@@ -43,8 +42,8 @@ class EvaluationSettings:
         batch_size: for the accuracy; latency is always measured at batch 1.
         min_accuracy: percent; below it the guarded score is zero.
         allow_code: run a submission that is code, in a sandbox.
-        time_limit_s: seconds for all calls of a submission.
-        memory_limit_mb: MB (2^20 bytes) beyond what the evaluator has before it opens the submission.
+        time_limit_s: seconds for reading and opening a submission and for all its calls.
+        memory_limit_mb: MB (2^20 bytes) beyond what the submission's process has before it reads the submission.
     """
 
     runs: int = 130  # as many as a p95 needs
@@ -95,6 +94,10 @@ class Runtime:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         raise NotImplementedError
+
+    def duration_ms(self, measured_ms: float) -> float:
+        """Return the milliseconds that count for the last call, of which the evaluator measured `measured_ms`."""
+        return measured_ms
 
     def close(self) -> None:
         """End what the runtime started, and add details that are known only at the end."""
@@ -267,33 +270,37 @@ ONNX_RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenvinoRuntime]] = {
 BACKENDS = {"graph": ("torch",), "onnx": tuple(ONNX_RUNTIMES), "code": ("torch",)}
 
 
-def open_runtime(files: SubmissionFiles, settings: EvaluationSettings, classes: int, data_dir: Path) -> Runtime:
-    """Open a submission on the backend that the settings name.
+def check_runnable(kind: str, backend: str, settings: EvaluationSettings, where: str, what: str) -> None:
+    """Check before anything is opened that a submission can run as the settings say.
 
     Args:
-        files: the submission.
-        settings: backend, threads and limits.
-        classes: the number of the submission's outputs.
-        data_dir: the test data, which foreign code must not be able to read.
+        kind: of the submission.
+        backend: that will run it.
+        settings: whether code may run, and the batch size.
+        where: the submission or its weights, for messages.
+        what: the submission in words.
 
     Raises:
         UserError: the backend cannot run this kind of submission, or the submission is code and `allow_code` is off.
-        VerificationError: the submission's claims do not hold, or it cannot be loaded.
     """
-    known = BACKENDS[files.kind]
-    backend = preferred_backend(files) if settings.backend == "auto" else settings.backend
-    if backend not in known:
-        raise UserError(f"--backend {backend}: {files.weights.name} runs on {' or '.join(known)}")
-    if files.kind == "graph":
-        return TorchRuntime(files)
-    if files.kind == "onnx":
-        return ONNX_RUNTIMES[backend](files, settings.threads)
+    if backend not in BACKENDS[kind]:
+        raise UserError(f"--backend {backend}: {where} runs on {' or '.join(BACKENDS[kind])}")
+    if kind != "code":
+        return
     if not settings.allow_code:
-        raise UserError(f"{files.folder}: this submission is {files.what}; it runs only with --allow_code, in a sandbox")
+        raise UserError(f"{where}: this submission is {what}; it runs only with --allow_code, in a sandbox")
     if settings.batch_size != 1:
         raise UserError(f"--batch_size {settings.batch_size}: code is graded at batch 1, so that its timed calls and its "
                         "graded ones cannot be told apart")
-    return toolkit("--allow_code", "code_runtime").open_code(files, settings, classes, data_dir)  # type: ignore[no-any-return]
+
+
+def open_here(files: SubmissionFiles, backend: str, threads: int) -> Runtime:
+    """Open a package or an ONNX file in this process.
+
+    Raises:
+        VerificationError: the submission's claims do not hold, or it cannot be loaded.
+    """
+    return TorchRuntime(files) if files.kind == "graph" else ONNX_RUNTIMES[backend](files, threads)
 
 
 def preferred_backend(files: SubmissionFiles) -> str:

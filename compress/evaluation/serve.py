@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from compress.evaluation.channel import Clock, OutOfTimeError
 from compress.evaluation.measure import Progress
+from compress.evaluation.pictures import Pictures
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
-from loaders.images import read_images
 from metadata.errors import VerificationError, first_line
-from metadata.schemas import Preprocessing
 
 REPEATS = 64  # images that are asked a second time
-BURST = 32  # images that are decoded ahead, so that calls follow each other closely
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -42,20 +40,8 @@ class Answers:
             self.logits = np.pad(self.logits, ((0, 0), (0, missing)), constant_values=np.nan)
 
 
-class Deadline:
-    """The moment after which a submission has taken too long. The evaluator checks it between calls."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.moment = seconds, time.monotonic() + seconds
-
-    def check(self, done: int, total: int) -> None:
-        """Raise VerificationError once the time is over."""
-        if time.monotonic() > self.moment:
-            raise VerificationError(f"{done} of {total} images were answered within --time_limit_s {self.seconds:g}")
-
-
-def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], images: Sequence[Path],
-          classes: Sequence[int], settings: EvaluationSettings, progress: Progress | None = None) -> list[Answers]:
+def serve(runtimes: Sequence[Runtime], pictures: Sequence[Pictures], classes: Sequence[int],
+          settings: EvaluationSettings, clocks: Sequence[Clock], progress: Progress | None = None) -> list[Answers]:
     """Ask every runtime for every image, one image at a time in a random order, and time each call.
 
     Timed calls and graded calls are the same calls, so a submission cannot tell them apart. Some images are asked again
@@ -64,45 +50,41 @@ def serve(runtimes: Sequence[Runtime], preprocessings: Sequence[Preprocessing], 
 
     Args:
         runtimes: the submissions.
-        preprocessings: one for each runtime.
-        images: (N,) paths.
+        pictures: the N images, as each runtime's preprocessing makes them.
         classes: the number of logits, one for each runtime.
-        settings: runs, warm-up and time limit.
+        settings: runs and warm-up.
+        clocks: the time that each runtime may take.
         progress: called with the number of requests done and their total.
 
     Raises:
-        VerificationError: an answer is not finite logits or changes between two calls, or the time is over.
-        UserError: an image is unreadable.
+        VerificationError: an answer is not finite logits or changes between two calls, or a runtime's time is over.
     """
     entropy = np.random.default_rng()  # seeded by the system: code under test must not know the order
-    order, requests = _requests(len(images), settings.runs, entropy)
-    answers = [Answers(logits=np.full((len(images), count), np.nan, np.float32), first_ms=np.zeros(len(images)),
-                       order=order) for count in classes]
-    deadline, asked, seen = Deadline(settings.time_limit_s), 0, set[int]()
-    for start in range(0, len(requests), BURST):
-        burst = requests[start:start + BURST]
-        inputs = [{image: read_images([images[image]], preprocessing) for image in burst}
-                  for preprocessing in preprocessings]
-        if start == 0:
-            for _ in range(settings.warmup):
-                for runtime, pixels, count in zip(runtimes, inputs, classes, strict=True):
-                    deadline.check(0, len(images))
-                    # Noise, so that no test image has been seen before its timed call.
-                    ask(runtime, entropy.standard_normal(pixels[burst[0]].shape, np.float32), count)
-        for image in burst:
-            deadline.check(len(seen), len(images))
-            turns = range(len(runtimes)) if asked % 2 == 0 else reversed(range(len(runtimes)))
-            for index in turns:
-                logits, took = ask(runtimes[index], inputs[index][image], classes[index])
-                if image not in seen:
-                    answers[index].widen(logits.shape[1])
-                    answers[index].logits[image], answers[index].first_ms[image] = logits[0], took
-                    continue
-                answers[index].again.append((image, took))
-                if not same_answer(answers[index].logits[image], logits[0]):
-                    raise VerificationError(f"{images[image]}: {runtimes[index].name} gave another answer when asked again")
-            seen.add(image)
-            asked += 1
+    count = len(pictures[0])
+    order, requests = _requests(count, settings.runs, entropy)
+    answers = [Answers(logits=np.full((count, outputs), np.nan, np.float32), first_ms=np.zeros(count), order=order)
+               for outputs in classes]
+    asked, seen = 0, set[int]()
+    for _ in range(settings.warmup):
+        for runtime, shown, outputs, clock in zip(runtimes, pictures, classes, clocks, strict=True):
+            # Noise, so that no test image has been seen before its timed call.
+            noise = entropy.standard_normal((1, *shown.pixels.shape[1:]), np.float32)
+            ask_in_time(runtime, noise, outputs, clock, 0, count)
+    for image in requests:
+        inputs = [shown.inputs([image]) for shown in pictures]
+        turns = range(len(runtimes)) if asked % 2 == 0 else reversed(range(len(runtimes)))
+        for index in turns:
+            logits, took = ask_in_time(runtimes[index], inputs[index], classes[index], clocks[index], len(seen), count)
+            if image not in seen:
+                answers[index].widen(logits.shape[1])
+                answers[index].logits[image], answers[index].first_ms[image] = logits[0], took
+                continue
+            answers[index].again.append((image, took))
+            if not same_answer(answers[index].logits[image], logits[0]):
+                raise VerificationError(f"{pictures[0].paths[image]}: {runtimes[index].name} gave another answer when "
+                                        "asked again")
+        seen.add(image)
+        asked += 1
         if progress:
             progress(asked, len(requests))
     return answers
@@ -117,6 +99,32 @@ def _requests(count: int, runs: int, entropy: np.random.Generator) -> tuple[np.n
     return order, np.concatenate([order, repeats])[np.argsort(keys, kind="stable")].tolist()
 
 
+def ask_in_time(runtime: Runtime, images: np.ndarray, classes: int, clock: Clock, done: int, total: int
+                ) -> tuple[np.ndarray, float]:
+    """Call a runtime once, see `ask`, unless its time is over.
+
+    Args:
+        runtime, images, classes: see `ask`.
+        clock: the runtime's time. A runtime in this process is stopped between two calls alone.
+        done: images that were answered before.
+        total: all images.
+
+    Raises:
+        OutOfTimeError: the time is over.
+        VerificationError: see `ask`.
+    """
+    late = f"{done} of {total} images were answered within --time_limit_s {clock.seconds:g}"
+    if clock.left <= 0:
+        raise OutOfTimeError(f"{runtime.name}: {late}")
+    before, start = clock.spent, time.monotonic()
+    try:
+        return ask(runtime, images, classes)
+    except OutOfTimeError as error:
+        raise OutOfTimeError(f"{runtime.name}: {late}") from error
+    finally:
+        clock.spent = before + time.monotonic() - start  # a channel has counted its waits, which lie within this time
+
+
 def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray, float]:
     """Call a runtime once. Return the logits, (N, classes) float32, and the milliseconds of the call.
 
@@ -129,7 +137,7 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
     except runtime.errors as error:
         raise VerificationError(f"{runtime.name} cannot answer images of shape {list(images.shape)}: "
                                 f"{first_line(error)}") from error
-    took = (time.perf_counter_ns() - start) / 1e6
+    took = runtime.duration_ms((time.perf_counter_ns() - start) / 1e6)
     fits = isinstance(logits, np.ndarray) and logits.shape == (len(images), runtime.outputs or classes)
     if not fits or not np.isfinite(logits).all():
         got = "NaN or infinite values" if fits else list(getattr(logits, "shape", [])) or type(logits).__name__
@@ -146,23 +154,20 @@ def same_answer(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bo
     return tie and bool(np.abs(one - two).max() <= tolerance * max(1e-6, float(np.abs(one).max())))
 
 
-def classify(runtime: Runtime, preprocessing: Preprocessing, images: Sequence[Path], classes: int,
-             settings: EvaluationSettings, progress: Progress | None = None) -> np.ndarray:
+def classify(runtime: Runtime, pictures: Pictures, classes: int, settings: EvaluationSettings, clock: Clock,
+             progress: Progress | None = None) -> np.ndarray:
     """Return (N, classes) logits, asked in batches of shuffled images, so that neighbours give nothing away.
 
     Raises:
         VerificationError: an answer is not finite logits, or the time is over.
-        UserError: an image is unreadable.
     """
-    order = np.random.default_rng().permutation(len(images))
-    logits = np.empty((len(images), classes), np.float32)
-    deadline = Deadline(settings.time_limit_s)
-    for start in range(0, len(images), settings.batch_size):
-        deadline.check(start, len(images))
+    order = np.random.default_rng().permutation(len(pictures))
+    logits = np.empty((len(order), classes), np.float32)
+    for start in range(0, len(order), settings.batch_size):
         chunk = order[start:start + settings.batch_size]
-        logits[chunk], _ = ask(runtime, read_images([images[index] for index in chunk], preprocessing), classes)
+        logits[chunk], _ = ask_in_time(runtime, pictures.inputs(chunk), classes, clock, start, len(order))
         if progress:
-            progress(start + len(chunk), len(images))
+            progress(start + len(chunk), len(order))
     return logits
 
 

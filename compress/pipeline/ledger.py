@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from architectures.counting import count_macs, count_parameters
 from compress.evaluation.measure import measure_accuracy, measure_latency
-from compress.evaluation.runtimes import Runtime, EvaluationSettings, answering, open_onnx, open_runtime
+from compress.evaluation.runtimes import Runtime, EvaluationSettings, answering, open_here, open_onnx, preferred_backend
 from compress.evaluation.submission import open_submission, read_submission
 from compress.pipeline.stage import Artifact, ONNX, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
 from compress.training.trackers import Tracker
@@ -44,7 +44,7 @@ def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
         files = read_submission(artifact.folder)
         size = files.weights.stat().st_size
         if files.kind == "onnx":
-            return _on_runtime(open_runtime(files, EvaluationSettings(), card.num_classes, artifact.folder), size)
+            return _on_runtime(open_here(files, preferred_backend(files), EvaluationSettings().threads), size)
         return _in_torch(open_submission(files), card, size, files.architecture is not None and files.architecture.is_int8)
     if isinstance(artifact, OnnxModel):
         runtime = open_onnx(folder / ONNX, card.input_shape, card.preprocessing, artifact.card.backend)

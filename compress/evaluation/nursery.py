@@ -1,0 +1,176 @@
+"""The process from which the readers of submissions are forked.
+
+Reading a submission needs torch, whose import takes seconds. One process of the evaluator's own code imports torch once,
+touches no submission, and forks a fresh reader for each one. It starts no thread, so that forking is safe. It ends when the
+evaluator ends, and its readers end with it.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from compress.evaluation.channel import Channel
+from compress.evaluation.extras import HOME, STANDALONE
+from metadata.errors import UserError
+
+NURSERY_FLAG = "--nursery"  # of the evaluator's own command line; users have no use for it
+FORK, REAP = b"F", b"R"
+ANSWER = struct.Struct("<qi")  # a process id or 0, and what waitpid says
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+START_S = 120.0  # that the nursery may take to import torch on a slow or busy machine
+REAP_S = 5.0
+
+
+class Nursery:
+    """The evaluator's side of a nursery, which starts at once and is waited for when its first reader is needed."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        face = Path(__file__) if STANDALONE else HOME / "model_loader.py"
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-W", "ignore", str(face), NURSERY_FLAG, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()], env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads before a fork
+                start_new_session=True)
+        self.socket, self.lock, self.owner = ours, threading.Lock(), os.getpid()
+        ours.settimeout(START_S)
+
+    def fork(self, channel: Channel) -> int:
+        """Start a reader at the other end of a channel. Return its process id, which stays reserved until `reap`."""
+        with self.lock:
+            socket.send_fds(self.socket, [FORK], list(channel.child_ends))
+            process, _ = self._answer()
+        channel.start()
+        return process
+
+    def reap(self, process: int) -> int | None:
+        """Return how a reader ended, as `os.waitstatus_to_exitcode` says; None where it still runs after some seconds."""
+        with self.lock:
+            self.socket.sendall(REAP + process.to_bytes(8, "little"))
+            ended, status = self._answer()
+        return os.waitstatus_to_exitcode(status) if ended else None
+
+    def _answer(self) -> tuple[int, int]:
+        content = b""
+        while len(content) < ANSWER.size:
+            part = self.socket.recv(ANSWER.size - len(content))
+            if not part:
+                raise OSError("the process that forks readers has ended")
+            content += part
+        return ANSWER.unpack(content)
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process started the nursery and the nursery still runs."""
+        return self.owner == os.getpid() and self.process.poll() is None
+
+    def close(self) -> None:
+        """End the nursery and all its readers."""
+        self.socket.close()
+        if self.owner == os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+_current: list[Nursery] = []
+_guard = threading.Lock()
+
+
+def nursery() -> Nursery:
+    """Return this process's nursery; start it if there is none."""
+    with _guard:
+        if not _current or not _current[0].alive:
+            close_nursery()
+            _current.append(Nursery())
+        return _current[0]
+
+
+@atexit.register
+def close_nursery() -> None:
+    """End this process's nursery, if there is one."""
+    while _current:
+        _current.pop().close()
+
+
+# ------------------------------------------------------------------------------------------------ the nursery's own side
+
+
+def tend(handle: int, read: Callable[[int, int, int], None]) -> int:
+    """Fork readers until the evaluator ends. Return the exit code.
+
+    Args:
+        handle: the descriptor of the nursery's end of the socket.
+        read: what a reader does, given the descriptors of requests, replies and shared memory.
+    """
+    import torch  # noqa: F401 - the readers need torch
+    with socket.socket(fileno=handle) as parent:
+        while True:
+            order, handles = _receive(parent)
+            if order == FORK:
+                process = os.fork()
+                if process == 0:
+                    _become_reader(parent, handles, read)
+                for each in handles:
+                    os.close(each)
+                parent.sendall(ANSWER.pack(process, 0))
+            elif order[:1] == REAP:
+                parent.sendall(ANSWER.pack(*_reap(int.from_bytes(order[1:], "little"))))
+            else:
+                break
+    os.killpg(0, signal.SIGKILL)
+    return 0
+
+
+def _receive(parent: socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next order and the descriptors that came with it; an empty order where the evaluator has ended."""
+    space = socket.CMSG_SPACE(3 * array.array("i").itemsize)
+    order, ancillary, _, _ = parent.recvmsg(9, space)
+    handles = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            handles.frombytes(data[:len(data) - len(data) % handles.itemsize])
+    return order, handles.tolist()
+
+
+def _become_reader(parent: socket.socket, handles: list[int], read: Callable[[int, int, int], None]) -> None:
+    """Answer the evaluator, and end. This function does not return: the nursery's loop is not the reader's."""
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
+        parent.close()
+        read(*handles)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _reap(process: int) -> tuple[int, int]:
+    """Return a reader's process id and how it ended; zeros where it does not end within some seconds."""
+    until = time.monotonic() + REAP_S
+    while time.monotonic() < until:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return ended, status
+        time.sleep(0.002)
+    return 0, 0
+
+
+def check_platform(where: str) -> None:
+    """Raise UserError where readers cannot be forked."""
+    if not hasattr(os, "memfd_create"):
+        raise UserError(f"{where}: submissions are read in a Linux process of their own; this is {sys.platform}")

@@ -1,0 +1,123 @@
+"""The evaluator's side of a reader: a submission that is read and run in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.evaluation.channel import Channel, Clock
+from compress.evaluation.facts import SubmissionFacts
+from compress.evaluation.nursery import check_platform, nursery
+from compress.evaluation.runtimes import EvaluationSettings, Runtime
+
+LOGITS_HEADER = struct.Struct("<dIIII")  # milliseconds, and the shape of the logits
+SHARED_BYTES = 2**28
+PINGS = 40
+HINTS = {-signal.SIGABRT: "; --memory_limit_mb may be too low, or a file crashes the library that reads it",
+         -signal.SIGSEGV: "; a file crashes the library that reads it, or --memory_limit_mb is too low",
+         -signal.SIGKILL: "; the machine may be out of memory",
+         -signal.SIGXCPU: "; its processor time is limited by --time_limit_s"}
+
+
+class SubmissionReader:
+    """A reader of one submission, at the other end of a channel.
+
+    Args:
+        folder: the submission.
+        settings: limits on time and memory, and threads.
+        clock: bounds all that the reader does.
+
+    Attributes:
+        facts: what the submission's files say, once `read` has returned.
+    """
+
+    facts: SubmissionFacts
+
+    def __init__(self, folder: Path, settings: EvaluationSettings, clock: Clock) -> None:
+        check_platform(str(folder))
+        self.folder, self.clock = folder, clock
+        self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else 2**31)
+        self.nursery = nursery()
+        self.process = self.nursery.fork(self.channel)
+        self.channel.ended = self._why
+        self.channel.tell({"folder": str(folder), "threads": settings.threads, "memory_limit_mb": settings.memory_limit_mb,
+                           "cpu_limit_s": int((settings.time_limit_s + 60) * (settings.threads + 1))})
+        self.channel_ms = 0.0
+
+    def command(self, do: str, **message: Any) -> dict[str, Any]:
+        """Send a command. Return what the reader answers. Raise as `Channel.receive` does."""
+        nonce = self.channel.request(np.empty(0, np.float32))
+        self.channel.tell({"do": do, **message})
+        return self.channel.receive_json(nonce)
+
+    def read(self) -> SubmissionFacts:
+        """Read the submission's JSON and hash its files."""
+        self.facts = SubmissionFacts.from_json(self.command("read"))
+        return self.facts
+
+    def close(self) -> None:
+        """End the reader."""
+        self.channel.close()
+        if self.process and self.nursery.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process, signal.SIGKILL)
+            self.nursery.reap(self.process)
+            self.process = 0
+
+    def _why(self) -> str:
+        """Return in words how the reader ended."""
+        code = self.nursery.reap(self.process)
+        if code is None:
+            return "the process that reads the submission closed its channel"
+        self.process = 0
+        how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.Signals(-code).name}"
+        return f"the process that reads the submission ended ({how}){HINTS.get(code, '')}"
+
+
+class ReaderRuntime(Runtime):
+    """A package or an ONNX file in a reader.
+
+    The reader runs none of the submission's code, but a file could take it over through a fault of a library. So the
+    evaluator's own clock decides: a call takes at least what that clock says, less what an empty call took before the
+    submission was opened. Within these limits the reader says what the call took, without the way there and back.
+    """
+
+    def __init__(self, reader: SubmissionReader, backend: str) -> None:
+        self.reader = reader
+        self.channel_ms = self._pings(reader.facts.input_shape)
+        facts = reader.command("open", backend=backend)
+        super().__init__(facts["backend"], facts["parameters"], facts["macs"])
+        self.details |= facts["details"]
+        self.warnings += facts["warnings"]
+        self.versions: dict[str, str] = facts["versions"]
+        self.stated_ms = 0.0
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        channel = self.reader.channel
+        content = channel.receive(channel.request(images))
+        if len(content) < LOGITS_HEADER.size:
+            raise channel.forged()
+        self.stated_ms, *sizes = LOGITS_HEADER.unpack_from(content)
+        try:
+            return np.frombuffer(content, np.float32, offset=LOGITS_HEADER.size).reshape([size for size in sizes if size])
+        except ValueError as error:
+            raise channel.forged() from error
+
+    def duration_ms(self, measured_ms: float) -> float:
+        return min(measured_ms, max(self.stated_ms, measured_ms - self.channel_ms))
+
+    def _pings(self, shape: tuple[int, int, int]) -> float:
+        """Return the 95th percentile of the milliseconds of empty calls with one image."""
+        times, image, channel = [], np.zeros((1, *shape), np.float32), self.reader.channel
+        for _ in range(PINGS):
+            start = time.perf_counter_ns()
+            channel.receive(channel.request(image))
+            times.append((time.perf_counter_ns() - start) / 1e6)
+        return float(np.percentile(times, 95))
