@@ -1,4 +1,4 @@
-"""Describe the machine and the versions in use; limit memory and threads."""
+"""Describe the machine and the versions in use; set threads."""
 
 from __future__ import annotations
 
@@ -12,39 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from metadata.errors import VerificationError
-
-
-@contextlib.contextmanager
-def memory_limit(megabytes: int) -> Iterator[None]:
-    """Limit the address space that this process can get inside the block, where the system supports limits.
-
-    Args:
-        megabytes: units of 2^20 bytes beyond what the process has already.
-
-    Raises:
-        VerificationError: the block needs more.
-    """
-    try:
-        import resource
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        yield
-        return
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + megabytes * 2**20
-    if before[1] != resource.RLIM_INFINITY:
-        limit = min(limit, before[1])
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        yield
-    except (MemoryError, SystemError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):
-            raise
-        raise VerificationError(f"the submission needs more than --memory_limit_mb {megabytes}") from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from compress.evaluation.evaluate import BASELINES, evaluate_submission, failed_
 from compress.evaluation.extras import toolkit
 from compress.evaluation.measure import Progress
 from compress.evaluation.nursery import NURSERY_FLAG, tend
-from compress.evaluation.reader import read
+from compress.evaluation.reader import answer_evaluator
 from compress.evaluation.runtimes import ONNX_RUNTIMES, EvaluationSettings
 from metadata.errors import UserError, first_line
 from metadata.files import write_json
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None,
         run: what to do with the parsed flags.
     """
     if arguments is None and sys.argv[1:2] == [NURSERY_FLAG]:
-        return tend(int(sys.argv[2]), read)
+        return tend(int(sys.argv[2]), answer_evaluator)
     options = parse(arguments)
     output = Path(options.output_file)
     try:

@@ -29,7 +29,7 @@ from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, torch_threads, versions
 
 
-def read(request: int, reply: int, memory: int) -> None:
+def answer_evaluator(request: int, reply: int, memory: int) -> None:
     """Answer the evaluator until it closes the channel. The three arguments are descriptors."""
     with mmap.mmap(memory, 0) as shared:
         Reader(request, reply, shared).serve()

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from compress.evaluation.channel import Clock
 from compress.evaluation.compare import SAME, latency_ratio_interval, mcnemar, verdicts
+from compress.evaluation.pictures import decode_pictures
 from compress.evaluation.runtimes import Runtime, EvaluationSettings
 from compress.evaluation.score import PERCENTILES, accuracy_details, latency_details, wilson
 from compress.evaluation.serve import Answers, repeats_ratio, same_answer, serve
@@ -103,7 +105,9 @@ PLAIN = Preprocessing(resize=None, crop=None, mean=[0, 0, 0], std=[1, 1, 1])
 
 
 def ask(runtime: Runtime, pictures: list[Path], **settings: Any) -> Answers:
-    return serve([runtime], [PLAIN], pictures, [3], EvaluationSettings(**settings))[0]
+    given = EvaluationSettings(**settings)
+    decoded = decode_pictures(pictures, PLAIN, (3, 4, 4), True, Clock(60))
+    return serve([runtime], [decoded], [3], given, [Clock(given.time_limit_s)])[0]
 
 
 def test_every_image_is_asked_in_another_order_each_time(pictures: list[Path]) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from architectures.weights import all_finite, check_tensors
-from compress.evaluation.code_runtime import check_stored, count_warnings, what_became_of_them
+from compress.evaluation.code_runtime import count_warnings, what_became_of_them
+from compress.evaluation.stored_weights import check_stored
 from compress.evaluation.original import file_kind
 from compress.evaluation import offline, panel, sandbox
 from compress.evaluation.submission import read_submission

@@ -19,6 +19,7 @@ from compress.evaluation.class_order import class_order
 from compress.evaluation.original import file_kind, takes_no_path
 from compress.evaluation.runtimes import Runtime
 from compress.evaluation.serve import ask
+from compress.evaluation.facts import facts_of
 from compress.evaluation.submission import read_submission
 from loaders.listing import list_images
 from metadata.errors import VerificationError
@@ -234,7 +235,7 @@ def photos(tmp_path: Path) -> Path:
 ])
 def test_classes_that_the_panel_does_not_read_never_refuse_code(entries: dict[str, Any], said: str, folder: Path,
                                                                 photos: Path) -> None:
-    order = class_order(read_submission(state(folder, **entries)), list_images(photos))
+    order = class_order(facts_of(read_submission(state(folder, **entries)), "torch"), list_images(photos))
     assert order.names == ["class0", "class1", "class2", "class3"] and order.matched.startswith("assumed")
     assert any(said in warning for warning in order.warnings), order.warnings
     assert not any("states no class_names" in warning for warning in order.warnings if "class_names" in entries)
