@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metadata.errors import UserError, first_line
+from metadata.errors import UserError, VerificationError, first_line
 from metadata.schemas import Preprocessing
 
 if TYPE_CHECKING:
@@ -130,6 +130,26 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(std)
 
 
+def read_pixels(path: Path, preprocessing: Preprocessing, shape: Sequence[int]) -> np.ndarray:
+    """Decode an image file to the (C, H, W) that a submission declares: uint8.
+
+    Raises:
+        UserError: see `decode_image`.
+        VerificationError: the preprocessing gives another shape.
+    """
+    pixels = decode_image(path, preprocessing)
+    if pixels.shape != tuple(shape):
+        raise VerificationError(f"{path}: the preprocessing gives an image of shape {list(pixels.shape)}, the submission "
+                                f"declares an input_shape of {list(shape)}; state a resize and a crop")
+    return pixels
+
+
+def scale_pixels(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Scale to [0, 1], subtract the mean, divide by std: (N, C, H, W) uint8 -> float32, as `normalize` does for tensors."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+    return (pixels.astype(np.float32) / np.float32(255) - mean) / std
+
+
 def read_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarray:
     """Decode and normalize image files: (N, C, H, W) float32.
 
@@ -141,5 +161,4 @@ def read_images(paths: Sequence[Path], preprocessing: Preprocessing) -> np.ndarr
         if array.shape != arrays[0].shape:
             raise UserError(f"{path}: the image is {array.shape[1:]}, others are {arrays[0].shape[1:]}, and the "
                             "preprocessing has neither resize nor crop")
-    mean, std = (np.array(values, np.float32)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    return (np.stack(arrays).astype(np.float32) / np.float32(255) - mean) / std
+    return scale_pixels(np.stack(arrays), preprocessing)

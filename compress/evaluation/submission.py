@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 ORIGINAL_METADATA_FILES = (METADATA_FILE, "metadata.json")
 PROSE = {".json", ".md", ".py", ".txt"}
+# Pixels of the shorter side after the resize. Networks for photos take 224 to 1,024, and crop 7/8 or all of the resize.
+MAX_RESIZE = 4096
+MAX_RESIZE_TO_CROP = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +150,7 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     else:
         original = toolkit(f"{path} has no schema, so this is the original style, which", "original")
         files = original.read_original(found, path)
+        check_served(f"{folder}: {files.preprocessing_from}", files.input_shape, files.preprocessing)
     if files.kind == "onnx":
         files = dataclasses.replace(files, data_files=data_files(files.weights))
         _check_data_listed(files)
@@ -166,6 +170,7 @@ def _check_data_listed(files: SubmissionFiles) -> None:
 def _read_packaged(found: Survey, path: Path) -> SubmissionFiles:
     """Read a folder of the toolkit's format, whose metadata file is `path`: sizes first, then JSON, then hashes."""
     metadata: ModelMetadata = read_json(path, ModelMetadata)
+    check_served(str(path), metadata.input_shape, metadata.preprocessing)
     _check_listed(found, path.name, metadata)
     where = found.find(metadata.architecture_file, path.name).path if metadata.architecture_file else None
     architecture: Architecture | None = read_json(where, Architecture) if where else None
@@ -199,6 +204,31 @@ def _check_listed(found: Survey, stated_by: str, metadata: ModelMetadata) -> Non
                                     f"expected {record.bytes:,}")
         if (other := known.setdefault(listed.identity, name)) != name:
             raise VerificationError(f"{listed.path}: {stated_by} lists {other} and {name}, which are one file")
+
+
+def check_served(where: str, shape: tuple[int, int, int], stated: Preprocessing) -> None:
+    """Check that the declared input is what the preprocessing gives, so that costs are counted for the true size.
+
+    Where the preprocessing crops nothing, the images themselves must have the declared size: `read_pixels` checks each.
+
+    Args:
+        where: who states it, for the message.
+        shape: (C, H, W).
+        stated: the preprocessing.
+
+    Raises:
+        VerificationError: the shape is another, the crop is larger than the resize, or the resize is out of proportion.
+    """
+    resize, crop, channels = stated.resize, stated.crop, len(stated.mean)
+    if resize and crop and crop > resize:
+        raise VerificationError(f"{where}: a crop of {crop} does not fit into a resize of {resize}")
+    if resize and resize > min(MAX_RESIZE, MAX_RESIZE_TO_CROP * (crop or resize)):
+        raise VerificationError(f"{where}: a resize to {resize:,} pixels is over the limit, {MAX_RESIZE:,} pixels and "
+                                f"{MAX_RESIZE_TO_CROP} times the crop ({crop})")
+    height, width = (crop, crop) if crop else shape[1:]
+    if shape != (channels, height, width) or (resize and not crop and min(height, width) != resize):
+        raise VerificationError(f"{where}: input_shape is {list(shape)}, the preprocessing gives {channels} channels of "
+                                + (f"{crop}x{crop} pixels" if crop else f"images whose shorter side is {resize}"))
 
 
 def open_submission(files: SubmissionFiles) -> nn.Module:
