@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from compress.evaluation.channel import Channel
 from compress.evaluation.extras import HOME, STANDALONE
-from metadata.errors import UserError
+from metadata.errors import UserError, first_line
 
 NURSERY_FLAG = "--nursery"  # of the evaluator's own command line; users have no use for it
 FORK, REAP = b"F", b"R"
@@ -40,10 +41,11 @@ class Nursery:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         face = Path(__file__) if STANDALONE else HOME / "model_loader.py"
+        self.said = tempfile.TemporaryFile()  # what its process and its readers write to stderr; mostly nothing
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-B", "-W", "ignore", str(face), NURSERY_FLAG, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.said,
                 pass_fds=[theirs.fileno()], env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads before a fork
                 start_new_session=True)
         self.socket, self.lock, self.owner = ours, threading.Lock(), os.getpid()
@@ -52,8 +54,12 @@ class Nursery:
     def fork(self, channel: Channel) -> int:
         """Start a reader at the other end of a channel. Return its process id, which stays reserved until `reap`."""
         with self.lock:
-            socket.send_fds(self.socket, [FORK], list(channel.child_ends))
-            process, _ = self._answer()
+            try:
+                socket.send_fds(self.socket, [FORK], list(channel.child_ends))
+                process, _ = self._answer()
+            except OSError as error:
+                raise UserError(f"{channel.where}: the evaluator cannot start the process that reads it: "
+                                f"{self._last_words() or first_line(error)}") from error
         channel.start()
         return process
 
@@ -73,6 +79,12 @@ class Nursery:
             content += part
         return ANSWER.unpack(content)
 
+    def _last_words(self) -> str:
+        """Return the last line that the nursery wrote, such as its error."""
+        size = self.said.seek(0, os.SEEK_END)
+        self.said.seek(max(0, size - 2**12))
+        return self.said.read().decode(errors="replace").strip().rpartition("\n")[2]
+
     @property
     def alive(self) -> bool:
         """Whether this process started the nursery and the nursery still runs."""
@@ -81,6 +93,7 @@ class Nursery:
     def close(self) -> None:
         """End the nursery and all its readers."""
         self.socket.close()
+        self.said.close()
         if self.owner == os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
