@@ -17,7 +17,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -41,11 +40,11 @@ class Nursery:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         face = Path(__file__) if STANDALONE else HOME / "model_loader.py"
-        self.said = tempfile.TemporaryFile()  # what its process and its readers write to stderr; mostly nothing
+        self.stderr = os.memfd_create("stderr")  # of its process and its readers; mostly empty
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-B", "-W", "ignore", str(face), NURSERY_FLAG, str(theirs.fileno())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.said,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
                 pass_fds=[theirs.fileno()], env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads before a fork
                 start_new_session=True)
         self.socket, self.lock, self.owner = ours, threading.Lock(), os.getpid()
@@ -81,9 +80,8 @@ class Nursery:
 
     def _last_words(self) -> str:
         """Return the last line that the nursery wrote, such as its error."""
-        size = self.said.seek(0, os.SEEK_END)
-        self.said.seek(max(0, size - 2**12))
-        return self.said.read().decode(errors="replace").strip().rpartition("\n")[2]
+        end = os.fstat(self.stderr).st_size
+        return os.pread(self.stderr, 2**12, max(0, end - 2**12)).decode(errors="replace").strip().rpartition("\n")[2]
 
     @property
     def alive(self) -> bool:
@@ -93,7 +91,7 @@ class Nursery:
     def close(self) -> None:
         """End the nursery and all its readers."""
         self.socket.close()
-        self.said.close()
+        os.close(self.stderr)
         if self.owner == os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -176,7 +174,10 @@ def _reap(process: int) -> tuple[int, int]:
     """Return a reader's process id and how it ended; zeros where it does not end within some seconds."""
     until = time.monotonic() + REAP_S
     while time.monotonic() < until:
-        ended, status = os.waitpid(process, os.WNOHANG)
+        try:
+            ended, status = os.waitpid(process, os.WNOHANG)
+        except ChildProcessError:  # reaped before
+            break
         if ended:
             return ended, status
         time.sleep(0.002)

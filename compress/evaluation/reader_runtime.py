@@ -49,7 +49,7 @@ class SubmissionReader:
         self.channel.ended = self._why
         self.channel.tell({"folder": str(folder), "threads": settings.threads, "memory_limit_mb": settings.memory_limit_mb,
                            "cpu_limit_s": int((settings.time_limit_s + 60) * (settings.threads + 1))})
-        self.channel_ms = 0.0
+        self.code: int | None = None  # how it ended
 
     def command(self, do: str, **message: Any) -> dict[str, Any]:
         """Send a command. Return what the reader answers. Raise as `Channel.receive` does."""
@@ -68,17 +68,19 @@ class SubmissionReader:
         if self.process and self.nursery.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process, signal.SIGKILL)
-            self.nursery.reap(self.process)
+            with contextlib.suppress(OSError):
+                self.nursery.reap(self.process)
             self.process = 0
 
     def _why(self) -> str:
         """Return in words how the reader ended."""
-        code = self.nursery.reap(self.process)
-        if code is None:
+        if self.process:
+            with contextlib.suppress(OSError):  # the nursery has ended, too
+                self.code, self.process = self.nursery.reap(self.process), 0
+        if self.code is None:
             return "the process that reads the submission closed its channel"
-        self.process = 0
-        how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.Signals(-code).name}"
-        return f"the process that reads the submission ended ({how}){HINTS.get(code, '')}"
+        how = f"exit code {self.code}" if self.code >= 0 else f"signal {-self.code}, {signal.Signals(-self.code).name}"
+        return f"the process that reads the submission ended ({how}){HINTS.get(self.code, '')}"
 
 
 class ReaderRuntime(Runtime):

@@ -69,7 +69,7 @@ def test_the_evaluators_clock_bounds_what_a_reader_says(reader: SubmissionReader
     (signal.SIGTERM, "SIGTERM")])
 def test_a_reader_that_dies_is_told_of(number: signal.Signals, said: str, reader: SubmissionReader) -> None:
     os.kill(reader.process, number)
-    with pytest.raises(ChildEndedError, match=f"signal {int(number)}, {number.name}.*") as caught:
+    with pytest.raises(ChildEndedError, match=f"signal {int(number)}, {number.name}") as caught:
         reader.command("hash")
     assert said in str(caught.value) and str(reader.folder) in str(caught.value)
     with pytest.raises(VerificationError):

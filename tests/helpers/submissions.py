@@ -43,3 +43,27 @@ def rename_weights(folder: Path, name: str) -> None:
         metadata["files"][name] = metadata["files"][metadata["weights_file"]]
         metadata["weights_file"] = name
     edit_json(folder, "model_metadata.json", change)
+
+
+def write_package(folder: Path, layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], macs: int,
+                  input_shape: tuple[int, int, int] = (3, 8, 8), **metadata: Any) -> Path:
+    """Writes a package of the toolkit's format around any layers and weights; the metadata state what is there."""
+    folder.mkdir(parents=True)
+    classes = len(list(weights.values())[-1])
+    (folder / "trained_pruned_architecture.json").write_text(json.dumps({
+        "schema": 1, "model_type": "Net", "num_classes": classes, "input_shape": input_shape, "output_shape": [classes],
+        "layers": layers}))
+    torch.save(weights, folder / "compressed_net.pth")
+    files = ("trained_pruned_architecture.json", "compressed_net.pth")
+    channels, size, _ = input_shape
+    weighted = [each["name"] for each in layers if "out_channels" in each or "out_features" in each]
+    (folder / "model_metadata.json").write_text(json.dumps({
+        "schema": 1, "model_format": "pytorch", "architecture": "Net", "num_classes": classes,
+        "class_names": [str(index) for index in range(classes)], "weights_file": "compressed_net.pth",
+        "input_shape": input_shape, "preprocessing": {"mode": "RGB" if channels == 3 else "L", "resize": size, "crop": size,
+                                                      "mean": [0.3] * channels, "std": [0.4] * channels},
+        "quantization": {"scheme": "none", "layers": dict.fromkeys(weighted, "float32: of a test")},
+        "parameters": sum(tensor.numel() for tensor in weights.values()), "macs": macs, "files": dict.fromkeys(files),
+        **metadata}))
+    restate(folder)
+    return folder
