@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import Compress, assert_one_line_error, run_compress
+from tests.helpers.commands import Compress, assert_one_line_error, run_here
 from tests.helpers.folders import draw_folder
 
 # The budget ends after the first candidate, which may lose almost everything: test_search.py tests the search.
@@ -38,7 +38,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def finished(recipe: Path) -> Path:
-    done = run_compress("run", recipe, f"run_dir={recipe.parent}", "name=mine", "threads=1")
+    done = run_here("run", recipe, f"run_dir={recipe.parent}", "name=mine", "threads=1")
     assert done.returncode == 0, done.stdout + done.stderr
     text = " ".join(done.stdout.split())
     for part in ("candidate right ms kB without VNNI", "SQNR dB", "chosen: ", "without VNNI: ", "evaluate (test)"):
