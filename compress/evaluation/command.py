@@ -26,18 +26,24 @@ from metadata.machine import usable_cores
 
 
 def terminal_progress() -> Progress | None:
-    """Return a counter with the time left, for stderr on a terminal; None where stderr is no terminal."""
+    """Return a counter with the time left, for stderr on a terminal; None where stderr is no terminal.
+
+    The images are counted twice or more: first while they are read, then while they are classified.
+    """
     if not sys.stderr.isatty():
         return None
-    start: float | None = None
+    start, before, verb = 0.0, 0, "read"
 
     def show(done: int, total: int) -> None:
-        nonlocal start
-        start = start or time.monotonic()  # from the first image on: loading the model comes before
+        nonlocal start, before, verb
+        if done <= before:
+            before, verb = 0, "classified"
+        start = start if before else time.monotonic()  # from the first image on: loading the model comes before
+        before = done
         left = (time.monotonic() - start) / done * (total - done)
         end = "\n" if done == total else ""
         if end or done % max(1, total // 200) == 0:
-            print(f"\rclassified {done}/{total} images, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+            print(f"\r{verb} {done}/{total} images, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
 
     return show
 

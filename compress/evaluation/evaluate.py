@@ -43,7 +43,8 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
         settings: how to measure; the defaults unless given.
         compare: another submission. Its calls are interleaved with those of the first; the verdicts are in
             `details.compare`.
-        progress: called with the number of images done and their total.
+        progress: called with the number of images done and their total, while they are read and while they are
+            classified.
 
     Raises:
         UserError: a folder is missing, an image is unreadable, or a setting is out of range.
@@ -89,7 +90,7 @@ def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baseline
     with contextlib.ExitStack() as stack:
         entries = [stack.enter_context(Contestant(folder, settings)) for folder in folders]
         for entry in entries:
-            entry.prepare(data)
+            entry.prepare(data, progress if len(entries) == 1 else None)
         for entry in entries:
             entry.open(data)
         if settings.batch_size == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 
 from compress.evaluation.channel import Clock, OutOfTimeError
 from compress.evaluation.measure import Progress
-from loaders.images import decode_image, is_deep_grey, is_turned
+from loaders.images import is_deep_grey, is_turned, read_pixels, scale_pixels
 from loaders.listing import Listing, list_images
-from metadata.errors import UserError
+from metadata.errors import VerificationError
 from metadata.schemas import Preprocessing
 
 IN_MEMORY_BYTES = 2**28  # larger sets of pixels lie in a temporary file without a name
@@ -64,10 +65,7 @@ class Pictures:
 
     def inputs(self, images: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the model's input for some images: (n, C, H, W) float32."""
-        mean, std = (np.array(values, np.float32)[:, None, None]
-                     for values in (self.preprocessing.mean, self.preprocessing.std))
-        normalized: np.ndarray = (self.pixels[np.asarray(images)].astype(np.float32) / np.float32(255) - mean) / std
-        return normalized
+        return scale_pixels(self.pixels[np.asarray(images)], self.preprocessing)
 
 
 def decode_pictures(paths: Sequence[Path], preprocessing: Preprocessing, shape: tuple[int, int, int], packaged: bool,
@@ -83,38 +81,66 @@ def decode_pictures(paths: Sequence[Path], preprocessing: Preprocessing, shape: 
         progress: called with the number of images done and their total.
 
     Raises:
-        UserError: an image is unreadable or smaller than the crop, or images differ in size and nothing is cropped.
+        UserError: an image is unreadable or smaller than the crop.
+        VerificationError: the preprocessing does not give images of the shape.
         OutOfTimeError: the clock has run out.
     """
-    pixels: np.ndarray | None = None
     turned, deep = [], []
-    for index, path in enumerate(paths):
-        if clock.left <= 0:
-            raise OutOfTimeError(f"{index} of {len(paths)} test images were read within --time_limit_s {clock.seconds:g}; "
-                                 "the preprocessing is the submission's")
-        with clock.running():
-            image = decode_image(path, preprocessing)
-            if pixels is None:
-                pixels = _room((len(paths), *image.shape))
-            if image.shape != pixels.shape[1:]:
-                raise UserError(f"{path}: the image is {image.shape[1:]}, others are {pixels.shape[2:]}, and the "
-                                "preprocessing has neither resize nor crop")
-            pixels[index] = image
-            turned += [path] * (not preprocessing.exif_orientation and is_turned(path))
-            deep += [path] * (not packaged and is_deep_grey(path))
-        if progress:
-            progress(index + 1, len(paths))
-    assert pixels is not None
+    with _Room((len(paths), *shape)) as room:
+        for index, path in enumerate(paths):
+            if clock.left <= 0:
+                raise OutOfTimeError(f"{index} of {len(paths)} test images were read within --time_limit_s "
+                                     f"{clock.seconds:g}; the preprocessing is the submission's")
+            with clock.running():
+                room.put(index, read_pixels(path, preprocessing, shape))
+                turned += [path] * (not preprocessing.exif_orientation and is_turned(path))
+                deep += [path] * (not packaged and is_deep_grey(path))
+            if progress:
+                progress(index + 1, len(paths))
+        pixels = room.pixels()
     warnings = [f"{len(found)} of {len(paths)} test images {what}, such as {found[0]}" for found, what in (
         (turned, "carry an EXIF orientation that the submission's preprocessing does not apply"),
         (deep, "are grey with more than 8 bits: they are scaled to 8 bits here, Pillow alone would clip them")) if found]
     return Pictures(paths=paths, pixels=pixels, preprocessing=preprocessing, warnings=warnings)
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an array of uint8 in memory, or in a temporary file that vanishes with it."""
-    if math.prod(shape) <= IN_MEMORY_BYTES:
-        return np.empty(shape, np.uint8)
-    with tempfile.TemporaryFile() as file:
-        file.truncate(math.prod(shape))
-        return np.memmap(file, np.uint8, "r+", shape=shape)
+class _Room:
+    """Room for images of one shape: in memory, or for many in a temporary file that vanishes with its last user.
+
+    The file is written, not mapped, while it grows: a full disk must be an error, and kills a process that writes to a map.
+
+    Raises:
+        VerificationError: the images of a submission's size do not fit on the disk.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.file = shape, None
+        needed, where = math.prod(shape), tempfile.gettempdir()
+        if needed <= IN_MEMORY_BYTES:
+            self.array = np.empty(shape, np.uint8)
+        elif needed > (free := shutil.disk_usage(where).free) // 2:
+            raise VerificationError(f"{shape[0]:,} test images of the submission's shape {list(shape[1:])} take {needed:,} "
+                                    f"bytes, and {where} has {free:,}: state a smaller crop, or set TMPDIR")
+        else:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - `__exit__` closes it
+
+    def put(self, index: int, image: np.ndarray) -> None:
+        """Add an image. Images come in order."""
+        if self.file:
+            self.file.write(image.data)
+        else:
+            self.array[index] = image
+
+    def pixels(self) -> np.ndarray:
+        """Return all images."""
+        if not self.file:
+            return self.array
+        self.file.flush()
+        return np.memmap(self.file, np.uint8, "r", shape=self.shape)  # which holds the file open by itself
+
+    def __enter__(self) -> _Room:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.file:
+            self.file.close()

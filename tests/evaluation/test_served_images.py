@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from compress.evaluation.channel import Clock, OutOfTimeError
+from compress.evaluation.pictures import decode_pictures
 from compress.evaluation.submission import read_submission
 from loaders.images import decode_image, normalize, read_pixels, scale_pixels
 from metadata.errors import VerificationError
@@ -51,3 +53,20 @@ def test_pixels_have_the_declared_shape(tmp_path: Path) -> None:
     assert read_pixels(tmp_path / "a.png", whole, (3, 20, 30)).shape == (3, 20, 30)
     with pytest.raises(VerificationError, match=r"shape \[3, 20, 30\], the submission declares"):
         read_pixels(tmp_path / "a.png", whole, (3, 8, 8))
+
+
+def test_many_images_lie_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = []
+    for index in range(5):
+        pictures.append(tmp_path / f"{index}.png")
+        Image.fromarray(np.full((4, 4, 3), index, np.uint8)).save(pictures[-1])
+    plain = Preprocessing(resize=None, crop=None, mean=[0, 0, 0], std=[1, 1, 1])
+    monkeypatch.setattr("compress.evaluation.pictures.IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    decoded = decode_pictures(pictures, plain, (3, 4, 4), True, Clock(60))
+    assert isinstance(decoded.pixels, np.memmap) and sorted(tmp_path.iterdir()) == sorted(pictures)
+    assert np.array_equal(decoded.inputs([3, 1])[:, 0, 0, 0], np.float32([3, 1]) / np.float32(255))
+    with pytest.raises(VerificationError, match="state a smaller crop, or set TMPDIR"):
+        decode_pictures(pictures, plain, (3, 2**24, 2**24), True, Clock(60))
+    with pytest.raises(OutOfTimeError, match="0 of 5 test images were read within --time_limit_s 0"):
+        decode_pictures(pictures, plain, (3, 4, 4), True, Clock(0))
