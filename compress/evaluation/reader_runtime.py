@@ -16,10 +16,12 @@ from compress.evaluation.channel import Channel, Clock
 from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.nursery import check_platform, nursery
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
+from metadata.errors import VerificationError
 
 LOGITS_HEADER = struct.Struct("<dIIII")  # milliseconds, and the shape of the logits
 SHARED_BYTES = 2**28
 PINGS = 40
+STALL_S = 20.0
 HINTS = {-signal.SIGABRT: "; --memory_limit_mb may be too low, or a file crashes the library that reads it",
          -signal.SIGSEGV: "; a file crashes the library that reads it, or --memory_limit_mb is too low",
          -signal.SIGKILL: "; the machine may be out of memory",
@@ -46,10 +48,11 @@ class SubmissionReader:
         self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else 2**31)
         self.nursery = nursery()
         self.process = self.nursery.fork(self.channel)
-        self.channel.ended = self._why
+        self.channel.ended, self.channel.watch = self._why, self._watch
         self.channel.tell({"folder": str(folder), "threads": settings.threads, "memory_limit_mb": settings.memory_limit_mb,
                            "cpu_limit_s": int((settings.time_limit_s + 60) * (settings.threads + 1))})
         self.code: int | None = None  # how it ended
+        self.worked, self.moment = -1, time.monotonic()  # its processor time when that changed last, and when that was
 
     def command(self, do: str, **message: Any) -> dict[str, Any]:
         """Send a command. Return what the reader answers. Raise as `Channel.receive` does."""
@@ -71,6 +74,21 @@ class SubmissionReader:
             with contextlib.suppress(OSError):
                 self.nursery.reap(self.process)
             self.process = 0
+
+    def _watch(self) -> None:
+        """Leave a reader that sleeps for long while it should work: a library whose memory is used up may wait for ever.
+
+        Raises:
+            VerificationError: it has slept for `STALL_S`.
+        """
+        with contextlib.suppress(OSError):
+            state, *fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+            worked, now = int(fields[10]) + int(fields[11]), time.monotonic()
+            if worked != self.worked or state not in "ST":  # a process that waits for a disk is in another state
+                self.worked, self.moment = worked, now
+            elif now - self.moment > STALL_S:
+                raise VerificationError(f"{self.folder}: the process that reads the submission has slept for {STALL_S:g} "
+                                        "s; --memory_limit_mb may be too low, or a file stalls the library that reads it")
 
     def _why(self) -> str:
         """Return in words how the reader ended."""

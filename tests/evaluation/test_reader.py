@@ -87,6 +87,14 @@ def test_a_reader_that_does_not_answer_is_left_in_time(reader: SubmissionReader)
     assert not Path(f"/proc/{process}").exists()
 
 
+def test_a_reader_that_sleeps_is_left_before_the_time_is_over(reader: SubmissionReader,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.evaluation.reader_runtime.STALL_S", 0.3)
+    os.kill(reader.process, signal.SIGSTOP)
+    with pytest.raises(VerificationError, match=r"has slept for 0\.3 s"):
+        reader.command("hash")
+
+
 def test_a_model_that_needs_more_memory_than_it_may_take(tmp_path: Path) -> None:
     """1.1 GB between two layers, in a package of some hundred bytes."""
     wide = [layer("conv", "Conv2d", ["input"], in_channels=3, out_channels=16, kernel_size=[1, 1], padding=[2000, 2000]),
