@@ -21,6 +21,7 @@ import torch
 from tests.helpers.commands import PROJECT, SMALL, Compress
 from tests.helpers.folders import draw_folder
 from tests.helpers.sharing import shared_folder
+from tests.helpers.walls import WEAK_FLAGS
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 TINY = ["data.name=image_folder", "data.root=TINY_IMAGES", "data.resize=8", "data.crop=8", "data.validation_fraction=0.25",
@@ -37,7 +38,7 @@ SHORTER = [
     (r"compress train --config", ["--num_epochs", "1", "--max_steps", "4", "--threads", "1"]),
     (r"scaling run", ["--num_epochs", "1", "--threads", "1"]),
     (r"scaling fit", ["--bootstrap", "50", "--no_plots"]),
-    (r"model_loader.py --task", ["--threads", "1"]),
+    (r"model_loader.py --task", ["--threads", "1", *WEAK_FLAGS]),
     (r"model_loader.py --submission_dir", ["--runs", "10"]),
     (r"benchmarks.gpu", ["--dry_run"]),
 ]

@@ -140,6 +140,13 @@ class Channel:
         self.write(REQUEST_HEADER.pack(nonce, *[*inputs.shape, 0, 0, 0, 0][:4]))
         return nonce
 
+    def reply(self, nonce: bytes) -> tuple[int, bytes]:
+        """Return the status and the content of the reply to a request. Raise as `receive` does for what is no reply."""
+        answered, status, length = REPLY_HEADER.unpack(self._read(REPLY_HEADER.size))
+        if answered != nonce or length > MAX_REPLY_BYTES or status > BROKEN:
+            raise self.forged()
+        return status, self._read(length)
+
     def receive(self, nonce: bytes) -> bytes:
         """Return the content of the reply to a request.
 
@@ -148,10 +155,7 @@ class Channel:
             UserError: the child says so.
             BrokenReaderError: the child met an error that nobody foresaw.
         """
-        answered, status, length = REPLY_HEADER.unpack(self._read(REPLY_HEADER.size))
-        if answered != nonce or length > MAX_REPLY_BYTES or status > BROKEN:
-            raise self.forged()
-        content = self._read(length)
+        status, content = self.reply(nonce)
         if status == DONE:
             return content
         text = content.decode(errors="replace")

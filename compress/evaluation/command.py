@@ -70,6 +70,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=1, help="batch size for the accuracy; default 1")
     parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
     parser.add_argument("--allow_code", action="store_true", help="run a submission that is code, in a sandbox")
+    parser.add_argument("--weak_sandbox", action="store_true",
+                        help="run foreign code without bubblewrap where that is missing; the result says so")
     parser.add_argument("--time_limit_s", type=float, default=plain.time_limit_s,
                         help="seconds for all calls of a submission")
     parser.add_argument("--memory_limit_mb", type=int, default=plain.memory_limit_mb,
@@ -98,7 +100,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     settings = EvaluationSettings(
         runs=options.runs, warmup=options.warmup, threads=1 if options.threads is None else options.threads,
         backend=options.backend, batch_size=options.batch_size, min_accuracy=options.min_accuracy,
-        allow_code=options.allow_code, time_limit_s=options.time_limit_s, memory_limit_mb=options.memory_limit_mb)
+        allow_code=options.allow_code, weak_sandbox=options.weak_sandbox, time_limit_s=options.time_limit_s,
+        memory_limit_mb=options.memory_limit_mb)
     if options.task:
         task = toolkit("--task", "pareto_task")
         return task.evaluate_solution(  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ import resource
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 REFUSED_CODES = {errno.EPERM, errno.EACCES, errno.ENOSYS}
@@ -56,7 +56,7 @@ def foreign_line(error: BaseException, folder: Path) -> tuple[str, str]:
     return "", ""
 
 
-def sentence(error: BaseException, folder: Path, memory_limit_mb: int) -> str:
+def sentence(error: BaseException, folder: Path, memory_limit_mb: int, packages: Sequence[str] = ()) -> str:
     """Return what the sandbox, or the want of a package, forbade to code that raised an exception; else an empty text."""
     _, line = foreign_line(error, folder)
     for link in chain(error):
@@ -65,6 +65,9 @@ def sentence(error: BaseException, folder: Path, memory_limit_mb: int) -> str:
             return f"no more memory or threads here than --memory_limit_mb {memory_limit_mb} allows"
         if isinstance(link, ModuleNotFoundError) and link.name:
             package = link.name.split(".")[0]
+            if package not in sys.modules and packages:
+                return (f"no package {package} in the sandbox, and none is installed from requirements.txt; these are in "
+                        f"reach, and what they require: {', '.join(packages)}")
             if package not in sys.modules:
                 return (f"the package {package} is not installed where the evaluator runs, and nothing is installed from a "
                         "submission's requirements.txt")
@@ -92,6 +95,10 @@ def _refusal(error: OSError, line: str, folder: Path) -> str:
         printed = any(os.fstat(handle).st_size >= limit for handle in (1, 2))
         return f"no more than {limit >> 20} MiB are printed here" if printed else (
             f"no file above {limit >> 20} MiB is written here")
+    if error.errno == errno.ENOSPC:
+        return "the code wrote more than its folder may hold"
+    if error.errno == errno.EROFS:
+        return f"no file outside the submission's folder is written here: {error.filename}"
     if error.errno == errno.EXDEV:
         return "no file is moved or linked from one folder to another here: copy it"
     if error.errno == errno.EMFILE:
@@ -130,16 +137,18 @@ def own_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def explain_fault(error: BaseException, folder: Path, memory_limit_mb: int) -> str:
+def explain_fault(error: BaseException, folder: Path, memory_limit_mb: int, packages: Sequence[str] = ()) -> str:
     """Return an exception of foreign code in one line: "file.py:12: what is not allowed here (OSError: its own words)".
 
     Args:
         error: what the code raised.
         folder: where the copy of the submission lies; files of the code are named relative to it.
         memory_limit_mb: MB (2^20 bytes) that the code may take.
+        packages: the packages that the code may import, for messages.
     """
     try:
-        place, said, words = foreign_line(error, folder)[0], sentence(error, folder, memory_limit_mb), own_words(error)
+        place, words = foreign_line(error, folder)[0], own_words(error)
+        said = sentence(error, folder, memory_limit_mb, packages)
     except BaseException:  # foreign code may have replaced what these functions use
         return type(error).__name__
     return ((f"{place}: " if place else "") + (f"{said} ({words})" if said else words))[:MAX_LINE]

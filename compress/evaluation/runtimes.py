@@ -42,6 +42,7 @@ class EvaluationSettings:
         batch_size: for the accuracy; latency is always measured at batch 1.
         min_accuracy: percent; below it the guarded score is zero.
         allow_code: run a submission that is code, in a sandbox.
+        weak_sandbox: do without bubblewrap where it is missing.
         time_limit_s: seconds for reading and opening a submission and for all its calls.
         memory_limit_mb: MB (2^20 bytes) beyond what the submission's process has before it reads the submission.
     """
@@ -53,6 +54,7 @@ class EvaluationSettings:
     batch_size: int = 1
     min_accuracy: float = 0.0
     allow_code: bool = False
+    weak_sandbox: bool = False
     time_limit_s: float = 3600.0
     memory_limit_mb: int = 4096
 

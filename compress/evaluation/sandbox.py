@@ -1,25 +1,22 @@
 """Run foreign code in a confined process, and trust nothing that the process says about itself.
 
-The parent keeps the labels, sends images, receives logits, and measures with its own clock. The child (child.py) has no
-network and no other processes. It reads only the interpreter's libraries and a copy of the submission (confine.py). Its
-memory and time are limited, its environment is empty, and its working folder is temporary.
+The parent keeps the labels, sends images, receives logits, and measures with its own clock. Two walls stand around the
+child (child.py). Outside is bubblewrap (walls.py): namespaces of its own, and a view of the disk that holds the interpreter
+and a list of packages (distributions.py) and one folder in memory. Inside, the child gives up its rights (confine.py,
+system_calls.py). Its memory, time, files and threads are limited, and its environment is empty.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import mmap
 import os
 import secrets
-import select
 import shutil
 import signal
-import site
+import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,29 +24,20 @@ from typing import Any
 
 import numpy as np
 
-from compress.evaluation.child import REPLY, REQUEST
+from compress.evaluation.channel import DONE, Channel, Clock
+from compress.evaluation.distributions import PROCESSES, reach
 from compress.evaluation.runtimes import EvaluationSettings
+from compress.evaluation.scratch import DiskScratch, MemoryScratch, thread_count, user_threads
+from compress.evaluation.walls import bubblewrap_fault, check_walls, inner_process, packed_arguments, wall_arguments
 from metadata.errors import UserError, VerificationError
 from metadata.machine import status_mb
 
-MAX_REPLY_BYTES = 2**24
-MAX_SCRATCH_BYTES = 2**28
-MAX_SCRATCH_ENTRIES = 10_000
 PINGS = 20
-# Paths that an interpreter and its libraries read. The data, the project and home folders are not among them.
-SYSTEM = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo",
-          "/sys/devices/system", "/dev/null", "/dev/urandom")
-
-
-def readable_paths() -> list[str]:
-    """Return the paths that the child may read besides its own folder."""
-    libraries = [sys.prefix, sys.base_prefix, *site.getsitepackages(), *(path for path in sys.path if "-packages" in path)]
-    return sorted({str(Path(path).resolve()) for path in (*libraries, *SYSTEM)})
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder that foreign code has filled, of any depth; Python's own function is recursive."""
-    subprocess.run(["rm", "-rf", "--", str(folder)], stderr=subprocess.DEVNULL, check=False)
+MAX_THREADS = 512
+LOOK_S = 0.1  # between two looks at the child's threads
+START_S = 60.0
+HERE = Path(__file__).parent
+INSIDE = ("child", "confine", "system_calls", "faults", "panel", "offline", "trainee")  # files on the child's side
 
 
 def check_hidden(data_dir: Path) -> None:
@@ -58,10 +46,9 @@ def check_hidden(data_dir: Path) -> None:
     Raises:
         UserError: the data lie under a path that the code may read.
     """
-    data = data_dir.resolve()
-    for path in readable_paths():
-        if data.is_relative_to(path):
-            raise UserError(f"--data_dir {data_dir}: lies under {path}, which the code may read; move the data elsewhere")
+    above = reach().covers(data_dir.resolve())
+    if above:
+        raise UserError(f"--data_dir {data_dir}: lies under {above}, which the code may read; move the data elsewhere")
 
 
 class Child:
@@ -69,71 +56,111 @@ class Child:
 
     Args:
         boot: what to run, see child.py; limits, folders and a nonce are added here.
-        files: name in the scratch folder -> file to copy there.
-        settings: limits on time and memory.
+        files: name in the scratch folder -> file whose bytes the child gets there.
+        settings: limits on time and memory, and whether bubblewrap may be missing.
         threads: cores that the child may use.
         where: for messages.
         capacity: bytes of shared memory.
         content: bytes that lie in shared memory when the child starts.
+
+    Attributes:
+        protection: each wall and limit -> "on ..." or "off: why".
+        channel_ms: median milliseconds of a request that is answered with nothing.
+
+    Raises:
+        UserError: bubblewrap is missing or does not work, and the settings do not allow for that.
+        VerificationError: the child does not start, or a file changes while it is read.
     """
 
     def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: EvaluationSettings, threads: int, where: str,
                  capacity: int, content: bytes = b"") -> None:
         if not hasattr(os, "memfd_create"):
             raise UserError(f"{where}: foreign code runs in a Linux sandbox; this is {sys.platform}")
-        self.where, self.deadline = where, time.monotonic() + max(60.0, settings.time_limit_s)  # for the start
-        self.time_limit_s, self.waited, self.looked = settings.time_limit_s, 0.0, time.monotonic()
+        self.where, self.walled = where, check_walls(settings.weak_sandbox, where)
         self.process: subprocess.Popen[bytes] | None = None
+        self.pid, self.looked, self.searched = 0, 0.0, 0.0  # the child's id; when its threads and its folder were looked at
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self.scratch = Path(tempfile.mkdtemp(prefix="sandbox-"))
-            stack.callback(remove, self.scratch)
-            folder = self.scratch / "folder"
-            folder.mkdir()
-            for name, path in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, folder / name)
-            self.copied = folder_size(self.scratch)
-            handle = os.memfd_create("images", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            stack.callback(os.close, handle)
-            os.ftruncate(handle, max(capacity, len(content), mmap.PAGESIZE))
-            # A child that shrank the shared memory would kill the parent at its next write.
-            fcntl.fcntl(handle, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self.memory = stack.enter_context(contextlib.closing(mmap.mmap(handle, 0)))
-            self.memory[:len(content)] = content
-            request_end, self._request = os.pipe()
-            self._reply, reply_end = os.pipe()
-            stack.callback(os.close, self._request)
-            stack.callback(os.close, self._reply)
-            cores = sorted(os.sched_getaffinity(0))[-threads:]
-            self.nonce = secrets.token_bytes(16)
-            boot = boot | {"folder": str(folder), "nonce": self.nonce.hex(), "threads": threads, "cores": cores,
-                           "memory_limit_mb": settings.memory_limit_mb, "readable": readable_paths(),
-                           "writable": [str(self.scratch)], "pings": PINGS,
-                           "cpu_limit_s": int((settings.time_limit_s + 60) * (threads + 1))}
-            self.output = self.scratch.with_name(self.scratch.name + ".txt")
-            stack.callback(self.output.unlink, missing_ok=True)
-            environment = {"HOME": str(self.scratch), "TMPDIR": str(self.scratch), "OPENBLAS_NUM_THREADS": "1",
-                           "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8",
-                           # Code for torch before 2.6 calls torch.load(path) for whole modules. It runs here anyway.
-                           "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
-            try:
-                with self.output.open("wb") as output:
-                    self.process = subprocess.Popen(
-                        [sys.executable, "-I", "-B", "-W", "ignore", str(Path(__file__).with_name("child.py")),
-                         str(request_end), str(reply_end), str(handle)], stdin=subprocess.DEVNULL, stdout=output,
-                        stderr=output, cwd=self.scratch, env=environment, pass_fds=(request_end, reply_end, handle),
-                        start_new_session=True, restore_signals=True)
-            finally:
-                os.close(request_end)
-                os.close(reply_end)
-            stack.callback(self._kill)
-            message = json.dumps(boot).encode()
-            self._write(len(message).to_bytes(8, "little") + message)
-            self.protection: dict[str, str] = json.loads(self._receive(self.nonce))  # foreign code runs only after this
+            sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
+            self.scratch = MemoryScratch([*sizes.values()]) if self.walled else DiskScratch()
+            stack.callback(self.scratch.close)
+            self.channel = Channel(where, Clock(max(START_S, settings.time_limit_s)), capacity, content)
+            stack.callback(self.channel.close)
+            self.channel.watch, self.channel.ended = self._watch, self._why_ended
+            self.output = os.memfd_create("output", os.MFD_CLOEXEC)
+            stack.callback(os.close, self.output)
+            self._start(threads, stack)
+            nonce, packages = secrets.token_bytes(16), reach()
+            readable = [*packages.rules(), *((path, True) for path in PROCESSES)]
+            self.channel.tell(boot | {
+                "folder": f"{self.scratch.inside}/folder", "files": list(sizes.items()), "nonce": nonce.hex(),
+                "threads": threads, "cores": sorted(os.sched_getaffinity(0))[-threads:], "pings": PINGS,
+                "memory_limit_mb": settings.memory_limit_mb, "thread_limit": user_threads() + MAX_THREADS,
+                "cpu_limit_s": int((settings.time_limit_s + 60) * (threads + 1)),
+                "readable": readable, "writable": [self.scratch.inside],
+                "packages": {"search": packages.search, "names": packages.names, "distributions": packages.distributions}})
+            for name, size in sizes.items():
+                self._send(files[name], size, name)
+            inside: dict[str, str] = json.loads(self._receive(nonce))  # foreign code runs only after this
+            self.protection = {"bubblewrap": "on" if self.walled else f"off: {bubblewrap_fault()}", **inside,
+                               "memory": f"on ({settings.memory_limit_mb} MB)", "threads": f"on ({MAX_THREADS})"}
+            self._find_child()
+            self.scratch.excess(self.pid)  # what lies there now does not count as written by the code
             self.channel_ms = self._round_trip(boot.get("input_shape", [0]))
-            self.waited, self.deadline = 0.0, time.monotonic() + settings.time_limit_s
+            self.channel.clock = Clock(settings.time_limit_s)
             self._stack = stack.pop_all()
+
+    def _start(self, threads: int, stack: contextlib.ExitStack) -> None:
+        """Start the child, inside bubblewrap where that is the wall."""
+        ends = self.channel.child_ends
+        command = [sys.executable, "-I", "-B", "-W", "ignore", str(HERE / "child.py"), *map(str, ends)]
+        handles, folder = [*ends], self.scratch.inside
+        self._told = -1
+        if isinstance(self.scratch, MemoryScratch):
+            walls = wall_arguments(reach(), (HERE / f"{name}.py" for name in INSIDE), self.scratch.bytes)
+            arguments = packed_arguments(walls)
+            stack.callback(os.close, arguments)
+            self._told, telling = os.pipe()
+            stack.callback(os.close, self._told)
+            command = [str(shutil.which("bwrap")), "--args", str(arguments), "--info-fd", str(telling), "--", *command]
+            handles, folder = [*ends, arguments, telling], "/"
+        environment = {"HOME": self.scratch.inside, "TMPDIR": self.scratch.inside, "OPENBLAS_NUM_THREADS": "1",
+                       "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8",
+                       # Code for torch before 2.6 calls torch.load(path) for whole modules. It runs here anyway.
+                       "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output,
+                                            cwd=folder, env=environment, pass_fds=handles, start_new_session=True,
+                                            restore_signals=True)
+        finally:
+            self.channel.start()
+            if self.walled:
+                os.close(telling)
+        self.pid = 0 if self.walled else self.process.pid
+        stack.callback(self._kill)
+
+    def _find_child(self) -> None:
+        """Learn the child's own process id: signals and figures are not to be bubblewrap's."""
+        assert self.process
+        if self.walled:
+            self.reaper, child = inner_process(os.read(self._told, 4096)) or (0, 0)
+            if not child:
+                raise VerificationError(f"{self.where}: bubblewrap's child has ended")
+            self.pid = child
+
+    def _send(self, path: Path, size: int, name: str) -> None:
+        """Send a file's bytes: as many as were announced."""
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place must not block
+        try:
+            plain = stat.S_ISREG(os.fstat(handle).st_mode)
+            while size:
+                part = os.read(handle, min(size, 2**20)) if plain else b""
+                if not part:
+                    raise VerificationError(f"{self.where}: {name} changed while it was read")
+                self.channel.write(part)
+                size -= len(part)
+        finally:
+            os.close(handle)
 
     def facts(self) -> dict[str, Any]:
         """Return what the child says of its model once that is built, and the seconds until then.
@@ -142,7 +169,7 @@ class Child:
             VerificationError: the code fails, ends its process, or takes too long.
         """
         self._signal(signal.SIGCONT)
-        content = self._receive(self.nonce)
+        content = self._receive(self.channel.request(np.zeros(0, np.float32)))
         try:
             facts = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -150,7 +177,7 @@ class Child:
         if not isinstance(facts, dict):
             raise self.forged()
         self._signal(signal.SIGSTOP)
-        return facts | {"seconds": self.waited}
+        return facts | {"seconds": self.channel.clock.spent}
 
     def ask(self, inputs: np.ndarray) -> np.ndarray:
         """Return flat logits for float32 inputs.
@@ -158,18 +185,12 @@ class Child:
         Raises:
             VerificationError: see `facts`.
         """
-        nonce = secrets.token_bytes(16)
         self._signal(signal.SIGCONT)  # the child runs only while it is asked: no work ahead, no load beside others
-        if inputs.nbytes > len(self.memory):
-            raise VerificationError(f"{self.where}: inputs of shape {list(inputs.shape)} are too large to send")
-        if inputs.nbytes:
-            self.memory[:inputs.nbytes] = np.ascontiguousarray(inputs).data.cast("B")
-        shape = [*inputs.shape, 0, 0, 0, 0][:4]
-        self._write(REQUEST.pack(nonce, *shape))
-        content = self._receive(nonce)
+        content = self._receive(self.channel.request(inputs))
         self._signal(signal.SIGSTOP)
         if len(content) % 4:
             raise self.forged()
+        self._watch()
         return np.frombuffer(content, np.float32)
 
     def _round_trip(self, shape: Sequence[int]) -> float:
@@ -183,14 +204,11 @@ class Child:
 
     def empty_scratch(self) -> None:
         """Remove the temporary files, which could hold numbers outside the model."""
-        for path in self.scratch.iterdir():
-            remove(path)
-        self.copied = (0, 0)
+        self.scratch.empty(self.pid)
 
     def _signal(self, number: int) -> None:
-        assert self.process
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.process.pid, number)
+            os.kill(self.pid, number)
 
     def unprotected(self) -> list[str]:
         """Return a warning for each protection that the system did not offer."""
@@ -198,114 +216,72 @@ class Child:
 
     def forged(self) -> VerificationError:
         """Return the error for a reply that no honest child sends."""
-        return VerificationError(f"{self.where}: the code wrote into the channel")
+        return self.channel.forged()
 
     def printed_bytes(self) -> int:
         """Return the bytes that the code wrote to its standard output and error, which nobody reads."""
-        return self.output.stat().st_size
+        return os.fstat(self.output).st_size
 
     def usage(self) -> dict[str, float | None]:
         """Return processor seconds, the parent's waiting seconds and peak memory, by the kernel's account."""
-        assert self.process
+        waited = self.channel.clock.spent
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            return {"cpu_s": cpu, "waited_s": self.waited, "peak_mb": status_mb(self.process.pid, "VmHWM")}
-        return {"cpu_s": None, "waited_s": self.waited, "peak_mb": None}
+            return {"cpu_s": cpu, "waited_s": waited, "peak_mb": status_mb(self.pid, "VmHWM")}
+        return {"cpu_s": None, "waited_s": waited, "peak_mb": None}
 
     def close(self) -> None:
-        """Kill the process and remove its folder."""
+        """Kill the process; its folder goes with it."""
         self._stack.close()
 
     def _kill(self) -> None:
+        """End the child and all that it started. With bubblewrap, its process namespace ends with its first process."""
         if self.process:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                if self.process.poll() is None and self.walled and self.pid:
+                    os.kill(self.reaper, signal.SIGKILL)
+                    self.process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, 9)
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def _write(self, content: bytes) -> None:
-        try:
-            while content:
-                self._wait(self._request, writing=True)
-                content = content[os.write(self._request, content[:select.PIPE_BUF]):]
-        except BrokenPipeError:
-            raise self._ended() from None
-
     def _receive(self, nonce: bytes) -> bytes:
-        start = time.monotonic()
-        answered, status, length = REPLY.unpack(self._read(REPLY.size))
-        if answered != nonce or length > MAX_REPLY_BYTES:
-            raise self.forged()
-        content = self._read(length)
-        self.waited += time.monotonic() - start
-        if status:
+        status, content = self.channel.reply(nonce)
+        if status != DONE:
             text = "".join(c if c.isprintable() else " " for c in content.decode(errors="replace"))
             raise VerificationError(f"{self.where}: the code failed: {text[:500]}")
         return content
 
-    def _read(self, count: int) -> bytes:
-        content = b""
-        while len(content) < count:
-            self._wait(self._reply)
-            part = os.read(self._reply, count - len(content))
-            if not part:
-                raise self._ended()
-            content += part
-        return content
-
-    def _wait(self, handle: int, writing: bool = False) -> None:
-        """Wait until the pipe is ready. Check the deadline, and once a second the size of the scratch folder."""
-        read, write = ([], [handle]) if writing else ([handle], [])
-        while True:
-            now = time.monotonic()
-            if now > self.deadline:
-                raise VerificationError(f"{self.where}: the code did not answer within --time_limit_s "
-                                        f"{self.time_limit_s:g}")
-            if now - self.looked > 1:
-                self.looked = now
-                self._check_scratch()
-            if any(select.select(read, write, [], min(1.0, max(0.0, self.deadline - now)))):
-                return
-
-    def _check_scratch(self) -> None:
-        """Check what lies in the scratch folder beyond the copy of the submission, which may be of any size.
+    def _watch(self) -> None:
+        """Look at the child's threads ten times a second, and at its folder once a second.
 
         Raises:
-            VerificationError: more bytes or more entries than the code may write.
+            VerificationError: more threads, bytes or files than the code may have.
         """
-        size, entries = folder_size(self.scratch, self.copied[1] + MAX_SCRATCH_ENTRIES)
-        if size - self.copied[0] > MAX_SCRATCH_BYTES:
-            raise VerificationError(f"{self.where}: the code wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder")
-        if entries - self.copied[1] > MAX_SCRATCH_ENTRIES:
-            raise VerificationError(f"{self.where}: the code made more than {MAX_SCRATCH_ENTRIES:,} files in its folder")
+        now = time.monotonic()
+        if not self.pid or now - self.looked < LOOK_S:
+            return
+        self.looked = now
+        if (thread_count(self.pid) or 0) > MAX_THREADS:
+            raise VerificationError(f"{self.where}: the code started more than {MAX_THREADS} threads")
+        if now - self.searched > 1:
+            self.searched = now
+            if excess := self.scratch.excess(self.pid):
+                raise VerificationError(f"{self.where}: the code {excess}")
 
-    def _ended(self) -> VerificationError:
+    def _why_ended(self) -> str:
+        """Return why the child has closed the channel."""
         assert self.process
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(5)
         code = self.process.returncode
+        if code is not None and self.walled and code > 128:
+            code = 128 - code  # as bubblewrap passes a signal on
         why = "channel closed" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = ("; --memory_limit_mb may be too low" if code in (-6, -9, -11) else
                 "; its processor time is limited by --time_limit_s" if code == -24 else "")
-        return VerificationError(f"{self.where}: the code ended its process ({why}) instead of answering{hint}")
-
-
-def folder_size(folder: Path, most: int = 2**62) -> tuple[int, int]:
-    """Return the bytes and the entries below a folder that is being written to. Vanished files count as 0 bytes.
-
-    Args:
-        folder: where to count.
-        most: stop at more entries than this.
-    """
-    total, waiting, entries = 0, [str(folder)], 0
-    while waiting:
-        with contextlib.suppress(OSError), os.scandir(waiting.pop()) as found:
-            for entry in found:
-                entries += 1
-                with contextlib.suppress(OSError):
-                    total += entry.stat(follow_symlinks=False).st_size
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-                if entries > most:
-                    return total, entries
-    return total, entries
+        said = b"" if self.pid else os.pread(self.output, 200, 0).partition(b"\n")[0]
+        if said.startswith(b"bwrap:"):
+            return f"bubblewrap did not start the code ({said.decode(errors='replace')})"
+        return f"the code ended its process ({why}) instead of answering{hint}"

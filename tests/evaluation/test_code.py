@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 import time
 import zipfile
 from collections.abc import Callable
@@ -18,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 
-from compress.evaluation import confine
 from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.sandbox import check_hidden
@@ -26,6 +26,7 @@ from compress.evaluation.submission import read_submission
 from metadata.errors import UserError
 from tests.helpers.marks import slow_but
 from tests.helpers.verdicts import Evaluate, assert_refused
+from tests.helpers.walls import WEAK, warnings_of_the_walls
 
 ALLOW = "--allow_code"
 
@@ -79,7 +80,9 @@ def test_same_answers_as_the_package(folder: Path, honest: dict[str, Any], evalu
     assert details["bytes"]["needed_at_inference"] == named + sum(path.stat().st_size for path in folder.iterdir())
     assert any("lie in buffers" in warning for warning in details["warnings"])  # int8 weights do
     if platform.system() == "Linux":
-        assert all(state.startswith("on") for state in details["sandbox"]["protection"].values())
+        states = details["sandbox"]["protection"]
+        off = [f"sandbox: {what} {state}" for what, state in states.items() if not state.startswith("on")]
+        assert off == warnings_of_the_walls() and set(off) <= set(details["warnings"])
 
 
 @pytest.mark.parametrize("change", [
@@ -157,7 +160,7 @@ def linked(name: str) -> Callable[[Path], Any]:
     return change
 
 
-# What the sandbox answers with a PermissionError.
+# What the sandbox refuses. What is not in bubblewrap's view of the disk is not found.
 FORBIDDEN: dict[str, str] = {
     "forks": "import os; os.fork()",
     "starts a program": "import subprocess; subprocess.run(['true'])",
@@ -223,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fills the disk": (append("import time\nfor i in range(99):\n    with open(f'{i}', 'wb') as f: f.write(bytes(2**23))\n"
                               "time.sleep(30)"), "wrote more than"),
     "a file too large": (append("f = open('x', 'wb')\nfor i in range(99): f.write(bytes(2**24))"), "File too large"),
-    **{name: (append(code), "PermissionError") for name, code in FORBIDDEN.items()},
+    **{name: (append(code), "Error") for name, code in FORBIDDEN.items()},
 }
 # Each forbidden call has a child of its own in the slow suite; test_each_forbidden_call_is_refused tries all in one child.
 # Too few classes are what the hostile opponent answers.
@@ -246,7 +249,7 @@ def test_each_forbidden_call_is_refused(folder: Path, evaluate: Evaluate) -> Non
     append(f"""refused, others = 0, {{}}
 for name, code in {FORBIDDEN!r}.items():
     try: exec(code, {{}})
-    except PermissionError: refused += 1
+    except (PermissionError, FileNotFoundError): refused += 1
     except BaseException as error: others[name] = repr(error)
     else: others[name] = "done"
 raise ValueError(f"{{refused}} calls refused, others: {{others}}")
@@ -320,63 +323,10 @@ def children() -> list[str]:
     return found
 
 
-def test_threads_that_exist_already_are_an_error() -> None:
-    """They would keep their rights."""
-    if platform.system() != "Linux":
-        pytest.skip("Landlock and seccomp are Linux's")
-    import threading
-    ready = threading.Event()
-    thread = threading.Thread(target=ready.wait)
-    thread.start()
-    try:
-        with pytest.raises(RuntimeError, match="threads"):
-            confine.confine([], [])
-    finally:
-        ready.set()
-        thread.join()
-
-
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_filter_allows_and_refuses_what_it_says(machine: str) -> None:
-    """Runs the BPF program in an interpreter of its four kinds of instruction."""
-    import struct
-    program = list(struct.iter_unpack("HBBI", confine.seccomp_program(machine, 1234)))
-    column, architecture = confine.AUDIT_ARCH[machine]
-
-    def verdict(number: int, *arguments: int, arch: int = architecture) -> int:
-        data = struct.pack("=iIQ6Q", number, arch, 0, *(list(arguments) + [0] * 6)[:6])
-        accumulator, at = 0, 0
-        while True:
-            code, yes, no, value = program[at]
-            at += 1
-            if code == 0x06:
-                return value
-            if code == 0x20:
-                accumulator = struct.unpack_from("=I", data, value)[0]
-                continue
-            true = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
-            at += yes if true else no
-
-    refuse = confine.ERRNO | confine.EPERM
-    for name, numbers in confine.REFUSED.items():
-        if numbers[column] is not None:
-            assert verdict(numbers[column]) == refuse, name
-    read = (0, 63)[column]
-    assert verdict(read) == confine.ALLOW and verdict(read, arch=7) == confine.KILL
-    assert verdict(confine.CLONE3[column]) == confine.ERRNO | confine.ENOSYS
-    assert verdict(confine.CLONE[column], 17) == refuse and verdict(confine.CLONE[column], 0x3D0F00) == confine.ALLOW
-    assert verdict(confine.PRLIMIT[column], 0, 9, 0) == confine.ALLOW
-    assert verdict(confine.PRLIMIT[column], 0, 9, 1) == refuse and verdict(confine.PRLIMIT[column], 0, 9, 1 << 40) == refuse
-    assert verdict(confine.TGKILL[column], 1234, 7, 6) == confine.ALLOW
-    assert verdict(confine.TGKILL[column], 1, 1, 9) == refuse
-    assert verdict(confine.PRCTL[column], 15) == confine.ALLOW and verdict(confine.PRCTL[column], 1, 0) == refuse
-    if column == 0:
-        assert verdict(0x40000000 + 39) == refuse
-
-
 def test_data_that_code_could_read_are_refused() -> None:
     with pytest.raises(UserError, match="which the code may read"):
-        check_hidden(Path(sys.prefix))
+        check_hidden(Path(sysconfig.get_path("stdlib")) / "json")
+    check_hidden(Path(sys.prefix))
 
 
 def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission: Path, evaluate: Evaluate,
@@ -391,7 +341,7 @@ def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission
 
 def test_child_that_cannot_start_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch, evaluate: Evaluate) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
-    assert_refused(evaluate(folder, ALLOW), "ended its process")
+    assert_refused(evaluate(folder, ALLOW), "ended its process" if WEAK else "bubblewrap did not start the code")
 
 
 def test_reading_alone_does_not_run_anything(folder: Path) -> None:

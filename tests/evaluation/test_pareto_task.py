@@ -16,6 +16,7 @@ from compress.evaluation.score import TASK_KEYS
 from compress.evaluation.synthetic import prototype_problem
 from compress.packaging.bundle import bundle
 from tests.helpers.marks import slow_but
+from tests.helpers.walls import WEAK_FLAGS
 
 MEANS = """
 import torch
@@ -33,7 +34,7 @@ class Solution:
     def finish(self, head):
         return head
 """
-TASK = ["--task", "imagenet_pareto_2_5m", "--threads", "1"]
+TASK = ["--task", "imagenet_pareto_2_5m", "--threads", "1", *WEAK_FLAGS]
 
 
 class Run:

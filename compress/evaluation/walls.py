@@ -1,0 +1,115 @@
+"""The outer wall around foreign code: bubblewrap's own namespaces, and a view of the disk that holds only what is needed.
+
+Inside, the process is alone: no network, no other processes, no files but those of `distributions.reach()` for reading, and
+one folder in memory, of limited size, for writing. What the process does to itself there (confine.py) is the second wall.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from compress.evaluation.distributions import DEVICES, Reach
+from metadata.errors import UserError
+
+SCRATCH = "/scratch"  # the writable folder, as the process inside sees it
+PACKAGES = "Debian, Ubuntu, Fedora, Arch and openSUSE call the package bubblewrap"
+WEAK = "or give --weak_sandbox: then Landlock and seccomp are the only walls"
+APART = ("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+         "--die-with-parent", "--new-session", "--cap-drop", "ALL")
+
+
+@functools.cache
+def bubblewrap_fault() -> str:
+    """Return why bubblewrap cannot be the wall here, or an empty text. It is tried once with what a sandbox needs."""
+    program = shutil.which("bwrap")
+    if program is None:
+        return "bubblewrap is not installed"
+    trial = [program, *APART, "--ro-bind", "/", "/", "--proc", "/proc", "--size", "4096", "--tmpfs", "/tmp", "true"]
+    try:
+        done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program} does not start: {error}"
+    said = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
+    hint = "; version 0.7 or newer is needed" if "--size" in said else ""
+    return f"{program} does not work here: {said}{hint}" if done.returncode else ""
+
+
+def check_walls(weak: bool, where: str) -> bool:
+    """Return whether bubblewrap is to be used.
+
+    Args:
+        weak: the user does without it where it is missing.
+        where: for messages.
+
+    Raises:
+        UserError: bubblewrap cannot be used, and the user has not said that the sandbox may be weak.
+    """
+    fault = bubblewrap_fault()
+    if fault and not weak:
+        raise UserError(f"{where}: foreign code runs in bubblewrap, and {fault}. Install it ({PACKAGES}), {WEAK}")
+    return not fault
+
+
+def wall_arguments(reach: Reach, files: Iterable[Path], scratch_bytes: int) -> list[str]:
+    """Return bubblewrap's arguments that build the view of the disk.
+
+    Args:
+        reach: what may be read.
+        files: more files that may be read, such as the program inside.
+        scratch_bytes: the size of the writable folder.
+    """
+    inner = [hole for hole in reach.holes if any(hole.startswith(tree + "/") for tree in reach.trees)]
+    mounts = [(path, ["--ro-bind", path, path]) for path in (*reach.trees, *map(str, files))]
+    mounts += [(path, ["--size", "4096", "--tmpfs", path]) for path in inner]
+    mounts += [(path, ["--dir", path]) for path in {*reach.holes, *reach.search} - {*inner}]
+    arguments = [*APART]
+    for _, words in sorted(mounts):  # what lies above comes first
+        arguments += words
+    for link, target in reach.links:
+        arguments += ["--symlink", target, link]
+    for device in DEVICES:
+        arguments += ["--dev-bind-try", device, device]
+    arguments += ["--proc", "/proc", "--size", str(scratch_bytes), "--tmpfs", SCRATCH, "--chdir", SCRATCH]
+    for path in (*inner, "/"):
+        arguments += ["--remount-ro", path]
+    return arguments
+
+
+def packed_arguments(arguments: Iterable[str]) -> int:
+    """Return a file in memory from which bubblewrap reads arguments (`--args FD`); there may be hundreds."""
+    handle = os.memfd_create("arguments", 0)
+    os.write(handle, b"".join(argument.encode() + b"\0" for argument in arguments))
+    os.lseek(handle, 0, os.SEEK_SET)
+    return handle
+
+
+def inner_process(told: bytes) -> tuple[int, int] | None:
+    """Return two process ids, as seen from outside: bubblewrap's own inside, and its program's. None when they have ended.
+
+    Args:
+        told: what bubblewrap wrote to its `--info-fd`: its own process inside, which is the parent of the program.
+    """
+    try:
+        reaper = int(json.loads(told)["child-pid"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, IndexError):
+            return reaper, int(Path(f"/proc/{reaper}/task/{reaper}/children").read_text().split()[0])
+        for status in Path("/proc").glob("[0-9]*/stat"):  # a kernel without lists of children
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                if int(status.read_text().rpartition(")")[2].split()[1]) == reaper:
+                    return reaper, int(status.parent.name)
+        if not os.path.exists(f"/proc/{reaper}"):
+            return None
+        time.sleep(0.001)
+    return None
