@@ -9,18 +9,40 @@ in torchvision, then in timm.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import math
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import architectures.families
 from metadata.closest import closest, spelled
 from metadata.errors import UserError, first_line
+
+DRAWN = (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_)
+QUICK_FORWARD = 2**34  # weights times pixels: about a second for the slowest network of that size
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Initialization that leaves tensors without values as they are: torch would import its compiler to draw nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DRAWN and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[None]:
+    """Build modules on the meta device: nothing is allocated, drawn or computed."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 def families() -> dict[str, Callable[..., nn.Module]]:
@@ -59,10 +81,12 @@ def fitted_options(name: str, options: dict[str, Any], input_shape: Sequence[int
 
 def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int], num_classes: int,
                   advice: str = "") -> None:
-    """Run a module on the meta device on two images, in train and in eval mode.
+    """Run a module on two images, in train and in eval mode.
+
+    A small network runs on zeros first. The meta device computes nothing, but takes seconds to import torch's compiler.
 
     Args:
-        module: on the meta device.
+        module: on the meta device, where it stays.
         name: what the message calls the module.
         input_shape: (C, H, W).
         num_classes: width of the logits.
@@ -71,6 +95,9 @@ def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int
     Raises:
         UserError: the module does not take the images, or its output is not (N, num_classes).
     """
+    if (sum(tensor.numel() for tensor in module.parameters()) * math.prod(input_shape[1:]) <= QUICK_FORWARD
+            and _answers_zeros(module, input_shape, num_classes)):
+        return
     for training in (True, False):
         try:
             output = module.train(training)(torch.empty(2, *input_shape, device="meta"))
@@ -81,6 +108,19 @@ def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int
             raise UserError(f"{name}: expected logits (N, {num_classes}), got "
                             f"{list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__} in "
                             f"{'train' if training else 'eval'} mode{advice}")
+
+
+def _answers_zeros(module: nn.Module, input_shape: tuple[int, int, int], num_classes: int) -> bool:
+    """Tell whether a module whose weights are all zero gives logits for two images of zeros, in train and in eval mode."""
+    values = {name: torch.zeros(tensor.shape, dtype=tensor.dtype)
+              for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    images = torch.zeros(2, *input_shape)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            answers = [torch.func.functional_call(module.train(training), values, (images,)) for training in (True, False)]
+    except Exception:  # the run on the meta device says what is wrong; a tensor outside the state dict has no values here
+        return False
+    return all(isinstance(answer, torch.Tensor) and answer.shape == (2, num_classes) for answer in answers)
 
 
 def make(name: str, *, num_classes: int, pretrained: bool = False, **options: Any) -> nn.Module:

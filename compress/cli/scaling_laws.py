@@ -123,9 +123,7 @@ def _positive(flag: str, value: float | None) -> float | None:
 
 def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | None) -> int:
     """Return the parameters of the study's CNN. Its first layer depends on whether the images are grey."""
-    import torch
-
-    from architectures.zoo import make
+    from architectures.zoo import make, without_values
     from compress.training.assessment import learned_parameters
     from metadata.errors import UserError
     from metadata.records import dataset_cards
@@ -133,6 +131,6 @@ def _parameters_of(width: int, depth: int, classes: int | None, dataset: str | N
     if classes is None:
         raise UserError("--width: the number of classes decides the parameters of the last layer; give it with --classes")
     grey = dataset_cards().get(dataset or "", {}).get("preprocessing", {}).get("mode") == "L"
-    with torch.device("meta"):  # nothing is allocated
+    with without_values():  # nothing is allocated
         return learned_parameters(make("scaling_cnn", num_classes=classes, width=width, depth=depth,
                                        in_channels=1 if grey else 3))

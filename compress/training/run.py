@@ -18,7 +18,7 @@ from torch import nn
 from architectures.counting import count_macs
 from architectures.describe import describe
 from architectures.pretrained import pretrained_warning
-from architectures.zoo import check_forward, families, fitted_options, make, own_name
+from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
 from compress.training.assessment import assess, learned_parameters
 from compress.training.checkpoints import best_file
 from compress.training.data import check_sizes, seeded, training_data
@@ -205,7 +205,7 @@ def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
         return options
     if config.stem == "auto":
         try:  # only ResNets have a small stem
-            with torch.device("meta"):
+            with without_values():
                 make(name, num_classes=2, **options, stem="small")
         except UserError:
             return options
@@ -213,7 +213,7 @@ def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
 
 
 def _check(config: TrainingRun, options: dict[str, Any], card: DatasetCard) -> None:
-    with torch.device("meta"):
+    with without_values():
         module = make(own_name(config.model_name), num_classes=card.num_classes, **options)
     check_forward(module, f"model_name {config.model_name}", card.input_shape, card.num_classes)
     check_sizes(config, card.input_shape)

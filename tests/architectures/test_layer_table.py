@@ -310,8 +310,8 @@ def shape_or_none(compute: Callable[[list[Shape]], Shape], shapes: tuple[Shape, 
         return None
 
 
-def test_an_architecture_is_checked_without_torchs_compiler() -> None:
-    """Its import takes as long as that of torch itself, in each process that opens a submission."""
+def test_an_architecture_and_a_small_network_are_checked_without_torchs_compiler() -> None:
+    """Its import takes as long as that of torch itself, in each process that opens a submission or makes a plan."""
     names = sorted(path.name for path in (PROJECT / "architectures" / "json").iterdir())
     script = """import sys
 from pathlib import Path
@@ -322,6 +322,11 @@ for name in sys.argv[1:]:
     architecture = read_json(Path("architectures/json") / name, Architecture)
     assert check_shapes(architecture)[architecture.layers[-1].name] == architecture.output_shape
     build(architecture)
+from architectures.zoo import check_forward, make, without_values
+with without_values():
+    network = make("slim_resnet18", num_classes=10, width=8, stem="small")
+check_forward(network, "it", (3, 8, 8), 10)
+assert all(tensor.is_meta for tensor in network.state_dict().values())
 print({"torch", "torch._dynamo", "sympy"} & sys.modules.keys())"""
     done = subprocess.run([sys.executable, "-c", script, *names], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'torch'}"

@@ -113,8 +113,9 @@ def test_two_processes_end_where_one_does_at_the_same_batch(compress: Compress, 
     # What torch.distributed.run tells its processes; the test of a failing team runs the launcher itself.
     places = [{**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in ("0", "1")]
-    team = [subprocess.Popen([sys.executable, "-m", "compress", *arguments, "--log_dir", str(tmp_path / "two")], cwd=PROJECT,
-                             env=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for place in places]
+    command = [sys.executable, "-m", "compress", *arguments, "--log_dir", str(tmp_path / "two")]
+    team = [subprocess.Popen(command, cwd=PROJECT, env=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for place in places]
     said = [process.communicate(timeout=300)[0] for process in team]
     assert [process.returncode for process in team] == [0, 0], said
     assert [text.count("2 processes") for text in said] == [1, 0]  # one of them speaks

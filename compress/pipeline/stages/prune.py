@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx, nn
 
-from architectures.counting import count_macs, count_parameters
+from architectures.counting import architecture_macs, count_macs, count_parameters
 from architectures.describe import carry_over, describe
 from compress.pipeline.stage import CompressingStage, Context, Sketch, TorchModel
 from compress.pruning.groups import widths
@@ -53,7 +53,8 @@ class Prune(CompressingStage):
 
         loss = accumulate_gradients(lambda model: [model(torch.randn(2, *shape)).square().sum()])
         sketch.model = self._pruned_in_steps(before, shape, sketch.seed, loss, untrained)
-        counts = [(count_parameters(model), count_macs(model, shape)) for model in (before, sketch.model)]
+        counts = [(count_parameters(model), architecture_macs(describe(model, shape)))
+                  for model in (before, sketch.model)]
         between = f" in {self.steps} steps with {len(trainings)} trainings" if self.steps > 1 else ""
         sketch.lines.append(f"ratio {self.ratio} by {self.criterion}, {self.scope}{between}: about {counts[0][0]:,} -> "
                             f"{counts[1][0]:,} parameters, {counts[0][1]:,} -> {counts[1][1]:,} MACs")

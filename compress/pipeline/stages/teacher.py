@@ -13,7 +13,7 @@ from torch import nn
 from architectures.checkpoints import Checkpoint, class_permutation, open_checkpoint
 from architectures.heads import reorder_classes
 from architectures.pretrained import pretrained_input, pretrained_warning
-from architectures.zoo import check_forward, family_modules, fitted_options, make
+from architectures.zoo import check_forward, family_modules, fitted_options, make, without_values
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -47,7 +47,7 @@ class Teacher(Stage):
         if not (self.checkpoint or self.pretrained or self.train.epochs):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
         sketch.check_training("teacher", self.train)
-        with torch.device("meta"):
+        with without_values():
             module = make(self.model, num_classes=sketch.card.num_classes, **self._fitted(sketch.card))
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
                       "; for auxiliary heads try teacher.options.aux_logits=false")

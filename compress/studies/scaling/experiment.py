@@ -17,7 +17,7 @@ from rich.console import Console
 
 from architectures.counting import count_macs
 from architectures.families.scaling_cnn import ScalingCNN
-from architectures.zoo import make
+from architectures.zoo import make, without_values
 from compress.studies.scaling import images as study_images
 from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import Point, make_point
@@ -228,6 +228,6 @@ def measuring_flops(point: Point, images: StudyImages) -> int:
 @cache
 def _network_facts(width: int, depth: int, shape: tuple[int, int, int], classes: int) -> tuple[int, int, int]:
     """Return parameters, multiply-adds of the forward pass of one image, and those of the first convolution."""
-    with torch.device("meta"):  # allocates no memory and computes nothing
+    with without_values():  # allocates no memory and computes nothing
         model = make("scaling_cnn", num_classes=classes, width=width, depth=depth, in_channels=shape[0]).eval()
     return learned_parameters(model), count_macs(model, shape), count_macs(model.get_submodule("stage1.0.conv"), shape)
