@@ -25,7 +25,7 @@ from metadata.errors import UserError, VerificationError
 REQUEST_HEADER, REPLY_HEADER = struct.Struct("<16sIIII"), struct.Struct("<16sBQ")
 # The status of a reply: an answer, or a VerificationError, a UserError, any other error.
 DONE, REFUSED, MISTAKE, BROKEN = range(4)
-MAX_REPLY_BYTES = 2**24
+MAX_REPLY_BYTES = 2**24  # of foreign code
 TICK_S = 0.1  # between two looks at a child that is waited for
 
 
@@ -70,6 +70,7 @@ class Channel:
         clock: bounds every wait; may be replaced between two requests.
         capacity: bytes of shared memory.
         content: bytes that lie in the shared memory from the start.
+        most: bytes of one reply.
 
     Attributes:
         child_ends: the descriptors that the child gets: requests, replies, shared memory; `start` closes the first two.
@@ -77,8 +78,8 @@ class Channel:
         ended: called when the child has closed the channel; returns why.
     """
 
-    def __init__(self, where: str, clock: Clock, capacity: int, content: bytes = b"") -> None:
-        self.where, self.clock = where, clock
+    def __init__(self, where: str, clock: Clock, capacity: int, content: bytes = b"", most: int = MAX_REPLY_BYTES) -> None:
+        self.where, self.clock, self.most = where, clock, most
         self.watch: Callable[[], None] = lambda: None
         self.ended: Callable[[], str] = lambda: "the process ended"
         self._stack = contextlib.ExitStack()
@@ -143,7 +144,7 @@ class Channel:
     def reply(self, nonce: bytes) -> tuple[int, bytes]:
         """Return the status and the content of the reply to a request. Raise as `receive` does for what is no reply."""
         answered, status, length = REPLY_HEADER.unpack(self._read(REPLY_HEADER.size))
-        if answered != nonce or length > MAX_REPLY_BYTES or status > BROKEN:
+        if answered != nonce or length > self.most or status > BROKEN:
             raise self.forged()
         return status, self._read(length)
 

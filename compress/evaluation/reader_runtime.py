@@ -20,6 +20,7 @@ from metadata.errors import VerificationError
 
 LOGITS_HEADER = struct.Struct("<dIIII")  # milliseconds, and the shape of the logits
 SHARED_BYTES = 2**28
+MOST_FACTS_BYTES = 2**27  # 10,000 files with long names, 100,000 classes
 BUSY_MS = (0.0, 0.2, 1.0, 3.0)  # a process that waits for longer wakes up more slowly
 MOST_BUSY_MS = max(BUSY_MS)
 PINGS = 10  # for each of these times
@@ -47,7 +48,8 @@ class SubmissionReader:
     def __init__(self, folder: Path, settings: EvaluationSettings, clock: Clock) -> None:
         check_platform(str(folder))
         self.folder, self.clock = folder, clock
-        self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else 2**31)
+        self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else 2**31,
+                               most=MOST_FACTS_BYTES)
         self.nursery = nursery()
         self.process = self.nursery.fork(self.channel)
         self.channel.ended, self.channel.watch = self._why, self._watch
@@ -108,8 +110,8 @@ class ReaderRuntime(Runtime):
 
     The reader runs none of the submission's code, but a file could take it over through a fault of a library. So the
     evaluator's own clock decides: a call takes at least what that clock says, less what the way there and back took before
-    the submission was opened (three times the median, because that time varies). Within these limits the reader says what the
-    call took, without the way there and back.
+    the submission was opened (three times the median, because that time varies). Within these limits the reader says what
+    the call took, without the way there and back.
     """
 
     def __init__(self, reader: SubmissionReader, backend: str) -> None:
