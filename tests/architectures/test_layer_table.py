@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -24,8 +25,11 @@ from architectures.layers.norms import GroupNorm
 from architectures.layers.table import LAYER_TABLE, registered, row_of_module
 from architectures.layers.weighted import Convolution
 from architectures.source import source
-from compress.evaluation.evaluate import evaluate_submission
-from compress.evaluation.runtimes import EvaluationSettings
+from compress.evaluation.channel import Clock
+from compress.evaluation.pictures import decode_pictures, list_test_data
+from compress.evaluation.runtimes import EvaluationSettings, open_here
+from compress.evaluation.serve import serve
+from compress.evaluation.submission import read_submission
 from compress.packaging.export import export
 from compress.packaging.package import TorchPackage
 from compress.pruning.prune import prune
@@ -155,7 +159,7 @@ def test_a_new_type_is_exported_equalised_and_quantized(described: tuple[fx.Grap
     assert torch.allclose(answers(quantized.model.SerializeToString()), expected, atol=0.1 * float(expected.abs().max()))
 
 
-def test_a_new_type_is_packaged_and_scored(described: tuple[fx.GraphModule, Architecture], tmp_path: Path) -> None:
+def test_a_new_type_is_packaged_and_served(described: tuple[fx.GraphModule, Architecture], tmp_path: Path) -> None:
     graph, architecture = described
     card = DatasetCard(name="drawn", class_names=[f"class_{label:03d}" for label in range(4)], input_shape=SHAPE,
                        preprocessing=Preprocessing(resize=16, crop=16, mean=[0.5] * 3, std=[0.5] * 3))
@@ -164,8 +168,12 @@ def test_a_new_type_is_packaged_and_scored(described: tuple[fx.GraphModule, Arch
     folder = tmp_path / "submission"
     TorchPackage(architecture=architecture, card=card, name="new", measured=measured, model=graph).write(folder)
     data = draw_folder(tmp_path / "data", classes=4, images=2, size=16, splits=("test",))
-    result = evaluate_submission(folder, data / "test", 1.0, 10.0, 80.0, EvaluationSettings(runs=5, warmup=1))
-    assert result["total_score"] > 0 and result["details"]["parameters"]["all"] == count_parameters(graph)
+    # In this process: the evaluator's readers know the types of the table's files, and this one is of a test.
+    files, listed = read_submission(folder), list_test_data(data / "test")
+    runtime = open_here(files, "torch", 1)
+    pictures = decode_pictures(listed.paths, files.preprocessing, files.input_shape, True, Clock(60))
+    answered = serve([runtime], [pictures], [4], EvaluationSettings(runs=5, warmup=1), [Clock(60)])[0]
+    assert np.isfinite(answered.logits).all() and runtime.parameters["all"] == count_parameters(graph)
     torch.save({"images": images(), "logits": graph(images()).detach()}, tmp_path / "expected.pth")
     script = """import sys, torch
 sys.path.insert(0, sys.argv[1])
