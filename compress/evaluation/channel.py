@@ -95,6 +95,9 @@ class Channel:
             stack.callback(os.close, self._request)
             self._reply, reply = os.pipe()
             stack.callback(os.close, self._reply)
+            self._writable, self._readable = select.poll(), select.poll()  # unlike select, for any descriptor
+            self._writable.register(self._request, select.POLLOUT)
+            self._readable.register(self._reply, select.POLLIN)
             self.child_ends = request, reply, memory
             self._stack = stack.pop_all()
 
@@ -122,7 +125,7 @@ class Channel:
         view = memoryview(content)
         try:
             while view:
-                self._wait(self._request, writing=True)
+                self._wait(self._writable)
                 view = view[os.write(self._request, view[:select.PIPE_BUF]):]
         except BrokenPipeError:
             raise self._ended() from None
@@ -182,7 +185,7 @@ class Channel:
     def _read(self, count: int) -> bytes:
         parts, missing = [], count
         while missing:
-            self._wait(self._reply)
+            self._wait(self._readable)
             part = os.read(self._reply, missing)
             if not part:
                 raise self._ended()
@@ -190,14 +193,13 @@ class Channel:
             missing -= len(part)
         return b"".join(parts)
 
-    def _wait(self, handle: int, writing: bool = False) -> None:
-        """Wait until the pipe is ready. Look at the child at every tick."""
-        read, write = ([], [handle]) if writing else ([handle], [])
-        if any(select.select(read, write, [], 0)):
+    def _wait(self, pipe: select.poll) -> None:
+        """Wait until the pipe is ready, or closed at its other end. Look at the child at every tick."""
+        if pipe.poll(0):
             return
         while True:
             with self.clock.running():
-                ready = any(select.select(read, write, [], min(TICK_S, max(0.0, self.clock.left))))
+                ready = pipe.poll(1000 * min(TICK_S, max(0.0, self.clock.left)))
             if ready:
                 return
             if self.clock.left <= 0:
