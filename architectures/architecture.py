@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, SerializeAsAny, ValidationError, model_validator
 
 from architectures.layers.base import Layer
 from architectures.layers.table import LAYER_TABLE
 from metadata.closest import closest
-from metadata.schemas import Fraction, Identifier, Size, Strict
+from metadata.schemas import MAX_LAYERS, Fraction, Identifier, Size, Strict, Texts
 
 
 def _check_types(layers: Any) -> Any:
@@ -47,9 +47,10 @@ class Architecture(Strict):
     input_shape: tuple[Size, Size, Size]
     output_shape: tuple[Size]
     pruning_rate: Fraction = 0.0
-    compression_steps: list[str] = []
+    compression_steps: Texts = []
     training_details: dict[str, Any] = {}
-    layers: Annotated[list[AnyLayer], BeforeValidator(_check_types)] = Field(min_length=1, max_length=10_000)
+    layers: Annotated[list[AnyLayer], FailFast(), BeforeValidator(_check_types)] = Field(
+        min_length=1, max_length=MAX_LAYERS)
 
     @model_validator(mode="after")
     def _is_a_graph(self) -> Architecture:

@@ -68,7 +68,7 @@ def check_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         try:
             count += layer.parameters()
             output = layer.output_shape([with_batch[name] for name in layer.inputs])
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise VerificationError(f"layer {layer.name} does not fit its inputs: {first_line(error)}") from error
         if len(output) < 2 or output[0] != 2:
             raise VerificationError(f"layer {layer.name}: it mixes the images of a batch")

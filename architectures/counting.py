@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from architectures.architecture import Architecture
 from architectures.build import check_shapes
+from metadata.errors import VerificationError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+# What one image may take. RegNet-Y-128GF on 384 pixels takes 4e11 multiply-adds and 1.6e9 other steps, 4e7 in one layer; a
+# ResNet-152 takes 1e10 and 2e8. A larger count is an attack or a mistake.
+MAX_MACS = 10**12
+MAX_WORK = 10**10
+MAX_LAYER_WORK = 10**9
+
+
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs: the numbers that it stores, and its multiply-adds for one image."""
+    """What one layer costs: the numbers that it stores, its multiply-adds for one image, and its other steps (`work`)."""
 
     parameters: int
     macs: int
+    work: int
 
 
 def layer_costs(architecture: Architecture) -> dict[str, LayerCost]:
@@ -27,8 +36,10 @@ def layer_costs(architecture: Architecture) -> dict[str, LayerCost]:
     Raises:
         VerificationError: see `check_shapes`.
     """
-    shapes = check_shapes(architecture)
-    return {layer.name: LayerCost(layer.parameters(), layer.macs(shapes[layer.name])) for layer in architecture.layers}
+    shapes = {"input": architecture.input_shape, **check_shapes(architecture)}
+    return {layer.name: LayerCost(layer.parameters(), layer.macs(shapes[layer.name]),
+                                  layer.work([shapes[name] for name in layer.inputs], shapes[layer.name]))
+            for layer in architecture.layers}
 
 
 def architecture_macs(architecture: Architecture) -> int:
@@ -38,6 +49,25 @@ def architecture_macs(architecture: Architecture) -> int:
         VerificationError: see `check_shapes`.
     """
     return sum(cost.macs for cost in layer_costs(architecture).values())
+
+
+def check_costs(where: str, macs: int, work: Mapping[str, int]) -> None:
+    """Check that one image is answered in a time that people wait for.
+
+    Args:
+        where: the file, for the message.
+        macs: multiply-adds.
+        work: other steps by layer.
+
+    Raises:
+        VerificationError: over `MAX_MACS`, `MAX_WORK` or, in one layer, `MAX_LAYER_WORK`.
+    """
+    if macs > MAX_MACS:
+        raise VerificationError(f"{where}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
+    name = max(work, key=work.__getitem__, default="")
+    if name and (work[name] > MAX_LAYER_WORK or sum(work.values()) > MAX_WORK):
+        raise VerificationError(f"{where}: layer {name!r} takes {work[name]:,} steps an image beside multiply-adds, all "
+                                f"together {sum(work.values()):,}, over the limits of {MAX_LAYER_WORK:,} and {MAX_WORK:,}")
 
 
 def count_parameters(model: nn.Module) -> int:

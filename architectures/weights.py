@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from architectures.architecture import Architecture
 from architectures.build import build
-from architectures.counting import architecture_macs
+from architectures.counting import check_costs, layer_costs
 from metadata.errors import VerificationError, first_line
 from metadata.files import check_download, check_is_file
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # What Python's zipfile raises for an archive that is damaged, encrypted, or compressed in an unknown way.
 UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError,
                       LookupError)
-
-MAX_MACS = 10**12  # of one image: a hundred times a ResNet-152; a larger count is an attack or a mistake
 
 
 def check_archive(path: Path) -> None:
@@ -163,16 +161,16 @@ def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModul
     """Return the verified model of an architecture and a weights file. Sizes are checked before the file is read.
 
     Raises:
-        VerificationError: the weights do not fit the architecture, or one image takes more than `MAX_MACS`.
+        VerificationError: the weights do not fit the architecture, or one image takes too long (`check_costs`).
     """
     import torch
-    macs = architecture_macs(architecture)
+    costs = layer_costs(architecture)
+    check_costs(str(weights), sum(cost.macs for cost in costs.values()),
+                {name: cost.work for name, cost in costs.items()})
     with torch.device("meta"):
         empty = build(architecture).eval()
         if not empty.state_dict():
             raise VerificationError(f"{weights}: the architecture has no layer with weights")
-    if macs > MAX_MACS:
-        raise VerificationError(f"{weights}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in empty.state_dict().values())
     if weights.is_file() and weights.stat().st_size > 2 * needed + 2**20:
         raise VerificationError(f"{weights}: the file has {weights.stat().st_size:,} bytes, its tensors need {needed:,}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from pydantic import BaseModel, ValidationError
 from metadata.errors import VerificationError, describe_validation_error, first_line
 
 MAX_JSON_BYTES = 2**24
+MAX_JSON_VALUES = 500_000  # of a document, its keys included; an architecture of 10,000 layers has 250,000
+MAX_JSON_ENTRIES = 100_000  # of one list or object
+MAX_JSON_DEPTH = 64  # lists and objects inside one another
+# A text in quotation marks, or what an open one takes to the end: nothing is looked at twice, however the text goes on.
+JSON_TEXT = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 MAX_NAME_BYTES = 255  # of a file or folder, on every usual file system
 
 
@@ -86,20 +92,47 @@ def read_json(path: Path, schema: type[BaseModel]) -> Any:
     """Read a JSON file into a schema.
 
     Raises:
-        VerificationError: the file is missing, not JSON, or not of the schema; the message names the file and the key.
+        VerificationError: the file is missing, not JSON, too large, or not of the schema; the message names the file and
+            the key.
     """
     try:
         if not path.is_file():
             raise VerificationError(f"{path}: " + ("not a plain file" if path.exists() else "there is no such file"))
         if path.stat().st_size > MAX_JSON_BYTES:
             raise VerificationError(f"{path}: {path.stat().st_size:,} bytes are over JSON's limit of {MAX_JSON_BYTES:,}")
-        return schema.model_validate(json.loads(path.read_bytes()))
+        data = path.read_bytes()
+        return schema.model_validate(parse_json(data.decode(json.detect_encoding(data), "surrogatepass")))
     except OSError as error:
         raise VerificationError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise VerificationError(f"{path}: {describe_validation_error(error)}") from error
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path}: not valid JSON: {first_line(error)}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return what a JSON document holds: values that are bounded in number and depth, before a schema looks at them.
+
+    Raises:
+        ValueError, RecursionError: not JSON, or over one of the limits. Most documents over a limit are never parsed.
+    """
+    if _values(text) > MAX_JSON_VALUES and _values(JSON_TEXT.sub("", text)) > MAX_JSON_VALUES:
+        raise ValueError(f"it holds over {MAX_JSON_VALUES:,} values")
+    content = json.loads(text)
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [value for value in level if isinstance(value, list | dict)]
+        if any(len(value) > MAX_JSON_ENTRIES for value in level):
+            raise ValueError(f"a list or an object in it has over {MAX_JSON_ENTRIES:,} entries")
+        level = [inner for value in level for inner in (value if isinstance(value, list) else value.values())]
+        if not level:
+            return content
+    raise ValueError(f"lists and objects in it lie over {MAX_JSON_DEPTH} levels deep")
+
+
+def _values(text: str) -> int:
+    """Return how many of the characters before a value or a key a text holds, and one for the document itself."""
+    return 1 + sum(map(text.count, ",[{:"))
 
 
 def inside(folder: Path, name: str) -> Path:

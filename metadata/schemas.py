@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 
 ARCHITECTURE_FILE = "trained_pruned_architecture.json"
@@ -25,6 +25,12 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, Field(ge=0, le=2**16)]],
                     BeforeValidator(_pair)]
+# A dimension of a tensor, counted from the start or from the end.
+Dimension = Annotated[int, Field(ge=-8, le=7)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+MAX_LAYERS = 10_000
+# A list of texts, such as class names: the first wrong entry ends the check of what may be a list of a hundred thousand.
+Texts = Annotated[list[str], FailFast()]
 # A path inside the submission. Opening the file checks that no ".." or link leaves the folder.
 FileName = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_./ -]*\z", max_length=200)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -48,8 +54,8 @@ class Preprocessing(Strict):
     interpolation: Interpolation = Field("bilinear", description="of the resize, with antialiasing, as Pillow computes it")
     exif_orientation: bool = Field(True, description="turn a picture as the orientation in its EXIF data says")
     crop: Size | None = Field(224, description="pixels of the central square; null: unchanged")
-    mean: list[float] = Field([0.485, 0.456, 0.406], description="per channel, after scaling to [0, 1]")
-    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], description="per channel")
+    mean: list[float] = Field([0.485, 0.456, 0.406], max_length=3, description="per channel, after scaling to [0, 1]")
+    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], max_length=3, description="per channel")
 
     @model_validator(mode="after")
     def _channels(self) -> Preprocessing:
@@ -79,7 +85,7 @@ class PruningInfo(Strict):
     """The channels that structured pruning removed. `remaining_channels` must equal the weights' first dimension."""
 
     type: Literal["structured"] = "structured"
-    num_channels_pruned: Annotated[int, Field(ge=0)]
+    num_channels_pruned: Count
     remaining_channels: Size
 
 
@@ -87,14 +93,14 @@ class FileRecord(Strict):
     """A file of the submission."""
 
     sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Count
 
 
 class Quantization(Strict):
     """The scheme, and for every layer whether it is int8, or why it stayed float."""
 
     scheme: Literal["none", "dynamic_int8", "static_int8"]
-    layers: dict[str, str] = {}
+    layers: Annotated[dict[str, str], Field(max_length=MAX_LAYERS)] = {}
 
 
 class ModelMetadata(BaseModel):
@@ -110,15 +116,15 @@ class ModelMetadata(BaseModel):
     model_format: Literal["pytorch", "onnx"]
     architecture: str
     num_classes: Size
-    class_names: list[str]
+    class_names: Texts
     architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for ONNX, whose graph is its own")
     weights_file: FileName
     input_shape: tuple[Size, Size, Size]
     preprocessing: StatedPreprocessing
     quantization: Quantization
-    parameters: int
-    macs: int
-    files: dict[FileName, FileRecord]
+    parameters: Count
+    macs: Count
+    files: Annotated[dict[FileName, FileRecord], Field(max_length=10_000)]
     accuracy: dict[str, Any] = {}
     latency: dict[str, Any] = {}
     runtime: Literal["onnxruntime", "openvino"] | None = None

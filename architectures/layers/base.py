@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TYPE_CHECKING, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from architectures.int8 import int8_layers
 from metadata.errors import UserError
-from metadata.schemas import LayerName, PruningInfo, Strict
+from metadata.schemas import LayerName, PruningInfo, Strict, Texts
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
@@ -109,7 +110,7 @@ class Layer(Strict):
 
     name: LayerName
     type: str
-    inputs: list[str]
+    inputs: Annotated[Texts, Field(max_length=1000)]
     pruning_info: PruningInfo | None = None
 
     @model_validator(mode="after")
@@ -193,6 +194,17 @@ class Layer(Strict):
     def macs(self, output_shape: tuple[int, ...]) -> int:
         """Return the multiply-adds for one image whose output has this shape, as torch's flop counter counts them."""
         return 0
+
+    def work(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
+        """Return how many steps one image takes beside the multiply-adds: about the numbers read and written.
+
+        The default fits layers that look at each number of their inputs once.
+
+        Args:
+            inputs: the shapes of the inputs for one image.
+            output_shape: the output's for one image.
+        """
+        return sum(map(math.prod, inputs)) + math.prod(output_shape)
 
     # ------------------------------------------------------------------------------------ where it is in a traced graph
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +50,11 @@ class Pool(Layer):
             raise ValueError(f"padding {list(self.padding)} is more than half of the window {list(self.kernel_size)}")
         return *around, *(windows(*axis, self.ceil_mode) for axis in zip(
             (height, width), self.kernel_size, self.stride, self.padding, self.spread, strict=True))
+
+    def work(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
+        """Return the numbers in all windows. Padding is not looked at."""
+        window = math.prod(map(min, self.kernel_size, inputs[0][-2:]))
+        return super().work(inputs, output_shape) + math.prod(output_shape) * window
 
     def end_padding(self, shape: tuple[int, ...]) -> list[int]:
         """Return by axis how far the last windows reach beyond the image (C, H, W): the padding, or more by ceil_mode.
@@ -145,6 +152,11 @@ class AdaptivePool(Layer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return *images(inputs[0])[:-2], *self.output_size
+
+    def work(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
+        """Return the numbers in all windows: along an axis they cover all inputs, and share up to two an output."""
+        along = (have + 2 * want for have, want in zip(inputs[0][-2:], self.output_size, strict=True))
+        return super().work(inputs, output_shape) + math.prod(output_shape[:-2]) * math.prod(along)
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         size, wanted = shape[1:], self.output_size

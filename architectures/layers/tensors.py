@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
+from typing import Annotated, Any, TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from architectures.layers.base import (
     FunctionLayer, Layer, OnnxWriter, Operator, Shape, Unchanging, outside, place_of, register, resolved, traced_argument,
     traced_tensors)
 from metadata.errors import UserError
-from metadata.schemas import Fraction
+from metadata.schemas import Dimension, Fraction
 
 if TYPE_CHECKING:
     from torch import fx
@@ -49,8 +50,8 @@ class Flatten(Layer):
     operators = {"Flatten": Operator("sums"), "Reshape": Operator("all")}
     keeps_sign = keeps_grid = True
 
-    start_dim: int = 1
-    end_dim: int = -1
+    start_dim: Dimension = 1
+    end_dim: Dimension = -1
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -89,7 +90,7 @@ class Mean(FunctionLayer):
                  "Flatten": Operator("sums")}
     keeps_sign = True
 
-    dim: list[int]
+    dim: Annotated[list[Dimension], Field(max_length=8)]
     keepdim: bool = False
 
     @classmethod
@@ -174,7 +175,7 @@ class Concat(FunctionLayer):
     operators = {"Concat": Operator("all")}
     keeps_sign = owns_output = True
 
-    dim: int = 1
+    dim: Dimension = 1
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:

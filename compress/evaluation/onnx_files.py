@@ -12,7 +12,8 @@ import numpy as np
 
 from architectures.build import MAX_ACTIVATION_ELEMENTS, MAX_TOTAL_ELEMENTS
 from architectures.pairs import saturating_pairs
-from architectures.weights import MAX_MACS
+from architectures.counting import check_costs
+from compress.evaluation.onnx_costs import INTEGER_PRODUCTS, ONNX_CONVOLUTIONS, ONNX_PRODUCTS, onnx_macs, onnx_work
 from compress.evaluation.onnx_data import check_external_data, parse_onnx, read_external_data, stored_tensors
 from metadata.errors import VerificationError, first_line
 
@@ -30,12 +31,8 @@ _CONTRIBUTED = """
     DynamicQuantizeMatMul FusedConv FusedGemm FusedMatMul MatMulIntegerToFloat QGemm QLinearAdd QLinearAveragePool
     QLinearConcat QLinearGlobalAveragePool QLinearLeakyRelu QLinearMul QLinearSigmoid"""
 ONNX_OPERATORS = {"": _OPERATORS.split(), "ai.onnx": _OPERATORS.split(), "com.microsoft": _CONTRIBUTED.split()}
-# The input whose shape gives the multiply-adds of one output number: a weight (out, in/groups, ...), or rows of a matrix.
 _CONSTANTS = ("value_int", "value_ints", "value_float", "value_floats")
 MAX_LRN_SIZE = 4096  # the kernel's memory grows with it
-ONNX_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "FusedConv": 1, "QLinearConv": 3}
-ONNX_PRODUCTS = {"Gemm", "FusedGemm", "MatMul", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul", "FusedMatMul"}
-_INTEGER_PRODUCTS = {"QGemm", "MatMulIntegerToFloat"}  # ONNX infers no shapes for them, so their multiply-adds do not count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,10 +86,9 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
     dims = [dim.dim_value for dim in image.type.tensor_type.shape.dim]  # 0 where the file leaves the size open
     channels_last = _is_channels_last(path, dims, input_shape)
     shapes = _infer_shapes(path, model, image, [input_shape[i] for i in (1, 2, 0)] if channels_last else input_shape)
-    macs = _onnx_macs(graph.node, shapes)
+    macs, known = onnx_macs(graph.node, shapes)
+    check_costs(str(path), known // (dims[0] or 1), onnx_work(graph.node, shapes, dims[0] or 1))
     macs = None if macs is None else macs // (dims[0] or 1)
-    if macs is not None and macs > MAX_MACS:
-        raise VerificationError(f"{path}: {macs:,} multiply-adds an image are over the limit of {MAX_MACS:,}")
     return OnnxFile(
         input_name=image.name, parameters=_stored_numbers(graph, tensors), macs=macs, layers=_onnx_layers(graph),
         may_saturate=may_saturate(graph), batch=dims[0] or None, channels_last=channels_last, content=content)
@@ -237,7 +233,7 @@ def may_saturate(graph: Any) -> bool:
     restored = {node.output[0]: stored.get(node.input[0]) for node in graph.node if node.op_type == "DequantizeLinear"}
     for node in graph.node:
         if node.op_type not in ("Conv", "Gemm", "MatMul"):
-            if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS or node.op_type in _INTEGER_PRODUCTS:
+            if node.op_type in ONNX_CONVOLUTIONS or node.op_type in ONNX_PRODUCTS or node.op_type in INTEGER_PRODUCTS:
                 return True
         elif restored and node.input[1] not in stored:
             tensor, attributes = restored.get(node.input[1]), {attribute.name: attribute.i for attribute in node.attribute}
@@ -249,36 +245,3 @@ def may_saturate(graph: Any) -> bool:
                 if saturating_pairs(weight if by_output else weight.T, attributes.get("group", 1), "onnxruntime"):
                     return True
     return False
-
-
-def _onnx_macs(nodes: Any, shapes: dict[str, list[int]]) -> int | None:
-    """Return the multiply-adds of the convolutions and matrix products, or None where a shape is not known."""
-    total = 0
-    for node in nodes:
-        if node.op_type == "Einsum":
-            total += _einsum_macs(node, shapes)
-        if node.op_type not in ONNX_CONVOLUTIONS and node.op_type not in ONNX_PRODUCTS:
-            continue
-        factors = shapes.get(node.input[ONNX_CONVOLUTIONS.get(node.op_type, 0)])
-        output = shapes.get(node.output[0])
-        if factors is None or output is None:
-            return None
-        if node.op_type in ONNX_CONVOLUTIONS:
-            total += math.prod(output) * math.prod(factors[1:])
-        else:
-            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
-            total += math.prod(output) * factors[-2 if transposed else -1]
-    return total
-
-
-def _einsum_macs(node: Any, shapes: dict[str, list[int]]) -> int:
-    """Return the multiply-adds of an Einsum over two or more tensors: the product of the sizes of all its letters.
-
-    An ellipsis, or a shape that is not known, counts as 0.
-    """
-    equation = next((attribute.s.decode(errors="replace") for attribute in node.attribute), "")
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    sizes: dict[str, int] = {}
-    for term, name in zip(terms, node.input, strict=False):
-        sizes |= dict(zip(term, shapes.get(name, ()), strict=False))
-    return math.prod(sizes.values()) if len(terms) > 1 and set("".join(terms)) <= sizes.keys() else 0

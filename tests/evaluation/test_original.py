@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +254,15 @@ def test_too_many_outputs_are_told_with_their_limit() -> None:
 
     with pytest.raises(VerificationError, match=r"\[1, 2000\], expected .* for 4 classes, or up to 1,024 outputs"):
         ask(Wide("torch", {}, None), np.zeros((1, 3, 8, 8), np.float32), 4)
+
+
+def test_hostile_texts_are_searched_in_a_moment(folder: Path) -> None:
+    """Patterns that looked at every text once for each of its characters took half a minute for 64 kB."""
+    with zipfile.ZipFile(folder / "model.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"c" * 2**16)
+    (folder / "metadata.json").write_text('{"model_format": "pth", "a": ' + '"\\' * 4_000_000)
+    start = time.process_time()
+    assert file_kind(folder / "model.pth") == ("state dict", "")
+    with pytest.raises(VerificationError, match="not valid JSON"):
+        read_submission(folder)
+    assert time.process_time() - start < 3
