@@ -12,7 +12,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 # Files that stand alone: nothing is imported from them, and they import nothing of the project.
 STANDALONE = {"compress/studies/pareto_solution.py", *(f"compress/evaluation/{name}.py" for name in (
-    "child", "confine", "faults", "offline", "panel", "trainee"))}
+    "child", "confine", "faults", "offline", "inventory", "panel", "trainee"))}
 # A stage's class is named as its file is; the class is found by the file, never imported by name.
 STAGES = "compress/pipeline/stages/"
 # A verb is named as the function that it calls, and each of the two command lines has a `main`.

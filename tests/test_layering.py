@@ -138,9 +138,10 @@ def test_every_file_says_what_it_is_for_and_stays_short() -> None:
 
 
 def test_no_pickle_and_no_unsafe_load() -> None:
-    in_the_sandbox = PROJECT / "compress" / "evaluation" / "panel.py"  # it opens foreign files as the panel does
+    # They open foreign files in the sandbox, serialise there what foreign code made, or read a pickle without running it.
+    in_the_sandbox = {PROJECT / "compress" / "evaluation" / f"{name}.py" for name in ("panel", "trainee", "inventory")}
     for path in project_files():
-        if path == in_the_sandbox:
+        if path in in_the_sandbox:
             continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if "torch.load(" in line and not line.strip().startswith(("#", "model.load_state_dict", '"')):

@@ -3,9 +3,9 @@
 The parent starts `python -I -B child.py REQUEST_FD REPLY_FD MEMORY_FD`. The first message says what to run and is followed
 by the bytes of the submission's files, which the process writes into its scratch folder. The process then gives up its
 rights (confine.py and system_calls.py beside this file), and only then loads foreign code (panel.py, with offline.py for
-what the code downloads; trainee.py for a solution of the 2.5M task). What the code raises becomes one line (faults.py). A
-request is a nonce and a shape; its numbers lie in shared memory. A reply is the same nonce, a status and bytes. The parent
-trusts no reply: the parent keeps the labels and the clock.
+what the code downloads; trainee.py and inventory.py for a solution of the 2.5M task). What the code raises becomes one line
+(faults.py). A request is a nonce and a shape; its numbers lie in shared memory. A reply is the same nonce, a status and
+bytes. The parent trusts no reply: the parent keeps the labels and the clock.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def main() -> None:
     import numpy as np
     import torch
     import torch.utils.data
-    panel, offline, trainee = (load_file(here / f"{name}.py", f"sandbox_{name}")
-                               for name in ("panel", "offline", "trainee"))
+    panel, offline, trainee, inventory = (load_file(here / f"{name}.py", f"sandbox_{name}")
+                                          for name in ("panel", "offline", "trainee", "inventory"))
     set_limits(boot["memory_limit_mb"], boot["cpu_limit_s"], boot["thread_limit"])
     machine = platform.machine()
     program = calls.seccomp_program(machine, os.getpid()) if machine in calls.AUDIT_ARCH else None
@@ -178,8 +178,16 @@ def main() -> None:
         write_all(reply, REPLY.pack(ping, 0, 0))
     nonce, *_ = REQUEST.unpack(read_exactly(request, REQUEST.size))  # the parent is ready: foreign code may run
     try:
-        model, facts = (trainee.train_solution(boot, memory) if boot["mode"] == "solution" else
-                        build_submission(boot, panel, offline.StandIns(), explain))
+        if boot["mode"] == "solution":
+            model, facts = trainee.train_solution(boot, memory)
+        elif boot["mode"] == "answer":
+            trained = memory[:boot["bytes"]]
+            content = json.dumps(inventory.take_inventory(trained)).encode()  # our own code: nothing in the model runs yet
+            write_all(reply, REPLY.pack(nonce, 0, len(content)) + content)
+            nonce, *_ = REQUEST.unpack(read_exactly(request, REQUEST.size))
+            model, facts = trainee.restore_model(trained, inventory.cut, boot["seed"])
+        else:
+            model, facts = build_submission(boot, panel, offline.StandIns(), explain)
         content = json.dumps(facts).encode()
         status = 0
     except BaseException as error:  # foreign code may raise anything, SystemExit too

@@ -82,13 +82,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--solution", type=home, help="of --task: a Python file with a Solution class")
     parser.add_argument("--param_limit", type=int, default=2_500_000, help="of --task: trainable parameters")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
-    parser.add_argument("--data_seed", type=int, default=2025, help="of --task: another seed gives a fresh draw")
+    parser.add_argument("--data_seed", type=int, help="of --task: the seed of a public draw; default 2025")
+    parser.add_argument("--secret", action="store_true", help="of --task: evaluate on draws from a new secret salt")
+    parser.add_argument("--draws", type=int, help="of --task: how many draws from the salt; default 5")
+    parser.add_argument("--salt", help="of --task: 32 hex digits from a result, to repeat an evaluation on secret draws")
     options = parser.parse_args(arguments)
     required = ("solution",) if options.task else ("submission_dir", "data_dir")
     missing = [f"--{name}" for name in required if not getattr(options, name)]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    foreign = [name for name in (("submission_dir", "data_dir", "compare") if options.task else ("solution",))
+    foreign = [name for name in (("submission_dir", "data_dir", "compare") if options.task else
+                                ("solution", "secret", "draws", "salt", "data_seed"))
                if getattr(options, name)]
     if foreign:
         parser.error(f"--{foreign[0]} does not go {'with' if options.task else 'without'} --task")
@@ -105,7 +109,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     if options.task:
         task = toolkit("--task", "pareto_task")
         return task.evaluate_solution(  # type: ignore[no-any-return]
-            Path(options.solution), options.param_limit, options.baseline_accuracy, options.data_seed,
+            Path(options.solution), options.param_limit, options.baseline_accuracy,
+            task.chosen_draws(options.data_seed, options.draws, options.secret, options.salt),
             options.threads or usable_cores(), settings)
     percent = BASELINES.accuracy if options.baseline_accuracy is None else options.baseline_accuracy
     return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,

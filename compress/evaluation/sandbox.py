@@ -37,7 +37,8 @@ MAX_THREADS = 512
 LOOK_S = 0.1  # between two looks at the child's threads
 START_S = 60.0
 HERE = Path(__file__).parent
-INSIDE = ("child", "confine", "system_calls", "faults", "panel", "offline", "trainee")  # files on the child's side
+# Files on the child's side.
+INSIDE = ("child", "confine", "system_calls", "faults", "panel", "offline", "trainee", "inventory")
 
 
 def check_hidden(data_dir: Path) -> None:
@@ -178,6 +179,12 @@ class Child:
             raise self.forged()
         self._signal(signal.SIGSTOP)
         return facts | {"seconds": self.channel.clock.spent}
+
+    def left_in_memory(self, count: int) -> bytes:
+        """Return a copy of the first bytes of the shared memory. Raise VerificationError for more bytes than there are."""
+        if count > len(self.channel.memory):
+            raise self.forged()
+        return self.channel.memory[:count]
 
     def ask(self, inputs: np.ndarray) -> np.ndarray:
         """Return flat logits for float32 inputs.

@@ -5,13 +5,17 @@ The data are rows of features, not images, so no recipe can name them.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 PUBLIC_SEED = 2025  # the public evaluator's data
 SPLIT_SEEDS = (1337, 2026, 4242)  # train, validation, test of the public evaluator
+LENGTH, NOISE = 2.5, 0.4  # of a prototype; standard deviation of every feature around it
+PER_CLASS = (16, 4, 8)  # rows of each class in train, validation, test
 
 Rows = tuple[Tensor, Tensor]  # (N, D) float32 inputs and (N,) int64 labels
 
@@ -36,7 +40,7 @@ class Problem:
 
 
 def prototype_problem(data_seed: int = PUBLIC_SEED, num_classes: int = 128, input_dim: int = 384,
-                      per_class: tuple[int, int, int] = (16, 4, 8)) -> Problem:
+                      per_class: tuple[int, int, int] = PER_CLASS) -> Problem:
     """Return the public task: each class is a prototype of length 2.5 with spherical noise of standard deviation 0.4.
 
     The order of the draws is the public evaluator's, so that the rows are the same to the bit. One generator serves a
@@ -50,16 +54,60 @@ def prototype_problem(data_seed: int = PUBLIC_SEED, num_classes: int = 128, inpu
     """
     shift = data_seed - PUBLIC_SEED
     prototypes = torch.randn(num_classes, input_dim, generator=seeded_generator(data_seed))
-    prototypes = prototypes / prototypes.norm(dim=1, keepdim=True) * 2.5
+    prototypes = prototypes / prototypes.norm(dim=1, keepdim=True) * LENGTH
 
     def split(seed: int, rows: int) -> Rows:
         generator = seeded_generator(seed + shift)
-        inputs = torch.cat([prototype + 0.4 * torch.randn(rows, input_dim, generator=generator)
+        inputs = torch.cat([prototype + NOISE * torch.randn(rows, input_dim, generator=generator)
                             for prototype in prototypes])
         return shuffled(inputs, torch.arange(num_classes).repeat_interleave(rows), generator)
 
     train, validation, test = (split(seed, rows) for seed, rows in zip(SPLIT_SEEDS, per_class, strict=True))
     return Problem(train, validation, test)
+
+
+def secret_problem(salt: bytes, draw: int, num_classes: int = 128, input_dim: int = 384,
+                   per_class: tuple[int, int, int] = PER_CLASS) -> Problem:
+    """Return a draw of the same task that nobody without the salt can rebuild.
+
+    torch's generator on the CPU is seeded with 32 bits only, which a search finds. Here the prototypes and each split have
+    a Philox generator of their own, whose key is 128 bits of SHA-256 over the salt, the number of the draw and the name of
+    the part. A solution that worked out the generator of its training rows would still have to invert SHA-256 for that of
+    the test rows.
+
+    Args:
+        salt: 16 random bytes.
+        draw: its number; each number gives an independent draw.
+        num_classes: C.
+        input_dim: D.
+        per_class: rows of each class in train, validation and test.
+    """
+    def generator(part: str) -> np.random.Generator:
+        digest = hashlib.sha256(b"%s/%d/%s" % (salt, draw, part.encode())).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+    prototypes = generator("prototypes").standard_normal((num_classes, input_dim))
+    prototypes *= LENGTH / np.linalg.norm(prototypes, axis=1, keepdims=True)
+
+    def split(part: str, rows: int) -> Rows:
+        source = generator(part)
+        labels = np.repeat(np.arange(num_classes), rows)
+        inputs = prototypes[labels] + NOISE * source.standard_normal((len(labels), input_dim))
+        order = source.permutation(len(labels))
+        return torch.from_numpy(inputs[order].astype(np.float32)), torch.from_numpy(labels[order])
+
+    train, validation, test = (split(part, rows) for part, rows in zip(("train", "validation", "test"), per_class,
+                                                                       strict=True))
+    return Problem(train, validation, test)
+
+
+def data_sha256(problem: Problem) -> str:
+    """Return the SHA-256 over inputs and labels of all splits, which tells whether a repeated draw is the same."""
+    digest = hashlib.sha256()
+    for inputs, labels in (problem.train, problem.validation, problem.test):
+        digest.update(inputs.numpy().tobytes())
+        digest.update(labels.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def mixture_problem(seed: int, num_classes: int = 10, input_dim: int = 16, clusters: int = 8,
