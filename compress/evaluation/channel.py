@@ -93,6 +93,7 @@ class Channel:
             self.memory[:len(content)] = content
             request, self._request = os.pipe()
             stack.callback(os.close, self._request)
+            os.set_blocking(self._request, False)  # a large write takes what fits
             self._reply, reply = os.pipe()
             stack.callback(os.close, self._reply)
             self._writable, self._readable = select.poll(), select.poll()  # unlike select, for any descriptor
@@ -126,7 +127,7 @@ class Channel:
         try:
             while view:
                 self._wait(self._writable)
-                view = view[os.write(self._request, view[:select.PIPE_BUF]):]
+                view = view[os.write(self._request, view[:2**16]):]
         except BrokenPipeError:
             raise self._ended() from None
 

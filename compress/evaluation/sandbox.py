@@ -106,7 +106,7 @@ class Child:
             self.protection = {"bubblewrap": "on" if self.walled else f"off: {bubblewrap_fault()}", **inside,
                                "memory": f"on ({settings.memory_limit_mb} MB)", "threads": f"on ({MAX_THREADS})"}
             self._find_child()
-            self.scratch.excess(self.pid)  # what lies there now does not count as written by the code
+            self.scratch.begin(self.pid)
             self.channel_ms = self._round_trip(boot.get("input_shape", [0]))
             self.channel.clock = Clock(settings.time_limit_s)
             self._stack = stack.pop_all()

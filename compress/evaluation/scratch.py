@@ -31,15 +31,22 @@ class MemoryScratch:
         self.bytes = sum(-(-size // PAGE) * PAGE for size in sizes) + MAX_SCRATCH_BYTES
         self.at_first: int | None = None
 
-    def excess(self, process: int) -> str:
-        """Return what the code has done beyond its limits, in words that follow "the code"; or an empty text."""
+    def begin(self, process: int) -> None:
+        """Take what lies in the folder now as not written by the code."""
+        self.at_first = self._entries(process)
+
+    def _entries(self, process: int) -> int | None:
         with contextlib.suppress(OSError):  # the process has ended
             state = os.statvfs(f"/proc/{process}/root{SCRATCH}")
-            used = state.f_files - state.f_ffree
-            self.at_first = used if self.at_first is None else self.at_first
-            if used - self.at_first > MAX_SCRATCH_ENTRIES:
-                return f"made more than {MAX_SCRATCH_ENTRIES:,} files in its folder"
-        return ""
+            return state.f_files - state.f_ffree
+        return None
+
+    def excess(self, process: int) -> str:
+        """Return what the code has done beyond its limits, in words that follow "the code"; or an empty text."""
+        used = self._entries(process)
+        if used is None or self.at_first is None or used - self.at_first <= MAX_SCRATCH_ENTRIES:
+            return ""
+        return f"made more than {MAX_SCRATCH_ENTRIES:,} files in its folder"
 
     def empty(self, process: int) -> None:
         """Remove what lies in the folder; the process must have been stopped."""
@@ -57,13 +64,16 @@ class DiskScratch:
         self.inside = tempfile.mkdtemp(prefix="sandbox-")
         self.at_first: tuple[int, int] | None = None
 
+    def begin(self, process: int) -> None:
+        """Take what lies in the folder now as not written by the code."""
+        self.at_first = folder_size(Path(self.inside))
+
     def excess(self, process: int) -> str:
         """Return what the code has done beyond its limits, in words that follow "the code"; or an empty text."""
-        first = self.at_first or (0, 0)
-        size, entries = folder_size(Path(self.inside), first[1] + MAX_SCRATCH_ENTRIES)
         if self.at_first is None:
-            self.at_first = size, entries
             return ""
+        first = self.at_first
+        size, entries = folder_size(Path(self.inside), first[1] + MAX_SCRATCH_ENTRIES)
         if size + held_bytes(process, self.inside) - first[0] > MAX_SCRATCH_BYTES:
             return f"wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder"
         if entries - first[1] > MAX_SCRATCH_ENTRIES:
