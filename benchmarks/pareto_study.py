@@ -3,6 +3,8 @@
 Write benchmarks/results/pareto_2_5m.json and .png: points and seconds on the public data (a fresh process with two
 threads), accuracy on fresh draws, and accuracy on digits and on a mixture problem under several limits, each compared with
 the nearest mean and an MLP. This takes about ten minutes with one thread. `--standard` prints only the first part, as JSON.
+`--evaluator` measures again what the evaluator says (the public draw and secret ones) and how the Bayes rule's right
+answers are distributed, and keeps the other results.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from compress.evaluation.synthetic import Problem, mixture_problem, prototype_problem
+from compress.evaluation.plausibility import at_least, bayes_probabilities, count_distribution
+from compress.evaluation.synthetic import Problem, mixture_problem, prototype_problem, secret_problem
 from compress.studies.pareto_solution import Solution
 from metadata.files import write_json
 from metadata.machine import machine, versions
@@ -42,6 +46,9 @@ REMARKS = [
 LIMITS = (20_000, 50_000, 200_000, 2_500_000)
 FULL = 2_500_000
 TIMINGS = 5
+SECRET_DRAWS, CALIBRATION_DRAWS = 5, 2000
+CALIBRATION_SALT = bytes(16)  # anyone's: nothing is trained on these draws
+TAILS = (0.1, 0.01, 0.001, 0.0001)
 MLP_EPOCHS, BATCH = 40, 128
 Rows = tuple[Tensor, Tensor]
 
@@ -184,6 +191,49 @@ def other_problems(seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def by_evaluator(folder: Path) -> dict[str, Any]:
+    """Evaluate the solution as anyone would: on the public draw, and on secret ones."""
+    project, rows = Path(__file__).parents[1], {}
+    for name, flags in (("public", []), ("secret", ["--draws", str(SECRET_DRAWS), "--secret"])):
+        output = folder / f"{name}.json"
+        subprocess.run([sys.executable, str(project / "model_loader.py"), "--task", "imagenet_pareto_2_5m", "--solution",
+                        str(project / "compress/studies/pareto_solution.py"), "--output_file", str(output), *flags],
+                       check=True)
+        result = json.loads(output.read_text())
+        details = result["details"]
+        rows[name] = {key: result[key] for key in ("score", "accuracy", "parameters_trainable")} | {
+            key: details[key] for key in ("correct", "total", "probability_under_bayes", "flags", "threads", "salt",
+                                          "over_draws") if key in details}
+        for row in details.get("draws", []):
+            rows[name].setdefault("draws", []).append({key: row[key] for key in (
+                "accuracy", "correct", "expected_under_bayes", "probability_under_bayes", "data_sha256")})
+    return rows
+
+
+def bayes_calibration(draws: int) -> dict[str, Any]:
+    """Measure how the Bayes rule's right answers lie in the distribution that its own probabilities give.
+
+    Returns:
+        `scores`: (right - expected) / standard deviation over draws; mean 0 and standard deviation 1 where the rows are
+        independent. `tails`: how often the probability of at least as many right answers is below each bound.
+    """
+    right, expected, scores, probabilities = [], [], [], []
+    for index in range(draws):
+        problem = secret_problem(CALIBRATION_SALT, index)
+        chances = bayes_probabilities(problem)
+        likeliest = chances.max(1).values
+        right.append(int((chances.argmax(1) == problem.test[1]).sum()))
+        expected.append(float(likeliest.sum()))
+        scores.append((right[-1] - expected[-1]) / float((likeliest * (1 - likeliest)).sum().sqrt()))
+        probabilities.append(at_least(count_distribution(likeliest.tolist()), right[-1]))
+
+    def short(values: Sequence[float]) -> dict[str, Any]:
+        return {"mean": statistics.fmean(values), "sd": statistics.stdev(values), "n": len(values), "max": max(values)}
+    return {"salt": CALIBRATION_SALT.hex(), "right": short(right), "expected": short(expected), "scores": short(scores),
+            "tails": {str(bound): sum(p < bound for p in probabilities) / draws for bound in TAILS},
+            "smallest_probability": min(probabilities)}
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
     """Draw test errors against the limit, one panel for each problem."""
     import matplotlib
@@ -208,6 +258,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--standard", action="store_true", help="print only the result on the public data, as JSON")
     parser.add_argument("--public", action="store_true", help="measure the public data again, keep the other results")
+    parser.add_argument("--evaluator", action="store_true",
+                        help="measure what the evaluator says, and the Bayes rule, again; keep the other results")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, except for the timing on the public data")
     parser.add_argument("--draws", type=int, default=20, help="fresh draws of the task")
     parser.add_argument("--mlp_draws", type=int, default=3, help="draws for the MLP, the slowest part")
@@ -217,9 +269,20 @@ def main() -> int:
     if options.standard:
         print(json.dumps(standard()))
         return 0
+    judged: dict[str, Any] = {"evaluator": {}, "bayes_rule": {}}
+    if not options.public:
+        with tempfile.TemporaryDirectory() as folder:
+            judged = {"evaluator": by_evaluator(Path(folder)), "bayes_rule": bayes_calibration(CALIBRATION_DRAWS)}
+        judged["evaluator"] |= {"machine": machine(), "versions": versions()}
+    if options.evaluator:
+        earlier = json.loads((RESULTS / "pareto_2_5m.json").read_text())
+        write_json(RESULTS / "pareto_2_5m.json", earlier | judged)
+        print(json.dumps(judged, indent=2))
+        return 0
     if options.public:
         earlier = json.loads((RESULTS / "pareto_2_5m.json").read_text())
         fresh, others = earlier["fresh_draws"], earlier["other_problems"]
+        judged = {key: earlier[key] for key in judged if key in earlier}
     else:
         fresh, others = fresh_draws(options.draws, options.mlp_draws), other_problems(options.seeds)
     print("the public data, in processes of their own", flush=True)
@@ -228,7 +291,7 @@ def main() -> int:
     public = runs[0] | {"seconds": spread([run["seconds"] for run in runs])}
     content = {"remarks": REMARKS, "machine": machine(), "versions": versions(), "threads": options.threads,
                "mlp": f"3 layers, Adam 1e-3, cosine, {MLP_EPOCHS} epochs, batches of {BATCH}",
-               "standard": public, "fresh_draws": fresh, "other_problems": others}
+               "standard": public, "fresh_draws": fresh, "other_problems": others, **judged}
     write_json(RESULTS / "pareto_2_5m.json", content)
     draw(content, RESULTS / "pareto_2_5m.png")
     print(f"public data: {public['points']:.2f} points, {public['right']} of {public['rows']} right, "

@@ -4,9 +4,10 @@
     python model_loader.py --task imagenet_pareto_2_5m --solution FILE --draws 5 --secret
 
 The public data and the score are those of the public evaluator. A process in the sandbox trains the model and leaves it as
-bytes, whose number is limited. The process ends. A second one, with a folder of its own, gets these bytes and nothing else.
+bytes, whose number is limited. The process ends. New ones, each with a folder of its own, get these bytes and nothing else.
 Our own code there counts what the bytes hold (inventory.py) before anything in them runs. Then the model is made from the
-bytes and answers the test rows, which arrive in a random order; their labels stay in the evaluator's process.
+bytes. One process answers some test rows, one by one; the other answers all of them in batches and a random order, so that
+a model that learns from what it is asked differs. The labels stay in the evaluator's process.
 
 Whoever knows the seed of a draw can rebuild its test rows. Secret draws come from a salt that is drawn for the evaluation
 and written into the result.
@@ -37,9 +38,10 @@ TASK = "imagenet_pareto_2_5m"
 BASELINE_ACCURACY = 0.85
 BATCH_SIZE = 128
 SEED = 2025  # of torch and numpy before `solve`, as in the public evaluator
-ALONE = 64  # test rows that are asked alone before the batches: an answer must not depend on its batch
+ALONE = 64  # test rows that are asked alone, too: an answer must not depend on other rows
 SALT_BYTES = 16
 DRAWS, MOST_DRAWS = 5, 100
+MOST_PARAMETERS = 10**9
 CODE_BYTES = 2**16  # of the pickle and the source that do not count as hidden numbers
 HIDDEN_SHARE, STATISTICS_SHARE = 0.01, 0.05  # of the parameter limit: hidden numbers, and statistics that are not hidden
 
@@ -155,8 +157,8 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
         raise UserError(f"--solution {solution}: there is no such file")
     if not 0 <= baseline < 1:
         raise UserError(f"--baseline_accuracy: expected a fraction below 1 for this task, got {baseline}")
-    if param_limit < 1:
-        raise UserError(f"--param_limit: expected at least 1, got {param_limit}")
+    if not 1 <= param_limit <= MOST_PARAMETERS:
+        raise UserError(f"--param_limit: expected 1 to {MOST_PARAMETERS:,}, got {param_limit:,}")
     task = Task(solution=solution, param_limit=param_limit, baseline_accuracy=baseline, threads=threads, settings=settings)
     rows, distribution, metadata = [], np.ones(1), {}
     for index, make in enumerate(draws.problems()):
@@ -220,15 +222,21 @@ def _evaluate_draw(task: Task, problem: Problem, chances: np.ndarray, draws: int
     if len(content) + source_bytes > most:
         raise VerificationError(f"{task.solution}{place}: the model takes {len(content):,} bytes and its source "
                                 f"{source_bytes:,}; {why}")
-    child = Child({"mode": "answer", "bytes": len(content), "seed": SEED}, {}, task.settings, task.threads,
-                  f"{task.solution}{place}: its model, in a new process", max(len(content), most), content)
+    inputs, classes = problem.test[0].numpy(), problem.num_classes
+    order = np.random.default_rng().permutation(len(inputs))
+    some = order[::max(1, len(order) // ALONE)]
+    child, _, _ = _restored(task, problem, content, place)
     try:
-        held = child.facts()  # by our own code, before the model's own runs
-        counts = model_counts(held, _count(child.facts(), "trainable", child), task.param_limit, source_bytes)
-        predictions, batch_dependent = _predict(child, problem.test[0].numpy(), problem.num_classes)
+        alone = {row: _logits(child, inputs[row][None], classes)[0] for row in some}
+    finally:
+        child.close()
+    child, held, stated = _restored(task, problem, content, place)
+    try:
+        predictions, batch_dependent = _predict(child, inputs, classes, order, alone)
         answering = child.usage()
     finally:
         child.close()
+    counts = model_counts(held, stated, task.param_limit, source_bytes)
     labels = problem.test[1].numpy()
     correct = int((predictions == labels).sum())
     accuracy, probability = correct / len(labels), at_least(chances, correct)
@@ -257,6 +265,19 @@ def _train(task: Task, problem: Problem, most: int, why: str, place: str) -> tup
         return content, facts["seconds"], child.usage()
     finally:
         child.close()
+
+
+def _restored(task: Task, problem: Problem, content: bytes, place: str) -> tuple[Child, dict[str, Any], int]:
+    """Return a new process with the model, what our own code counted in the bytes, and the parameters the model states."""
+    child = Child({"mode": "answer", "bytes": len(content), "seed": SEED}, {}, task.settings, task.threads,
+                  f"{task.solution}{place}: its model, in a new process",
+                  max(len(content), 4 * BATCH_SIZE * problem.input_dim), content)
+    try:
+        held = child.facts()  # by our own code, before the model's own runs
+        return child, held, _count(child.facts(), "trainable", child)
+    except BaseException:
+        child.close()
+        raise
 
 
 def model_counts(held: dict[str, Any], stated: int, param_limit: int, source_bytes: int) -> dict[str, Any]:
@@ -298,7 +319,7 @@ def _warnings(rows: Sequence[dict[str, Any]], flags: dict[str, bool], draws: Dra
                         "code), or float64 parameters need the place of more than the limit")
     if flags["batch_dependent"]:
         warnings.append(f"{max(row['batch_dependent_rows'] for row in rows)} of {ALONE} answers differ from those to the "
-                        "row alone: the model adapts to its batch")
+                        "row alone: the model adapts to what it is asked")
     if flags["implausible"]:
         correct, total = (sum(row[key] for row in rows) for key in ("correct", "total"))
         warnings.append(f"{correct:,} of {total:,} right is more than the given rows can teach: the Bayes rule expects "
@@ -332,10 +353,17 @@ def _count(facts: dict[str, Any], key: str, child: Child) -> int:
     return value
 
 
-def _predict(child: Child, inputs: np.ndarray, classes: int) -> tuple[np.ndarray, int]:
-    """Return the predicted class of every test row, and how many of `ALONE` rows are answered otherwise in a batch."""
-    order = np.random.default_rng().permutation(len(inputs))
-    alone = {row: _logits(child, inputs[row][None], classes)[0] for row in order[::len(order) // ALONE]}
+def _predict(child: Child, inputs: np.ndarray, classes: int, order: np.ndarray,
+             alone: dict[int, np.ndarray]) -> tuple[np.ndarray, int]:
+    """Return the predicted class of every row, and how many rows are answered otherwise than alone.
+
+    Args:
+        child: a process with the model.
+        inputs: (N, D) float32.
+        classes: C.
+        order: in which the rows are asked, in batches.
+        alone: row -> (C,) logits from another process, which cannot have passed on what it was asked.
+    """
     predictions, changed = np.empty(len(inputs), np.int64), 0
     for start in range(0, len(inputs), BATCH_SIZE):
         chunk = order[start:start + BATCH_SIZE]

@@ -318,8 +318,12 @@ def test_batch_statistics_are_not_hidden_capacity_but_adapting_is_flagged(run: R
     normal = finish("net = torch.nn.Sequential(head, torch.nn.BatchNorm1d(128))\nreturn net")
     _, result, _ = run(normal)
     assert not any(result["details"]["flags"].values()) and result["score"] > 90
-    adapting = finish("class Adapting(torch.nn.Linear):\n"
-                      "    def forward(self, x):\n        return super().forward(x - x.mean(0))\n"
+    adapting = finish("class Adapting(torch.nn.Linear):\n"  # it remembers its answers, and learns from the rows
+                      "    def forward(self, x):\n        self.seen = getattr(self, 'seen', {})\n"
+                      "        answers = []\n        for row in x:\n            key = row.numpy().tobytes()\n"
+                      "            if key not in self.seen:\n"
+                      "                self.seen[key] = super().forward(row) + 0.1 * len(self.seen) * row[:128]\n"
+                      "            answers.append(self.seen[key])\n        return torch.stack(answers)\n"
                       "head.__class__ = Adapting\nreturn head")
     _, result, _ = run(adapting)
     assert result["details"]["flags"]["batch_dependent"]
@@ -336,7 +340,7 @@ FAILS = {
     "too few classes": (finish("return torch.nn.Linear(384, 5)"), "expected finite logits (1, 128)"),
     "NaN": (finish("head.bias.data[0] = float('nan')\nreturn head"), "finite logits"),
     "other inputs": (finish("return torch.nn.Linear(5, 128)"), "shapes cannot be multiplied"),
-    "reads elsewhere": (finish(f"open({str(Path(__file__))!r})"), "PermissionError"),
+    "reads elsewhere": (finish(f"open({str(Path(__file__))!r})"), "Error: [Errno"),  # not found in bubblewrap, else refused
 }
 
 
