@@ -10,6 +10,7 @@ bytes. The parent trusts no reply: the parent keeps the labels and the clock.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import mmap
@@ -146,6 +147,10 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     boot = json.loads(read_exactly(request, int.from_bytes(read_exactly(request, 8), "little")))
     folder, packages = Path(boot["folder"]), boot["packages"]
+    for handle in {int(name) for name in os.listdir("/proc/self/fd")} - {0, 1, 2, request, reply, memory_handle}:
+        with contextlib.suppress(OSError):  # what listed the folder is closed already
+            os.close(handle)
+    os.umask(0o022)
     confinement, calls, faults = (load_file(here / f"{name}.py", f"sandbox_{name}")
                                   for name in ("confine", "system_calls", "faults"))
     confinement.die_with_parent()

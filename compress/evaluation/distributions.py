@@ -84,11 +84,14 @@ def reach() -> Reach:
     allowed = allowed_distributions()
     tops: dict[str, set[str]] = {}  # folder of packages -> what lies in it
     programs = [os.path.realpath(sys.executable)]
-    for distribution in allowed.values():
+    for name, distribution in allowed.items():
         folder = str(distribution.locate_file(""))
         entries, libraries = top_entries(distribution)
+        if name not in ALLOWED:  # every entry is a mount, and nobody asks for the versions of what others require
+            entries = {entry for entry in entries if not entry.endswith("-info")}
         tops.setdefault(folder, set()).update(entries)
-        programs += [os.path.join(folder, name) for name in libraries]
+        if not name.startswith("nvidia-"):  # these need what all need
+            programs += [os.path.join(folder, library) for library in libraries]
     links: dict[str, str] = {}
     standard = {follow_links(sysconfig.get_path(kind), links) for kind in ("stdlib", "platstdlib")}
     standard = {path for path in standard if os.path.isfile(os.path.join(path, "os.py")) or "lib-dynload" in path}

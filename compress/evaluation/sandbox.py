@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from compress.evaluation.channel import DONE, Channel, Clock
+from compress.evaluation.channel import DONE, Channel, ChildEndedError, Clock
 from compress.evaluation.distributions import PROCESSES, reach
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.scratch import DiskScratch, MemoryScratch, thread_count, user_threads
 from compress.evaluation.walls import bubblewrap_fault, check_walls, inner_process, packed_arguments, wall_arguments
-from metadata.errors import UserError, VerificationError
+from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import status_mb
 
 PINGS = 20
@@ -69,8 +69,9 @@ class Child:
         channel_ms: median milliseconds of a request that is answered with nothing.
 
     Raises:
-        UserError: bubblewrap is missing or does not work, and the settings do not allow for that.
-        VerificationError: the child does not start, or a file changes while it is read.
+        UserError: bubblewrap is missing or does not work, and the settings do not allow for that; or the child does not
+            start.
+        VerificationError: a file changes while it is read.
     """
 
     def __init__(self, boot: dict[str, Any], files: dict[str, Path], settings: EvaluationSettings, threads: int, where: str,
@@ -93,16 +94,14 @@ class Child:
             self._start(threads, stack)
             nonce, packages = secrets.token_bytes(16), reach()
             readable = [*packages.rules(), *((path, True) for path in PROCESSES)]
-            self.channel.tell(boot | {
+            message = boot | {
                 "folder": f"{self.scratch.inside}/folder", "files": list(sizes.items()), "nonce": nonce.hex(),
                 "threads": threads, "cores": sorted(os.sched_getaffinity(0))[-threads:], "pings": PINGS,
                 "memory_limit_mb": settings.memory_limit_mb, "thread_limit": user_threads() + MAX_THREADS,
                 "cpu_limit_s": int((settings.time_limit_s + 60) * (threads + 1)),
                 "readable": readable, "writable": [self.scratch.inside],
-                "packages": {"search": packages.search, "names": packages.names, "distributions": packages.distributions}})
-            for name, size in sizes.items():
-                self._send(files[name], size, name)
-            inside: dict[str, str] = json.loads(self._receive(nonce))  # foreign code runs only after this
+                "packages": {"search": packages.search, "names": packages.names, "distributions": packages.distributions}}
+            inside = self._hand_over(message, files, sizes, nonce)  # foreign code runs only after this
             self.protection = {"bubblewrap": "on" if self.walled else f"off: {bubblewrap_fault()}", **inside,
                                "memory": f"on ({settings.memory_limit_mb} MB)", "threads": f"on ({MAX_THREADS})"}
             self._find_child()
@@ -139,6 +138,21 @@ class Child:
                 os.close(telling)
         self.pid = 0 if self.walled else self.process.pid
         stack.callback(self._kill)
+
+    def _hand_over(self, message: dict[str, Any], files: dict[str, Path], sizes: dict[str, int],
+                   nonce: bytes) -> dict[str, str]:
+        """Send what to run, and the files. Return what the child says of the inner wall.
+
+        A child that ends before that has run nothing of the submission: the sandbox itself does not start.
+        """
+        try:
+            self.channel.tell(message)
+            for name, size in sizes.items():
+                self._send(files[name], size, name)
+            return json.loads(self._receive(nonce))  # type: ignore[no-any-return]
+        except ChildEndedError as error:
+            said = [line for line in os.pread(self.output, 2**16, 0).decode(errors="replace").splitlines() if line.strip()]
+            raise UserError(f"the sandbox does not start: {said[-1][:300] if said else first_line(error)}") from error
 
     def _find_child(self) -> None:
         """Learn the child's own process id: signals and figures are not to be bubblewrap's."""
@@ -208,10 +222,6 @@ class Child:
             self.ask(input)
             times.append((time.perf_counter_ns() - start) / 1e6)
         return float(np.median(times))
-
-    def empty_scratch(self) -> None:
-        """Remove the temporary files, which could hold numbers outside the model."""
-        self.scratch.empty(self.pid)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -288,7 +298,4 @@ class Child:
         why = "channel closed" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = ("; --memory_limit_mb may be too low" if code in (-6, -9, -11) else
                 "; its processor time is limited by --time_limit_s" if code == -24 else "")
-        said = b"" if self.pid else os.pread(self.output, 200, 0).partition(b"\n")[0]
-        if said.startswith(b"bwrap:"):
-            return f"bubblewrap did not start the code ({said.decode(errors='replace')})"
         return f"the code ended its process ({why}) instead of answering{hint}"

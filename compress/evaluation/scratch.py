@@ -48,11 +48,6 @@ class MemoryScratch:
             return ""
         return f"made more than {MAX_SCRATCH_ENTRIES:,} files in its folder"
 
-    def empty(self, process: int) -> None:
-        """Remove what lies in the folder; the process must have been stopped."""
-        for path in Path(f"/proc/{process}/root{SCRATCH}").iterdir():
-            remove(path)
-
     def close(self) -> None:
         """There is nothing to remove."""
 
@@ -79,12 +74,6 @@ class DiskScratch:
         if entries - first[1] > MAX_SCRATCH_ENTRIES:
             return f"made more than {MAX_SCRATCH_ENTRIES:,} files in its folder"
         return ""
-
-    def empty(self, process: int) -> None:
-        """Remove what lies in the folder."""
-        for path in Path(self.inside).iterdir():
-            remove(path)
-        self.at_first = 0, 0
 
     def close(self) -> None:
         """Remove the folder."""

@@ -20,7 +20,9 @@ from compress.evaluation.distributions import DEVICES, Reach
 from metadata.errors import UserError
 
 SCRATCH = "/scratch"  # the writable folder, as the process inside sees it
-PACKAGES = "Debian, Ubuntu, Fedora, Arch and openSUSE call the package bubblewrap"
+MISSING = "bubblewrap is not installed"
+REMEDIES = {True: "Install the package bubblewrap (Debian, Ubuntu, Fedora, Arch and openSUSE call it so)",
+            False: "Let the evaluator make user namespaces and mount /proc (containers and AppArmor may forbid that)"}
 WEAK = "or give --weak_sandbox: then Landlock and seccomp are the only walls"
 APART = ("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
          "--die-with-parent", "--new-session", "--cap-drop", "ALL")
@@ -31,7 +33,7 @@ def bubblewrap_fault() -> str:
     """Return why bubblewrap cannot be the wall here, or an empty text. It is tried once with what a sandbox needs."""
     program = shutil.which("bwrap")
     if program is None:
-        return "bubblewrap is not installed"
+        return MISSING
     trial = [program, *APART, "--ro-bind", "/", "/", "--proc", "/proc", "--size", "4096", "--tmpfs", "/tmp", "true"]
     try:
         done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False, stdin=subprocess.DEVNULL)
@@ -54,7 +56,7 @@ def check_walls(weak: bool, where: str) -> bool:
     """
     fault = bubblewrap_fault()
     if fault and not weak:
-        raise UserError(f"{where}: foreign code runs in bubblewrap, and {fault}. Install it ({PACKAGES}), {WEAK}")
+        raise UserError(f"{where}: foreign code runs in bubblewrap, and {fault}. {REMEDIES[fault == MISSING]}, {WEAK}")
     return not fault
 
 

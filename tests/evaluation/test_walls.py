@@ -195,6 +195,15 @@ def test_without_bubblewrap_code_is_refused_unless_the_user_allows_for_it(attemp
         Child({}, {}, code_settings(weak_sandbox=False), 1, "it", 1)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sandbox_that_does_not_start_is_no_fault_of_the_submission(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reach()  # the list is made once, and for this interpreter
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    place = without_bubblewrap() if mode == "weak" else contextlib.nullcontext()
+    with place, pytest.raises(UserError, match="the sandbox does not start"):
+        Child({}, {}, code_settings(weak_sandbox=mode == "weak"), 1, "it", 1)
+
+
 CLOSED_FOLDERS = """
 import os
 os.umask(0o077)
