@@ -218,6 +218,8 @@ def _evaluate_draw(task: Task, problem: Problem, chances: np.ndarray, draws: int
     most = 2 * 4 * task.param_limit + CODE_BYTES
     why = (f"together {most:,} are allowed: twice what {task.param_limit:,} float32 numbers need, and {CODE_BYTES:,} for "
            "code")
+    if source_bytes > most:
+        raise VerificationError(f"{task.solution}{place}: the source takes {source_bytes:,} bytes without a model; {why}")
     content, seconds, training = _train(task, problem, most, why, place)
     if len(content) + source_bytes > most:
         raise VerificationError(f"{task.solution}{place}: the model takes {len(content):,} bytes and its source "

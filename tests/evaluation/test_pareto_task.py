@@ -304,6 +304,11 @@ def test_only_the_bytes_reach_the_process_that_answers(what: str, run: Run) -> N
     assert result["score"] == 0 and result["details"]["status"].startswith("failed: ")
 
 
+def test_a_source_that_leaves_no_room_is_refused_before_it_runs(run: Run) -> None:
+    code, _, error = run("#" * 70_000, "--param_limit", "100")
+    assert code == 1 and "the source takes 70,000 bytes without a model; together 66,336 are allowed" in error
+
+
 @pytest.mark.slow
 def test_hidden_capacity_is_flagged(run: Run) -> None:
     code, result, error = run(finish("head.more = [torch.zeros(10**5)]\nreturn head"))
