@@ -63,7 +63,7 @@ def test_a_large_bias_of_small_weights_is_kept(backend: str, tmp_path: Path) -> 
     assert sqnr_db(exact(graph, images(8)), answers(quantized.model, images(8), tmp_path, backend)) > 35
 
 
-@pytest.mark.parametrize("network", ["slim", "mobile"])
+@pytest.mark.parametrize("network", ["slim", pytest.param("mobile", marks=pytest.mark.slow)])
 def test_files_are_a_quarter_and_load_without_vnni(network: str) -> None:
     """The precise mode is what the evaluator sets on CPUs without VNNI: weights become unsigned, and products stay exact.
 

@@ -26,6 +26,7 @@ from metadata.files import read_json
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_here
 from tests.helpers.folders import draw_folder
+from tests.helpers.marks import slow_but
 from tests.helpers.sharing import shared_folder
 
 DIGITS = ["train", "--config", "digits", "--model_options", "{width: 8, stem: small}", "--num_epochs", "3", "--threads",
@@ -110,7 +111,7 @@ def test_two_processes_end_where_one_does_at_the_same_batch(compress: Compress, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # What torch.distributed.run tells its processes; the test of a failing team runs the launcher itself.
+    # What torch.distributed.run tells its processes; the slow test of a failing team runs the launcher itself.
     places = [{**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} for rank in ("0", "1")]
     command = [sys.executable, "-m", "compress", *arguments, "--log_dir", str(tmp_path / "two")]
@@ -163,8 +164,7 @@ finally:
     assert "test" in done.stdout and len(list((tmp_path / "w" / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm:resnest14d", pytest.param("resnet50", marks=pytest.mark.slow),
-                                  pytest.param("timm:resnest26d", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_but(["resnet18", "timm:resnest14d", "resnet50", "timm:resnest26d"], ["resnet18"]))
 def test_zoo_models_train_on_an_image_folder(name: str, compress: Compress, tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "images", classes=2, images=6, size=32)
     done = compress("train", "--dataset", "image_folder", "--data_root", root, "--image_size", "32", "--model_name", name,
@@ -288,6 +288,7 @@ def test_a_mended_command_works_after_one_that_failed(compress: Compress, tmp_pa
                           "summary.json: damaged")
 
 
+@pytest.mark.slow
 def test_a_team_whose_first_process_fails_says_why_and_shows_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     done = subprocess.run(
