@@ -46,10 +46,13 @@ def rename_weights(folder: Path, name: str) -> None:
 
 
 def write_package(folder: Path, layers: list[dict[str, Any]], weights: dict[str, torch.Tensor], macs: int,
-                  input_shape: tuple[int, int, int] = (3, 8, 8), **metadata: Any) -> Path:
-    """Writes a package of the toolkit's format around any layers and weights; the metadata state what is there."""
+                  input_shape: tuple[int, int, int] = (3, 8, 8), classes: int = 0, **metadata: Any) -> Path:
+    """Writes a package of the toolkit's format around any layers and weights; the metadata state what is there.
+
+    The last weights are the bias of the classifier unless `classes` is given.
+    """
     folder.mkdir(parents=True)
-    classes = len(list(weights.values())[-1])
+    classes = classes or len(list(weights.values())[-1])
     (folder / "trained_pruned_architecture.json").write_text(json.dumps({
         "schema": 1, "model_type": "Net", "num_classes": classes, "input_shape": input_shape, "output_shape": [classes],
         "layers": layers}))
