@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from architectures.architecture import Architecture
+from architectures.archives import check_archive, is_archive
 from architectures.build import build
 from architectures.counting import check_costs, layer_costs
 from metadata.errors import VerificationError, first_line
@@ -19,33 +18,6 @@ from metadata.files import check_download, check_is_file
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-# What Python's zipfile raises for an archive that is damaged, encrypted, or compressed in an unknown way.
-UNREADABLE_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, OSError, EOFError, ValueError,
-                      LookupError)
-
-
-def check_archive(path: Path) -> None:
-    """Refuse an archive as `torch.save` writes them (a zip file) whose end is missing, or whose members cannot be opened.
-
-    Files that are no archives, such as those of torch before 1.6, pass.
-
-    Raises:
-        VerificationError: the archive is cut short, damaged or encrypted.
-    """
-    with path.open("rb") as file:
-        begins = file.read(4) == b"PK\x03\x04"
-    if not zipfile.is_zipfile(path):
-        if begins:
-            raise VerificationError(f"{path}: the file is cut short: its end is missing; copy or download it again")
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                archive.open(member.filename).close()
-    except UNREADABLE_ARCHIVE as error:
-        raise VerificationError(f"{path}: a damaged or encrypted archive: {first_line(error)}; copy or download it "
-                                "again") from error
 
 
 def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
@@ -64,7 +36,7 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     try:
         check_download(path)
         check_archive(path)
-        if zipfile.is_zipfile(path):
+        if is_archive(path):
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                     raise VerificationError(f"{path}: a TorchScript file, which is code; expected a state dict: "
@@ -88,25 +60,70 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         VerificationError: the file is not readable (see `load_tensors`), or holds no state dict.
     """
-    return check_tensors(load_tensors(path), str(path))
+    return check_tensors(load_tensors(path), str(path), path.stat().st_size)
 
 
-def check_tensors(weights: Any, where: str) -> dict[str, Tensor]:
-    """Check that the content of a weights file is a state dict, and return it as a plain dict.
+def check_tensors(weights: Any, where: str, file_bytes: int | None = None) -> dict[str, Tensor]:
+    """Check that the content of a weights file is a state dict of finite numbers, and return it as a plain dict.
 
     Raises:
-        VerificationError: an entry is no tensor, not in memory, not dense, or not finite.
+        VerificationError: see `check_layouts`, or a value is not finite.
+    """
+    return check_values(check_layouts(weights, where, file_bytes), where)
+
+
+def check_layouts(weights: Any, where: str, file_bytes: int | None = None) -> dict[str, Tensor]:
+    """Check that the content of a weights file is a state dict, by what its tensors say of themselves. Look at no value.
+
+    The methods of a tensor are looked up in torch's class: a file may give its tensors attributes with the same names.
+
+    Args:
+        weights: what the file holds.
+        where: the file, for the message.
+        file_bytes: the size of the file, which the tensors cannot exceed; unbounded unless given.
+
+    Raises:
+        VerificationError: an entry is no tensor, has attributes of its own, is not in memory or not dense, shares numbers
+            among its own places, or takes more bytes than the file has.
     """
     import torch
+    kind, needed, known = torch.Tensor, 0, set()
     if not isinstance(weights, dict) or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+            isinstance(name, str) and type(value) in (kind, torch.nn.Parameter) for name, value in weights.items()):
         raise VerificationError(f"{where}: expected a state dict (names to tensors), got {type(weights).__name__}")
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise VerificationError(f"{where}: tensor {name} is no plain dense tensor ({tensor.layout}, {tensor.device})")
-        if not all_finite(tensor):
-            raise VerificationError(f"{where}: tensor {name} holds NaN or infinite values")
+        if vars(tensor):
+            raise VerificationError(f"{where}: tensor {name} has attributes of its own: {min(map(str, vars(tensor)))[:60]}")
+        layout, device = tensor.layout, tensor.device
+        if layout != torch.strided or device.type != "cpu" or tensor.is_quantized or kind.is_neg(tensor) or (
+                kind.is_conj(tensor)):
+            raise VerificationError(f"{where}: tensor {name} is no plain dense tensor ({layout}, {device})")
+        sizes, strides = tuple(kind.size(tensor)), kind.stride(tensor)
+        span = 1
+        for stride, size in sorted(zip(strides, sizes, strict=True)):
+            if size > 1 and stride < span:
+                raise VerificationError(f"{where}: tensor {name} is no plain dense tensor: its shape {list(sizes)} with "
+                                        f"strides {list(strides)} uses the same numbers several times")
+            span += max(size - 1, 0) * stride
+        place = (kind.data_ptr(tensor), tensor.dtype, sizes, strides)
+        if place not in known:  # tied tensors share their numbers
+            known.add(place)
+            needed += kind.numel(tensor) * kind.element_size(tensor)
+        if file_bytes is not None and needed > file_bytes:
+            raise VerificationError(f"{where}: tensor {name}: its tensors need {needed:,} bytes up to here, the file has "
+                                    f"{file_bytes:,}")
     return dict(weights)  # an OrderedDict's attributes are not data
+
+
+def check_values(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return tensors whose layouts were checked. Raise VerificationError for a value that is not finite."""
+    known = set()
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place not in known and not all_finite(tensor):
+            raise VerificationError(f"{where}: tensor {name} holds NaN or infinite values")
+        known.add(place)
+    return weights
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -116,10 +133,10 @@ def all_finite(tensor: Tensor) -> bool:
     without values (on the meta device) has none that is not finite.
     """
     import torch
-    if tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_meta or not torch.Tensor.is_floating_point(tensor):  # a tensor of a file may have attributes of that name
         return True
     values = stored_values(tensor)
-    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
+    return bool(torch.isfinite(torch.Tensor.float(values) if torch.Tensor.element_size(values) == 1 else values).all())
 
 
 def stored_values(tensor: Tensor) -> Tensor:
@@ -174,4 +191,7 @@ def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModul
     needed = sum(tensor.numel() * tensor.element_size() for tensor in empty.state_dict().values())
     if weights.is_file() and weights.stat().st_size > 2 * needed + 2**20:
         raise VerificationError(f"{weights}: the file has {weights.stat().st_size:,} bytes, its tensors need {needed:,}")
-    return load_verified(architecture, read_weights(weights), str(weights))
+    tensors = check_layouts(load_tensors(weights), str(weights), weights.stat().st_size)
+    model = load_verified(architecture, tensors, str(weights))
+    check_values(tensors, str(weights))
+    return model

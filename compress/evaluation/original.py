@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 
-from architectures.weights import UNREADABLE_ARCHIVE, check_archive
+from architectures.archives import UNREADABLE_ARCHIVE, check_archive, is_archive
 from compress.evaluation.submission import PROSE, SubmissionFiles
 from compress.evaluation.survey import Survey
 from metadata.errors import VerificationError, describe_validation_error, first_line
@@ -188,7 +188,7 @@ def file_kind(path: Path) -> tuple[str, str]:
         VerificationError: an archive that is cut short, damaged or encrypted.
     """
     check_archive(path)
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         return "unknown", ""
     try:
         with zipfile.ZipFile(path) as archive:

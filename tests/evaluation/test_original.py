@@ -64,8 +64,9 @@ def encrypt(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Any, str]] = {
     "half of it": (lambda path: path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2]), "the file is cut short"),
-    "a member's header": (lambda path: overwrite(path, b"PK\x03\x04", b"PK\x03\x05"), "Bad magic number for file header"),
-    "the directory": (lambda path: overwrite(path, b"PK\x01\x02", b"PK\x01\x03"), "Bad magic number for central directory"),
+    "a member's header": (lambda path: overwrite(path, b"PK\x03\x04", b"PK\x03\x05"),
+                          "header of member .*data.pkl.* is not what the directory says"),
+    "the directory": (lambda path: overwrite(path, b"PK\x01\x02", b"PK\x01\x03"), "directory is damaged"),
     "the pickle": (lambda path: overwrite(path, b"_rebuild_tensor", b"_rebuilt_tensor"), "Bad CRC-32"),
     "a password": (encrypt, "is encrypted"),
 }
