@@ -70,6 +70,26 @@ def check_costs(where: str, macs: int, work: Mapping[str, int]) -> None:
                                 f"together {sum(work.values()):,}, over the limits of {MAX_LAYER_WORK:,} and {MAX_WORK:,}")
 
 
+def description_bytes(architecture: Architecture) -> int:
+    """Return the bytes of what an architecture could be made to remember beside the weights.
+
+    A layer's type takes 1 byte; an input that is not the layer just before, 2; an option that is not the default, 8 for a
+    float and as many as it needs for a whole number. The whole numbers of layers with weights follow from those weights.
+    """
+    total, before = 0, "input"
+    for layer in architecture.layers:
+        total += 1 + 2 * (len(layer.inputs) - (before in layer.inputs))
+        before = layer.name
+        for name, value in layer.options().items():
+            if value != type(layer).model_fields[name].default:
+                for number in value if isinstance(value, list | tuple) else (value,):
+                    if isinstance(number, float):
+                        total += 8
+                    elif isinstance(number, int) and not layer.width:
+                        total += max(1, (number.bit_length() + 7) // 8)
+    return total
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count every stored number but batch counters: parameters, frozen or not, and buffers such as int8 weights."""
     return count_numbers(model.state_dict())

@@ -11,7 +11,7 @@ from typing import Any, Literal, TYPE_CHECKING
 from pydantic import RootModel
 
 from architectures.architecture import Architecture
-from architectures.counting import architecture_macs, count_parameters
+from architectures.counting import architecture_macs, count_parameters, description_bytes
 from architectures.weights import open_model
 from compress.evaluation.extras import STANDALONE, toolkit
 from compress.evaluation.onnx_data import data_files
@@ -28,6 +28,7 @@ PROSE = {".json", ".md", ".py", ".txt"}
 # Pixels of the shorter side after the resize. Networks for photos take 224 to 1,024, and crop 7/8 or all of the resize.
 MAX_RESIZE = 4096
 MAX_RESIZE_TO_CROP = 8
+DESCRIPTION_SHARE = 64  # what describes the layers counts where it is more than this part of the weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class SubmissionFiles:
         """Return the bytes of all parts that can hold what the model knows, by what they are.
 
         The first parts make `model_size`: the weights, the files with an ONNX file's other data, and of code all files but
-        source, JSON and prose, and the names of its files. The guarded score counts the others, too. A submission of the
+        source, JSON and prose, and the names of its files; of a graph the numbers in the description of its layers, where
+        they are many beside the weights. The guarded score counts the others, too. A submission of the
         toolkit's kinds is read through a few files. Code can read all files, and the names of those that are empty.
         """
         sizes = {file.path: file.size for file in self.survey.files.values()}
@@ -88,14 +90,18 @@ class SubmissionFiles:
             beside = {path for path in sizes if path.suffix in PROSE} - {self.weights}
             data = sizes.keys() - beside - {self.weights}
             names = self.survey.name_bytes
-        return {"weights": sizes[self.weights], "data_beside_the_weights": sum(sizes[path] for path in data),
+        described = description_bytes(self.architecture) if self.architecture else 0
+        if described * DESCRIPTION_SHARE <= sizes[self.weights]:
+            described = 0
+        return {"weights": sizes[self.weights], "numbers_in_the_architecture": described,
+                "data_beside_the_weights": sum(sizes[path] for path in data),
                 "source_json_and_prose": sum(sizes[path] for path in beside), "file_names": names}
 
     def size_bytes(self) -> int:
         """Return the bytes that model_size counts."""
         counted = self.counted()
         named = counted["file_names"] if self.kind == "code" else 0
-        return counted["weights"] + counted["data_beside_the_weights"] + named
+        return sum(counted[part] for part in ("weights", "numbers_in_the_architecture", "data_beside_the_weights")) + named
 
     def needed_bytes(self) -> int:
         """Return the bytes that the guarded score counts: of everything that the model can be read from."""

@@ -1,0 +1,103 @@
+"""All that a submission brings is counted: numbers in the architecture, names of files, files beside the weights."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from architectures.architecture import Architecture
+from architectures.counting import description_bytes
+from compress.evaluation.submission import read_submission
+from metadata.files import read_json
+from tests.helpers.architectures import layer
+from tests.helpers.commands import PROJECT
+
+FEATURES, CLASSES = 64, 10
+ARCH = "trained_pruned_architecture.json"
+
+
+def package(folder: Path, layers: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> Path:
+    """A package of our own making, of grey images of 8x8 pixels."""
+    folder.mkdir()
+    (folder / ARCH).write_text(json.dumps({
+        "schema": 1, "model_type": "Net", "num_classes": CLASSES, "input_shape": [1, 8, 8], "output_shape": [CLASSES],
+        "layers": layers}))
+    torch.save(weights, folder / "w.pth")
+    files = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
+                    "bytes": (folder / name).stat().st_size} for name in (ARCH, "w.pth")}
+    (folder / "model_metadata.json").write_text(json.dumps({
+        "schema": 1, "model_format": "pytorch", "architecture": "Net", "num_classes": CLASSES, "weights_file": "w.pth",
+        "class_names": [str(index) for index in range(CLASSES)], "input_shape": [1, 8, 8], "parameters": 0, "macs": 0,
+        "preprocessing": {"mode": "L", "resize": 8, "crop": 8, "mean": [1.0], "std": [1.0]},
+        "quantization": {"scheme": "none"}, "files": files}))
+    return folder
+
+
+def classifier(folder: Path, kind: str) -> Path:
+    """A linear classifier of 64 pooled features: honest, or its weights as slopes, as windows, or as chosen sums."""
+    matrix = np.random.default_rng(0).standard_normal((CLASSES, FEATURES))
+    grey = layer("grey", "Conv2d", ["input"], in_channels=1, out_channels=1, kernel_size=[1, 1])
+    pools = [layer(f"p{index}", "AvgPool2d", ["grey"], kernel_size=[index // 8 + 1, index % 8 + 1], stride=[8, 8])
+             for index in range(FEATURES)]
+    weights = {"grey.weight": torch.ones(1, 1, 1, 1), "grey.bias": torch.zeros(1)}
+    names = [pool["name"] for pool in pools]
+    if kind == "honest":
+        return package(folder, [grey, *pools, layer("all", "Concat", names), layer("row", "Flatten", ["all"]),
+                                layer("fc", "Linear", ["row"], in_features=FEATURES, out_features=CLASSES)],
+                       weights | {"fc.weight": torch.from_numpy(matrix).float(), "fc.bias": torch.zeros(CLASSES)})
+    layers, sums = [grey, *pools], []
+    for row in range(CLASSES):
+        terms: list[str] = []
+        for column in range(FEATURES):
+            name, size = f"m{row}x{column}", 1000 + int(2**16 * abs(matrix[row, column]) / 8)
+            if kind == "slopes":
+                layers.append(layer(name, "LeakyReLU", [names[column]], negative_slope=float(matrix[row, column])))
+            else:  # one number in a window of so many
+                layers.append(layer(name, "AvgPool2d", [names[column]], kernel_size=[size, 1], stride=[size, 1],
+                                    padding=[size // 2, 0]))
+            terms.append(name)
+            if column:
+                layers.append(layer(f"s{row}x{column}", "Add", [terms[-2], name]))
+                terms.append(f"s{row}x{column}")
+        sums.append(terms[-1])
+    return package(folder, [*layers, layer("all", "Concat", sums), layer("y", "Flatten", ["all"])], weights)
+
+
+@pytest.mark.parametrize("kind", ["slopes", "windows"])
+def test_weights_in_the_architecture_are_counted(kind: str, tmp_path: Path) -> None:
+    honest = read_submission(classifier(tmp_path / "honest", "honest"))
+    hidden = read_submission(classifier(tmp_path / "hidden", kind))
+    assert hidden.size_bytes() > 0.9 * honest.size_bytes() and hidden.needed_bytes() > honest.needed_bytes()
+    assert hidden.counted()["numbers_in_the_architecture"] > (8 if kind == "slopes" else 6) * CLASSES * FEATURES
+
+
+def test_what_the_toolkit_packages_gains_nothing(submission: Path) -> None:
+    files = read_submission(submission)
+    assert files.size_bytes() == files.weights.stat().st_size
+    needed = ("model_metadata.json", ARCH, files.weights.name)
+    assert files.needed_bytes() == sum((submission / name).stat().st_size + len(name) for name in needed)
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((PROJECT / "architectures" / "json").glob("*.json"))])
+def test_committed_networks_describe_little(name: str) -> None:
+    architecture: Architecture = read_json(PROJECT / "architectures" / "json" / name, Architecture)
+    assert description_bytes(architecture) < 8 * len(architecture.layers)
+
+
+def test_weights_in_names_of_files_are_counted(original: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "s"))
+    honest = read_submission(folder)
+    data, step = honest.weights.read_bytes(), 180
+    for index, start in enumerate(range(0, len(data), step)):
+        (folder / f"{index:05d}{base64.urlsafe_b64encode(data[start:start + step]).decode()}").touch()
+    torch.save({"one": torch.ones(1)}, folder / honest.weights.name)
+    hidden = read_submission(folder)
+    assert hidden.size_bytes() > 1.3 * honest.size_bytes() and hidden.needed_bytes() > honest.needed_bytes()
