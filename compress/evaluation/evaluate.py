@@ -189,8 +189,8 @@ def _size_warnings(facts: SubmissionFacts) -> list[str]:
     if beside := counted["data_beside_the_weights"]:
         remarks.append(f"files beside the weights can hold numbers, so model_size counts them: {beside:,} bytes")
     if described := counted["numbers_in_the_architecture"]:
-        remarks.append("what describes the layers can hold numbers and is large beside the weights, so model_size counts it: "
-                       f"{described:,} bytes")
+        remarks.append("what describes the layers can hold numbers and is large beside the weights, so model_size counts "
+                       f"it: {described:,} bytes")
     if facts.kind == "code" and counted["file_names"] > 2**12:
         remarks.append(f"the names of files can hold numbers, so model_size counts them: {counted['file_names']:,} bytes")
     if facts.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
