@@ -155,7 +155,8 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
             "preprocessing": facts.preprocessing.model_dump() | {"stated_by": facts.preprocessing_from},
             "parameters": runtime.parameters,
             "macs": runtime.macs,
-            "bytes": {"weights": facts.size_bytes, "needed_at_inference": facts.needed_bytes, "counted": facts.counted,
+            "bytes": {"weights": facts.counted["weights"] + facts.counted["data_beside_the_weights"],
+                      "model_size": facts.size_bytes, "needed_at_inference": facts.needed_bytes, "counted": facts.counted,
                       "files": facts.sizes},
             "peak_memory": entry.peak_memory,
             "evaluator_sha256": evaluator,
@@ -185,7 +186,7 @@ def _cache_warnings(ratio: float | None) -> list[str]:
 
 def _size_warnings(facts: SubmissionFacts) -> list[str]:
     """Return the remarks on files beside the weights."""
-    remarks, size_bytes, needed, counted = [], facts.size_bytes, facts.needed_bytes, facts.counted
+    remarks, counted = [], facts.counted
     if beside := counted["data_beside_the_weights"]:
         remarks.append(f"files beside the weights can hold numbers, so model_size counts them: {beside:,} bytes")
     if described := counted["numbers_in_the_architecture"]:
@@ -193,9 +194,11 @@ def _size_warnings(facts: SubmissionFacts) -> list[str]:
                        f"it: {described:,} bytes")
     if facts.kind == "code" and counted["file_names"] > 2**12:
         remarks.append(f"the names of files can hold numbers, so model_size counts them: {counted['file_names']:,} bytes")
-    if facts.kind == "code" and needed - size_bytes > max(size_bytes // 2, 2**16):
-        remarks.append(f"source, JSON and prose take {needed - size_bytes:,} bytes, a lot beside {size_bytes:,} bytes of "
-                       "data, and the code can read them; the guarded score counts them, model_size does not")
+    text, held = counted["source_json_and_prose"], counted["text_compressed"]
+    if held > max(counted["weights"] // 4, 2**14):
+        remarks.append(f"source, JSON and prose hold {held:,} bytes when they are compressed, a lot beside "
+                       f"{counted['weights']:,} bytes of weights: model_size counts them so, the guarded score all "
+                       f"{text:,} bytes")
     return remarks
 
 

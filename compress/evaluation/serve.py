@@ -148,10 +148,16 @@ def ask(runtime: Runtime, images: np.ndarray, classes: int) -> tuple[np.ndarray,
 
 
 def same_answer(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-3) -> bool:
-    """Tell whether two rows of logits are equal but for rounding, and have the same first class unless that is a tie."""
+    """Tell whether two rows of logits are equal but for rounding, and have the same first class unless that is a tie.
+
+    The differences are measured by how far the logits lie apart, not by how large they are: an offset hides nothing but
+    its own rounding.
+    """
     first, other = int(one.argmax()), int(two.argmax())
-    tie = abs(float(one[first] - one[other])) <= tolerance * max(1e-6, abs(float(one[first])))
-    return tie and bool(np.abs(one - two).max() <= tolerance * max(1e-6, float(np.abs(one).max())))
+    rounding = 4 * float(np.finfo(np.float32).eps) * max(1e-6, float(np.abs(one).max()))
+    ahead, spread = float(one.max() - np.median(one)), float(np.ptp(one))
+    tie = float(one[first] - one[other]) <= tolerance * ahead + rounding
+    return tie and float(np.abs(one - two).max()) <= tolerance * spread + rounding
 
 
 def classify(runtime: Runtime, pictures: Pictures, classes: int, settings: EvaluationSettings, clock: Clock,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import zlib
 from pathlib import Path
 from typing import Any, Literal, TYPE_CHECKING
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 ORIGINAL_METADATA_FILES = (METADATA_FILE, "metadata.json")
 PROSE = {".json", ".md", ".py", ".txt"}
+MOST_TEXT_BYTES = 2**24  # of a text that is compressed to be counted
 # Pixels of the shorter side after the resize. Networks for photos take 224 to 1,024, and crop 7/8 or all of the resize.
 MAX_RESIZE = 4096
 MAX_RESIZE_TO_CROP = 8
 DESCRIPTION_SHARE = 64  # what describes the layers counts where it is more than this part of the weights
+TEXT_SHARE = 16  # the same for the source, JSON and prose of code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,10 +80,12 @@ class SubmissionFiles:
     def counted(self) -> dict[str, int]:
         """Return the bytes of all parts that can hold what the model knows, by what they are.
 
-        The first parts make `model_size`: the weights, the files with an ONNX file's other data, and of code all files but
-        source, JSON and prose, and the names of its files; of a graph the numbers in the description of its layers, where
-        they are many beside the weights. The guarded score counts the others, too. A submission of the
-        toolkit's kinds is read through a few files. Code can read all files, and the names of those that are empty.
+        `model_size` counts the weights and the files with an ONNX file's other data; of a graph the numbers in the description
+        of its layers; of code all other files and all names, and source, JSON and prose as zlib compresses them: layout and
+        words that repeat cost next to nothing. Descriptions and texts count where they are large beside the weights, so that
+        an honest model's size is its weights, and whoever writes weights as a structure or into a source pays for what
+        they hold. The guarded score counts every byte. A submission of the toolkit's kinds is read through a few files. Code
+        can read all files, and the names of those that are empty.
         """
         sizes = {file.path: file.size for file in self.survey.files.values()}
         data = set(self.data_files) - {self.weights}
@@ -91,21 +96,31 @@ class SubmissionFiles:
             data = sizes.keys() - beside - {self.weights}
             names = self.survey.name_bytes
         described = description_bytes(self.architecture) if self.architecture else 0
-        if described * DESCRIPTION_SHARE <= sizes[self.weights]:
-            described = 0
-        return {"weights": sizes[self.weights], "numbers_in_the_architecture": described,
-                "data_beside_the_weights": sum(sizes[path] for path in data),
+        text = sum(compressed_size(path) for path in beside) if self.kind == "code" else 0
+        return {"weights": sizes[self.weights], "data_beside_the_weights": sum(sizes[path] for path in data),
+                "numbers_in_the_architecture": described if described * DESCRIPTION_SHARE > sizes[self.weights] else 0,
+                "text_compressed": text if text * TEXT_SHARE > sizes[self.weights] else 0,
                 "source_json_and_prose": sum(sizes[path] for path in beside), "file_names": names}
 
     def size_bytes(self) -> int:
         """Return the bytes that model_size counts."""
         counted = self.counted()
         named = counted["file_names"] if self.kind == "code" else 0
-        return sum(counted[part] for part in ("weights", "numbers_in_the_architecture", "data_beside_the_weights")) + named
+        parts = ("weights", "data_beside_the_weights", "numbers_in_the_architecture", "text_compressed")
+        return sum(counted[part] for part in parts) + named
 
     def needed_bytes(self) -> int:
         """Return the bytes that the guarded score counts: of everything that the model can be read from."""
-        return sum(self.counted().values())
+        counted = self.counted()
+        return sum(counted.values()) - counted["text_compressed"] - counted["numbers_in_the_architecture"]
+
+
+def compressed_size(path: Path) -> int:
+    """Return the bytes of a text as zlib compresses it, or all its bytes where it has more than `MOST_TEXT_BYTES`."""
+    size = path.stat().st_size
+    if size > MOST_TEXT_BYTES:
+        return size
+    return min(size, len(zlib.compress(path.read_bytes(), 9)))
 
 
 def submission_files(folder: Path) -> list[Path]:

@@ -136,7 +136,6 @@ def slopes(coefficients: np.ndarray) -> list[dict[str, Any]]:
     return [*layers, dict(name="all", type="Concat", inputs=outputs, dim=1), dict(name="y", type="Flatten", inputs=["all"])]
 
 
-@pytest.mark.xfail
 def test_weights_in_the_architecture_are_counted(tmp_path: Path, attacked: Evaluate) -> None:
     from sklearn.datasets import load_digits
     digits = load_digits()

@@ -25,6 +25,7 @@ from compress.evaluation.sandbox import check_hidden
 from compress.evaluation.submission import read_submission
 from metadata.errors import UserError
 from tests.helpers.marks import slow_but
+from tests.helpers.submissions import compressed_text
 from tests.helpers.verdicts import Evaluate, assert_refused
 from tests.helpers.walls import warnings_of_the_walls
 
@@ -75,7 +76,9 @@ def test_same_answers_as_the_package(folder: Path, honest: dict[str, Any], evalu
     assert details["parameters"]["all"] == package["details"]["parameters"]["all"]
     named = sum(len(path.name) for path in folder.iterdir())  # names can hold numbers
     assert details["macs"] == package["details"]["macs"]
-    assert result["model_size"] == package["model_size"] + named / 2**20
+    weights = (folder / "best_weights.pth").stat().st_size
+    assert result["model_size"] * 2**20 == weights + named + compressed_text(folder)
+    assert package["model_size"] * 2**20 == weights
     assert details["preprocessing"]["stated_by"] == "metadata.json"
     assert details["bytes"]["needed_at_inference"] == named + sum(path.stat().st_size for path in folder.iterdir())
     assert any("lie in buffers" in warning for warning in details["warnings"])  # int8 weights do

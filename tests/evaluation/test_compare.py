@@ -137,6 +137,10 @@ def test_answers_may_differ_by_rounding_and_not_by_class() -> None:
     assert same_answer(one, one + np.float32(1e-5)) and not same_answer(one, one[[0, 2, 1]])
     tie = np.array([1.0, 1.0000001, 0.0], np.float32)
     assert same_answer(tie, tie[[1, 0, 2]])
+    assert same_answer(one + np.float32(1e4), one + np.float32(1e4 + 1e-3))
+    plain = np.array([0.0, 3.0, 5.0], np.float32)
+    assert not same_answer(plain + 1e5, plain[[0, 2, 1]] + 1e5)  # an offset hides no change
+    assert not same_answer(plain + 1e5, plain + 1e5 + np.float32([1, 0, 0]))
 
 
 def test_warm_up_shows_no_test_image(pictures: list[Path]) -> None:

@@ -166,7 +166,8 @@ def test_external_data_in_the_folder_is_read_counted_and_hashed(backend: str, fe
     assert result["details"]["accuracy"]["predictions_sha256"] == expected["details"]["accuracy"]["predictions_sha256"]
     both = [folder / "model.onnx", folder / "model.onnx.data"]
     assert both[1].stat().st_size == 3 * SIDE * SIDE * CLASSES * 4
-    assert result["details"]["bytes"]["weights"] == sum(path.stat().st_size for path in both)
+    counted = result["details"]["bytes"]
+    assert counted["weights"] == counted["model_size"] == sum(path.stat().st_size for path in both)
     assert result["details"]["sha256"]["model.onnx.data"] == sha256(both[1])
     assert result["details"]["parameters"]["all"] == expected["details"]["parameters"]["all"]
 

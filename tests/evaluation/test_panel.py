@@ -24,6 +24,7 @@ from tests.helpers import panel_folders
 from tests.helpers.marks import slow_but
 from tests.helpers.panel_variants import VARIANTS
 from tests.helpers.sharing import shared_folder
+from tests.helpers.submissions import compressed_text
 from tests.helpers.verdicts import Evaluate, assert_refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated")  # competitors use what torch will drop
@@ -66,7 +67,7 @@ def test_answers_are_those_of_the_panels_procedure(kind: str, photos: Path, tmp_
     assert details["loaded_by"] == LOADED_BY[kind] and "loaded_by" in details["sandbox"]["stated_by_the_code"]
     weights = next(path for path in folder.iterdir() if path.stem == "model")
     named = sum(len(path.name) for path in folder.iterdir())  # names can hold numbers
-    assert result["model_size"] == (weights.stat().st_size + named) / 2**20
+    assert result["model_size"] * 2**20 == weights.stat().st_size + named + compressed_text(folder)
     assert details["parameters"]["all"] == panel.numbers(model)["all"] and details["macs"]
     if kind != "a loader":  # its checkpoint holds more than tensors; any other state dict is counted as data
         stated = kind in ("TorchScript", "pickled int8 modules")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ import torch
 
 def weights_of(folder: Path) -> Path:
     return next(folder.glob("compressed_*.pth"))
+
+
+def compressed_text(folder: Path) -> int:
+    """The bytes of a folder's source, JSON and prose as model_size counts them: compressed, if many beside the weights."""
+    text = sum(len(zlib.compress(path.read_bytes(), 9)) for path in folder.iterdir()
+               if path.suffix in (".json", ".md", ".py", ".txt"))
+    weights = max(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pth", ".pt"))
+    return text if 16 * text > weights else 0
 
 
 def restate(folder: Path) -> None:
