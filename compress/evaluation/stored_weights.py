@@ -40,7 +40,7 @@ def check_stored(files: SubmissionFiles) -> tuple[list[str], int | None]:
             raise
         return [], None  # it holds more than tensors, or in a pickle protocol that torch reads only unsafely
     if by_class:
-        weights = check_tensors(weights, str(files.weights))
+        weights = check_tensors(weights, str(files.weights), files.weights.stat().st_size)
         if not weights:
             raise VerificationError(f"{files.weights}: expected a state dict (names to tensors), got an empty one")
         check_pruning_claims(files, weights)

@@ -80,12 +80,12 @@ class SubmissionFiles:
     def counted(self) -> dict[str, int]:
         """Return the bytes of all parts that can hold what the model knows, by what they are.
 
-        `model_size` counts the weights and the files with an ONNX file's other data; of a graph the numbers in the description
-        of its layers; of code all other files and all names, and source, JSON and prose as zlib compresses them: layout and
-        words that repeat cost next to nothing. Descriptions and texts count where they are large beside the weights, so that
-        an honest model's size is its weights, and whoever writes weights as a structure or into a source pays for what
-        they hold. The guarded score counts every byte. A submission of the toolkit's kinds is read through a few files. Code
-        can read all files, and the names of those that are empty.
+        `model_size` counts the weights and the files with an ONNX file's other data; of a graph the numbers in the
+        description of its layers; of code all other files and all names, and source, JSON and prose as zlib compresses
+        them: layout and words that repeat cost next to nothing. Descriptions and texts count where they are large beside
+        the weights, so that an honest model's size is its weights, and whoever writes weights as a structure or into a
+        source pays for what they hold. The guarded score counts every byte. A submission of the toolkit's kinds is read
+        through a few files. Code can read all files, and the names of those that are empty.
         """
         sizes = {file.path: file.size for file in self.survey.files.values()}
         data = set(self.data_files) - {self.weights}

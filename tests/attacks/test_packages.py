@@ -40,8 +40,7 @@ ARCHIVES = {forge.__name__: forge for forge in (
     archives.member_twice, archives.behind_other_bytes)}
 
 
-@pytest.mark.parametrize("forge", [pytest.param(forge, marks=pytest.mark.xfail) if forge == "member_twice" else forge
-                                   for forge in ARCHIVES])
+@pytest.mark.parametrize("forge", ARCHIVES)
 def test_archives_that_two_readers_read_differently(forge: str, package: Path, attacked: Evaluate) -> None:
     path = weights_of(package)
     path.write_bytes(ARCHIVES[forge](path.read_bytes()))
@@ -77,7 +76,7 @@ def attribute_in_the_way(weights: dict[str, Any]) -> None:
     weights["fc.bias"] = Lie((torch._tensor._rebuild_from_type_v2, (function, torch.Tensor, arguments, in_the_way)))
 
 
-def numbers_in_an_attribute(weights: dict[str, Any]) -> None:
+def with_numbers_in_an_attribute(weights: dict[str, Any]) -> None:
     bias = weights["fc.bias"]
     function, arguments = rebuilt(bias, tuple(bias.shape), tuple(bias.stride()))
     weights["fc.bias"] = Lie((torch._tensor._rebuild_from_type_v2,
@@ -95,7 +94,7 @@ def of_stride_0(weights: dict[str, Any]) -> None:
         weights[f"more{number}"] = Lie(rebuilt(torch.zeros(1), (2**20, 2**10), (0, 0)))
 
 
-TENSORS = {lie.__name__: lie for lie in (attribute_in_the_way, beyond_its_storage, of_stride_0)}
+TENSORS = {lie.__name__: lie for lie in (attribute_in_the_way, with_numbers_in_an_attribute, beyond_its_storage, of_stride_0)}
 
 
 @pytest.mark.parametrize("lie", TENSORS)
@@ -103,15 +102,6 @@ def test_tensors_that_are_not_what_they_state(lie: str, package: Path, attacked:
     edit_weights(package, TENSORS[lie])
     restate(package)
     refused(attacked(package, "--time_limit_s", "20"))
-
-
-def test_numbers_in_attributes_of_a_tensor_are_counted(package: Path, attacked: Evaluate, honest: dict[str, Any]) -> None:
-    edit_weights(package, numbers_in_an_attribute)
-    restate(package)
-    code, result, error = attacked(package)
-    assert code == 0, error
-    assert result["accuracy"] == honest["accuracy"]
-    assert result["model_size"] * 2**20 >= honest["model_size"] * 2**20 + 4000
 
 
 SIZES = [(height, width) for height in range(1, 9) for width in range(1, 9)]
