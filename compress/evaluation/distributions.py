@@ -1,8 +1,9 @@
 """What foreign code may read of this machine: the interpreter, the standard library, and some installed packages.
 
 The list names what is in reach, file by file and package by package. A folder of packages as a whole is never on the list:
-scikit-learn's own folder holds a well-known test set with its labels. Both walls are built from the one list: the mounts of
-bubblewrap (walls.py) and the rules of Landlock (confine.py).
+scikit-learn's own folder holds a well-known test set with its labels. Of the packages on the list, files that hold data are
+out of reach (`holds_data`). Both walls are built from the one list: the mounts of bubblewrap (walls.py) and the rules of
+Landlock (confine.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ ALLOWED = ("torch", "torchvision", "torchaudio", "torchao", "torchinfo", "torchm
            "onnx", "onnxruntime", "opencv-python-headless", "thop", "fvcore", "pytorch-lightning", "lightning")
 # Their folders hold data sets, or large tables that could serve as one. What requires them does without.
 HOLD_DATA = {"scikit-learn", "scikit-image", "scipy", "pandas", "datasets", "seaborn", "statsmodels", "tensorflow", "keras"}
+# What a package brings beside its code is out of reach where it is of a format of arrays, tables, pictures, weights or
+# archives, or is named for labels, or lies in a folder for tests or data sets: timm brings the labels of ImageNet's
+# validation images, and trained weights of a package would be counted nowhere.
+DATA_FORMATS = (
+    ".npy", ".npz", ".csv", ".tsv", ".parquet", ".arrow", ".feather", ".pkl", ".pickle", ".pck", ".mat", ".h5", ".hdf5",
+    ".arff", ".dat", ".db", ".sqlite", ".jsonl", ".tfrecord", ".npk", ".pb", ".png", ".jpg", ".jpeg", ".gif", ".bmp",
+    ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".onnx", ".gz", ".bz2", ".xz",
+    ".zst", ".zip", ".tar")
+DATA_NAMES = ("label", "annotation", "ground_truth")
+TEST_FOLDERS = {"test", "tests"}
+DATA_FOLDERS = {*TEST_FOLDERS, "testdata", "test_data", "sample_data", "datasets"}
+CODE_FORMATS = (".py", ".pyc", ".pyi", ".pyx", ".pxd", ".pxi", ".so", ".h", ".hpp", ".cuh", ".cu", ".c", ".cc", ".cpp",
+                ".cmake", ".f", ".f90", ".typed")
 PACKAGE_FOLDERS = ("site-packages", "dist-packages")
 # Single files of the system that the interpreter and its libraries read.
 SYSTEM = ("/etc/ld.so.cache", "/etc/localtime", "/usr/lib/locale/C.utf8", "/sys/devices/system/cpu")
@@ -37,7 +51,8 @@ class Reach:
 
     Args:
         trees: resolved paths of files, and of folders with all that lies in them.
-        holes: resolved paths of folders that may be listed, and of whose content only the trees inside are in reach.
+        holes: resolved paths of folders that may be listed, and of whose content only the trees inside are in reach; and of
+            files in trees that may not be read.
         links: (link, target) of every symbolic link on the way to the trees.
         names: what can be imported from the holes: top-level modules and packages.
         distributions: the names of the installed ones in `ALLOWED`, for messages.
@@ -83,13 +98,15 @@ def reach() -> Reach:
     """Return what foreign code may read here."""
     allowed = allowed_distributions()
     tops: dict[str, set[str]] = {}  # folder of packages -> what lies in it
-    programs = [os.path.realpath(sys.executable)]
+    programs, hidden = [os.path.realpath(sys.executable)], set[str]()
     for name, distribution in allowed.items():
         folder = str(distribution.locate_file(""))
-        entries, libraries = top_entries(distribution)
+        files = installed_files(distribution)
+        (entries, libraries), data = top_entries(files), data_entries(files)
+        hidden |= {os.path.join(folder, path) for path in data}
         if name not in ALLOWED:  # every entry is a mount, and nobody asks for the versions of what others require
             entries = {entry for entry in entries if not entry.endswith("-info")}
-        tops.setdefault(folder, set()).update(entries)
+        tops.setdefault(folder, set()).update(entries - data)
         if not name.startswith("nvidia-"):  # these need what all need
             programs += [os.path.join(folder, library) for library in libraries]
     links: dict[str, str] = {}
@@ -97,12 +114,14 @@ def reach() -> Reach:
     standard = {path for path in standard if os.path.isfile(os.path.join(path, "os.py")) or "lib-dynload" in path}
     programs += [str(path) for folder in standard for path in Path(folder, "lib-dynload").glob("*.so")
                  if not path.name.startswith("_tkinter")]  # windows have no place here
+    hidden |= {os.path.join(folder, "test") for folder in standard}  # of Python itself
     holes = {os.path.join(folder, name) for folder in standard for name in PACKAGE_FOLDERS}
     trees = {sys.executable, os.path.join(sys.prefix, "pyvenv.cfg"), *standard, *SYSTEM, *needed_libraries(programs)}
     for folder, names in tops.items():
         holes |= {folder, *(os.path.join(folder, os.path.dirname(name)) for name in names)}
         trees |= {os.path.join(folder, name) for name in names}
     holes = {follow_links(path, links) for path in holes if os.path.isdir(path)}
+    holes |= {follow_links(path, links) for path in hidden if os.path.exists(path)}
     trees = {follow_links(path, links) for path in trees if os.path.exists(path)}
     nested = {path for path in trees if (above := uppermost(path, trees, holes)) and above != path}
     kept = trees - nested
@@ -182,19 +201,26 @@ def normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def top_entries(distribution: importlib.metadata.Distribution) -> tuple[set[str], list[str]]:
-    """Return a distribution's own entries in its folder of packages, and its extension modules and libraries.
-
-    An entry is a file, a package or, where several distributions share a folder without `__init__.py`, what lies in that.
-    """
+def installed_files(distribution: importlib.metadata.Distribution) -> list[str]:
+    """Return the paths of a distribution's files in its folder of packages."""
     record = distribution.read_text("RECORD")
     if record is None:  # as Linux distributions install packages
         names = (distribution.read_text("top_level.txt") or distribution.metadata["Name"]).split()
         folder = Path(str(distribution.locate_file("")))
-        return {entry for name in names for entry in (name, f"{name}.py") if (folder / entry).exists()}, [
-            str(path.relative_to(folder)) for name in names for path in (folder / name).rglob("*.so*")]
+        found = [path for name in names for path in (folder / f"{name}.py", *(folder / name).rglob("*"))]
+        return [str(path.relative_to(folder)) for path in found if path.is_file()]
     lines = [line.strip('"').partition(",")[0] for line in record.splitlines()]
-    paths = [path for path in lines if path and not path.startswith(("/", "..", "__pycache__/"))]
+    return [path for path in lines if path and not path.startswith(("/", "..", "__pycache__/"))]
+
+
+def top_entries(paths: list[str]) -> tuple[set[str], list[str]]:
+    """Return a distribution's own entries in its folder of packages, and its extension modules and libraries.
+
+    An entry is a file, a package or, where several distributions share a folder without `__init__.py`, what lies in that.
+
+    Args:
+        paths: of its files.
+    """
     regular = {path.partition("/")[0] for path in paths if path.count("/") == 1 and path.endswith("/__init__.py")}
     entries = set()
     for path in paths:
@@ -206,6 +232,41 @@ def top_entries(distribution: importlib.metadata.Distribution) -> tuple[set[str]
     # A file right in a shared folder makes the whole folder an entry: then the folder is not shared.
     return {entry for entry in entries if os.path.dirname(entry) not in entries}, [
         path for path in paths if path.endswith(".so") or ".so." in path]
+
+
+def data_entries(paths: list[str]) -> set[str]:
+    """Return what of a distribution holds data: folders in a folder of tests, folders of nothing else, and single files.
+
+    Each is a mount in bubblewrap, so there should be few. Folders of tests themselves stay: numpy.testing imports from one.
+
+    Args:
+        paths: of all its files.
+    """
+    data = [path for path in paths if holds_data(path)]
+    if not data:
+        return set()
+    kept = {""}
+    for path in set(paths).difference(data):
+        while (path := os.path.dirname(path)) not in kept:
+            kept.add(path)
+    found = set()
+    for path in data:
+        parts = path.split("/")
+        tests = next((depth for depth, folder in enumerate(parts[:-1], 1) if folder in TEST_FOLDERS), 0)
+        if tests:
+            path = "/".join(parts[:tests + 1])
+        while (above := os.path.dirname(path)) not in kept:
+            path = above
+        found.add(path)
+    return found
+
+
+def holds_data(path: str) -> bool:
+    """Tell by its name whether a file of a package holds images, labels, tables or weights."""
+    *folders, name = path.lower().split("/")
+    if not folders or folders[0].endswith("-info") or name.endswith(CODE_FORMATS) or ".so." in name:
+        return False
+    return name.endswith(DATA_FORMATS) or any(word in name for word in DATA_NAMES) or not DATA_FOLDERS.isdisjoint(folders)
 
 
 def importable(name: str) -> str:

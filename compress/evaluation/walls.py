@@ -70,7 +70,10 @@ def wall_arguments(reach: Reach, files: Iterable[Path], scratch_bytes: int) -> l
     """
     inner = [hole for hole in reach.holes if any(hole.startswith(tree + "/") for tree in reach.trees)]
     mounts = [(path, ["--ro-bind", path, path]) for path in (*reach.trees, *map(str, files))]
-    mounts += [(path, ["--size", "4096", "--tmpfs", path]) for path in inner]
+    folders = [hole for hole in inner if os.path.isdir(hole)]
+    mounts += [(path, ["--size", "4096", "--tmpfs", path]) for path in folders]
+    # A device on a mount without devices: it cannot be opened.
+    mounts += [(path, ["--ro-bind", "/dev/null", path]) for path in {*inner} - {*folders}]
     mounts += [(path, ["--dir", path]) for path in {*reach.holes, *reach.search} - {*inner}]
     arguments = [*APART]
     for _, words in sorted(mounts):  # what lies above comes first
@@ -80,7 +83,7 @@ def wall_arguments(reach: Reach, files: Iterable[Path], scratch_bytes: int) -> l
     for device in DEVICES:
         arguments += ["--dev-bind-try", device, device]
     arguments += ["--proc", "/proc", "--size", str(scratch_bytes), "--tmpfs", SCRATCH, "--chdir", SCRATCH]
-    for path in (*inner, "/"):
+    for path in (*folders, "/"):
         arguments += ["--remount-ro", path]
     return arguments
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from compress.evaluation import scratch
-from compress.evaluation.distributions import reach, top_entries
+from compress.evaluation.distributions import data_entries, installed_files, reach, top_entries
 from compress.evaluation.sandbox import MAX_THREADS, Child
 from compress.evaluation.shared_libraries import needed_libraries
 from compress.evaluation.system_calls import AUDIT_ARCH
@@ -117,7 +117,7 @@ BREAKOUTS = [
     "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)",
     "fcntl.ioctl(r, 0x5452, bytes([1, 0, 0, 0]))",  # FIOASYNC
     "import sklearn", "import pytest", "import compress",
-    "open(DIGITS)",
+    "open(DIGITS)", "open(LABELS)", "open(ARRAYS)",
     "os.setxattr(VICTIM, 'user.note', b'kept for the next run')", "os.chown(VICTIM, 1, 1)", "open(VICTIM)",
     "open(VICTIM, 'w')", "os.truncate(VICTIM, 0)", "os.unlink(VICTIM)", "os.listdir(os.path.dirname(VICTIM))",
     "os.mkdir('closed', 0o300)", "os.umask(0o700)", "os.symlink('/', 'root')", "os.link('kept', 'linked')",
@@ -142,7 +142,12 @@ def test_each_way_out_is_closed_and_honest_files_pass(mode: str, attempt: Attemp
     before = [path.stat() for path in (victim, victim.parent)]
     sklearn = importlib.util.find_spec("sklearn")
     digits = Path(sklearn.origin).parent / "datasets" / "data" / "digits.csv.gz" if sklearn and sklearn.origin else victim
+    timm, numpy = importlib.util.find_spec("timm"), importlib.util.find_spec("numpy")
+    labels = Path(timm.origin).parent / "data" / "_info" / "imagenet_real_labels.json" if timm and timm.origin else victim
+    assert numpy and numpy.origin
+    arrays = Path(numpy.origin).parent / "lib" / "tests" / "data" / "py3-objarr.npz"
     given = {"BREAKOUTS": BREAKOUTS, "VICTIM": str(victim), "DIGITS": str(digits), "STARTED": time.time() - 1,
+             "LABELS": str(labels), "ARRAYS": str(arrays),
              "CALLS": {name: numbers[column] for name, numbers in REFUSED.items() if numbers[column] is not None}}
     code = "".join(f"{name} = {value!r}\n" for name, value in given.items()) + PROBE
     assert attempt(mode, code, {"large.bin": large}).endswith("done: []")
@@ -313,8 +318,7 @@ def test_only_the_packages_of_the_list_are_in_reach() -> None:
         if spec and spec.origin:
             assert inside.covers(Path(spec.origin).resolve()) is None, name
     assert "torch" in inside.names and "torch" in inside.distributions and "pytest" not in inside.names
-    assert all(not Path(path).is_relative_to(hole) for hole in inside.holes for path, content in inside.rules()
-               if content and path not in inside.trees)
+    assert all(inside.covers(Path(path)) for path, content in inside.rules() if content)
     assert inside.covers(PROJECT) is None and inside.covers(Path("/")) is None
 
 
@@ -324,9 +328,54 @@ def test_a_folder_that_packages_share_is_not_in_reach_as_a_whole(tmp_path: Path)
     (info / "METADATA").write_text("Name: one\nVersion: 1.0\n")
     (info / "RECORD").write_text("../../bin/one,,\none/__init__.py,,\none/data/a.so,,\nshared/one/__init__.py,,\n"
                                  "single.py,,\n__pycache__/single.pyc,,\none.libs/b.so.1,,\none-1.0.dist-info/RECORD,,\n\"one/a,b.py\",,\n")
-    entries, libraries = top_entries(importlib.metadata.PathDistribution(info))
+    entries, libraries = top_entries(installed_files(importlib.metadata.PathDistribution(info)))
     assert entries == {"one", "shared/one", "single.py", "one.libs", "one-1.0.dist-info"}
     assert libraries == ["one/data/a.so", "one.libs/b.so.1"]
+
+
+def test_data_beside_the_code_of_a_package_are_told_by_name() -> None:
+    """Folders of data as a whole; of folders with code, single files; of folders of tests, what lies right in them."""
+    paths = ["a/__init__.py", "a/info/real_labels.json", "a/info/synsets.txt", "a/labels.py", "a/data/cifar.npz",
+             "a/data/more/mnist.csv", "a/tests/__init__.py", "a/tests/natype.py", "a/tests/iris.txt", "a/tests/data/set.py",
+             "a/tests/data/x.csv", "a/datasets/__init__.py", "a/datasets/digits.txt", "a/lib.so.1",
+             "a-1.dist-info/labels.txt", "single.pth", "b_data/x.npy"]
+    assert data_entries(paths) == {"a/info/real_labels.json", "a/data", "a/tests/iris.txt", "a/tests/data",
+                                 "a/datasets/digits.txt", "b_data"}
+    assert data_entries(["a/__init__.py", "a/config.yaml"]) == set()
+
+
+def test_no_file_in_reach_holds_arrays_tables_or_labels() -> None:
+    """By content, whatever the names say: archives, arrays, tables, and the known labels of ImageNet."""
+    inside, found = reach(), []
+    starts = (b"PK\3\4", b"\x1f\x8b", b"\x93NUMPY", b"\x89HDF", b"PAR1", b"ARROW1", b"BZh", b"\xfd7zXZ", b"\x89PNG",
+              b"\xff\xd8\xff", b"MATLAB", b"SQLite")
+    for folder in (Path(tree) for tree in inside.trees if "-packages" in tree):
+        for path in (Path(above, name) for above, _, names in os.walk(folder) for name in names):
+            if path.suffix in (".py", ".pyc", ".pyi", ".h", ".hpp", ".so") or inside.covers(path) is None:
+                continue
+            with path.open("rb") as file:
+                found += [str(path)] if file.read(8).startswith(starts) or "labels" in path.name else []
+    assert found == []
+
+
+TIMM = """
+import numpy.testing
+import timm.data
+assert timm.create_model("resnet18", num_classes=3).num_classes == 3
+assert len(timm.data.ImageNetInfo().label_descriptions()) == 1000
+try:
+    said = f"{len(timm.data.RealLabelsImagenet([]).real_labels)} labels"
+except (PermissionError, AssertionError) as error:
+    said = repr(error)
+raise ValueError(said)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_timm_makes_its_models_without_the_labels_of_imagenet(mode: str, attempt: Attempt) -> None:
+    pytest.importorskip("timm")
+    assert "PermissionError(13" in attempt(mode, TIMM)
 
 
 def test_libraries_are_those_that_the_loader_names() -> None:
