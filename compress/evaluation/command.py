@@ -48,6 +48,19 @@ def terminal_progress() -> Progress | None:
     return show
 
 
+def draw_progress() -> Progress | None:
+    """Return a counter of a task's draws with the time left, a line for each, for stderr on a terminal; else None."""
+    if not sys.stderr.isatty():
+        return None
+    start = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        left = f", {(time.monotonic() - start) / done * (total - done):.0f} s left" if done else ""
+        print(f"draw {done + 1} of {total}{left}", file=sys.stderr, flush=True)
+
+    return show
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     plain = EvaluationSettings()
@@ -111,7 +124,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         return task.evaluate_solution(  # type: ignore[no-any-return]
             Path(options.solution), options.param_limit, options.baseline_accuracy,
             task.chosen_draws(options.data_seed, options.draws, options.secret, options.salt),
-            options.threads or usable_cores(), settings)
+            options.threads or usable_cores(), settings, draw_progress())
     percent = BASELINES.accuracy if options.baseline_accuracy is None else options.baseline_accuracy
     return evaluate_submission(options.submission_dir, options.data_dir, options.baseline_size, options.baseline_latency,
                                percent, settings, options.compare, terminal_progress())
@@ -213,7 +226,7 @@ def print_result(result: dict[str, Any], output: Path) -> None:
     """Print the scores, the verdicts and the warnings."""
     details = result["details"]
     shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
-    shown |= {key: details[key] for key in ("guarded_score",) if key in details}
+    shown |= {key: details[key] for key in ("guarded_score",) if details.get(key) is not None}
     for key, value in shown.items():
         print(f"{key:20} {value:14,.4f}" if isinstance(value, float) else f"{key:20} {value:14,}")
     for verdict in details.get("compare", {}).get("lines", []):

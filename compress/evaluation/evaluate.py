@@ -215,6 +215,6 @@ def _accuracy_warnings(accuracy: dict[str, Any], chance: float, settings: Evalua
 
 def failed_result(reason: str, task: str | None = None) -> dict[str, Any]:
     """Return the result of a submission that could not be scored: zero everywhere, and the reason."""
-    details: dict[str, Any] = {"status": f"failed: {reason}", "warnings": []}
-    details |= {"task": task} if task else {"guarded_score": 0.0}
+    details: dict[str, Any] = {"status": f"failed: {reason}", "warnings": [], "guarded_score": 0.0}
+    details |= {"task": task} if task else {}
     return dict.fromkeys(TASK_KEYS if task else RESULT_KEYS, 0.0) | {"details": details}

@@ -6,11 +6,11 @@
 The public data and the score are those of the public evaluator. A process in the sandbox trains the model and leaves it as
 bytes, whose number is limited. The process ends. New ones, each with a folder of its own, get these bytes and nothing else.
 Our own code there counts what the bytes hold (inventory.py) before anything in them runs. Then the model is made from the
-bytes. One process answers some test rows, one by one; the other answers all of them in batches and a random order, so that
-a model that learns from what it is asked differs. The labels stay in the evaluator's process.
+bytes and asked for the test rows, in a way that gives nothing to a model that learns from what it is asked
+(task_answers.py). The labels stay in the evaluator's process.
 
 Whoever knows the seed of a draw can rebuild its test rows. Secret draws come from a salt that is drawn for the evaluation
-and written into the result.
+and written into the result. `details.guarded_score` is given for these alone, and is 0 where a flag is set.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compress.evaluation.measure import Progress
 from compress.evaluation.plausibility import IMPLAUSIBLE, at_least, bayes_distribution
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.sandbox import Child
 from compress.evaluation.score import TASK_KEYS, wilson
 from compress.evaluation.synthetic import PUBLIC_SEED, Problem, data_sha256, prototype_problem, secret_problem
+from compress.evaluation.task_answers import BATCH_SIZE, answer_alone, count_in
 from metadata.errors import UserError, VerificationError
 from metadata.files import sha256
 from metadata.machine import machine, versions
 
 TASK = "imagenet_pareto_2_5m"
 BASELINE_ACCURACY = 0.85
-BATCH_SIZE = 128
 SEED = 2025  # of torch and numpy before `solve`, as in the public evaluator
-ALONE = 64  # test rows that are asked alone, too: an answer must not depend on other rows
 SALT_BYTES = 16
 DRAWS, MOST_DRAWS = 5, 100
 MOST_PARAMETERS = 10**9
@@ -134,7 +134,7 @@ class Task:
 
 
 def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float | None, draws: Draws, threads: int,
-                      settings: EvaluationSettings) -> dict[str, Any]:
+                      settings: EvaluationSettings, progress: Progress | None = None) -> dict[str, Any]:
     """Train and score a solution on each draw. Return what `results.json` holds.
 
     With several draws the keys at the top are means over the draws; the two numbers of parameters are the largest.
@@ -146,6 +146,7 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
         draws: the data.
         threads: for training and answering.
         settings: limits on time and memory, for each draw.
+        progress: called before each draw with the number of draws done and their total.
 
     Raises:
         UserError: the file is missing, or a setting is out of range.
@@ -162,6 +163,8 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
     task = Task(solution=solution, param_limit=param_limit, baseline_accuracy=baseline, threads=threads, settings=settings)
     rows, distribution, metadata = [], np.ones(1), {}
     for index, make in enumerate(draws.problems()):
+        if progress:
+            progress(index, draws.number)
         problem = make()
         metadata = task.metadata(problem)
         chances = bayes_distribution(problem)
@@ -173,11 +176,14 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
     flags = {flag: any(row["flags"][flag] for row in rows) for flag in rows[0]["flags"]}
     flags["implausible"] |= probability < IMPLAUSIBLE
     over = [row for row in rows if row["parameters_trainable"] > param_limit]
+    score = statistics.fmean(row["score"] for row in rows)
+    fresh = draws.salt is not None and not draws.repeated
     details = {
         "status": "ok" if not over else "over the parameter limit",
         "task": TASK,
-        "data": "secret" if draws.salt and not draws.repeated else "repeated" if draws.salt else "public",
+        "data": "secret" if fresh else "repeated" if draws.salt else "public",
         "flags": flags,
+        "guarded_score": (0.0 if any(flags.values()) else score) if fresh else None,
         "warnings": _warnings(rows, flags, draws, param_limit, probability),
         "correct": correct, "total": total, "wilson_95": list(wilson(correct, total)),
         "probability_under_bayes": probability, "metadata": metadata, "threads": threads,
@@ -190,7 +196,7 @@ def evaluate_solution(solution: Path, param_limit: int, baseline_accuracy: float
         details |= {"salt": draws.salt.hex(), "draws": rows,
                     "over_draws": {key: _spread([row[key] for row in rows]) for key in ("accuracy", "score")}}
     return {
-        **{key: statistics.fmean(row[key] for row in rows) for key in ("score", "score_unbounded", "accuracy")},
+        "score": score, **{key: statistics.fmean(row[key] for row in rows) for key in ("score_unbounded", "accuracy")},
         **{key: max(row[key] for row in rows) for key in ("parameters_trainable", "parameters_all")},
         "train_time_seconds": statistics.fmean(row["train_time_seconds"] for row in rows),
         "details": details}
@@ -224,34 +230,25 @@ def _evaluate_draw(task: Task, problem: Problem, chances: np.ndarray, draws: int
     if len(content) + source_bytes > most:
         raise VerificationError(f"{task.solution}{place}: the model takes {len(content):,} bytes and its source "
                                 f"{source_bytes:,}; {why}")
-    inputs, classes = problem.test[0].numpy(), problem.num_classes
-    order = np.random.default_rng().permutation(len(inputs))
-    some = order[::max(1, len(order) // ALONE)]
-    child, _, _ = _restored(task, problem, content, place)
-    try:
-        alone = {row: _logits(child, inputs[row][None], classes)[0] for row in some}
-    finally:
-        child.close()
-    child, held, stated = _restored(task, problem, content, place)
-    try:
-        predictions, batch_dependent = _predict(child, inputs, classes, order, alone)
-        answering = child.usage()
-    finally:
-        child.close()
-    counts = model_counts(held, stated, task.param_limit, source_bytes)
+    answers = answer_alone(content, problem.test[0].numpy(), problem.num_classes, task.settings, task.threads,
+                           f"{task.solution}{place}: its model, in a new process", SEED)
+    counts = model_counts(answers.held, answers.stated, task.param_limit, source_bytes)
     labels = problem.test[1].numpy()
-    correct = int((predictions == labels).sum())
+    correct = int((answers.classes == labels).sum())
     accuracy, probability = correct / len(labels), at_least(chances, correct)
     unbounded = 0.0 if counts["parameters_trainable"] > task.param_limit else task_score(accuracy, task.baseline_accuracy)
     return {"score": min(100.0, max(0.0, unbounded)), "score_unbounded": unbounded, "accuracy": accuracy,
             **{key: counts.pop(key) for key in ("parameters_trainable", "parameters_all")}, "train_time_seconds": seconds,
             "correct": correct, "total": len(labels),
             "expected_under_bayes": float(chances @ np.arange(len(chances))), "probability_under_bayes": probability,
-            "flags": {"hidden_capacity": counts.pop("hidden_capacity"), "batch_dependent": bool(batch_dependent),
+            "flags": {"hidden_capacity": counts.pop("hidden_capacity"),
+                      "batch_dependent": answers.changed + answers.changed_in_batches > 0,
                       "implausible": probability < IMPLAUSIBLE / draws},
-            "batch_dependent_rows": batch_dependent, **counts, "data_sha256": data_sha256(problem),
-            "sandbox": {"protection": child.protection, "training": training, "answering": answering},
-            "unprotected": child.unprotected()}
+            "changed_rows": {"in_another_order": answers.changed, "in_batches": answers.changed_in_batches},
+            "accuracy_in_batches": float((answers.classes_in_batches == labels).mean()), **counts,
+            "data_sha256": data_sha256(problem),
+            "sandbox": {"protection": answers.protection, "training": training, "answering": answers.usage},
+            "unprotected": answers.unprotected}
 
 
 def _train(task: Task, problem: Problem, most: int, why: str, place: str) -> tuple[bytes, float, dict[str, Any]]:
@@ -263,23 +260,10 @@ def _train(task: Task, problem: Problem, most: int, why: str, place: str) -> tup
                   max(len(rows), most), rows)
     try:
         facts = child.facts()
-        content = child.left_in_memory(_count(facts, "bytes", child))
+        content = child.left_in_memory(count_in(facts, "bytes", child))
         return content, facts["seconds"], child.usage()
     finally:
         child.close()
-
-
-def _restored(task: Task, problem: Problem, content: bytes, place: str) -> tuple[Child, dict[str, Any], int]:
-    """Return a new process with the model, what our own code counted in the bytes, and the parameters the model states."""
-    child = Child({"mode": "answer", "bytes": len(content), "seed": SEED}, {}, task.settings, task.threads,
-                  f"{task.solution}{place}: its model, in a new process",
-                  max(len(content), 4 * BATCH_SIZE * problem.input_dim), content)
-    try:
-        held = child.facts()  # by our own code, before the model's own runs
-        return child, held, _count(child.facts(), "trainable", child)
-    except BaseException:
-        child.close()
-        raise
 
 
 def model_counts(held: dict[str, Any], stated: int, param_limit: int, source_bytes: int) -> dict[str, Any]:
@@ -320,8 +304,11 @@ def _warnings(rows: Sequence[dict[str, Any]], flags: dict[str, bool], draws: Dra
                         "model brings are no trainable parameters (buffers, frozen or unregistered tensors, constants in "
                         "code), or float64 parameters need the place of more than the limit")
     if flags["batch_dependent"]:
-        warnings.append(f"{max(row['batch_dependent_rows'] for row in rows)} of {ALONE} answers differ from those to the "
-                        "row alone: the model adapts to what it is asked")
+        again, batched = (sum(row["changed_rows"][key] for row in rows) for key in ("in_another_order", "in_batches"))
+        accuracy = statistics.fmean(row["accuracy_in_batches"] for row in rows)
+        warnings.append(f"{again:,} answers change with the rows asked before, and {batched:,} with the other rows of a "
+                        "batch: the model adapts to what it is asked. The score is that of rows asked alone; in batches "
+                        f"{100 * accuracy:.2f} % are right")
     if flags["implausible"]:
         correct, total = (sum(row[key] for row in rows) for key in ("correct", "total"))
         warnings.append(f"{correct:,} of {total:,} right is more than the given rows can teach: the Bayes rule expects "
@@ -345,42 +332,3 @@ def _pack(tensors: list[Tensor]) -> tuple[list[dict[str, Any]], bytes]:
         arrays.append({"dtype": str(array.dtype), "count": array.size, "offset": len(content), "shape": list(array.shape)})
         content += array.tobytes()
     return arrays, content
-
-
-def _count(facts: dict[str, Any], key: str, child: Child) -> int:
-    """Return a count that the child states. Raise VerificationError for a value that is no count."""
-    value = facts.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**62:
-        raise child.forged()
-    return value
-
-
-def _predict(child: Child, inputs: np.ndarray, classes: int, order: np.ndarray,
-             alone: dict[int, np.ndarray]) -> tuple[np.ndarray, int]:
-    """Return the predicted class of every row, and how many rows are answered otherwise than alone.
-
-    Args:
-        child: a process with the model.
-        inputs: (N, D) float32.
-        classes: C.
-        order: in which the rows are asked, in batches.
-        alone: row -> (C,) logits from another process, which cannot have passed on what it was asked.
-    """
-    predictions, changed = np.empty(len(inputs), np.int64), 0
-    for start in range(0, len(inputs), BATCH_SIZE):
-        chunk = order[start:start + BATCH_SIZE]
-        logits = _logits(child, inputs[chunk], classes)
-        predictions[chunk] = logits.argmax(1)
-        for row, answer in zip(chunk, logits, strict=True):
-            if row in alone and np.abs(answer - alone[row]).max() > 1e-3 * max(1.0, float(np.abs(answer).max())):
-                changed += 1
-    return predictions, changed
-
-
-def _logits(child: Child, rows: np.ndarray, classes: int) -> np.ndarray:
-    """Return (N, classes) logits. Raise VerificationError for another number of values, or values that are not finite."""
-    answer = child.ask(rows)
-    if answer.size != len(rows) * classes or not np.isfinite(answer).all():
-        raise VerificationError(f"{child.where}: the answer to {len(rows)} rows has {answer.size} numbers, expected finite "
-                                f"logits ({len(rows)}, {classes})")
-    return answer.reshape(len(rows), classes)

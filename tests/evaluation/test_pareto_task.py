@@ -19,31 +19,15 @@ from compress.evaluation.synthetic import data_sha256, prototype_problem, secret
 from compress.packaging.bundle import bundle
 from metadata.errors import UserError
 from tests.helpers.marks import slow_but
-from tests.helpers.task import MEANS, finish
-from tests.helpers.walls import WEAK_FLAGS, warnings_of_the_walls
+from tests.helpers.task import MEANS, TASK_FLAGS, SolutionRun, finish
+from tests.helpers.walls import warnings_of_the_walls
 
-TASK = ["--task", "imagenet_pareto_2_5m", "--threads", "1", *WEAK_FLAGS]
 SALT = "000102030405060708090a0b0c0d0e0f"
 
 
-class Run:
-    """Writes a solution, evaluates it, keeps what came of it."""
-
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys = folder, capsys
-
-    def __call__(self, code: str, *flags: str, limit: int = 2_500_000,
-                 base: float = 0.85) -> tuple[int, dict[str, Any], str]:
-        solution, output = self.folder / "solution.py", self.folder / "results.json"
-        solution.write_text(code.replace("LIMIT", str(limit)).replace("BASE", str(base)))
-        exit_code = model_loader.main([*TASK, "--solution", str(solution), "--output_file", str(output), *flags])
-        assert sorted(self.folder.iterdir()) == [output, solution]
-        return exit_code, json.loads(output.read_text()), self.capsys.readouterr().err
-
-
 @pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(tmp_path, capsys)
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> SolutionRun:
+    return SolutionRun(tmp_path, capsys)
 
 
 def mean_rule(problem: Any) -> float:
@@ -58,7 +42,7 @@ def mean_rule(problem: Any) -> float:
 # ------------------------------------------------------------------------------------------------- the honest score
 
 
-def test_class_means_score_what_they_score_outside(run: Run) -> None:
+def test_class_means_score_what_they_score_outside(run: SolutionRun) -> None:
     """At the limit to the parameter, which is no parameter too many."""
     begun = time.monotonic()
     code, result, error = run(MEANS, "--param_limit", "49280", limit=49280)
@@ -68,6 +52,9 @@ def test_class_means_score_what_they_score_outside(run: Run) -> None:
     assert result["score"] == pytest.approx((result["accuracy"] - 0.85) / 0.15 * 100) == result["score_unbounded"]
     assert result["parameters_trainable"] == result["parameters_all"] == 384 * 128 + 128
     assert 0 < result["train_time_seconds"] < time.monotonic() - begun
+    assert details["guarded_score"] is None  # of secret draws alone
+    assert details["changed_rows"] == {"in_another_order": 0, "in_batches": 0}
+    assert details["accuracy_in_batches"] == result["accuracy"]
     assert not any(details["flags"].values()) and 1e-3 < details["probability_under_bayes"] < 0.5
     assert details["warnings"] == [
         *warnings_of_the_walls(), "a public draw can be looked up: its test rows follow from the seed, so this score "
@@ -75,28 +62,28 @@ def test_class_means_score_what_they_score_outside(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_one_parameter_over_the_limit_scores_zero(run: Run) -> None:
+def test_one_parameter_over_the_limit_scores_zero(run: SolutionRun) -> None:
     _, over, _ = run(MEANS, "--param_limit", "49279", limit=49279)
     assert over["score"] == over["score_unbounded"] == 0
     assert over["details"]["status"] == "over the parameter limit"
 
 
 @pytest.mark.slow
-def test_the_limit_of_the_task_counts_to_the_parameter(run: Run) -> None:
+def test_the_limit_of_the_task_counts_to_the_parameter(run: SolutionRun) -> None:
     big = finish("head.more = torch.nn.Parameter(torch.zeros(2_500_001 - 49_280))\nreturn head")
     assert run(big)[1]["score"] == 0
     assert run(big.replace("500_001", "500_000"))[1]["score"] > 90
 
 
 @pytest.mark.slow
-def test_other_baselines_and_draws(run: Run) -> None:
+def test_other_baselines_and_draws(run: SolutionRun) -> None:
     _, result, _ = run(MEANS, "--baseline_accuracy", "0.5", "--data_seed", "7", base=0.5)
     assert result["score"] == pytest.approx((result["accuracy"] - 0.5) / 0.5 * 100)
     assert result["details"]["data_seed"] == 7 and result["accuracy"] == pytest.approx(mean_rule(prototype_problem(7)))
 
 
 @pytest.mark.slow
-def test_a_score_below_the_baseline_is_zero(run: Run) -> None:
+def test_a_score_below_the_baseline_is_zero(run: SolutionRun) -> None:
     _, result, _ = run(MEANS, "--baseline_accuracy", "0.999", base=0.999)
     assert result["score"] == 0 and result["score_unbounded"] < 0
 
@@ -142,9 +129,10 @@ def test_contradictory_draws(flags: Any, said: str) -> None:
 
 
 @pytest.mark.slow
-def test_secret_draws_are_scored_one_by_one_and_can_be_repeated(run: Run) -> None:
+def test_secret_draws_are_scored_one_by_one_and_can_be_repeated(run: SolutionRun) -> None:
     code, result, error = run(MEANS, "--draws", "2", "--secret")
     details = result["details"]
+    assert details["guarded_score"] == result["score"] > 0
     assert code == 0 and details["data"] == "secret" and not any("looked up" in line for line in details["warnings"]), error
     problems = [secret_problem(bytes.fromhex(details["salt"]), draw) for draw in range(2)]
     accuracies = [mean_rule(problem) for problem in problems]
@@ -156,6 +144,7 @@ def test_secret_draws_are_scored_one_by_one_and_can_be_repeated(run: Run) -> Non
     assert details["total"] == 2048 and details["correct"] == sum(draw["correct"] for draw in details["draws"])
     _, again, _ = run(MEANS, "--draws", "2", "--salt", details["salt"])
     assert again["score"] == result["score"] and again["details"]["data"] == "repeated"
+    assert again["details"]["guarded_score"] is None
     assert any("the salt was known" in line for line in again["details"]["warnings"])
 
 
@@ -219,7 +208,7 @@ class Solution:
 
 
 @pytest.mark.slow
-def test_a_search_of_seeds_is_implausible_on_public_draws_and_fails_on_secret_ones(run: Run) -> None:
+def test_a_search_of_seeds_is_implausible_on_public_draws_and_fails_on_secret_ones(run: SolutionRun) -> None:
     search = LOOK_UP.replace("SEEDS", "range(3000)").replace("WRONG", "[]")
     for seed in ("7", "2025"):
         _, result, _ = run(search, "--data_seed", seed)
@@ -230,7 +219,7 @@ def test_a_search_of_seeds_is_implausible_on_public_draws_and_fails_on_secret_on
 
 
 @pytest.mark.slow
-def test_just_plausible_is_told_on_the_public_draw_and_fails_on_secret_ones(run: Run) -> None:
+def test_just_plausible_is_told_on_the_public_draw_and_fails_on_secret_ones(run: SolutionRun) -> None:
     """Nothing tells four mistakes in rebuilt rows from luck; the result says so."""
     few = LOOK_UP.replace("SEEDS", "[2025]").replace("WRONG", "[3, 300, 600, 900]")
     _, result, _ = run(few)
@@ -264,7 +253,7 @@ head.__class__ = Late
 return head"""
 
 
-def test_counts_are_not_taken_where_the_solution_runs(run: Run) -> None:
+def test_counts_are_not_taken_where_the_solution_runs(run: SolutionRun) -> None:
     code, result, error = run(finish(FORGED))
     assert code == 0 and result["parameters_trainable"] == 3_049_280 and result["score"] == 0, error
     assert result["details"]["status"] == "over the parameter limit"
@@ -297,20 +286,20 @@ BEHIND = {
 
 
 @pytest.mark.parametrize("what", slow_but(BEHIND, []))
-def test_only_the_bytes_reach_the_process_that_answers(what: str, run: Run) -> None:
+def test_only_the_bytes_reach_the_process_that_answers(what: str, run: SolutionRun) -> None:
     last_step, said = BEHIND[what]
     code, result, error = run(finish(last_step))
     assert code == 1 and said in error and len(error.strip().splitlines()) == 1, error
     assert result["score"] == 0 and result["details"]["status"].startswith("failed: ")
 
 
-def test_a_source_that_leaves_no_room_is_refused_before_it_runs(run: Run) -> None:
+def test_a_source_that_leaves_no_room_is_refused_before_it_runs(run: SolutionRun) -> None:
     code, _, error = run("#" * 70_000, "--param_limit", "100")
     assert code == 1 and "the source takes 70,000 bytes without a model; together 66,336 are allowed" in error
 
 
 @pytest.mark.slow
-def test_hidden_capacity_is_flagged(run: Run) -> None:
+def test_hidden_capacity_is_flagged(run: SolutionRun) -> None:
     code, result, error = run(finish("head.more = [torch.zeros(10**5)]\nreturn head"))
     assert code == 0, error
     assert result["details"]["flags"]["hidden_capacity"] and result["details"]["hidden_numbers"] >= 90_000
@@ -319,19 +308,10 @@ def test_hidden_capacity_is_flagged(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_batch_statistics_are_not_hidden_capacity_but_adapting_is_flagged(run: Run) -> None:
+def test_batch_statistics_are_not_hidden_capacity(run: SolutionRun) -> None:
     normal = finish("net = torch.nn.Sequential(head, torch.nn.BatchNorm1d(128))\nreturn net")
     _, result, _ = run(normal)
     assert not any(result["details"]["flags"].values()) and result["score"] > 90
-    adapting = finish("class Adapting(torch.nn.Linear):\n"  # it remembers its answers, and learns from the rows
-                      "    def forward(self, x):\n        self.seen = getattr(self, 'seen', {})\n"
-                      "        answers = []\n        for row in x:\n            key = row.numpy().tobytes()\n"
-                      "            if key not in self.seen:\n"
-                      "                self.seen[key] = super().forward(row) + 0.1 * len(self.seen) * row[:128]\n"
-                      "            answers.append(self.seen[key])\n        return torch.stack(answers)\n"
-                      "head.__class__ = Adapting\nreturn head")
-    _, result, _ = run(adapting)
-    assert result["details"]["flags"]["batch_dependent"]
 
 
 # -------------------------------------------------------------------------------- what fails, and the command line
@@ -350,7 +330,7 @@ FAILS = {
 
 
 @pytest.mark.parametrize("failure", slow_but(FAILS, ["no module"]))
-def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> None:
+def test_failing_solutions_score_zero_in_one_line(failure: str, run: SolutionRun) -> None:
     code, said = FAILS[failure]
     exit_code, result, error = run(code, "--time_limit_s", "1" if failure == "for ever" else "60")
     assert exit_code == 1 and said in error and len(error.strip().splitlines()) == 1, error
@@ -365,14 +345,15 @@ def test_failing_solutions_score_zero_in_one_line(failure: str, run: Run) -> Non
 def test_users_mistakes(flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     solution = tmp_path / "s.py"
     solution.write_text(MEANS)
-    assert model_loader.main([*TASK, "--solution", str(solution), "--output_file", str(tmp_path / "r.json"), *flags]) == 2
+    where = ["--solution", str(solution), "--output_file", str(tmp_path / "r.json")]
+    assert model_loader.main([*TASK_FLAGS, *where, *flags]) == 2
     assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["score"] == 0
 
 
 def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, missing in (([], "--submission_dir, --data_dir"), (TASK, "--solution"),
-                               ([*TASK, "--solution", "x", "--compare", "y"], "--compare does not go with --task"),
+    for arguments, missing in (([], "--submission_dir, --data_dir"), (TASK_FLAGS, "--solution"),
+                               ([*TASK_FLAGS, "--solution", "x", "--compare", "y"], "--compare does not go with --task"),
                                (["--submission_dir", "x", "--data_dir", "y", "--solution", "z"], "without --task")):
         with pytest.raises(SystemExit) as ended:
             model_loader.main(arguments)
@@ -380,7 +361,7 @@ def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("flags", [
-    [*TASK, "--solution", "x.py"],
+    [*TASK_FLAGS, "--solution", "x.py"],
     pytest.param(["--submission_dir", "s", "--data_dir", ".", "--compare", "s"], marks=pytest.mark.slow),
     pytest.param(["--submission_dir", "s", "--data_dir", "d"], marks=pytest.mark.slow)], ids=["task", "compare", "code"])
 def test_a_copy_alone_says_what_needs_the_toolkit(flags: list[str], tmp_path: Path) -> None:

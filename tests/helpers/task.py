@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import model_loader
+from tests.helpers.walls import WEAK_FLAGS
+
+TASK_FLAGS = ["--task", "imagenet_pareto_2_5m", "--threads", "1", *WEAK_FLAGS]
+
 MEANS = """
 import torch
 class Solution:
@@ -23,3 +34,18 @@ class Solution:
 def finish(code: str) -> str:
     """Returns the class means with another last step, which has `head`, a linear layer, and `torch`."""
     return MEANS.replace("        return head\n", "".join(f"        {line}\n" for line in code.splitlines()))
+
+
+class SolutionRun:
+    """Writes a solution, evaluates it, keeps what came of it."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys = folder, capsys
+
+    def __call__(self, code: str, *flags: str, limit: int = 2_500_000,
+                 base: float = 0.85) -> tuple[int, dict[str, Any], str]:
+        solution, output = self.folder / "solution.py", self.folder / "results.json"
+        solution.write_text(code.replace("LIMIT", str(limit)).replace("BASE", str(base)))
+        exit_code = model_loader.main([*TASK_FLAGS, "--solution", str(solution), "--output_file", str(output), *flags])
+        assert sorted(self.folder.iterdir()) == [output, solution]
+        return exit_code, json.loads(output.read_text()), self.capsys.readouterr().err
