@@ -50,7 +50,15 @@ def is_archive(path: Path) -> bool:
     """Return whether a file begins as an archive, or any reader would take its end for that of one."""
     with path.open("rb") as file:
         begins = file.read(4) == b"PK\x03\x04"
-    return begins or zipfile.is_zipfile(path)
+    return begins or _ends_as_archive(path)
+
+
+def _ends_as_archive(path: Path) -> bool:
+    """Return whether zipfile sees an end record, be it one that it refuses, such as that of one part of several."""
+    try:
+        return zipfile.is_zipfile(path)
+    except UNREADABLE_ARCHIVE:
+        return True
 
 
 def check_archive(path: Path) -> None:
@@ -65,12 +73,12 @@ def check_archive(path: Path) -> None:
     """
     if not is_archive(path):
         return
-    if not zipfile.is_zipfile(path):
+    if not _ends_as_archive(path):
         raise VerificationError(f"{path}: the file is cut short: its end is missing; copy or download it again")
     try:
         with path.open("rb") as file:
             archive_members(file)
-    except (_OddArchiveError, struct.error, OSError) as error:
+    except (_OddArchiveError, *UNREADABLE_ARCHIVE) as error:
         raise VerificationError(f"{path}: a damaged or encrypted archive, or one that torch did not write: "
                                 f"{first_line(error)}; copy or download it again") from error
 
@@ -78,6 +86,8 @@ def check_archive(path: Path) -> None:
 def archive_members(file: BinaryIO) -> list[Member]:
     """Return the members of an archive in the order of the file, after checking that there is one way to read them."""
     directory, count, ends = _directory(file)
+    if not count:
+        raise _OddArchiveError("it has no members")
     members = sorted(_directory_entries(directory, count), key=lambda member: member.start)
     # torch finds names without regard to case
     names = [member.name.lower() for member in members]

@@ -141,12 +141,12 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         VerificationError: the name, or a symbolic link on its path, points outside the folder; or no file can have it.
     """
-    if "\0" in name or any(len(part.encode(errors="surrogateescape")) > MAX_NAME_BYTES for part in Path(name).parts):
+    if "\0" in name or any(len(part.encode(errors="surrogatepass")) > MAX_NAME_BYTES for part in Path(name).parts):
         raise VerificationError(f"{folder}: no file has the name {name[:60]!r}")
     path = folder / name
     try:
         lies_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError) as error:  # links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or half of a surrogate pair
         raise VerificationError(f"{folder}: {name!r} cannot be resolved: {first_line(error)}") from error
     if not lies_inside:
         raise VerificationError(f"{folder}: {name!r} lies outside the submission")

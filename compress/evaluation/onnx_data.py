@@ -11,6 +11,7 @@ from metadata.errors import UserError, VerificationError, first_line
 from metadata.files import check_download, inside
 
 MAX_ONNX_BYTES = 2**31  # protobuf's limit; external data must not be a way around it
+EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
 def parse_onnx(path: Path) -> Any:
@@ -81,19 +82,22 @@ def _place(path: Path, tensor: Any) -> tuple[Path, int, int]:
     """Return the file of an external tensor, the first of its bytes there, and their number."""
     from onnx import helper
     where = {entry.key: entry.value for entry in tensor.external_data}
+    if not where.keys() <= EXTERNAL_KEYS or len(where) < len(tensor.external_data):
+        raise VerificationError(f"{path}: tensor {tensor.name!r} says of its place {sorted(map(str, where))}, expected each "
+                                f"of {sorted(EXTERNAL_KEYS)} once at most")
     name = where.get("location", "")
-    if not name or Path(name).is_absolute():
+    if not isinstance(name, str) or not name or Path(name).is_absolute():  # protobuf gives bytes for what is no UTF-8
         raise VerificationError(f"{path}: tensor {tensor.name!r} lies in {name!r}; expected a file in the same folder")
     file = inside(path.parent, name)
     if not file.is_file():
-        raise VerificationError(f"{path}: tensor {tensor.name!r} lies in {name}, and there is no such plain file")
+        raise VerificationError(f"{path}: tensor {tensor.name!r} lies in {name!r}, and there is no such plain file")
     try:
         needed = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         offset, length = int(where.get("offset", 0)), int(where.get("length", needed))
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise VerificationError(f"{path}: tensor {tensor.name!r} is not what it says: {first_line(error)}") from error
     if offset < 0 or length != needed or min(tensor.dims, default=0) < 0:
-        raise VerificationError(f"{path}: tensor {tensor.name!r} has {length:,} bytes from byte {offset:,} of {name} on, "
+        raise VerificationError(f"{path}: tensor {tensor.name!r} has {length:,} bytes from byte {offset:,} of {name!r} on, "
                                 f"its shape {list(tensor.dims)} needs {needed:,}")
     return file, offset, length
 

@@ -112,11 +112,11 @@ def _check_contents(path: Path, model: Any) -> None:
     for node in model.graph.node:
         complete = node.output and (node.input or node.op_type == "Constant")
         if node.op_type not in ONNX_OPERATORS.get(node.domain, ()) or not complete:
-            raise VerificationError(f"{path}: operator {node.op_type} of node {node.name!r} (domain {node.domain!r}) is "
+            raise VerificationError(f"{path}: operator {node.op_type!r} of node {node.name!r} (domain {node.domain!r}) is "
                                     "not one of those that image classifiers are made of")
         attributes = {attribute.name: attribute for attribute in node.attribute}
         if node.op_type == "Constant" and not attributes.keys() <= {"value", *_CONSTANTS}:
-            raise VerificationError(f"{path}: node {node.name!r}: expected a Constant of numbers, got {min(attributes)}")
+            raise VerificationError(f"{path}: node {node.name!r}: expected a Constant of numbers, got {min(attributes)!r}")
         size = attributes["size"].i if node.op_type == "LRN" and "size" in attributes else 1
         if not 0 < size <= MAX_LRN_SIZE:
             raise VerificationError(f"{path}: node {node.name!r}: LRN over {size} channels, expected 1 to {MAX_LRN_SIZE:,}")

@@ -84,19 +84,32 @@ def smaller_end(data: bytes) -> bytes:
     return data[:-14] + struct.pack("<HH", *(count - 1 for count in struct.unpack("<HH", data[-14:-10]))) + data[-10:]
 
 
-FORGED: dict[str, Callable[[bytes], bytes]] = {
-    "two directories": two_directories, "another name in its own header": other_name, "a name twice": twice,
-    "a comment behind the end": lambda data: data[:-2] + b"\5\0hello", "bytes behind the end": lambda data: data + b"more",
-    "bytes before the first member": lambda data: b"PK\x03\x04" + data, "counts contradict": smaller_end,
-    "two archives": lambda data: data + data, "compressed members": lambda data: again(data, zipfile.ZIP_DEFLATED),
-    "a damaged directory": lambda data: data.replace(b"PK\x01\x02", b"junk"),
-    "no members": lambda data: b"PK\x05\x06" + bytes(18)}
+def part_of_several(data: bytes) -> bytes:
+    """The record of 64 bits before the end states two disks."""
+    return data[:-26] + b"\2\0\0\0" + data[-22:]
+
+
+FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "two directories": (two_directories, "records at its end contradict|directory is not where the end record says"),
+    "another name in its own header": (other_name, "the header of member .* is not what the directory says"),
+    "a name twice": (twice, "a name occurs twice"),
+    "a comment behind the end": (lambda data: data[:-2] + b"\5\0hello", "the end record is not at the very end"),
+    "bytes behind the end": (lambda data: data + b"more", "its end is missing|the end record is not at the very end"),
+    "bytes before the first member": (lambda data: b"PK\x03\x04" + data, "end contradict|not where the end record says"),
+    "counts contradict": (smaller_end, "the records at its end contradict each other"),
+    "two archives": (lambda data: data + data, "end contradict|not where the end record says"),
+    "one part of several": (part_of_several, "the records at its end contradict each other"),
+    "compressed members": (lambda data: again(data, zipfile.ZIP_DEFLATED), "is compressed|are compressed"),
+    "a damaged directory": (lambda data: data.replace(b"PK\x01\x02", b"junk"), "its directory is damaged"),
+    "no members": (lambda data: b"PK\x05\x06" + bytes(18), "it has no members"),
+    "no members behind other bytes": (lambda data: data + b"PK\x05\x06" + bytes(18), "directory is not where|no members")}
 
 
 @pytest.mark.parametrize("what", FORGED)
 def test_an_archive_with_two_readings_is_refused(what: str, weights: Path) -> None:
-    weights.write_bytes(FORGED[what](weights.read_bytes()))
-    refused(weights, "archive|compressed|cut short|not a PyTorch state dict")
+    forge, said = FORGED[what]
+    weights.write_bytes(forge(weights.read_bytes()))
+    refused(weights, said)
 
 
 def test_damaged_bytes_anywhere_end_in_one_kind_of_error(weights: Path) -> None:
