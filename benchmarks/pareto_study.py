@@ -202,8 +202,8 @@ def by_evaluator(folder: Path) -> dict[str, Any]:
         result = json.loads(output.read_text())
         details = result["details"]
         rows[name] = {key: result[key] for key in ("score", "accuracy", "parameters_trainable")} | {
-            key: details[key] for key in ("correct", "total", "probability_under_bayes", "flags", "threads", "salt",
-                                          "over_draws") if key in details}
+            key: details[key] for key in ("correct", "total", "probability_under_bayes", "flags", "guarded_score",
+                                          "threads", "salt", "over_draws") if key in details}
         for row in details.get("draws", []):
             rows[name].setdefault("draws", []).append({key: row[key] for key in (
                 "accuracy", "correct", "expected_under_bayes", "probability_under_bayes", "data_sha256")})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import model_loader
+from compress.evaluation.command import draw_progress
 from compress.evaluation.pareto_task import Draws, chosen_draws
 from compress.evaluation.plausibility import at_least, bayes_distribution, bayes_probabilities, count_distribution
 from compress.evaluation.score import TASK_KEYS
@@ -349,6 +352,17 @@ def test_users_mistakes(flags: list[str], said: str, tmp_path: Path, capsys: pyt
     assert model_loader.main([*TASK_FLAGS, *where, *flags]) == 2
     assert said in capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["score"] == 0
+
+
+def test_draws_are_counted_on_a_terminal_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw_progress() is None  # standard error is captured
+    reading, writing = os.openpty()
+    with open(reading, "rb", buffering=0) as shown, open(writing, "w") as terminal, contextlib.redirect_stderr(terminal):
+        show = draw_progress()
+        assert show
+        show(0, 3)
+        show(2, 3)
+        assert shown.read(200).split(b"\r\n") == [b"draw 1 of 3", b"draw 3 of 3, 0 s left", b""]
 
 
 def test_flags_that_must_come_together(capsys: pytest.CaptureFixture[str]) -> None:
