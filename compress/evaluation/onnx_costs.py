@@ -19,12 +19,20 @@ Shapes = Mapping[str, list[int]]
 def onnx_macs(nodes: Iterable[Any], shapes: Shapes) -> tuple[int | None, int]:
     """Return the multiply-adds of the convolutions and matrix products for one call, and those that are known.
 
-    The first is None where a shape is not known before running.
+    A product of elements that a ReduceSum takes is a matrix product, too. The first is None where a shape is not known before
+    running, or an Einsum has three tensors or more, whose multiply-adds depend on their order; the second is then a bound.
     """
+    nodes = list(nodes)
+    summed = {node.input[0] for node in nodes if node.op_type == "ReduceSum" and node.input}
     total, complete = 0, True
     for node in nodes:
         if node.op_type == "Einsum":
-            total += _einsum_macs(node, shapes)
+            products = _einsum_macs(node, shapes)
+            total += products or 0
+            complete &= products is not None and len(node.input) < 3
+        if node.op_type == "Mul" and node.output[0] in summed:
+            total += math.prod(shapes.get(node.output[0], [0]))
+            complete &= node.output[0] in shapes
         if node.op_type not in ONNX_CONVOLUTIONS and node.op_type not in ONNX_PRODUCTS:
             continue
         which = ONNX_CONVOLUTIONS.get(node.op_type, 0)
@@ -73,14 +81,25 @@ def onnx_work(nodes: Iterable[Any], shapes: Shapes, batch: int) -> dict[str, int
     return work
 
 
-def _einsum_macs(node: Any, shapes: Shapes) -> int:
-    """Return the multiply-adds of an Einsum over two or more tensors: the product of the sizes of all its letters.
+def _einsum_macs(node: Any, shapes: Shapes) -> int | None:
+    """Return the multiply-adds of an Einsum: the product of the sizes of all its letters and of what its dots stand for.
 
-    An ellipsis, or a shape that is not known, counts as 0.
+    An Einsum of one tensor has none. None: a shape is not known, or does not fit its term.
     """
+    if len(node.input) < 2:
+        return 0
     equation = next((attribute.s.decode(errors="replace") for attribute in node.attribute), "")
     terms = equation.replace(" ", "").partition("->")[0].split(",")
     sizes: dict[str, int] = {}
-    for term, name in zip(terms, node.input, strict=False):
-        sizes |= dict(zip(term, shapes.get(name, ()), strict=False))
-    return math.prod(sizes.values()) if len(terms) > 1 and set("".join(terms)) <= sizes.keys() else 0
+    if len(terms) != len(node.input):
+        return None
+    for term, name in zip(terms, node.input, strict=True):
+        before, dots, after = term.partition("...")
+        shape = shapes.get(name)
+        hidden = len(shape) - len(before) - len(after) if shape is not None else -1
+        if shape is None or hidden < 0 or (hidden and not dots):
+            return None
+        names = [*before, *(f".{place}" for place in range(hidden, 0, -1)), *after]  # dots are counted from the last
+        for letter, size in zip(names, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values())

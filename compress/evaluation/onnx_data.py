@@ -108,5 +108,5 @@ def read_external_data(path: Path, model: Any) -> None:
     from onnx.checker import ValidationError
     try:
         external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except (ValidationError, OSError, ValueError) as error:
+    except (ValidationError, OSError, ValueError, TypeError) as error:
         raise VerificationError(f"{path}: its data in other files cannot be read: {first_line(error)}") from error
