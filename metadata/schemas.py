@@ -46,6 +46,11 @@ Interpolation = Annotated[Literal["nearest", "box", "bilinear", "hamming", "bicu
                                           if isinstance(value, str) else value)]
 
 
+# Bounds within which a normalized pixel is a plain float32: people write 0.485, or 123.7 where pixels go up to 255.
+PixelMean = Annotated[float, Field(ge=-1e6, le=1e6)]
+PixelDeviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+
+
 class Preprocessing(Strict):
     """How an image file becomes the model's input: resize the shorter side, crop the centre, scale to [0, 1], normalize."""
 
@@ -54,8 +59,8 @@ class Preprocessing(Strict):
     interpolation: Interpolation = Field("bilinear", description="of the resize, with antialiasing, as Pillow computes it")
     exif_orientation: bool = Field(True, description="turn a picture as the orientation in its EXIF data says")
     crop: Size | None = Field(224, description="pixels of the central square; null: unchanged")
-    mean: list[float] = Field([0.485, 0.456, 0.406], max_length=3, description="per channel, after scaling to [0, 1]")
-    std: list[Annotated[float, Field(gt=0)]] = Field([0.229, 0.224, 0.225], max_length=3, description="per channel")
+    mean: list[PixelMean] = Field([0.485, 0.456, 0.406], max_length=3, description="per channel, after scaling to [0, 1]")
+    std: list[PixelDeviation] = Field([0.229, 0.224, 0.225], max_length=3, description="per channel")
 
     @model_validator(mode="after")
     def _channels(self) -> Preprocessing:

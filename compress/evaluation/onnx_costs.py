@@ -19,8 +19,8 @@ Shapes = Mapping[str, list[int]]
 def onnx_macs(nodes: Iterable[Any], shapes: Shapes) -> tuple[int | None, int]:
     """Return the multiply-adds of the convolutions and matrix products for one call, and those that are known.
 
-    A product of elements that a ReduceSum takes is a matrix product, too. The first is None where a shape is not known before
-    running, or an Einsum has three tensors or more, whose multiply-adds depend on their order; the second is then a bound.
+    A product of elements that a ReduceSum takes is a matrix product, too. The first is None where a shape is not known
+    before running, or an Einsum has three tensors or more: its multiply-adds depend on their order, the second is a bound.
     """
     nodes = list(nodes)
     summed = {node.input[0] for node in nodes if node.op_type == "ReduceSum" and node.input}

@@ -83,8 +83,8 @@ def _place(path: Path, tensor: Any) -> tuple[Path, int, int]:
     from onnx import helper
     where = {entry.key: entry.value for entry in tensor.external_data}
     if not where.keys() <= EXTERNAL_KEYS or len(where) < len(tensor.external_data):
-        raise VerificationError(f"{path}: tensor {tensor.name!r} says of its place {sorted(map(str, where))}, expected each "
-                                f"of {sorted(EXTERNAL_KEYS)} once at most")
+        raise VerificationError(f"{path}: tensor {tensor.name!r} states {sorted(map(str, where))} of its place, expected "
+                                f"each of {sorted(EXTERNAL_KEYS)} once at most")
     name = where.get("location", "")
     if not isinstance(name, str) or not name or Path(name).is_absolute():  # protobuf gives bytes for what is no UTF-8
         raise VerificationError(f"{path}: tensor {tensor.name!r} lies in {name!r}; expected a file in the same folder")

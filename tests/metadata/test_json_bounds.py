@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import shutil
@@ -10,12 +11,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from pydantic import RootModel
 
 from compress.evaluation.submission import read_submission
+from loaders.images import normalize, scale_pixels
 from metadata.errors import VerificationError
 from metadata.files import MAX_JSON_DEPTH, MAX_JSON_ENTRIES, MAX_JSON_VALUES, parse_json, read_json
+from metadata.schemas import Preprocessing, StatedPreprocessing
 from tests.helpers.commands import PROJECT
 from tests.helpers.submissions import edit_json
 
@@ -54,6 +59,26 @@ def test_documents_up_to_the_limits_are_read(tmp_path: Path) -> None:
     assert parse_json(json.dumps(deep)) == deep
     (tmp_path / "windows.json").write_bytes(json.dumps({"ä": ["\u20ac"]}, ensure_ascii=False).encode("utf-16"))
     assert read_json(tmp_path / "windows.json", RootModel[dict[str, object]]).root == {"ä": ["\u20ac"]}
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("mean", 1e308), ("mean", -1e39), ("mean", float("inf")), ("mean", float("nan")), ("std", 1e-38), ("std", 5e-324),
+    ("std", 0), ("std", -1), ("std", 1e300), ("std", float("nan"))])
+def test_a_preprocessing_whose_pixels_would_overflow_is_refused(name: str, value: float, tmp_path: Path) -> None:
+    path = tmp_path / "preprocessing.json"
+    path.write_text(json.dumps({name: [0.5, value, 0.5]}))
+    for schema in (Preprocessing, RootModel[StatedPreprocessing]):
+        with pytest.raises(VerificationError, match=rf"{name}\.1: Input should be .*, got") as error:
+            read_json(path, schema)
+        assert "\n" not in str(error.value)
+
+
+def test_the_widest_preprocessing_gives_plain_numbers() -> None:
+    pixels = np.array([0, 255], np.uint8).reshape(2, 1, 1, 1)
+    for mean, std in itertools.product((-1e6, 0, 123.675, 1e6), (1e-6, 1 / 255, 58.395, 1e6)):
+        preprocessing = Preprocessing(mode="L", mean=[mean], std=[std])
+        scaled = scale_pixels(pixels, preprocessing)
+        assert np.isfinite(scaled).all() and np.allclose(scaled, normalize(torch.from_numpy(pixels), preprocessing))
 
 
 SCRIPT = """
