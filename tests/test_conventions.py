@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from compress.evaluation.sandbox import INSIDE
+
 PROJECT = Path(__file__).parents[1]
-# Files that stand alone: nothing is imported from them, and they import nothing of the project.
-STANDALONE = {"compress/studies/pareto_solution.py", *(f"compress/evaluation/{name}.py" for name in (
-    "child", "confine", "faults", "offline", "inventory", "panel", "trainee"))}
+# Files that stand alone: the project imports nothing from them, and they import nothing of the project.
+STANDALONE = {"compress/studies/pareto_solution.py", *(f"compress/evaluation/{name}.py" for name in INSIDE)}
 # A stage's class is named as its file is; the class is found by the file, never imported by name.
 STAGES = "compress/pipeline/stages/"
 # A verb is named as the function that it calls, and each of the two command lines has a `main`.

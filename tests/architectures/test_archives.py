@@ -23,6 +23,7 @@ from architectures.build import build
 from architectures.weights import read_weights
 from compress.evaluation.runtimes import load_model
 from metadata.errors import VerificationError
+from tests.helpers.archives import rewritten, two_directories
 from tests.helpers.architectures import tiny
 
 ARCH = "trained_pruned_architecture.json"
@@ -46,33 +47,13 @@ def refused(path: Path, said: str) -> None:
 # -------------------------------------------------------------------------------------------------------- archives
 
 
-def again(data: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
-    """The same members in an archive that Python wrote."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", method) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    return buffer.getvalue()
-
-
-def two_directories(data: bytes) -> bytes:
-    """Python reads the directory before the end record (stored members), torch that at the stated place (deflated)."""
-    data = again(data, zipfile.ZIP_DEFLATED)
-    size, offset = struct.unpack("<II", data[-10:-2])
-    fake, at = bytearray(data[offset:offset + size]), 0
-    while at < len(fake):
-        fake[at + 10:at + 12] = b"\0\0"
-        at += 46 + sum(struct.unpack("<HHH", fake[at + 28:at + 34]))
-    return data[:-22] + bytes(fake) + data[-22:]
-
-
 def other_name(data: bytes) -> bytes:
     """The first member has another name in its own header than in the directory."""
     return data.replace(b"data.pkl", b"atad.pkl", 1)
 
 
 def twice(data: bytes) -> bytes:
-    buffer = io.BytesIO(again(data))
+    buffer = io.BytesIO(rewritten(data))
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr(archive.namelist()[0].upper(), b"torch finds names without regard to case")
@@ -99,7 +80,7 @@ FORGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "counts contradict": (smaller_end, "the records at its end contradict each other"),
     "two archives": (lambda data: data + data, "end contradict|not where the end record says"),
     "one part of several": (part_of_several, "the records at its end contradict each other"),
-    "compressed members": (lambda data: again(data, zipfile.ZIP_DEFLATED), "is compressed|are compressed"),
+    "compressed members": (lambda data: rewritten(data, zipfile.ZIP_DEFLATED), "is compressed|are compressed"),
     "a damaged directory": (lambda data: data.replace(b"PK\x01\x02", b"junk"), "its directory is damaged"),
     "no members": (lambda data: b"PK\x05\x06" + bytes(18), "it has no members"),
     "no members behind other bytes": (lambda data: data + b"PK\x05\x06" + bytes(18), "directory is not where|no members")}
@@ -128,7 +109,7 @@ def test_damaged_bytes_anywhere_end_in_one_kind_of_error(weights: Path) -> None:
 
 def test_what_torch_and_python_write_passes(weights: Path, tmp_path: Path) -> None:
     check_archive(weights)
-    weights.write_bytes(again(weights.read_bytes()))
+    weights.write_bytes(rewritten(weights.read_bytes()))
     load_model(weights)
     with zipfile.ZipFile(tmp_path / "large.zip", "w") as archive, archive.open("a", "w", force_zip64=True) as member:
         member.write(b"x")  # with sizes of 64 bits, as those of more than 4 GiB

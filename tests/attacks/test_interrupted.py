@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -13,25 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import model_loader
+from tests.attacks.conftest import alarm
 from tests.helpers.commands import PROJECT
+from tests.helpers.processes import descendants
 from tests.helpers.walls import WEAK_FLAGS
-
-
-def descendants(process: int) -> dict[int, str]:
-    """The processes that a process has started, and those that they have: id -> command line."""
-    parents, commands = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):  # it has ended
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    found, waiting = {}, [process]
-    while waiting:
-        above = waiting.pop()
-        for each, parent in parents.items():
-            if parent == above and each not in found:
-                found[each] = commands.get(each, "")
-                waiting.append(each)
-    return found
 
 
 def ends(process: int) -> bool:
@@ -44,6 +29,13 @@ def ends(process: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_an_evaluator_that_hangs_fails_its_test(tmp_path: Path) -> None:
+    """The alarm of these tests is no error that the evaluator would turn into a result."""
+    arguments = ["--submission_dir", "s", "--data_dir", "d", "--output_file", str(tmp_path / "results.json")]
+    with pytest.raises(AssertionError, match="did not end within 1 s"), alarm(1):
+        model_loader.main(arguments, lambda options: time.sleep(30))
 
 
 @pytest.mark.parametrize(("number", "kind"), [
@@ -75,7 +67,7 @@ def test_told_to_stop(number: signal.Signals, kind: str, code: Path, few: Path, 
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode not in (0, None) and "Traceback" not in error, error
+    assert process.returncode == 128 + number and "Traceback" not in error, (process.returncode, error)
     assert json.loads(output.read_text())["details"]["status"].startswith("failed: ")
     assert list(temporary.iterdir()) == []
     assert [started[each] for each in started if not ends(each)] == []

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from compress.evaluation.evaluate import evaluate_submission
 from tests.helpers.archives import two_directories
 from tests.helpers.marks import slow_but
+from tests.helpers.processes import descendants
 from tests.helpers.submissions import edit_json, restate, weights_of
 from tests.helpers.verdicts import Evaluate
+from tests.helpers.walls import code_settings
 
 METADATA = "model_metadata.json"
 
@@ -80,13 +83,26 @@ def test_a_hostile_package_beside_it(opponent: str, submission: Path, package: P
 @pytest.mark.parametrize("opponent", slow_but(CODE, []))
 def test_hostile_code_beside_it(opponent: str, submission: Path, code: Path, attacked: Evaluate,
                                 honest: dict[str, Any]) -> None:
-    """The first one's latency comes from calls that it had for itself: nothing that the opponent does is in them."""
     CODE[opponent](code)
     limit = ["--time_limit_s", "15"] if opponent.startswith("hangs") else []
     outcome = attacked(submission, "--compare", str(code), "--allow_code", *limit)
     kept(outcome, honest)
     compared = outcome[1]["details"]["compare"]
-    if opponent == "empties the caches":
-        assert compared["latency"]["second_ms"] > 0 and compared["latency"]["first_ms"] != outcome[1]["latency"]
+    if opponent == "empties the caches":  # which is allowed, and slows only the calls of the comparison
+        assert compared["latency"]["pairs"] == 50 and "status" not in compared
     else:
         assert compared["status"].startswith("failed: ")
+
+
+def test_the_first_one_is_measured_before_the_second_is_started(submission: Path, code: Path, few: Path) -> None:
+    """Its images are read and classified while no process runs foreign code, so nothing of that is in its latency."""
+    stages: list[set[bool]] = [set()]
+
+    def look(done: int, total: int) -> None:
+        stages[-1].add(any("child.py " in line for line in descendants(os.getpid()).values()))
+        if done == total:
+            stages.append(set())
+
+    result = evaluate_submission(submission, few, settings=code_settings(runs=20, warmup=2), compare=code, progress=look)
+    assert stages == [{False}, {False}, {True}, set()]  # read, classified alone, classified beside the other
+    assert result["details"]["latency"]["runs"] == 20 and "latency" in result["details"]["compare"]

@@ -94,7 +94,8 @@ def of_stride_0(weights: dict[str, Any]) -> None:
         weights[f"more{number}"] = Lie(rebuilt(torch.zeros(1), (2**20, 2**10), (0, 0)))
 
 
-TENSORS = {lie.__name__: lie for lie in (attribute_in_the_way, with_numbers_in_an_attribute, beyond_its_storage, of_stride_0)}
+TENSORS = {lie.__name__: lie for lie in (attribute_in_the_way, with_numbers_in_an_attribute, beyond_its_storage,
+                                         of_stride_0)}
 
 
 @pytest.mark.parametrize("lie", TENSORS)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from compress.evaluation.distributions import reach
 from compress.evaluation.evaluate import evaluate_submission
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.sandbox import check_hidden
@@ -27,7 +28,7 @@ from metadata.errors import UserError
 from tests.helpers.marks import slow_but
 from tests.helpers.submissions import compressed_text
 from tests.helpers.verdicts import Evaluate, assert_refused
-from tests.helpers.walls import warnings_of_the_walls
+from tests.helpers.walls import code_settings, warnings_of_the_walls
 
 ALLOW = "--allow_code"
 
@@ -330,6 +331,25 @@ def test_data_that_code_could_read_are_refused() -> None:
     with pytest.raises(UserError, match="which the code may read"):
         check_hidden(Path(sysconfig.get_path("stdlib")) / "json")
     check_hidden(Path(sys.prefix))
+
+
+def test_nothing_runs_where_code_could_read_the_data(folder: Path, few: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test data lie in an installed package that code may read."""
+    append("raise ValueError('the code ran')")(folder)
+    installed, info = tmp_path / "installed", tmp_path / "installed" / "thop-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: thop\nVersion: 1.0\n")
+    (info / "RECORD").write_text("thop/__init__.py,,\n")
+    data = Path(shutil.copytree(few, installed / "thop" / "images"))
+    (installed / "thop" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(installed)
+    reach.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"lies under .*thop, which the code may read"):
+            evaluate_submission(folder, data, settings=code_settings())
+    finally:
+        reach.cache_clear()
 
 
 def test_a_hostile_opponent_costs_nobody_else_the_score(folder: Path, submission: Path, evaluate: Evaluate,

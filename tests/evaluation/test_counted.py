@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,26 +17,15 @@ from compress.evaluation.submission import read_submission
 from metadata.files import read_json
 from tests.helpers.architectures import layer
 from tests.helpers.commands import PROJECT
+from tests.helpers.submissions import write_package
 
 FEATURES, CLASSES = 64, 10
 ARCH = "trained_pruned_architecture.json"
 
 
-def package(folder: Path, layers: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> Path:
-    """A package of our own making, of grey images of 8x8 pixels."""
-    folder.mkdir()
-    (folder / ARCH).write_text(json.dumps({
-        "schema": 1, "model_type": "Net", "num_classes": CLASSES, "input_shape": [1, 8, 8], "output_shape": [CLASSES],
-        "layers": layers}))
-    torch.save(weights, folder / "w.pth")
-    files = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-                    "bytes": (folder / name).stat().st_size} for name in (ARCH, "w.pth")}
-    (folder / "model_metadata.json").write_text(json.dumps({
-        "schema": 1, "model_format": "pytorch", "architecture": "Net", "num_classes": CLASSES, "weights_file": "w.pth",
-        "class_names": [str(index) for index in range(CLASSES)], "input_shape": [1, 8, 8], "parameters": 0, "macs": 0,
-        "preprocessing": {"mode": "L", "resize": 8, "crop": 8, "mean": [1.0], "std": [1.0]},
-        "quantization": {"scheme": "none"}, "files": files}))
-    return folder
+def built(folder: Path, layers: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> Path:
+    """A package of grey images of 8x8 pixels."""
+    return write_package(folder, layers, weights, 0, (1, 8, 8), CLASSES)
 
 
 def classifier(folder: Path, kind: str) -> Path:
@@ -50,9 +37,9 @@ def classifier(folder: Path, kind: str) -> Path:
     weights = {"grey.weight": torch.ones(1, 1, 1, 1), "grey.bias": torch.zeros(1)}
     names = [pool["name"] for pool in pools]
     if kind == "honest":
-        return package(folder, [grey, *pools, layer("all", "Concat", names), layer("row", "Flatten", ["all"]),
-                                layer("fc", "Linear", ["row"], in_features=FEATURES, out_features=CLASSES)],
-                       weights | {"fc.weight": torch.from_numpy(matrix).float(), "fc.bias": torch.zeros(CLASSES)})
+        return built(folder, [grey, *pools, layer("all", "Concat", names), layer("row", "Flatten", ["all"]),
+                              layer("fc", "Linear", ["row"], in_features=FEATURES, out_features=CLASSES)],
+                     weights | {"fc.weight": torch.from_numpy(matrix).float(), "fc.bias": torch.zeros(CLASSES)})
     layers, sums = [grey, *pools], []
     for row in range(CLASSES):
         terms: list[str] = []
@@ -68,7 +55,7 @@ def classifier(folder: Path, kind: str) -> Path:
                 layers.append(layer(f"s{row}x{column}", "Add", [terms[-2], name]))
                 terms.append(f"s{row}x{column}")
         sums.append(terms[-1])
-    return package(folder, [*layers, layer("all", "Concat", sums), layer("y", "Flatten", ["all"])], weights)
+    return built(folder, [*layers, layer("all", "Concat", sums), layer("y", "Flatten", ["all"])], weights)
 
 
 @pytest.mark.parametrize("kind", ["slopes", "windows"])

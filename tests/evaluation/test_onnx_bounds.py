@@ -59,10 +59,10 @@ def built(folder: Path, what: str, side: int, window: int) -> Path:
 def test_nodes_that_never_end_are_refused(what: str, tmp_path: Path) -> None:
     """The same graph with small sizes passes, so that nothing but its costs can stand in the way."""
     read_onnx(built(tmp_path / "quick", what, 2 * SIDE, 3), (3, SIDE, SIDE))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(VerificationError, match=r"over the limits? of"):
         read_onnx(built(tmp_path / "slow", what, VAST, WINDOW), (3, SIDE, SIDE))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 ABSURD = [0, -1, 2**31, 2**62, -2**63]

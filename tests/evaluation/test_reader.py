@@ -24,6 +24,7 @@ from compress.evaluation.nursery import nursery
 from compress.evaluation.reader_runtime import ReaderRuntime, SubmissionReader
 from compress.evaluation.runtimes import EvaluationSettings, load_model
 from metadata.errors import VerificationError
+from tests.helpers.processes import descendants
 from tests.helpers.architectures import layer
 from tests.helpers.submissions import write_package
 
@@ -190,23 +191,6 @@ def test_a_signal_ends_with_a_result(number: signal.Signals, tmp_path: Path, cap
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["total_score"] == 0 and f"stopped by {number.name}" in result["details"]["status"]
     assert signal.getsignal(number) == before
-
-
-def descendants(process: int) -> set[int]:
-    """The processes below another one that are alive, as the kernel lists them."""
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                parents[int(entry.name)] = int(fields[1])
-    found = {process}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {process}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])

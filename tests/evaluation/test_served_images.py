@@ -37,10 +37,10 @@ def test_preprocessing_agrees_with_the_declared_input(changes: dict[str, Any], s
                                                               tmp_path: Path) -> None:
     folder = Path(shutil.copytree(submission, tmp_path / "folder"))
     edit_json(folder, META, lambda metadata: metadata["preprocessing"].update(changes))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(VerificationError, match=said):
         read_submission(folder)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_pixels_have_the_declared_shape(tmp_path: Path) -> None:

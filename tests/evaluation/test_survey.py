@@ -32,10 +32,10 @@ def copy(submission: Path, tmp_path: Path) -> Path:
 def refused(folder: Path, said: str) -> None:
     """Reading and loading the folder end quickly in an error of one line that says what is wrong."""
     for read in (read_submission, load_model):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(VerificationError, match=said) as error:
             read(folder)
-        assert time.perf_counter() - start < QUICKLY
+        assert time.process_time() - start < QUICKLY
         assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 

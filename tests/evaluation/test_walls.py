@@ -27,6 +27,7 @@ from compress.evaluation.walls import bubblewrap_fault
 from metadata.errors import UserError, VerificationError
 from tests.evaluation.test_system_calls import REFUSED
 from tests.helpers.commands import PROJECT
+from tests.helpers.processes import descendants
 from tests.helpers.walls import WEAK, code_settings, without_bubblewrap
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="the sandbox is Linux's")
@@ -241,6 +242,7 @@ from pathlib import Path
 from compress.evaluation.sandbox import Child
 from compress.evaluation.walls import bubblewrap_fault
 from metadata.errors import VerificationError
+from tests.helpers.processes import descendants
 from tests.helpers.walls import code_settings, without_bubblewrap
 import contextlib
 files = {{path.name: path for path in Path({str(folder)!r}).iterdir()}}
@@ -282,8 +284,8 @@ def test_an_evaluator_that_is_killed_leaves_nothing(original: Path, few: Path, t
                                 "--data_dir", str(few), "--allow_code", "--output_file", str(tmp_path / "r.json")],
                                env=os.environ | {"TMPDIR": str(temporary)})
     end = time.monotonic() + 60
-    while not (found := below(process.pid)) or not any(Path(f"/proc/{pid}/root/scratch/folder/{marker}").exists()
-                                                       for pid in found):
+    while not (found := descendants(process.pid)) or not any(
+            Path(f"/proc/{pid}/root/scratch/folder/{marker}").exists() for pid in found):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -292,18 +294,6 @@ def test_an_evaluator_that_is_killed_leaves_nothing(original: Path, few: Path, t
         assert time.monotonic() < end, "a process outlives the evaluator"
         time.sleep(0.1)
     assert list(temporary.iterdir()) == []
-
-
-def below(process: int) -> list[int]:
-    """The ids of the processes that a process has started, and of those that they have started."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [process]
-    for pid in found:
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found[1:]
 
 
 # ------------------------------------------------------------------------------------------------- what is in reach

@@ -7,10 +7,10 @@ import struct
 import zipfile
 
 
-def deflated(content: bytes) -> bytes:
-    """Return an archive with the same members, compressed."""
+def rewritten(content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    """Return an archive of Python's with the same members."""
     written = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w", zipfile.ZIP_DEFLATED) as new:
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w", method) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     return written.getvalue()
@@ -36,7 +36,7 @@ def two_directories(content: bytes) -> bytes:
 
     Zipfile reads the directory that ends where the end record begins, torch the one at the stated offset.
     """
-    archive = deflated(content)
+    archive = rewritten(content, zipfile.ZIP_DEFLATED)
     size, offset = end_record(archive)
     directory = archive[offset:offset + size]
     stored = b"".join(entry[:10] + b"\0\0" + entry[12:] for entry in entries_of(directory))
@@ -45,14 +45,14 @@ def two_directories(content: bytes) -> bytes:
 
 def end_record_in_the_comment(content: bytes) -> bytes:
     """Return an archive whose comment is another archive's end: two end records, and two readers may take one each."""
-    archive, other = bytearray(deflated(content)), content[-22:]
+    archive, other = bytearray(rewritten(content, zipfile.ZIP_DEFLATED)), content[-22:]
     archive[-2:] = struct.pack("<H", len(other))
     return bytes(archive) + other
 
 
 def local_headers_that_disagree(content: bytes) -> bytes:
     """Return a deflated archive whose central directory calls the members stored."""
-    archive = deflated(content)
+    archive = rewritten(content, zipfile.ZIP_DEFLATED)
     size, offset = end_record(archive)
     entries = entries_of(archive[offset:offset + size])
     return archive[:offset] + b"".join(entry[:10] + b"\0\0" + entry[12:] for entry in entries) + archive[-22:]

@@ -17,16 +17,12 @@ import pytest
 
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error
-from tests.helpers.sweeps import SMALL, forks, start, wait_for, write_plan
-
-
-def descendants(process: int) -> list[int]:
-    """A process and its descendants, the youngest first."""
-    return [*(other for child in forks(process) for other in descendants(child)), process]
+from tests.helpers.processes import descendants
+from tests.helpers.sweeps import SMALL, start, wait_for, write_plan
 
 
 def kill_machine(node: subprocess.Popen[bytes]) -> None:
-    for process in descendants(node.pid):
+    for process in [*reversed(descendants(node.pid)), node.pid]:  # the youngest first
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
     node.wait()
