@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -110,6 +111,15 @@ def test_nothing_that_python_3_12_or_3_13_dropped_is_used() -> None:
             wrong += [f"{path.relative_to(PROJECT)}: {name}" for name in used]
     assert seen > 200
     assert wrong == []
+
+
+def test_the_threat_model_names_tests_that_are_there() -> None:
+    text = (PROJECT / "docs" / "threat-model.md").read_text()
+    there = "".join(path.read_text() for path in (PROJECT / "tests").rglob("*.py"))
+    names, files = set(re.findall(r"`(test_\w+)`", text)), set(re.findall(r"`(tests/[^`]+)`", text))
+    assert len(names) > 15 and len(files) > 5
+    assert [name for name in names if f"def {name}(" not in there] == []
+    assert [name for name in files if not (PROJECT / name).exists()] == []
 
 
 def test_rooms_give_their_verb_on_first_use() -> None:

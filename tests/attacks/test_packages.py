@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import model_loader
+from compress.evaluation.evaluate import evaluate_submission
+from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import UserError, VerificationError
 from tests.helpers import archives
 from tests.helpers.marks import slow_but
@@ -340,6 +342,14 @@ def test_errors_that_nobody_foresaw(change: str, package: Path, attacked: Evalua
     refused(attacked(package))
     with pytest.raises((UserError, VerificationError)):
         model_loader.load_model(package)
+
+
+def test_a_folder_that_changes_while_it_is_evaluated(package: Path, few: Path) -> None:
+    def change(done: int, total: int) -> None:
+        (package / "README.md").write_text(f"{done} of {total}")
+
+    with pytest.raises(VerificationError, match="changed while"):
+        evaluate_submission(package, few, settings=EvaluationSettings(runs=20, warmup=2), progress=change)
 
 
 def test_odd_names_score_or_are_refused(package: Path, attacked: Evaluate) -> None:
