@@ -43,10 +43,19 @@ class PeakMemory:
 def status_mb(process: int | str, key: str) -> float | None:
     """Return a memory figure of a process from /proc, in units of 2^20 bytes, or None outside Linux."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(errors="replace").splitlines()  # a name may be of any bytes
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), None)
+
+
+def stat_fields(process: int | str) -> list[bytes]:
+    """Return the fields of a process's /proc/PID/stat that follow its name: its state comes first, then its parent's id.
+
+    Raises:
+        OSError: the process has ended, or the system has no /proc.
+    """
+    return Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()  # a name may be of any bytes, ")" too
 
 
 def machine(driver: Path = Path("/proc/driver/nvidia")) -> dict[str, Any]:

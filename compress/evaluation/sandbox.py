@@ -2,8 +2,8 @@
 
 The parent keeps the labels, sends images, receives logits, and measures with its own clock. Two walls stand around the
 child (child.py). Outside is bubblewrap (walls.py): namespaces of its own, and a view of the disk that holds the interpreter
-and a list of packages (distributions.py) and one folder in memory. Inside, the child gives up its rights (confine.py,
-system_calls.py). Its memory, time, files and threads are limited, and its environment is empty.
+and a list of packages (distributions.py), and one folder for writing (scratch.py). Inside, the child gives up its rights
+(confine.py, system_calls.py). Its memory, time, files and threads are limited, and its environment is empty.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ import numpy as np
 from compress.evaluation.channel import DONE, Channel, ChildEndedError, Clock
 from compress.evaluation.distributions import PROCESSES, reach
 from compress.evaluation.runtimes import EvaluationSettings
-from compress.evaluation.scratch import DiskScratch, MemoryScratch, thread_count, user_threads
-from compress.evaluation.walls import bubblewrap_fault, check_walls, inner_process, packed_arguments, wall_arguments
+from compress.evaluation.scratch import make_scratch, thread_count, user_threads
+from compress.evaluation.walls import (
+    UNHIDDEN,
+    bubblewrap_fault,
+    check_walls,
+    inner_process,
+    packed_arguments,
+    wall_arguments,
+)
 from metadata.errors import UserError, VerificationError, first_line
-from metadata.machine import status_mb
+from metadata.machine import stat_fields, status_mb
 
 PINGS = 20
 MAX_THREADS = 512
@@ -84,7 +91,7 @@ class Child:
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             sizes = {name: path.stat().st_size for name, path in sorted(files.items())}
-            self.scratch = MemoryScratch([*sizes.values()]) if self.walled else DiskScratch()
+            self.scratch = make_scratch(self.walled, [*sizes.values()])
             stack.callback(self.scratch.close)
             self.channel = Channel(where, Clock(max(START_S, settings.time_limit_s)), capacity, content)
             stack.callback(self.channel.close)
@@ -102,7 +109,8 @@ class Child:
                 "readable": readable, "writable": [self.scratch.inside],
                 "packages": {"search": packages.search, "names": packages.names, "distributions": packages.distributions}}
             inside = self._hand_over(message, files, sizes, nonce)  # foreign code runs only after this
-            self.protection = {"bubblewrap": "on" if self.walled else f"off: {bubblewrap_fault()}", **inside,
+            outside = f"on{self.scratch.state}" if self.walled else f"off: {bubblewrap_fault()}; {UNHIDDEN}"
+            self.protection = {"bubblewrap": outside, **inside,
                                "memory": f"on ({settings.memory_limit_mb} MB)", "threads": f"on ({MAX_THREADS})"}
             self._find_child()
             self.scratch.begin(self.pid)
@@ -116,8 +124,8 @@ class Child:
         command = [sys.executable, "-I", "-B", "-W", "ignore", str(HERE / "child.py"), *map(str, ends)]
         handles, folder = [*ends], self.scratch.inside
         self._told = -1
-        if isinstance(self.scratch, MemoryScratch):
-            walls = wall_arguments(reach(), (HERE / f"{name}.py" for name in INSIDE), self.scratch.bytes)
+        if self.walled:
+            walls = wall_arguments(reach(), (HERE / f"{name}.py" for name in INSIDE), self.scratch.mount())
             arguments = packed_arguments(walls)
             stack.callback(os.close, arguments)
             self._told, telling = os.pipe()
@@ -243,7 +251,7 @@ class Child:
         """Return processor seconds, the parent's waiting seconds and peak memory, by the kernel's account."""
         waited = self.channel.clock.spent
         with contextlib.suppress(OSError):
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = stat_fields(self.pid)
             cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             return {"cpu_s": cpu, "waited_s": waited, "peak_mb": status_mb(self.pid, "VmHWM")}
         return {"cpu_s": None, "waited_s": waited, "peak_mb": None}

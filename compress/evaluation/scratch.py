@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
-from compress.evaluation.walls import SCRATCH
+from compress.evaluation.walls import SCRATCH, bounds_memory
+from metadata.machine import stat_fields
 
 MAX_SCRATCH_BYTES = 2**28
 MAX_SCRATCH_ENTRIES = 10_000
 MAX_FILE_BYTES = 2**24  # RLIMIT_FSIZE, see child.py
 PAGE = 4096
+FOLDERS = "foreign-code-"  # how the names of temporary folders begin
+ON_DISK = ", scratch folder on disk: bubblewrap before 0.7"
 
 
 class MemoryScratch:
@@ -27,13 +31,17 @@ class MemoryScratch:
     """
 
     def __init__(self, sizes: list[int]) -> None:
-        self.inside = SCRATCH
+        self.inside, self.state = SCRATCH, ""
         self.bytes = sum(-(-size // PAGE) * PAGE for size in sizes) + MAX_SCRATCH_BYTES
         self.at_first: int | None = None
 
     def begin(self, process: int) -> None:
         """Take what lies in the folder now as not written by the code."""
         self.at_first = self._entries(process)
+
+    def mount(self) -> list[str]:
+        """Return bubblewrap's arguments that make the folder."""
+        return ["--size", str(self.bytes), "--tmpfs", SCRATCH]
 
     def _entries(self, process: int) -> int | None:
         with contextlib.suppress(OSError):  # the process has ended
@@ -53,22 +61,38 @@ class MemoryScratch:
 
 
 class DiskScratch:
-    """A temporary folder on the disk. The code is ended when the folder holds too much, a moment later."""
+    """A temporary folder on the disk. The code is ended when the folder holds too much, a moment later.
 
-    def __init__(self) -> None:
-        self.inside = tempfile.mkdtemp(prefix="sandbox-")
+    The folder is locked while its evaluator lives. What an evaluator that was killed has left is removed by the next one.
+
+    Args:
+        walled: the folder is bound into bubblewrap.
+    """
+
+    def __init__(self, walled: bool) -> None:
+        remove_stale()
+        folder = tempfile.mkdtemp(prefix=f".{FOLDERS}")
+        self._lock = os.open(folder, os.O_RDONLY)
+        lock_folder(self._lock)
+        self.outside = os.path.join(os.path.dirname(folder), os.path.basename(folder).removeprefix("."))
+        os.rename(folder, self.outside)  # only now do others look for the lock
+        self.inside, self.state = (SCRATCH, ON_DISK) if walled else (self.outside, "")
         self.at_first: tuple[int, int] | None = None
+
+    def mount(self) -> list[str]:
+        """Return bubblewrap's arguments that bind the folder."""
+        return ["--bind", self.outside, SCRATCH]
 
     def begin(self, process: int) -> None:
         """Take what lies in the folder now as not written by the code."""
-        self.at_first = folder_size(Path(self.inside))
+        self.at_first = folder_size(Path(self.outside))
 
     def excess(self, process: int) -> str:
         """Return what the code has done beyond its limits, in words that follow "the code"; or an empty text."""
         if self.at_first is None:
             return ""
         first = self.at_first
-        size, entries = folder_size(Path(self.inside), first[1] + MAX_SCRATCH_ENTRIES)
+        size, entries = folder_size(Path(self.outside), first[1] + MAX_SCRATCH_ENTRIES)
         if size + held_bytes(process, self.inside) - first[0] > MAX_SCRATCH_BYTES:
             return f"wrote more than {MAX_SCRATCH_BYTES:,} bytes to its folder"
         if entries - first[1] > MAX_SCRATCH_ENTRIES:
@@ -77,7 +101,43 @@ class DiskScratch:
 
     def close(self) -> None:
         """Remove the folder."""
-        remove(Path(self.inside))
+        remove(Path(self.outside))
+        os.close(self._lock)
+
+
+def make_scratch(walled: bool, sizes: list[int]) -> MemoryScratch | DiskScratch:
+    """Return the folder for foreign code: in memory where bubblewrap is the wall and can bound the folder's size.
+
+    Args:
+        walled: bubblewrap is the wall.
+        sizes: bytes of each file of the submission.
+    """
+    in_memory = walled and bounds_memory(str(shutil.which("bwrap")))
+    return MemoryScratch(sizes) if in_memory else DiskScratch(walled)
+
+
+def lock_folder(handle: int) -> bool:
+    """Lock an open folder until it is closed, by whatever end of the process. Return whether that was possible."""
+    import fcntl  # Windows has none, nor a sandbox
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another holds the lock, or the file system has no locks
+        return False
+    return True
+
+
+def remove_stale() -> None:
+    """Remove the folders that evaluators of this user have left in the temporary folder when they were killed."""
+    with os.scandir(tempfile.gettempdir()) as entries:
+        left = [entry.path for entry in entries if entry.name.startswith(FOLDERS)]
+    for path in left:
+        with contextlib.suppress(OSError):  # no folder, a link, another user's, or another evaluator has removed it
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(handle).st_uid == os.geteuid() and lock_folder(handle):
+                    remove(Path(path))
+            finally:
+                os.close(handle)
 
 
 def remove(folder: Path) -> None:
@@ -144,6 +204,6 @@ def user_threads() -> int:
 
 def thread_count(process: int) -> int | None:
     """Return the number of a process's threads; None when it has ended."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[17])
+    with contextlib.suppress(OSError):
+        return int(stat_fields(process)[17])
     return None

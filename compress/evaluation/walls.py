@@ -1,7 +1,7 @@
 """The outer wall around foreign code: bubblewrap's own namespaces, and a view of the disk that holds only what is needed.
 
 Inside, the process is alone: no network, no other processes, no files but those of `distributions.reach()` for reading, and
-one folder in memory, of limited size, for writing. What the process does to itself there (confine.py) is the second wall.
+one folder of limited size for writing (scratch.py). What the process does to itself there (confine.py) is the second wall.
 """
 
 from __future__ import annotations
@@ -18,30 +18,43 @@ from pathlib import Path
 
 from compress.evaluation.distributions import DEVICES, Reach
 from metadata.errors import UserError
+from metadata.machine import stat_fields
 
 SCRATCH = "/scratch"  # the writable folder, as the process inside sees it
 MISSING = "bubblewrap is not installed"
 REMEDIES = {True: "Install the package bubblewrap (Debian, Ubuntu, Fedora, Arch and openSUSE call it so)",
             False: "Let the evaluator make user namespaces and mount /proc (containers and AppArmor may forbid that)"}
-WEAK = "or give --weak_sandbox: then Landlock and seccomp are the only walls"
+UNHIDDEN = "the code can learn sizes and times of files whose paths it guesses"  # Landlock does not govern stat
+WEAK = f"or give --weak_sandbox: then Landlock and seccomp are the only walls, and {UNHIDDEN}"
 APART = ("--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
          "--die-with-parent", "--new-session", "--cap-drop", "ALL")
 
 
 @functools.cache
 def bubblewrap_fault() -> str:
-    """Return why bubblewrap cannot be the wall here, or an empty text. It is tried once with what a sandbox needs."""
+    """Return why bubblewrap cannot be the wall here, or an empty text."""
     program = shutil.which("bwrap")
     if program is None:
         return MISSING
-    trial = [program, *APART, "--ro-bind", "/", "/", "--proc", "/proc", "--size", "4096", "--tmpfs", "/tmp", "true"]
+    return try_bubblewrap(program, bounds_memory(program))
+
+
+@functools.cache
+def bounds_memory(program: str) -> bool:
+    """Tell whether bubblewrap can bound the size of a folder in memory. Versions before 0.7 do not know the option."""
+    return "--size" not in try_bubblewrap(program, True)
+
+
+def try_bubblewrap(program: str, size: bool) -> str:
+    """Return why bubblewrap does not do what a sandbox needs, or an empty text."""
+    bound = ["--size", "4096"] if size else []
+    trial = [program, *APART, "--ro-bind", "/", "/", "--proc", "/proc", *bound, "--tmpfs", "/tmp", "true"]
     try:
         done = subprocess.run(trial, capture_output=True, text=True, timeout=20, check=False, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{program} does not start: {error}"
     said = " ".join(done.stderr.split())[:200] or f"exit code {done.returncode}"
-    hint = "; version 0.7 or newer is needed" if "--size" in said else ""
-    return f"{program} does not work here: {said}{hint}" if done.returncode else ""
+    return f"{program} does not work here: {said}" if done.returncode else ""
 
 
 def check_walls(weak: bool, where: str) -> bool:
@@ -60,18 +73,18 @@ def check_walls(weak: bool, where: str) -> bool:
     return not fault
 
 
-def wall_arguments(reach: Reach, files: Iterable[Path], scratch_bytes: int) -> list[str]:
+def wall_arguments(reach: Reach, files: Iterable[Path], scratch: Iterable[str]) -> list[str]:
     """Return bubblewrap's arguments that build the view of the disk.
 
     Args:
         reach: what may be read.
         files: more files that may be read, such as the program inside.
-        scratch_bytes: the size of the writable folder.
+        scratch: the arguments that mount the writable folder.
     """
     inner = [hole for hole in reach.holes if any(hole.startswith(tree + "/") for tree in reach.trees)]
     mounts = [(path, ["--ro-bind", path, path]) for path in (*reach.trees, *map(str, files))]
     folders = [hole for hole in inner if os.path.isdir(hole)]
-    mounts += [(path, ["--size", "4096", "--tmpfs", path]) for path in folders]
+    mounts += [(path, ["--tmpfs", path]) for path in folders]  # empty, and read-only in the end
     # A device on a mount without devices: it cannot be opened.
     mounts += [(path, ["--ro-bind", "/dev/null", path]) for path in {*inner} - {*folders}]
     mounts += [(path, ["--dir", path]) for path in {*reach.holes, *reach.search} - {*inner}]
@@ -82,7 +95,7 @@ def wall_arguments(reach: Reach, files: Iterable[Path], scratch_bytes: int) -> l
         arguments += ["--symlink", target, link]
     for device in DEVICES:
         arguments += ["--dev-bind-try", device, device]
-    arguments += ["--proc", "/proc", "--size", str(scratch_bytes), "--tmpfs", SCRATCH, "--chdir", SCRATCH]
+    arguments += ["--proc", "/proc", *scratch, "--chdir", SCRATCH]
     for path in (*folders, "/"):
         arguments += ["--remount-ro", path]
     return arguments
@@ -111,8 +124,8 @@ def inner_process(told: bytes) -> tuple[int, int] | None:
         with contextlib.suppress(OSError, IndexError):
             return reaper, int(Path(f"/proc/{reaper}/task/{reaper}/children").read_text().split()[0])
         for status in Path("/proc").glob("[0-9]*/stat"):  # a kernel without lists of children
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                if int(status.read_text().rpartition(")")[2].split()[1]) == reaper:
+            with contextlib.suppress(OSError):
+                if int(stat_fields(status.parent.name)[1]) == reaper:
                     return reaper, int(status.parent.name)
         if not os.path.exists(f"/proc/{reaper}"):
             return None
