@@ -3,8 +3,9 @@
 A model can keep what it is asked, and learn from rows without labels. Two new processes therefore get the model's bytes.
 The rows are cut into two random halves. Each process is asked for one half first, row by row, and these answers are graded.
 Then it is asked for the other half, which the other process had first: in batches, as the public evaluator asks, and then
-row by row. So every row has a graded answer, given after at most half of the rows, and two others that must agree with it.
-An answer in a batch tells what a model that adapts to its batch would score with the public evaluator.
+row by row, each time in another order. So every row has a graded answer, given after at most half of the rows, and two
+others that must agree with it. The answer in a batch tells what a model that adapts to its batch would score with the
+public evaluator.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def answer_alone(content: bytes, inputs: np.ndarray, classes: int, settings: Eva
     Raises:
         VerificationError: the model cannot be made or does not answer with finite logits.
     """
-    order = np.random.default_rng().permutation(len(inputs))  # seeded by the system: no model can know it
+    order = _shuffled(np.arange(len(inputs)))
     halves = order[:len(order) // 2], order[len(order) // 2:]
     graded, batched, again = np.empty((3, len(inputs), classes), np.float32)
     usage, facts = [], []
@@ -78,12 +79,12 @@ def answer_alone(content: bytes, inputs: np.ndarray, classes: int, settings: Eva
         for child, own, other in zip(children, halves, halves[::-1], strict=True):
             held = child.facts()  # by our own code, before the model's own runs
             facts.append((held, count_in(child.facts(), "trainable", child)))
-            for row in own:
+            # Each time in a new order: a model that could replay the other process would know what that has answered.
+            for row in _shuffled(own):
                 graded[row] = _logits(child, inputs[row][None], classes)
-            for start in range(0, len(other), BATCH_SIZE):
-                chunk = other[start:start + BATCH_SIZE]
+            for chunk in np.split(_shuffled(other), range(BATCH_SIZE, len(other), BATCH_SIZE)):
                 batched[chunk] = _logits(child, inputs[chunk], classes)
-            for row in np.random.default_rng().permutation(other):
+            for row in _shuffled(other):
                 again[row] = _logits(child, inputs[row][None], classes)
             usage.append(child.usage())
     changed = differ(graded, again) | (graded.argmax(1) != again.argmax(1))  # the same calls: not even a tie may change
@@ -92,6 +93,11 @@ def answer_alone(content: bytes, inputs: np.ndarray, classes: int, settings: Eva
         changed_in_batches=int(differ(graded, batched).sum()), held=facts[0][0],
         stated=max(stated for _, stated in facts), protection=child.protection, usage=usage,
         unprotected=child.unprotected())
+
+
+def _shuffled(rows: np.ndarray) -> np.ndarray:
+    """Return rows in an order that no model can know: the system's own randomness decides."""
+    return np.random.default_rng().permutation(rows)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,14 @@ ADAPTING = {  # the last lines of forward, and where the answers change
     "an offset hides it": (IN_BATCHES.replace("OFFSET", "1e5") + "        return rule(rows, self.now) + 1e5", "in_batches"),
     "some places in batches": (IN_BATCHES.replace("OFFSET", "0") + "        answer = rule(rows, self.now)\n"
                                "        answer[::16] = self.plain(rows)[::16]\n        return answer", "in_batches"),
+    "the other process is replayed": (  # whoever is asked in its order knows its answers
+        "keys = [row.numpy().tobytes() for row in rows]\n        if len(rows) > 1:\n"
+        "            if not self.told:\n                self.seen, self.calls, self.now = [], 0, self.sums.detach()\n"
+        "            for row, key in zip(rows, keys):\n                self.told[key] = rule(row[None], self.now)\n"
+        "                self.see(row[None])\n"
+        "        elif keys[0] not in self.told:\n            answer = rule(rows, self.now)\n            self.see(rows)\n"
+        "            return answer\n"
+        "        return torch.cat([self.told[key] for key in keys])", "in_another_order"),
     "what was said alone is said again": (
         "keys = [row.numpy().tobytes() for row in rows]\n        self.see(rows)\n"
         "        if len(rows) == 1:\n            return self.told.setdefault(keys[0], self.plain(rows))\n"
