@@ -27,8 +27,8 @@ class CodeRuntime(Runtime):
 
     def __init__(self, files: SubmissionFacts, settings: EvaluationSettings, classes: int, remarks: list[str],
                  stored: int | None) -> None:
-        copied = {name: files.folder / name for name in files.sizes}
-        total = sum(files.sizes.values())
+        copied = {name: files.folder / name for name in files.sizes if name not in files.kept_back}
+        total = sum(files.sizes[name] for name in copied)
         if total > MAX_SUBMISSION_BYTES:
             raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
         boot = {"mode": "submission", "weights": files.weights, "classes": classes,

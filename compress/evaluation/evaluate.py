@@ -195,10 +195,10 @@ def _size_warnings(facts: SubmissionFacts) -> list[str]:
     if facts.kind == "code" and counted["file_names"] > 2**12:
         remarks.append(f"the names of files can hold numbers, so model_size counts them: {counted['file_names']:,} bytes")
     text, held = counted["source_json_and_prose"], counted["text_compressed"]
-    if held > max(counted["weights"] // 4, 2**14):
-        remarks.append(f"source, JSON and prose hold {held:,} bytes when they are compressed, a lot beside "
-                       f"{counted['weights']:,} bytes of weights: model_size counts them so, the guarded score all "
-                       f"{text:,} bytes")
+    if held:
+        remarks.append(f"source, JSON and prose are large beside {counted['weights']:,} bytes of weights: model_size "
+                       f"counts {held:,} bytes of them, as they are when compressed, the guarded score all {text:,} "
+                       "bytes; remove what the model does not need")
     return remarks
 
 

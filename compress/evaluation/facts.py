@@ -54,6 +54,7 @@ class SubmissionFacts:
     counted: dict[str, int]
     sizes: dict[str, int]
     hashes: dict[str, str]
+    kept_back: tuple[str, ...]
 
     @property
     def combined_hash(self) -> str:
@@ -68,7 +69,7 @@ class SubmissionFacts:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> SubmissionFacts:
         """Return the facts that a reader sent."""
-        tuples = {key: tuple(content[key]) for key in ("input_shape", "ways", "notes")}
+        tuples = {key: tuple(content[key]) for key in ("input_shape", "ways", "notes", "kept_back")}
         return cls(**(content | tuples | {
             "folder": Path(content["folder"]), "preprocessing": Preprocessing.model_validate(content["preprocessing"])}))
 
@@ -82,5 +83,5 @@ def facts_of(files: SubmissionFiles, backend: str) -> SubmissionFacts:
         weights=str(files.weights.relative_to(files.folder)), what=files.what, backend=backend,
         input_shape=files.input_shape, preprocessing=files.preprocessing, preprocessing_from=files.preprocessing_from,
         num_classes=files.num_classes, class_names=files.class_names, model_class=files.model_class, ways=files.ways,
-        notes=files.notes, size_bytes=files.size_bytes(), needed_bytes=files.needed_bytes(), counted=files.counted(),
-        sizes={name: file.size for name, file in files.survey.files.items()}, hashes=hashes)
+        notes=files.notes, size_bytes=files.size_bytes(), needed_bytes=files.needed_bytes(), counted=files.counted,
+        kept_back=files.kept_back, sizes={name: file.size for name, file in files.survey.files.items()}, hashes=hashes)

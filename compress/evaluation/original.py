@@ -38,6 +38,7 @@ OWN_END = 'if __name__ == "__main__":\n    sys.exit(main())'
 PICKLED_CLASS = re.compile(rb"c([\w.]{1,255}+)\n([\w.]{1,255}+)\n|\x8c.([\w.]{1,255}+)\x94\x8c.([\w.]{1,255}+)\x94\x93",
                            re.DOTALL)
 DATA_MODULES = {b"_codecs", b"argparse", b"builtins", b"collections", b"datetime", b"numpy", b"pathlib"}
+NO_LOADER_READS = re.compile(r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION)(\.(md|txt|rst|cff))?", re.IGNORECASE)
 COMMA_BEFORE_END = re.compile(rf"({JSON_TEXT.pattern})|,(?=\s*[}}\]])", re.DOTALL)
 
 
@@ -305,6 +306,15 @@ def is_own_loader(text: str) -> bool:
     return text.startswith(OWN_LOADER) and any(mark in docstring for mark in OWN_MARKS) and text.rstrip().endswith(OWN_END)
 
 
+def kept_back(found: Survey, weights: Path, ways: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the files that a submission's code does not get, so that they can hold nothing and count nothing.
+
+    They are licences and the like beside the weights, and a model_loader.py that is the toolkit's own.
+    """
+    return tuple(name for name, file in found.files.items() if file.path != weights and (
+        NO_LOADER_READS.fullmatch(name) or (name == "model_loader.py" and "loader" not in ways)))
+
+
 def takes_no_path(text: str) -> bool:
     """Tell whether a file defines load_model at its top level, and each time without arguments. Nothing is executed."""
     try:
@@ -364,4 +374,5 @@ def read_original(found: Survey, path: Path) -> SubmissionFiles:
         input_shape=input_shape, preprocessing_from=stated_by, num_classes=metadata.num_classes,
         class_names=metadata.class_names, architecture_path=architecture_path,
         model_class=named if isinstance(named, str) and named.isidentifier() else None,
-        ways=ways, what=what, notes=(*remarks, *chosen, *sizes, *said))
+        ways=ways, what=what, notes=(*remarks, *chosen, *sizes, *said),
+        kept_back=kept_back(found, weights, ways) if kind == "code" else ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import zlib
@@ -30,7 +31,7 @@ MOST_TEXT_BYTES = 2**24  # of a text that is compressed to be counted
 # Pixels of the shorter side after the resize. Networks for photos take 224 to 1,024, and crop 7/8 or all of the resize.
 MAX_RESIZE = 4096
 MAX_RESIZE_TO_CROP = 8
-DESCRIPTION_SHARE = 64  # what describes the layers counts where it is more than this part of the weights
+DESCRIPTION_SHARE = 64  # what describes the layers counts as far as it is more than this part of the weights
 TEXT_SHARE = 16  # the same for the source, JSON and prose of code
 
 
@@ -56,6 +57,7 @@ class SubmissionFiles:
         what: of code, what the folder is, in words.
         notes: remarks on the metadata and the choice of files, for the result's warnings.
         data_files: the files with an ONNX file's external data.
+        kept_back: files of a code submission that its code does not get, by their relative paths.
     """
 
     folder: Path
@@ -76,18 +78,20 @@ class SubmissionFiles:
     what: str = ""
     notes: tuple[str, ...] = ()
     data_files: tuple[Path, ...] = ()
+    kept_back: tuple[str, ...] = ()
 
+    @functools.cached_property
     def counted(self) -> dict[str, int]:
-        """Return the bytes of all parts that can hold what the model knows, by what they are.
+        """The bytes of all parts that can hold what the model knows, by what they are.
 
         `model_size` counts the weights and the files with an ONNX file's other data; of a graph the numbers in the
         description of its layers; of code all other files and all names, and source, JSON and prose as zlib compresses
-        them: layout and words that repeat cost next to nothing. Descriptions and texts count where they are large beside
+        them: layout and words that repeat cost next to nothing. Of descriptions and texts counts what is over a share of
         the weights, so that an honest model's size is its weights, and whoever writes weights as a structure or into a
         source pays for what they hold. The guarded score counts every byte. A submission of the toolkit's kinds is read
-        through a few files. Code can read all files, and the names of those that are empty.
+        through a few files. Code can read all files that it gets, and the names of those that are empty.
         """
-        sizes = {file.path: file.size for file in self.survey.files.values()}
+        sizes = {file.path: file.size for name, file in self.survey.files.items() if name not in self.kept_back}
         data = set(self.data_files) - {self.weights}
         beside = {path for path in (self.architecture_path, self.metadata_path) if path in sizes} - data - {self.weights}
         names = sum(len(os.fsencode(path.relative_to(self.folder))) for path in (self.weights, *data, *beside))
@@ -98,20 +102,20 @@ class SubmissionFiles:
         described = description_bytes(self.architecture) if self.architecture else 0
         text = sum(compressed_size(path) for path in beside) if self.kind == "code" else 0
         return {"weights": sizes[self.weights], "data_beside_the_weights": sum(sizes[path] for path in data),
-                "numbers_in_the_architecture": described if described * DESCRIPTION_SHARE > sizes[self.weights] else 0,
-                "text_compressed": text if text * TEXT_SHARE > sizes[self.weights] else 0,
+                "numbers_in_the_architecture": max(0, described - sizes[self.weights] // DESCRIPTION_SHARE),
+                "text_compressed": max(0, text - sizes[self.weights] // TEXT_SHARE),
                 "source_json_and_prose": sum(sizes[path] for path in beside), "file_names": names}
 
     def size_bytes(self) -> int:
         """Return the bytes that model_size counts."""
-        counted = self.counted()
+        counted = self.counted
         named = counted["file_names"] if self.kind == "code" else 0
         parts = ("weights", "data_beside_the_weights", "numbers_in_the_architecture", "text_compressed")
         return sum(counted[part] for part in parts) + named
 
     def needed_bytes(self) -> int:
         """Return the bytes that the guarded score counts: of everything that the model can be read from."""
-        counted = self.counted()
+        counted = self.counted
         return sum(counted.values()) - counted["text_compressed"] - counted["numbers_in_the_architecture"]
 
 

@@ -13,11 +13,13 @@ import torch
 
 from architectures.architecture import Architecture
 from architectures.counting import description_bytes
-from compress.evaluation.submission import read_submission
+from compress.evaluation.submission import TEXT_SHARE, read_submission
+from compress.packaging.bundle import bundle
 from metadata.files import read_json
 from tests.helpers.architectures import layer
 from tests.helpers.commands import PROJECT
 from tests.helpers.submissions import write_package
+from tests.helpers.verdicts import Evaluate, assert_refused
 
 FEATURES, CLASSES = 64, 10
 ARCH = "trained_pruned_architecture.json"
@@ -63,7 +65,7 @@ def test_weights_in_the_architecture_are_counted(kind: str, tmp_path: Path) -> N
     honest = read_submission(classifier(tmp_path / "honest", "honest"))
     hidden = read_submission(classifier(tmp_path / "hidden", kind))
     assert hidden.size_bytes() > 0.9 * honest.size_bytes() and hidden.needed_bytes() > honest.needed_bytes()
-    assert hidden.counted()["numbers_in_the_architecture"] > (8 if kind == "slopes" else 6) * CLASSES * FEATURES
+    assert hidden.counted["numbers_in_the_architecture"] > (8 if kind == "slopes" else 6) * CLASSES * FEATURES
 
 
 def test_what_the_toolkit_packages_gains_nothing(submission: Path) -> None:
@@ -88,3 +90,35 @@ def test_weights_in_names_of_files_are_counted(original: Path, tmp_path: Path) -
     torch.save({"one": torch.ones(1)}, folder / honest.weights.name)
     hidden = read_submission(folder)
     assert hidden.size_bytes() > 1.3 * honest.size_bytes() and hidden.needed_bytes() > honest.needed_bytes()
+
+
+def test_what_the_code_does_not_get_is_not_counted(original: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    """The toolkit's own model_loader.py, a licence and a description lie beside most models."""
+    folder = Path(shutil.copytree(original, tmp_path / "s"))
+    honest = read_submission(folder)
+    texts = {"model_loader.py": bundle(), "LICENSE": random_text(9_000), "README.md": random_text(9_000)}
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    files = read_submission(folder)
+    assert set(files.kept_back) == texts.keys() and files.size_bytes() == honest.size_bytes() + len("".join(texts))
+    assert files.needed_bytes() == honest.needed_bytes() + len("".join(texts))
+    reads = "import torch\nfrom pathlib import Path\nread = Path(__file__).with_name('README.md').read_bytes()\n"
+    model = folder / "model.py"
+    model.write_text(model.read_text().replace("import torch\n", reads, 1))
+    assert_refused(evaluate(folder, "--allow_code"), "README.md")
+
+
+def test_text_counts_as_far_as_it_is_large(original: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "s"))
+    honest = read_submission(folder)
+    free = honest.counted["weights"] // TEXT_SHARE
+    assert honest.counted["text_compressed"] == 0 and free > 4_000
+    for more in (0, 1_000, 100_000):
+        (folder / "history.json").write_bytes(random_text(free + more))
+        counted = read_submission(folder).counted["text_compressed"]
+        assert 0.7 * more <= counted < free + more
+
+
+def random_text(length: int) -> bytes:
+    """Text that does not compress below three quarters."""
+    return base64.b64encode(np.random.default_rng(0).bytes(length))[:length]
