@@ -41,7 +41,8 @@ def test_an_evaluator_that_hangs_fails_its_test(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "kind"), [
     (signal.SIGTERM, "code"), *(pytest.param(number, kind, marks=pytest.mark.slow) for number, kind in (
         (signal.SIGINT, "code"), (signal.SIGTERM, "task"), (signal.SIGHUP, "code")))])
-def test_told_to_stop(number: signal.Signals, kind: str, code: Path, few: Path, tmp_path: Path) -> None:
+def test_told_to_stop(number: signal.Signals, kind: str, code: Path, few: Path, tmp_path: Path,
+                      stopping_signals: None) -> None:
     temporary, output = tmp_path / "temporary", tmp_path / "results.json"
     temporary.mkdir()
     if kind == "task":

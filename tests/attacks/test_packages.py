@@ -140,12 +140,9 @@ def test_weights_in_the_architecture_are_counted(tmp_path: Path, attacked: Evalu
                            {"grey.weight": torch.ones(1, 1, 1, 1), "grey.bias": torch.zeros(1)}, 64, (1, 8, 8), classes=10,
                            preprocessing=dict(mode="L", resize=8, crop=8, mean=[1.0], std=[1.0]))
     code, result, error = attacked(folder)
-    if code:
-        refused((code, result, error))
-        return
+    assert code == 0, error
     assert result["accuracy"] > 60  # else this test shows nothing
     assert result["model_size"] * 2**20 >= weights_of(folder).stat().st_size + 4 * coefficients.size
-
 
 
 # ------------------------------------------------------------------------------------------------- work without an end
@@ -352,8 +349,7 @@ def test_a_folder_that_changes_while_it_is_evaluated(package: Path, few: Path) -
         evaluate_submission(package, few, settings=EvaluationSettings(runs=20, warmup=2), progress=change)
 
 
-def test_odd_names_score_or_are_refused(package: Path, attacked: Evaluate) -> None:
+def test_odd_names_score(package: Path, attacked: Evaluate) -> None:
     odd_names(package)
-    code, result, error = attacked(package)
-    assert code == 0 or "broke down" not in error
-    assert code == 0 or result["details"]["status"].startswith("failed: ")
+    code, _, error = attacked(package)
+    assert code == 0, error

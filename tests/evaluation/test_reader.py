@@ -178,7 +178,8 @@ def test_a_channel_that_closes_early_and_inputs_that_do_not_fit() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_with_a_result(number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_ends_with_a_result(number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                     stopping_signals: None) -> None:
     def interrupted(options: Any) -> dict[str, Any]:
         os.kill(os.getpid(), number)
         time.sleep(5)
