@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from metadata.machine import stat_fields
+
 
 def descendants(process: int) -> dict[int, str]:
     """Return the running processes that a process has started, and those that these have: id -> command line.
@@ -15,8 +17,8 @@ def descendants(process: int) -> dict[int, str]:
     commands = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
+            state, parent, *_ = stat_fields(folder.name)
+            if state != b"Z":
                 commands[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 children.setdefault(int(parent), []).append(int(folder.name))
     found = [process]
