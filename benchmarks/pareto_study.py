@@ -3,8 +3,8 @@
 Write benchmarks/results/pareto_2_5m.json and .png: points and seconds on the public data (a fresh process with two
 threads), accuracy on fresh draws, and accuracy on digits and on a mixture problem under several limits, each compared with
 the nearest mean and an MLP. This takes about ten minutes with one thread. `--standard` prints only the first part, as JSON.
-`--evaluator` measures again what the evaluator says (the public draw and secret ones) and how the Bayes rule's right
-answers are distributed, and keeps the other results.
+`--evaluator` measures again what the evaluator says (the public draw and secret ones), how the Bayes rule's right answers
+are distributed, and what a rule gains that learns from test rows, and keeps the other results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from compress.evaluation.plausibility import at_least, bayes_probabilities, count_distribution
-from compress.evaluation.synthetic import Problem, mixture_problem, prototype_problem, secret_problem
+from compress.evaluation.synthetic import LENGTH, NOISE, Problem, mixture_problem, prototype_problem, secret_problem
 from compress.studies.pareto_solution import Solution
 from metadata.files import write_json
 from metadata.machine import machine, versions
@@ -46,7 +46,7 @@ REMARKS = [
 LIMITS = (20_000, 50_000, 200_000, 2_500_000)
 FULL = 2_500_000
 TIMINGS = 5
-SECRET_DRAWS, CALIBRATION_DRAWS = 5, 2000
+SECRET_DRAWS, CALIBRATION_DRAWS, LEARNER_DRAWS = 5, 2000, 24
 CALIBRATION_SALT = bytes(16)  # anyone's: nothing is trained on these draws
 TAILS = (0.1, 0.01, 0.001, 0.0001)
 MLP_EPOCHS, BATCH = 40, 128
@@ -234,6 +234,57 @@ def bayes_calibration(draws: int) -> dict[str, Any]:
             "smallest_probability": min(probabilities)}
 
 
+def learners(draws: int) -> dict[str, Any]:
+    """Measure what a rule gains that learns from unlabelled test rows, as `task_answers.py` asks them.
+
+    Returns:
+        Means over draws of right answers: of the plain rule, of one that has seen all test rows, and of one that learns
+        from every single row and is graded on the first half that it is asked; and how many classes that one changes from
+        one process to the other. `unflagged`: draws on which it changes none.
+    """
+    shuffle, rows = np.random.default_rng(0), []
+    for index in range(draws):
+        problem = secret_problem(CALIBRATION_SALT, index)
+        inputs, labels = both(problem)
+        sums = torch.zeros(problem.num_classes, problem.input_dim).index_add_(0, labels, inputs)
+        (tests, truth), asked = problem.test, torch.from_numpy(shuffle.permutation(len(problem.test[1])))
+        learnt = learn(sums, tests)
+        shares = prototype_logits(tests, learnt).softmax(1)  # each row's own part is taken out again
+        full = [int(prototype_logits(row[None], learnt - share[:, None] * row).argmax())
+                for row, share in zip(tests, shares, strict=True)]
+        halves = asked[:len(asked) // 2], asked[len(asked) // 2:]
+        one, two = (learning_classes(sums, tests, torch.cat(order)) for order in (halves, halves[::-1]))
+        first = torch.isin(torch.arange(len(tests)), halves[0])
+        graded = torch.where(first, one, two)
+        rows.append([int((found == truth).sum()) for found in (
+            prototype_logits(tests, sums).argmax(1), torch.tensor(full), graded)] + [int((one != two).sum())])
+    table = np.array(rows)
+    means = dict(zip(("plain", "all_rows_seen", "graded", "changed"), table.mean(0).tolist(), strict=True))
+    return {"draws": draws, **means, "unflagged": int((table[:, 3] == 0).sum())}
+
+
+def prototype_logits(rows: Tensor, sums: Tensor) -> Tensor:
+    """Return (N, C) logits of rows (N, D), for classes whose rows have the sums (C, D)."""
+    return rows @ F.normalize(sums).T * LENGTH / NOISE**2
+
+
+def learn(sums: Tensor, rows: Tensor) -> Tensor:
+    """Return the classes' sums with unlabelled rows added, each to its likely classes: expectation maximisation."""
+    learnt = sums
+    for _ in range(12):
+        learnt = sums + prototype_logits(rows, learnt).softmax(1).T @ rows
+    return learnt
+
+
+def learning_classes(sums: Tensor, rows: Tensor, order: Tensor, every: int = 32) -> Tensor:
+    """Return the class of each row for a rule that learns from the rows asked before, anew after some."""
+    classes = torch.empty(len(rows), dtype=torch.long)
+    for start in range(0, len(order), every):
+        asked = order[start:start + every]
+        classes[asked] = prototype_logits(rows[asked], learn(sums, rows[order[:start]]) if start else sums).argmax(1)
+    return classes
+
+
 def draw(content: dict[str, Any], path: Path) -> None:
     """Draw test errors against the limit, one panel for each problem."""
     import matplotlib
@@ -269,10 +320,11 @@ def main() -> int:
     if options.standard:
         print(json.dumps(standard()))
         return 0
-    judged: dict[str, Any] = {"evaluator": {}, "bayes_rule": {}}
+    judged: dict[str, Any] = {"evaluator": {}, "bayes_rule": {}, "learners": {}}
     if not options.public:
         with tempfile.TemporaryDirectory() as folder:
-            judged = {"evaluator": by_evaluator(Path(folder)), "bayes_rule": bayes_calibration(CALIBRATION_DRAWS)}
+            judged = {"evaluator": by_evaluator(Path(folder)), "bayes_rule": bayes_calibration(CALIBRATION_DRAWS),
+                      "learners": learners(LEARNER_DRAWS)}
         judged["evaluator"] |= {"machine": machine(), "versions": versions()}
     if options.evaluator:
         earlier = json.loads((RESULTS / "pareto_2_5m.json").read_text())
