@@ -133,7 +133,7 @@ class Child:
             command = [str(shutil.which("bwrap")), "--args", str(arguments), "--info-fd", str(telling), "--", *command]
             handles, folder = [*ends, arguments, telling], "/"
         environment = {"HOME": self.scratch.inside, "TMPDIR": self.scratch.inside, "OPENBLAS_NUM_THREADS": "1",
-                       "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8",
+                       "OMP_NUM_THREADS": str(threads), "LANG": "C.UTF-8", "USER": "nobody",
                        # Code for torch before 2.6 calls torch.load(path) for whole modules. It runs here anyway.
                        "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
         try:

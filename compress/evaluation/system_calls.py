@@ -2,7 +2,8 @@
 
 The file imports only the standard library: the child loads it by its path. The list holds what Python, torch (with
 OpenMP and oneDNN), numpy, Pillow and timm call while they load and run models. Some calls are answered without being made:
-`chmod` and its like succeed and change nothing, because `shutil.copy` needs them and Landlock does not govern them.
+`chmod` and its like succeed and change nothing, because `shutil.copy` needs them and Landlock does not govern them. So do
+the calls that choose cores or a priority, which people make for a steady latency.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ ALLOWED: Numbers = {
     "set_tid_address": (218, 96), "arch_prctl": (158, None), "getrandom": (318, 278), "wait4": (61, 260),
     "exit": (60, 93), "exit_group": (231, 94),
 }
-# Answered with success, and not made: modes and times of files stay as they are.
+# Answered with success, and not made: modes and times of files stay as they are, and so do cores and priority.
 UNCHANGED: Numbers = {
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88),
+    "futimesat": (261, None), "utimensat": (280, 88), "sched_setaffinity": (203, 122), "setpriority": (141, 140),
 }
 # Libraries fall back on other calls, or do without. clone3 hides its flags behind a pointer, openat2 its mode.
 ABSENT: Numbers = {"clone3": (435, 435), "openat2": (437, 437), "copy_file_range": (326, 285), "fchmodat2": (452, 452)}

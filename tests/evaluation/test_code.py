@@ -182,7 +182,7 @@ FORBIDDEN: dict[str, str] = {
     "makes a device": "import os, stat; os.mknod('disk', stat.S_IFBLK | 0o600, os.makedev(254, 0))",
     "bends the clock": "import ctypes\nb = ctypes.create_string_buffer(256)\nb[0] = b'\\x00'\n"
                        "if ctypes.CDLL(None).syscall(159, b) < 0: raise PermissionError",
-    "takes more cores": "import os; os.sched_setaffinity(0, range(2))",
+    "changes its schedule": "import os; os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))",
 }
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {

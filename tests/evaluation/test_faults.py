@@ -41,7 +41,8 @@ KINDS: dict[str, tuple[str, int, str]] = {
     "many files": ("files = [open(f'{i}', 'w') for i in range(200)]", 2, "no more than 128 files are open"),
     "memory": ("hoard = bytearray(2**40)", 2, "no more memory or threads here than --memory_limit_mb 512 allows"),
     "a package": ("import tensorflow_of_nobody", 2, "no package tensorflow_of_nobody in the sandbox, and"),
-    "a system call": ("import os\nos.sched_setaffinity(0, range(2))", 3, "this system call is refused here"),
+    "a system call": ("import os\nos.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))", 3,
+                      "this system call is refused here"),
     "a fault of their own": ("a = {}\na['b']", 3, "KeyError: 'b'"),
     "a syntax error": ("x = 1\nif x\n", 3, "SyntaxError"),
     "printing": ("import os\nos.dup2(os.open('printed', os.O_CREAT | os.O_WRONLY), 1)\nfor _ in range(40):\n"

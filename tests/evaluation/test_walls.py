@@ -77,7 +77,7 @@ def load_model(path):
 """
 # Each line of `BREAKOUTS` is tried by itself, and must end in an OSError.
 PROBE = """
-import ctypes, fcntl, glob, os, shutil, sys, tarfile, termios
+import ctypes, fcntl, getpass, glob, os, shutil, sys, tarfile, termios
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl(15, b"\\xff) S 1 (", 0, 0, 0)  # its name is of any bytes
 r, w = os.pipe()
@@ -103,6 +103,10 @@ for name, number in CALLS.items():
             continue
     done.append(name)
 os.chmod(VICTIM, 0o777); os.utime(VICTIM, (1, 1)); os.chmod(os.path.dirname(VICTIM), 0o777)
+cores = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {0}); os.nice(1); getpass.getuser()
+if os.sched_getaffinity(0) != cores or os.getpriority(os.PRIO_PROCESS, 0):
+    done.append("cores or priority changed")
 with open("kept", "w") as file:
     file.write("x")
 shutil.copy2("kept", "copy")
@@ -129,7 +133,8 @@ BREAKOUTS = [
     "os.mkdir('closed', 0o300)", "os.umask(0o700)", "os.symlink('/', 'root')", "os.link('kept', 'linked')",
     "os.mkdir('/dev/shm/hoard')", "open('/dev/shm/hoard', 'w')", "open('/hoard', 'w')", "os.posix_fallocate(w, 0, 1)",
     "open(os.path.join(os.path.dirname(os.__file__), 'hoard'), 'w')", "open('/proc/1/environ')", "os.listdir('/proc')",
-    "open('/etc/passwd')", "os.listdir('/')", "os.sched_setaffinity(0, range(2))", "os.kill(os.getppid(), 9)", "os.fork()",
+    "open('/etc/passwd')", "os.listdir('/')", "os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))",
+    "os.kill(os.getppid(), 9)", "os.fork()",
 ]
 
 
