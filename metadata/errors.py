@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -18,6 +20,16 @@ class VerificationError(UserError):
     """A claim that does not hold, such as weights that contradict their architecture. Command lines exit 1."""
 
     exit_code = 1
+
+
+@contextlib.contextmanager
+def enough_memory(path: Path) -> Iterator[None]:
+    """Raise VerificationError where what is done with a file or folder needs more memory than there is."""
+    try:
+        yield
+    except MemoryError as error:
+        raise VerificationError(f"{path}: loading it takes more memory than there is, several times the size of its "
+                                "files") from error
 
 
 # What libraries say where a file could run code: advice to let it.

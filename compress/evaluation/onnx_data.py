@@ -20,6 +20,7 @@ def parse_onnx(path: Path) -> Any:
     Raises:
         UserError: the package onnx is not installed.
         VerificationError: the file is too large, or not ONNX.
+        MemoryError: the model needs more memory than there is.
     """
     try:
         import onnx
@@ -34,6 +35,8 @@ def parse_onnx(path: Path) -> Any:
     try:
         return onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, RecursionError, ValueError, TypeError) as error:
+        if "alloc failed" in str(error):  # protobuf's word for it
+            raise MemoryError from error
         raise VerificationError(f"{path}: not an ONNX file: {first_line(error)}") from error
 
 

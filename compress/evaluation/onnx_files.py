@@ -71,6 +71,7 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
         UserError: the packages onnx or onnxruntime are not installed.
         VerificationError: not ONNX, external data outside the folder, operators outside the tables above, several inputs or
             outputs, images of another shape, NaN or infinite weights, or sizes over the limits.
+        MemoryError: the check needs several times the memory of the file, and more than there is.
     """
     model = parse_onnx(path)
     _check_versions(path, model)

@@ -21,7 +21,7 @@ from architectures.weights import open_model
 from compress.evaluation.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
 from compress.evaluation.survey import Survey
-from metadata.errors import UserError, VerificationError, first_line
+from metadata.errors import UserError, VerificationError, enough_memory, first_line
 from metadata.files import read_json
 from metadata.machine import machine
 from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, Preprocessing
@@ -341,22 +341,24 @@ def load_model(model_path: str | Path) -> nn.Module:
 
     Raises:
         UserError: the path does not exist, or is a submission of another kind.
-        VerificationError: a file is not the one that was packaged, or the weights do not fit the architecture.
+        VerificationError: a file is not the one that was packaged, the weights do not fit the architecture, or the model
+            needs more memory than there is.
     """
     path = Path(model_path)
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    if path.is_file() and path.suffix != ".onnx":
-        return _warned(open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path), path)
-    files = read_submission(path if path.is_dir() else path.parent)
-    if path.is_file() and not path.samefile(files.weights):
-        raise UserError(f"{path}: the submission beside it has the weights {files.weights.name}")
-    if files.kind == "code":
-        raise UserError(f"{files.folder}: this submission is code; it can be evaluated (--allow_code), not loaded")
-    if files.kind == "graph":
-        return _warned(open_submission(files), path)
-    import torch
-    return served_module()(ONNX_RUNTIMES[preferred_backend(files)](files, torch.get_num_threads())).eval()
+    with enough_memory(path):
+        if path.is_file() and path.suffix != ".onnx":
+            return _warned(open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path), path)
+        files = read_submission(path if path.is_dir() else path.parent)
+        if path.is_file() and not path.samefile(files.weights):
+            raise UserError(f"{path}: the submission beside it has the weights {files.weights.name}")
+        if files.kind == "code":
+            raise UserError(f"{files.folder}: this submission is code; it can be evaluated (--allow_code), not loaded")
+        if files.kind == "graph":
+            return _warned(open_submission(files), path)
+        import torch
+        return served_module()(ONNX_RUNTIMES[preferred_backend(files)](files, torch.get_num_threads())).eval()
 
 
 def _warned(model: nn.Module, path: Path) -> nn.Module:

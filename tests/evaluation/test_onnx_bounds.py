@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import helper, numpy_helper
 
@@ -15,6 +18,7 @@ from compress.evaluation.onnx_costs import onnx_macs, onnx_work
 from compress.evaluation.onnx_files import read_onnx
 from metadata.errors import VerificationError
 from tests.evaluation.test_foreign_onnx import PLAIN, SIDE, fold, network
+from tests.helpers.commands import PROJECT
 
 VAST, WINDOW = 8000, 4000  # pixels of a padded image, one number in 64 million, and of a pool's window
 
@@ -126,6 +130,38 @@ def test_sums_and_waves_of_position_encodings_pass(tmp_path: Path) -> None:
     model = network(["N", 3, SIDE, SIDE], waves)
     model.graph.initializer.append(numpy_helper.from_array(np.array(1), "axis"))
     assert read_onnx(fold(tmp_path / "s", model) / "model.onnx", (3, SIDE, SIDE)).macs == 3 * SIDE * SIDE * 10
+
+
+LITTLE_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+from compress.evaluation.runtimes import load_model
+from metadata.errors import VerificationError
+small, large, *spare = sys.argv[1:]
+load_model(Path(small))  # imports what it needs
+for more in map(int, spare):
+    held = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 2**10
+    resource.setrlimit(resource.RLIMIT_AS, (held + more * 2**20, resource.RLIM_INFINITY))
+    try:
+        load_model(Path(large))
+        print("loaded")
+    except VerificationError as error:
+        print("memory" if "more memory than there is" in str(error) else error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does it")
+def test_a_file_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+    """Reading, parsing, checking and shape inference run out of it in turn, as the limit rises."""
+    large = onnx.ModelProto()
+    large.CopyFrom(PLAIN)
+    large.graph.initializer.append(numpy_helper.from_array(np.ones(10 * 2**20, np.float32), "large"))
+    files = [fold(tmp_path / name, model) / "model.onnx" for name, model in (("small", PLAIN), ("large", large))]
+    spare = [5, 50, 90, 110, 150, 2000]  # MiB
+    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, *map(str, [*files, *spare])], cwd=PROJECT,
+                          capture_output=True, text=True, check=False)
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and said[0] == "memory" and said[-1] == "loaded" and set(said) == {"memory", "loaded"}, done
 
 
 def test_honest_files_pass(tmp_path: Path) -> None:
