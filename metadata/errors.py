@@ -48,8 +48,17 @@ def first_line(error: BaseException) -> str:
         if found := _UNSAFE_OBJECT.search(str(error)):
             return f"it holds an object of the kind {found[1]}, which is no data"
         lines = [line.strip() for line in lines if line.strip() and not _UNSAFE_ADVICE.search(line)]
-    line = (lines or [type(error).__name__])[0]
-    return "".join(character if character.isprintable() else "?" for character in line)
+    return printable((lines or [type(error).__name__])[0])
+
+
+def printable(value: object, length: int | None = None) -> str:
+    """Return a text of somebody else in one line that a terminal can show: no control characters, no half of a pair.
+
+    Args:
+        value: the text, or what is to be shown as one.
+        length: cut the text there.
+    """
+    return "".join(character if character.isprintable() else "?" for character in str(value))[:length]
 
 
 def some_of(texts: Sequence[str], most: int = 4, separator: str = ", ") -> str:

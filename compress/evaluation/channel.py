@@ -7,7 +7,6 @@ The evaluator waits for a reply only as long as the child's clock allows.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import mmap
 import os
@@ -45,16 +44,24 @@ class Clock:
     """The time that a submission may take. The clock runs while the evaluator works for the submission or waits for it."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.spent = seconds, 0.0
+        self.seconds, self.counted, self.since = seconds, 0.0, -1.0
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time inside the block."""
-        start = time.monotonic()
+        """Count the time inside the block, once where blocks lie inside each other."""
+        if self.since >= 0:
+            yield
+            return
+        self.since = time.monotonic()
         try:
             yield
         finally:
-            self.spent += time.monotonic() - start
+            self.counted, self.since = self.spent, -1.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds that were counted until now."""
+        return self.counted + (time.monotonic() - self.since if self.since >= 0 else 0.0)
 
     @property
     def left(self) -> float:
@@ -82,6 +89,7 @@ class Channel:
         self.where, self.clock, self.most = where, clock, most
         self.watch: Callable[[], None] = lambda: None
         self.ended: Callable[[], str] = lambda: "the process ended"
+        import fcntl  # not on Windows, where `load_model` works, too
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             memory = os.memfd_create("images", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -125,9 +133,10 @@ class Channel:
         """
         view = memoryview(content)
         try:
-            while view:
-                self._wait(self._writable)
-                view = view[os.write(self._request, view[:2**16]):]
+            with self.clock.running():
+                while view:
+                    self._wait(self._writable)
+                    view = view[os.write(self._request, view[:2**16]):]
         except BrokenPipeError:
             raise self._ended() from None
 
@@ -184,28 +193,28 @@ class Channel:
         return VerificationError(f"{self.where}: the code wrote into the channel")
 
     def _read(self, count: int) -> bytes:
-        parts, missing = [], count
-        while missing:
-            self._wait(self._readable)
-            part = os.read(self._reply, missing)
-            if not part:
-                raise self._ended()
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
+        content = bytearray()
+        with self.clock.running():
+            while len(content) < count:
+                self._wait(self._readable)
+                part = os.read(self._reply, count - len(content))
+                if not part:
+                    raise self._ended()
+                content += part
+        return bytes(content)
 
     def _wait(self, pipe: select.poll) -> None:
-        """Wait until the pipe is ready, or closed at its other end. Look at the child at every tick."""
-        if pipe.poll(0):
-            return
-        while True:
-            with self.clock.running():
-                ready = pipe.poll(1000 * min(TICK_S, max(0.0, self.clock.left)))
-            if ready:
-                return
+        """Wait until the pipe is ready, or closed at its other end. Look at the child at every tick.
+
+        Raises:
+            OutOfTimeError: the time is over, also where a child keeps the pipe ready by a byte at a time.
+        """
+        while not pipe.poll(1000 * min(TICK_S, max(0.0, self.clock.left))):
             if self.clock.left <= 0:
-                raise OutOfTimeError(f"{self.where}: no answer within --time_limit_s {self.clock.seconds:g}")
+                break
             self.watch()
+        if self.clock.left <= 0:
+            raise OutOfTimeError(f"{self.where}: no answer within --time_limit_s {self.clock.seconds:g}")
 
     def _ended(self) -> ChildEndedError:
         return ChildEndedError(f"{self.where}: {self.ended()}")

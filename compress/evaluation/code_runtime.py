@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from compress.evaluation.channel import Clock
 from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
 from compress.evaluation.sandbox import Child, check_hidden
-from metadata.errors import VerificationError
+from metadata.errors import printable
 
-MAX_SUBMISSION_BYTES = 2**32
 FOUND = {"script": "TorchScript", "pickle": "a pickled module", "resnet18": "a state dict in torchvision's ResNet18"}
 
 
@@ -25,15 +25,14 @@ class CodeRuntime(Runtime):
 
     max_outputs = 1024  # torchvision's networks have 1,000; all answers are held in memory
 
-    def __init__(self, files: SubmissionFacts, settings: EvaluationSettings, classes: int, remarks: list[str],
-                 stored: int | None) -> None:
+    def __init__(self, files: SubmissionFacts, settings: EvaluationSettings, classes: int, seen: dict[str, Any],
+                 clock: Clock) -> None:
+        remarks, stored = seen["remarks"], seen["stored"]
         copied = {name: files.folder / name for name in files.sizes if name not in files.kept_back}
-        total = sum(files.sizes[name] for name in copied)
-        if total > MAX_SUBMISSION_BYTES:
-            raise VerificationError(f"{files.folder}: {total:,} bytes are over the limit of {MAX_SUBMISSION_BYTES:,}")
         boot = {"mode": "submission", "weights": files.weights, "classes": classes,
                 "ways": files.ways, "model_class": files.model_class, "input_shape": files.input_shape}
         self.child = Child(boot, copied, settings, settings.threads, str(files.folder), capacity=2**26)
+        self.child.channel.clock = clock
         try:
             facts = self.child.facts()
             loaded_by = self._loaded_by(files, facts)
@@ -94,11 +93,6 @@ def count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
-def printable(value: Any, length: int) -> str:
-    """Return a text that the code states: one line of printable characters, cut at a length."""
-    return "".join(character if character.isprintable() else "?" for character in str(value))[:length]
-
-
 def count_warnings(stored: int | None, trainable: int | None, stated: int | None) -> list[str]:
     """Return what is odd about the numbers in a weights file, trainable, and in the model's state dict; None is unknown."""
     remarks = []
@@ -148,7 +142,7 @@ def what_became_of_them(facts: dict[str, Any]) -> str:
 
 
 def open_code(files: SubmissionFacts, settings: EvaluationSettings, classes: int, data_dir: Path,
-              seen: dict[str, Any]) -> Runtime:
+              seen: dict[str, Any], clock: Clock) -> Runtime:
     """Start a submission that is code.
 
     Args:
@@ -157,10 +151,11 @@ def open_code(files: SubmissionFacts, settings: EvaluationSettings, classes: int
         classes: the number of the submission's outputs.
         data_dir: the test data, which the code must not be able to read.
         seen: what the reader says of the weights: `remarks`, and `stored`, the number of stored numbers or None.
+        clock: the time that the submission may take. The start of its process, before its code runs, is not on it.
 
     Raises:
         UserError: the code could read the test data.
         VerificationError: its code fails.
     """
     check_hidden(data_dir)
-    return CodeRuntime(files, settings, classes, seen["remarks"], seen["stored"])
+    return CodeRuntime(files, settings, classes, seen, clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from compress.evaluation.measure import Progress
 from compress.evaluation.nursery import NURSERY_FLAG, tend
 from compress.evaluation.reader import answer_evaluator
 from compress.evaluation.runtimes import ONNX_RUNTIMES, EvaluationSettings
-from metadata.errors import UserError, first_line
+from metadata.errors import UserError, first_line, printable
 from metadata.files import write_json
 from metadata.machine import usable_cores
 
@@ -30,7 +31,7 @@ def terminal_progress() -> Progress | None:
 
     The images are counted twice or more: first while they are read, then while they are classified.
     """
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
     start, before, verb = 0.0, 0, "read"
 
@@ -50,7 +51,7 @@ def terminal_progress() -> Progress | None:
 
 def draw_progress() -> Progress | None:
     """Return a counter of a task's draws with the time left, a line for each, for stderr on a terminal; else None."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
     start = time.monotonic()
 
@@ -139,25 +140,28 @@ class StoppedError(BaseException):
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[Callable[[], None]]:
     """Raise StoppedError inside the block on the first SIGTERM, SIGHUP or Ctrl-C, so that everything is cleaned up.
 
-    Later ones are ignored: cleaning up must not be cut short.
+    Later ones are ignored: cleaning up must not be cut short. The block gets a function that ignores all from then on.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread set handlers
+        yield lambda: None  # Python lets only the main thread set handlers
         return
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # such as under nohup
+
+    def ignore() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def stop(number: int, frame: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
+        ignore()
         raise StoppedError(number)
 
-    before = {number: signal.signal(number, stop) for number in numbers
-              if signal.getsignal(number) is not signal.SIG_IGN}  # such as SIGHUP under nohup
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
-        yield
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -186,33 +190,49 @@ def main(arguments: Sequence[str] | None = None,
     except (UserError, OSError, ValueError, RuntimeError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
-    code, line, result = 0, "", {}
-    try:
-        with stoppable():
-            result = run(options)
-    except StoppedError as error:
-        code, line = error.exit_code, str(error)
-    except UserError as error:
-        code, line = error.exit_code, first_line(error)
-    except OSError as error:
-        code, line = 2, first_line(error)
-    except Exception as error:  # the edge: an unexpected error, too, must end in one line and a result
-        if options.debug:
-            raise
-        code, line = 1, f"the evaluation broke down ({said(error)}); --debug shows where"
-    try:
-        write_json(output, result or failed_result(line, options.task))
-    except OSError as error:
-        code, line = 2, f"{output}: {error.strerror or error}"
+    with stoppable() as ignore:
+        code, line, result = run_once(options, run, ignore)
+        try:
+            write_json(output, result or failed_result(line, options.task))
+        except OSError as error:
+            code, line = 2, f"{output}: {error.strerror or error}"
     if code:
         print(f"error: {line}", file=sys.stderr)
         return code
+    if sys.stdout is None:  # closed before the start
+        return 0
     try:
         print_result(result, output)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader closed the pipe; leave nothing to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def run_once(options: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]], ignore: Callable[[], None]
+             ) -> tuple[int, str, dict[str, Any]]:
+    """Run the evaluation. Return the exit code, the line that says why there is no result, and the result.
+
+    Args:
+        options: the flags.
+        run: what to do with them.
+        ignore: called at the end of the run, to keep signals from what follows.
+    """
+    try:
+        try:
+            return 0, "", run(options)
+        finally:
+            ignore()
+    except StoppedError as error:
+        return error.exit_code, str(error), {}
+    except UserError as error:
+        return error.exit_code, first_line(error), {}
+    except OSError as error:
+        return 2, first_line(error), {}
+    except Exception as error:  # the edge: an unexpected error, too, must end in one line and a result
+        if options.debug:
+            raise
+        return 1, f"the evaluation broke down ({said(error)}); --debug shows where", {}
 
 
 def said(error: Exception) -> str:
@@ -224,6 +244,8 @@ def said(error: Exception) -> str:
 
 def print_result(result: dict[str, Any], output: Path) -> None:
     """Print the scores, the verdicts and the warnings."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of classes need not fit the terminal's encoding
     details = result["details"]
     shown = {key: value for key, value in result.items() if isinstance(value, float | int)}
     shown |= {key: details[key] for key in ("guarded_score",) if details.get(key) is not None}
@@ -232,5 +254,5 @@ def print_result(result: dict[str, Any], output: Path) -> None:
     for verdict in details.get("compare", {}).get("lines", []):
         print(verdict)
     for warning in details["warnings"]:
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     print(f"written to {output}")

@@ -62,7 +62,7 @@ class Contestant:
             seen = self.reader.command("open")
             self.versions = seen["versions"]
             self.runtime = toolkit("--allow_code", "code_runtime").open_code(
-                self.facts, self.settings, len(self.order.names), data.listing.folder, seen)
+                self.facts, self.settings, len(self.order.names), data.listing.folder, seen, self.clock)
         else:
             self.runtime = runtime = ReaderRuntime(self.reader, self.backend)
             self.versions = runtime.versions
@@ -72,7 +72,8 @@ class Contestant:
     def finish(self) -> None:
         """End the model, and check that the submission's files are as they were. Raise VerificationError if not."""
         self.runtime.close()
-        if self.reader.command("hash") != self.facts.hashes:
+        now = self.reader.command("hash")
+        if now["hashes"] != self.facts.hashes or now["stamp"] != self.facts.stamp:
             raise VerificationError(f"{self.facts.folder}: the folder changed while its model ran")
         if self.facts.kind != "code":
             self.peak_memory = self.reader.command("close")["peak_memory"]

@@ -10,21 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from compress.evaluation.channel import BrokenReaderError
 from compress.evaluation.contestant import Contestant
 from compress.evaluation.extras import evaluator_sha256, toolkit
 from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.measure import Progress
-from compress.evaluation.nursery import nursery
+from compress.evaluation.nursery import check_platform, nursery
 from compress.evaluation.pictures import TestData, list_test_data
+from compress.evaluation.reader_runtime import BATCH_BYTES
 from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.score import RESULT_KEYS, TASK_KEYS, accuracy_details, guarded_score, latency_details, score
-from compress.evaluation.serve import Answers, classify, repeats_ratio, same_answer, serve
-from metadata.errors import UserError, VerificationError, first_line
+from compress.evaluation.serve import Answers, classify, repeats_ratio, serve
+from metadata.errors import UserError, VerificationError, first_line, printable
 from metadata.machine import machine
 from metadata.schemas import Baselines
 
 BASELINES = Baselines()
+OTHER_ANSWERS = 0.02  # of the timed calls with --batch_size may name another class than the call of a batch
 CACHED = 0.7  # repeated calls that take less than this share of the first call's time were answered from a cache
 
 
@@ -55,10 +56,14 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
     if compare and settings.batch_size != 1:
         raise UserError(f"--batch_size {settings.batch_size}: --compare serves both submissions one image at a time")
     comparing = toolkit("--compare", "compare") if compare else None
+    check_platform()
     nursery()  # which imports torch in the time that the next lines take
     for name, folder in (("submission_dir", submission_dir), ("compare", compare)):
         if folder and not Path(folder).is_dir():
             raise UserError(f"--{name} {folder}: there is no such folder")
+        if folder and Path(data_dir).resolve().is_relative_to(Path(folder).resolve()):
+            raise UserError(f"--data_dir {data_dir}: lies in --{name} {folder}, whose code could read it; move the data "
+                            "elsewhere")
     data = list_test_data(data_dir)
     [result], _ = _evaluate([submission_dir], data, baselines, settings, progress)
     if not compare or not comparing:
@@ -70,7 +75,7 @@ def evaluate_submission(submission_dir: str | Path, data_dir: str | Path, baseli
         details["compare"] = comparing.verdicts([result, results[1]], served, data.labels)
         details["warnings"] += [f"other: {warning}" for warning in results[1]["details"]["warnings"]
                                 if warning not in data.listing.warnings()]
-    except (UserError, OSError, BrokenReaderError) as error:
+    except Exception as error:  # whatever the other one does, also what nobody foresaw, leaves the first one its result
         details["compare"] = {"status": f"failed: {first_line(error)}"}
         details["warnings"].append(f"there is no comparison: {first_line(error)}")
     return result
@@ -113,12 +118,16 @@ def _evaluate(folders: Sequence[str | Path], data: TestData, baselines: Baseline
 def _serve_batches(entry: Contestant, settings: EvaluationSettings, progress: Progress | None) -> Answers:
     """Answer all images in batches, then time calls at batch 1. The timed answers must be the same."""
     pictures, classes = entry.pictures, len(entry.order.names)
+    if 4 * settings.batch_size * pictures.pixels[0].size > BATCH_BYTES:
+        raise UserError(f"--batch_size {settings.batch_size}: so many images of shape {list(pictures.pixels.shape[1:])} "
+                        f"take more than {BATCH_BYTES:,} bytes as float32; use a smaller one")
     logits = classify(entry.runtime, pictures, classes, settings, entry.clock, progress)
     some = np.random.default_rng().permutation(len(pictures))[:settings.runs]
     timed = serve([entry.runtime], [pictures.some(some)], [classes], settings, [entry.clock])[0]
-    for index, answer in zip(some, timed.logits, strict=True):
-        if not same_answer(logits[index], answer, 1e-2):
-            raise VerificationError(f"{pictures.paths[index]}: the timed run's answer is not the one of the accuracy run")
+    odd = some[logits[some].argmax(1) != timed.logits.argmax(1)]  # what counts of an answer; near ties may differ
+    if len(odd) > max(1, OTHER_ANSWERS * len(some)):
+        raise VerificationError(f"{pictures.paths[odd[0]]}: the timed run's answer is not the one of the accuracy run, as "
+                                f"for {len(odd)} of {len(some)}")
     return dataclasses.replace(timed, logits=logits)
 
 
@@ -141,10 +150,10 @@ def _result(entry: Contestant, answers: Answers, data: TestData, classes: Sequen
         "details": {
             "status": "ok",
             "guarded_score": guarded,
-            "warnings": [*data.listing.warnings(), *entry.order.warnings, *runtime.warnings,
-                         *entry.order.numbering_warnings(runtime.outputs), *entry.pictures.warnings,
-                         *_cache_warnings(ratio), *_size_warnings(facts),
-                         *_accuracy_warnings(accuracy, chance, settings)],
+            "warnings": [printable(warning) for warning in (
+                *data.listing.warnings(), *entry.order.warnings, *runtime.warnings,
+                *entry.order.numbering_warnings(runtime.outputs), *entry.pictures.warnings, *_cache_warnings(ratio),
+                *_size_warnings(facts), *_accuracy_warnings(accuracy, chance, settings))],
             "baselines": baselines.model_dump(),
             "chance": chance,
             "kind": facts.kind,

@@ -32,6 +32,7 @@ class SubmissionFacts:
         needed_bytes: the bytes of all that inference needs.
         counted: the parts of these bytes.
         sizes, hashes: bytes and SHA-256 of every file, by its name relative to the folder.
+        stamp: see `Survey`.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class SubmissionFacts:
     sizes: dict[str, int]
     hashes: dict[str, str]
     kept_back: tuple[str, ...]
+    stamp: str
 
     @property
     def combined_hash(self) -> str:
@@ -84,4 +86,5 @@ def facts_of(files: SubmissionFiles, backend: str) -> SubmissionFacts:
         input_shape=files.input_shape, preprocessing=files.preprocessing, preprocessing_from=files.preprocessing_from,
         num_classes=files.num_classes, class_names=files.class_names, model_class=files.model_class, ways=files.ways,
         notes=files.notes, size_bytes=files.size_bytes(), needed_bytes=files.needed_bytes(), counted=files.counted,
-        kept_back=files.kept_back, sizes={name: file.size for name, file in files.survey.files.items()}, hashes=hashes)
+        kept_back=files.kept_back, sizes={name: file.size for name, file in files.survey.files.items()}, hashes=hashes,
+        stamp=files.survey.stamp)

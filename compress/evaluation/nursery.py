@@ -19,7 +19,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from compress.evaluation.channel import Channel
@@ -28,6 +29,11 @@ from metadata.errors import UserError, first_line
 
 NURSERY_FLAG = "--nursery"  # of the evaluator's own command line; users have no use for it
 FORK, REAP = b"F", b"R"
+START = f"""import runpy, sys
+face, handle, *more = sys.argv[1:]
+sys.path += [path for path in more if path not in sys.path]
+sys.argv = [face, {NURSERY_FLAG!r}, handle]
+runpy.run_path(face, run_name="__main__")"""
 ANSWER = struct.Struct("<qi")  # a process id or 0, and what waitpid says
 SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 START_S = 120.0  # that the nursery may take to import torch on a slow or busy machine
@@ -40,10 +46,12 @@ class Nursery:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         face = Path(__file__) if STANDALONE else HOME / "model_loader.py"
+        # What lies on this process's path by PYTHONPATH or in the user's own packages follows behind what -I finds.
+        more = [path for path in sys.path if os.path.isabs(path)]
         self.stderr = os.memfd_create("stderr")  # of its process and its readers; mostly empty
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-W", "ignore", str(face), NURSERY_FLAG, str(theirs.fileno())],
+                [sys.executable, "-I", "-B", "-W", "ignore", "-c", START, str(face), str(theirs.fileno()), *more],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.stderr,
                 pass_fds=[theirs.fileno()], env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # no threads before a fork
                 start_new_session=True)
@@ -52,22 +60,32 @@ class Nursery:
 
     def fork(self, channel: Channel) -> int:
         """Start a reader at the other end of a channel. Return its process id, which stays reserved until `reap`."""
-        with self.lock:
-            try:
+        try:
+            with self._talking():
                 socket.send_fds(self.socket, [FORK], list(channel.child_ends))
-                process, _ = self._answer()
-            except OSError as error:
-                raise UserError(f"{channel.where}: the evaluator cannot start the process that reads it: "
-                                f"{self._last_words() or first_line(error)}") from error
-        channel.start()
-        return process
+                return self._answer()[0]
+        except OSError as error:
+            raise UserError(f"{channel.where}: the evaluator cannot start the process that reads it: "
+                            f"{self.last_words() or first_line(error)}") from error
+        finally:
+            channel.start()
 
     def reap(self, process: int) -> int | None:
         """Return how a reader ended, as `os.waitstatus_to_exitcode` says; None where it still runs after some seconds."""
-        with self.lock:
+        with self._talking():
             self.socket.sendall(REAP + process.to_bytes(8, "little"))
             ended, status = self._answer()
         return os.waitstatus_to_exitcode(status) if ended else None
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Let one order and its answer pass. A nursery that was interrupted between the two, as by Ctrl-C, is ended."""
+        with self.lock:
+            try:
+                yield
+            except BaseException:
+                self.end()
+                raise
 
     def _answer(self) -> tuple[int, int]:
         content = b""
@@ -78,8 +96,8 @@ class Nursery:
             content += part
         return ANSWER.unpack(content)
 
-    def _last_words(self) -> str:
-        """Return the last line that the nursery wrote, such as its error."""
+    def last_words(self) -> str:
+        """Return the last line that the nursery or a reader wrote, such as an error."""
         end = os.fstat(self.stderr).st_size
         return os.pread(self.stderr, 2**12, max(0, end - 2**12)).decode(errors="replace").strip().rpartition("\n")[2]
 
@@ -88,14 +106,20 @@ class Nursery:
         """Whether this process started the nursery and the nursery still runs."""
         return self.owner == os.getpid() and self.process.poll() is None
 
-    def close(self) -> None:
-        """End the nursery and all its readers."""
-        self.socket.close()
-        os.close(self.stderr)
+    def end(self) -> None:
+        """Kill the nursery and all its readers."""
         if self.owner == os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        else:
+            self.process.returncode = 0  # of another process, whose child it is
+
+    def close(self) -> None:
+        """End the nursery, and give its descriptors back."""
+        self.end()
+        self.socket.close()
+        os.close(self.stderr)
 
 
 _current: list[Nursery] = []
@@ -129,6 +153,7 @@ def tend(handle: int, read: Callable[[int, int, int], None]) -> int:
         read: what a reader does, given the descriptors of requests, replies and shared memory.
     """
     import torch  # noqa: F401 - the readers need torch
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where the evaluator's own program ignores it, nobody learns of an end
     with socket.socket(fileno=handle) as parent:
         while True:
             order, handles = _receive(parent)
@@ -143,8 +168,8 @@ def tend(handle: int, read: Callable[[int, int, int], None]) -> int:
                 parent.sendall(ANSWER.pack(*_reap(int.from_bytes(order[1:], "little"))))
             else:
                 break
-    os.killpg(0, signal.SIGKILL)
-    return 0
+    os.killpg(0, signal.SIGKILL)  # the readers and this process
+    return 1
 
 
 def _receive(parent: socket.socket) -> tuple[bytes, list[int]]:
@@ -166,6 +191,9 @@ def _become_reader(parent: socket.socket, handles: list[int], read: Callable[[in
         parent.close()
         read(*handles)
         code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
@@ -184,7 +212,10 @@ def _reap(process: int) -> tuple[int, int]:
     return 0, 0
 
 
-def check_platform(where: str) -> None:
-    """Raise UserError where readers cannot be forked."""
+def check_platform() -> None:
+    """Raise UserError where readers cannot be forked and watched."""
     if not hasattr(os, "memfd_create"):
-        raise UserError(f"{where}: submissions are read in a Linux process of their own; this is {sys.platform}")
+        raise UserError(f"the evaluator runs each submission in a Linux process of its own; this is {sys.platform}")
+    if not Path("/proc/self/statm").exists():
+        raise UserError("the evaluator needs /proc, to limit and watch the process of a submission; mount it: mount -t "
+                        "proc proc /proc")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import resource
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +23,8 @@ from compress.evaluation.extras import toolkit
 from compress.evaluation.facts import facts_of
 from compress.evaluation.reader_runtime import LOGITS_HEADER, MOST_BUSY_MS
 from compress.evaluation.runtimes import Runtime, open_here, preferred_backend
-from compress.evaluation.submission import SubmissionFiles, file_hashes, read_submission
+from compress.evaluation.submission import SubmissionFiles, read_submission
+from compress.evaluation.survey import survey_folder
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, torch_threads, versions
 
@@ -118,8 +118,9 @@ class Reader:
         return header + np.ascontiguousarray(logits, np.float32).tobytes()
 
     def hash(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Hash the submission's files again."""
-        return file_hashes(Path(self.boot["folder"]))
+        """Look at the submission's files again, and hash them."""
+        found = survey_folder(self.boot["folder"])
+        return {"stamp": found.stamp, "hashes": found.hashes()}
 
     def close(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the peak of this process's memory, and what the runtime adds at its end."""
@@ -142,10 +143,12 @@ class Reader:
 
 
 def set_limits_here(memory_mb: int, cpu_seconds: int) -> None:
-    """Limit this process's further address space and its processor time, and allow no core files, no files to write."""
+    """Limit this process's further address space, its processor time and the files that it writes; allow no core files."""
+    import resource  # not on Windows, where `load_model` works, too
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     for what, limit in ((resource.RLIMIT_AS, pages * resource.getpagesize() + memory_mb * 2**20),
-                        (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_CORE, 0)):
+                        (resource.RLIMIT_CPU, cpu_seconds), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_FSIZE, 2**24)):
         _, most = resource.getrlimit(what)
         limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
         resource.setrlimit(what, (limit, limit))

@@ -17,19 +17,20 @@ from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.nursery import check_platform, nursery
 from compress.evaluation.runtimes import EvaluationSettings, Runtime
 from metadata.errors import VerificationError
+from metadata.machine import stat_fields
 
 LOGITS_HEADER = struct.Struct("<dIIII")  # milliseconds, and the shape of the logits
-SHARED_BYTES = 2**28
+SHARED_BYTES, BATCH_BYTES = 2**28, 2**33  # of one image, of a batch; only what is written takes memory
 MOST_FACTS_BYTES = 2**27  # 10,000 files with long names, 100,000 classes
 BUSY_MS = (0.0, 0.2, 1.0, 3.0)  # a process that waits for longer wakes up more slowly
 MOST_BUSY_MS = max(BUSY_MS)
 PINGS = 10  # for each of these times
 STALL_S = 20.0
 LEAST_SHARE = 0.05  # of what the evaluator measured: a call never counts as less, however fast the reader says it was
-HINTS = {-signal.SIGABRT: "; --memory_limit_mb may be too low, or a file crashes the library that reads it",
-         -signal.SIGSEGV: "; a file crashes the library that reads it, or --memory_limit_mb is too low",
-         -signal.SIGKILL: "; the machine may be out of memory",
-         -signal.SIGXCPU: "; its processor time is limited by --time_limit_s"}
+HINTS = {"SIGABRT": "; --memory_limit_mb may be too low, or a file crashes the library that reads it",
+         "SIGSEGV": "; a file crashes the library that reads it, or --memory_limit_mb is too low",
+         "SIGKILL": "; the machine may be out of memory",
+         "SIGXCPU": "; its processor time is limited by --time_limit_s"}
 
 
 class SubmissionReader:
@@ -42,21 +43,28 @@ class SubmissionReader:
 
     Attributes:
         facts: what the submission's files say, once `read` has returned.
+        code: how the reader ended, as `os.waitstatus_to_exitcode` says.
     """
 
     facts: SubmissionFacts
+    code: int | None
 
     def __init__(self, folder: Path, settings: EvaluationSettings, clock: Clock) -> None:
-        check_platform(str(folder))
+        check_platform()
+        folder = Path(os.path.abspath(folder))  # the nursery may have been started in another working folder
         self.folder, self.clock = folder, clock
-        self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else 2**31,
+        self.channel = Channel(str(folder), clock, SHARED_BYTES if settings.batch_size == 1 else BATCH_BYTES,
                                most=MOST_FACTS_BYTES)
         self.nursery = nursery()
-        self.process = self.nursery.fork(self.channel)
+        self.process, self.code = 0, None
+        try:
+            self.process = self.nursery.fork(self.channel)
+        except BaseException:
+            self.channel.close()
+            raise
         self.channel.ended, self.channel.watch = self._why, self._watch
         self.channel.tell({"folder": str(folder), "threads": settings.threads, "memory_limit_mb": settings.memory_limit_mb,
                            "cpu_limit_s": int((settings.time_limit_s + 60) * (settings.threads + 1))})
-        self.code: int | None = None  # how it ended
         self.worked, self.moment = -1, time.monotonic()  # its processor time when that changed last, and when that was
 
     def command(self, do: str, **message: Any) -> dict[str, Any]:
@@ -87,9 +95,9 @@ class SubmissionReader:
             VerificationError: it has slept for `STALL_S`.
         """
         with contextlib.suppress(OSError):
-            state, *fields = Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()
+            state, *fields = stat_fields(self.process)
             worked, now = int(fields[10]) + int(fields[11]), time.monotonic()
-            if worked != self.worked or state not in "ST":  # a process that waits for a disk is in another state
+            if worked != self.worked or state not in (b"S", b"T"):  # a process that waits for a disk is in another state
                 self.worked, self.moment = worked, now
             elif now - self.moment > STALL_S:
                 raise VerificationError(f"{self.folder}: the process that reads the submission has slept for {STALL_S:g} "
@@ -99,11 +107,14 @@ class SubmissionReader:
         """Return in words how the reader ended."""
         if self.process:
             with contextlib.suppress(OSError):  # the nursery has ended, too
-                self.code, self.process = self.nursery.reap(self.process), 0
+                self.code = self.nursery.reap(self.process)
+                self.process = self.process if self.code is None else 0
         if self.code is None:
             return "the process that reads the submission closed its channel"
-        how = f"exit code {self.code}" if self.code >= 0 else f"signal {-self.code}, {signal.Signals(-self.code).name}"
-        return f"the process that reads the submission ended ({how}){HINTS.get(self.code, '')}"
+        if self.code >= 0:
+            return f"the process that reads the submission ended (exit code {self.code}): {self.nursery.last_words()}"
+        name = signal.Signals(-self.code).name
+        return f"the process that reads the submission ended (signal {-self.code}, {name}){HINTS.get(name, '')}"
 
 
 class ReaderRuntime(Runtime):

@@ -321,7 +321,7 @@ def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Prep
         UserError: the backend is not installed.
         VerificationError: the file cannot be loaded, see `read_onnx`.
     """
-    nothing = Survey(folder=path.parent, files={}, name_bytes=0)  # the folder is the pipeline's own
+    nothing = Survey(folder=path.parent, files={}, name_bytes=0, stamp="")  # the folder is the pipeline's own
     files = SubmissionFiles(folder=path.parent, survey=nothing, kind="onnx", weights=path, input_shape=input_shape,
                             preprocessing=preprocessing, preprocessing_from="the pipeline")
     runtime = ONNX_RUNTIMES[backend](files, threads)

@@ -14,11 +14,10 @@ from pydantic import RootModel
 from architectures.checkpoints import STAND_INS
 from architectures.counting import count_numbers
 from architectures.weights import all_finite, check_tensors, load_tensors, stored_values
-from compress.evaluation.code_runtime import printable
 from compress.evaluation.original import file_kind
 from compress.evaluation.panel import state_dict_in, tensors_in
 from compress.evaluation.submission import SubmissionFiles
-from metadata.errors import VerificationError, first_line
+from metadata.errors import VerificationError, first_line, printable
 from metadata.files import read_json
 
 

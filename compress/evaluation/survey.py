@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import posixpath
@@ -18,13 +19,14 @@ MAX_FILE_BYTES = 2**32
 MAX_TOTAL_BYTES = 2**32  # of all files; holes in sparse files count, because whoever reads the file reads them
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FoundFile:
-    """A file of a submission: its path, its bytes, and its device and inode, which other names of the same file share."""
+    """A file of a submission: its path and bytes, its device and inode (which other names of it share), and its stamp."""
 
     path: Path
     size: int
     identity: tuple[int, int]
+    stamp: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,15 @@ class Survey:
         folder: the submission.
         files: plain files and links to such, by the name relative to the folder; sorted.
         name_bytes: the bytes of the names of all files and folders, and of the places that links name.
+        stamp: a hash over the kernel's account of every entry: device, inode, size, and the times of its last changes. No
+            program can set the time of the last change of an inode, so that an equal stamp later means that nothing was
+            written, renamed or replaced in between.
     """
 
     folder: Path
     files: dict[str, FoundFile]
     name_bytes: int
+    stamp: str
     _known: dict[tuple[int, int], str] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -105,6 +111,7 @@ def survey_folder(folder: str | Path) -> Survey:
     if not folder.is_dir():
         raise UserError(f"--submission_dir {folder}: there is no such folder")
     found: dict[str, FoundFile] = {}
+    stamps = {"": _stamp(os.stat(folder))}
     entries = name_bytes = total = 0
     waiting = [("", 1)]  # folders that are not looked at yet, by their names in the submission, and their depth
     while waiting:
@@ -115,6 +122,7 @@ def survey_folder(folder: str | Path) -> Survey:
                 raise VerificationError(f"{folder}: over {MAX_ENTRIES:,} files and folders, the limit for a submission")
             name = f"{above}/{entry.name}" if above else entry.name
             name_bytes += len(os.fsencode(entry.name))
+            stamps[name] = _stamp(os.lstat(entry.path))
             if entry.is_dir(follow_symlinks=False):
                 if depth == MAX_DEPTH:
                     raise VerificationError(f"{folder}: folders lie over {MAX_DEPTH} levels deep: {shortened(name)}")
@@ -125,13 +133,20 @@ def survey_folder(folder: str | Path) -> Survey:
                 name_bytes += len(os.fsencode(os.readlink(entry.path)))
             if file is None:
                 continue
+            stamps[f"{name}\0"] = file.stamp
             total += file.size
             if total > MAX_TOTAL_BYTES:
                 raise VerificationError(f"{file.path}: {file.size:,} bytes, {total:,} with the files before, are over the "
                                         f"limit of {MAX_TOTAL_BYTES:,} for a submission")
             found[name] = file
     in_order = sorted(found, key=lambda name: name.split("/"))
-    return Survey(folder=folder, files={name: found[name] for name in in_order}, name_bytes=name_bytes)
+    return Survey(folder=folder, files={name: found[name] for name in in_order}, name_bytes=name_bytes,
+                  stamp=hashlib.sha256(repr(sorted(stamps.items())).encode(errors="surrogateescape")).hexdigest())
+
+
+def _stamp(state: os.stat_result) -> str:
+    """Return what tells a changed file, folder or link from an unchanged one."""
+    return f"{state.st_dev} {state.st_ino} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}"
 
 
 def _entries(folder: Path, name: str) -> list[os.DirEntry[str]]:
@@ -165,7 +180,7 @@ def _found(folder: Path, name: str, entry: os.DirEntry[str]) -> FoundFile | None
         raise VerificationError(f"{path}: not a plain file: this is neither a file nor a folder")
     if state.st_size > MAX_FILE_BYTES:
         raise VerificationError(f"{path}: {state.st_size:,} bytes are over the limit of {MAX_FILE_BYTES:,}")
-    return FoundFile(path, state.st_size, (state.st_dev, state.st_ino))
+    return FoundFile(path=path, size=state.st_size, identity=(state.st_dev, state.st_ino), stamp=_stamp(state))
 
 
 def shortened(name: str) -> str:

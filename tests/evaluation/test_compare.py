@@ -214,3 +214,11 @@ def test_compare_through_the_command_line(submission: Path, onnx_submission: Pat
     assert code == 0 and compare["size"]["verdict"] == compare["accuracy"]["verdict"] == SAME
     assert compare["accuracy"]["flip_rate"] == 0
     assert_refused(evaluate(submission, "--compare", str(submission), "--batch_size", "4"), "one image at a time", code=2)
+
+
+def test_outputs_for_show_hide_no_other_answer() -> None:
+    """Spare classes far below the real ones: the spread of all outputs is huge, and says nothing."""
+    spare = np.full(6, -1e6, np.float32)
+    one = np.concatenate([np.float32([0, 3, 5, 1, 2]), spare])
+    assert same_answer(one, one + np.float32(1e-4))
+    assert not same_answer(one, np.concatenate([np.zeros(5, np.float32), spare]))

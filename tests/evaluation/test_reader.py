@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +22,14 @@ import torch
 
 import model_loader
 from compress.evaluation.channel import DONE, REPLY_HEADER, REQUEST_HEADER, Channel, ChildEndedError, Clock, OutOfTimeError
+from compress.evaluation.contestant import Contestant
 from compress.evaluation.nursery import nursery
 from compress.evaluation.reader_runtime import ReaderRuntime, SubmissionReader
 from compress.evaluation.runtimes import EvaluationSettings, load_model
 from metadata.errors import VerificationError
 from tests.helpers.processes import descendants
 from tests.helpers.architectures import layer
-from tests.helpers.submissions import write_package
+from tests.helpers.submissions import weights_of, write_package
 
 SHAPE = (2, 3, 8, 8)
 
@@ -80,7 +83,7 @@ def test_a_reader_that_dies_is_told_of(number: signal.Signals, said: str, reader
 
 def test_a_reader_that_does_not_answer_is_left_in_time(reader: SubmissionReader) -> None:
     os.kill(reader.process, signal.SIGSTOP)
-    reader.clock.spent, start = reader.clock.seconds - 0.3, time.monotonic()
+    reader.clock.counted, start = reader.clock.seconds - 0.3, time.monotonic()
     with pytest.raises(OutOfTimeError, match="no answer within --time_limit_s 60"):
         reader.command("hash")
     assert time.monotonic() - start < 5
@@ -110,7 +113,7 @@ def test_a_model_that_needs_more_memory_than_it_may_take(tmp_path: Path) -> None
         runtime = ReaderRuntime(reader, "torch")
         with pytest.raises(VerificationError, match="more than --memory_limit_mb 256"):
             runtime(np.zeros((1, 3, 8, 8), np.float32))
-        assert set(reader.command("hash")) == set(reader.facts.hashes)  # the reader lives on
+        assert reader.command("hash")["hashes"] == reader.facts.hashes  # the reader lives on
     finally:
         reader.close()
 
@@ -216,3 +219,60 @@ def test_nothing_is_left_of_an_evaluator_that_is_ended(number: signal.Signals, s
     assert list(temporary.iterdir()) == []
     if number == signal.SIGTERM:
         assert "SIGTERM" in json.loads((tmp_path / "r.json").read_text())["details"]["status"]
+
+
+# --------------------------------------------------------------------------------------------- places and environments
+
+
+def test_a_relative_folder_is_the_one_of_now(submission: Path, onnx_package: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, folder in (("one", submission), ("two", onnx_package)):
+        shutil.copytree(folder, tmp_path / place / "s")
+    for place, kind in (("one", "graph"), ("two", "onnx")):  # the nursery was started before, somewhere else
+        monkeypatch.chdir(tmp_path / place)
+        reader = SubmissionReader(Path("s"), EvaluationSettings(), Clock(60))
+        assert reader.read().kind == kind
+        reader.close()
+
+
+def test_packages_that_only_pythonpath_finds_are_found(submission: Path, few: Path, tmp_path: Path) -> None:
+    packages = sysconfig.get_path("purelib")
+    done = subprocess.run(
+        [os.path.realpath(sys.executable), "-S", model_loader.__file__, "--submission_dir", str(submission), "--data_dir",
+         str(few), "--output_file", str(tmp_path / "r.json"), "--runs", "5", "--warmup", "0"],
+        env={"PYTHONPATH": packages, "PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_evaluator_imports_where_linux_has_its_own_modules(submission: Path) -> None:
+    """As on Windows: no fcntl, no resource, few signals. `load_model` works there; an evaluation says what it needs."""
+    script = """import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in ("SIGHUP", "SIGKILL", "SIGXCPU"):
+    delattr(signal, name)
+del os.memfd_create
+import model_loader
+model_loader.load_model(sys.argv[2])
+try:
+    model_loader.evaluate_submission(sys.argv[2], sys.argv[2])
+except Exception as error:
+    print(type(error).__name__, error)"""
+    done = subprocess.run([sys.executable, "-c", script, str(Path(model_loader.__file__).parent), str(submission)],
+                          capture_output=True, text=True, check=False)
+    assert "UserError the evaluator runs each submission in a Linux process" in done.stdout, done.stderr
+
+
+def test_a_folder_that_changes_and_changes_back_is_found_out(submission: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(submission, tmp_path / "s"))
+    contestant = Contestant(folder, EvaluationSettings())
+    with contestant:
+        contestant.facts = contestant.reader.read()
+        contestant.runtime = ReaderRuntime(contestant.reader, "torch")
+        weights = weights_of(folder)
+        content, times = weights.read_bytes(), weights.stat()
+        weights.write_bytes(b"another file for a moment")
+        weights.write_bytes(content)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        with pytest.raises(VerificationError, match="the folder changed while its model ran"):
+            contestant.finish()

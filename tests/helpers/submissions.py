@@ -17,11 +17,11 @@ def weights_of(folder: Path) -> Path:
 
 
 def compressed_text(folder: Path) -> int:
-    """The bytes of a folder's source, JSON and prose as model_size counts them: compressed, if many beside the weights."""
+    """The bytes of a folder's source, JSON and prose that model_size counts: compressed, beyond a 16th of the weights."""
     text = sum(len(zlib.compress(path.read_bytes(), 9)) for path in folder.iterdir()
                if path.suffix in (".json", ".md", ".py", ".txt"))
     weights = max(path.stat().st_size for path in folder.iterdir() if path.suffix in (".pth", ".pt"))
-    return text if 16 * text > weights else 0
+    return max(0, text - weights // 16)
 
 
 def restate(folder: Path) -> None:
