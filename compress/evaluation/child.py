@@ -209,6 +209,8 @@ def main() -> None:
                 logits = model(torch.from_numpy(numbers))
             if not isinstance(logits, torch.Tensor):
                 raise TypeError(f"the model returned {type(logits).__name__}, expected a Tensor")
+            if logits.is_complex():
+                raise TypeError("the model returned complex numbers, expected real ones")
             content = np.ascontiguousarray(logits.detach().float().numpy()).tobytes()
         except BaseException as error:
             said = explain(error)

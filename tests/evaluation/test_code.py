@@ -222,6 +222,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "few classes": (wrap("return honest(self, x)[:, :5]"), "for 10 classes"),
     "NaN answers": (wrap("return honest(self, x) * float('nan')"), "NaN or infinite"),
     "no tensor": (wrap("return [1]"), "returned list"),
+    "complex numbers": (wrap("return honest(self, x).to(torch.complex64)"), "returned complex numbers"),
     "answers change": (wrap("return honest(self, x) + 3 * torch.randn(1, 10)"), "another answer when asked again"),
     "other answers later": (wrap("global calls; calls += 1\nreturn honest(self, x) if calls < 40 else torch.zeros(1, 10)",
                                  "calls = 0"), "another answer when asked again"),
