@@ -65,10 +65,12 @@ class SubmissionReader:
         self.channel.ended, self.channel.watch = self._why, self._watch
         self.channel.tell({"folder": str(folder), "threads": settings.threads, "memory_limit_mb": settings.memory_limit_mb,
                            "cpu_limit_s": int((settings.time_limit_s + 60) * (settings.threads + 1))})
-        self.worked, self.moment = -1, time.monotonic()  # its processor time when that changed last, and when that was
+        # Its processor time when that changed last, and when that was, or when it was asked.
+        self.worked, self.moment = -1, time.monotonic()
 
     def command(self, do: str, **message: Any) -> dict[str, Any]:
         """Send a command. Return what the reader answers. Raise as `Channel.receive` does."""
+        self.moment = time.monotonic()  # it has slept until now because nobody asked
         nonce = self.channel.request(np.empty(0, np.float32))
         self.channel.tell({"do": do, **message})
         return self.channel.receive_json(nonce)
@@ -137,7 +139,7 @@ class ReaderRuntime(Runtime):
         self.stated_ms = 0.0
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        channel = self.reader.channel
+        channel, self.reader.moment = self.reader.channel, time.monotonic()
         content = channel.receive(channel.request(images))
         if len(content) < LOGITS_HEADER.size:
             raise channel.forged()

@@ -95,6 +95,9 @@ def test_a_reader_that_does_not_answer_is_left_in_time(reader: SubmissionReader)
 def test_a_reader_that_sleeps_is_left_before_the_time_is_over(reader: SubmissionReader,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.evaluation.reader_runtime.STALL_S", 0.3)
+    reader.command("hash")
+    time.sleep(0.5)  # nobody asked meanwhile: that is no stall
+    reader.command("hash")
     os.kill(reader.process, signal.SIGSTOP)
     with pytest.raises(VerificationError, match=r"has slept for 0\.3 s"):
         reader.command("hash")
