@@ -43,8 +43,9 @@ SHORTER = [
     (r"benchmarks.gpu", ["--dry_run"]),
 ]
 REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
-# What other tests of the quick suite do too: train with two processes, run a recipe with the stage quantize_static.
-SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static"]
+# What other tests of the quick suite do too: train with two processes, run a recipe with the stage quantize_static,
+# evaluate a solution on secret draws.
+SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "--draws 5 --secret"]
 PLAN = """dataset: digits
 batch_size: 64
 num_epochs: 1

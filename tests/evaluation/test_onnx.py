@@ -218,7 +218,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "dangling input": (lambda m, f: m.graph.node[3].input.__setitem__(0, "nowhere"), "not a valid ONNX graph"),
     "an operator that crashes a runtime": (add_node("Inverse", domain="com.microsoft"), "is not one of those"),
     "an operator without inputs": (lambda m, f: m.graph.node.add(op_type="Add", output=["nothing"]), "is not one of those"),
-    "words": (words, "expected a Constant of numbers, got value_strings"),
+    "words": (words, "expected a Constant of numbers, got 'value_strings'"),
     "no logits": (whole_numbers, "must be float logits"),
     "a pipe for metadata": (lambda m, f: ((f / META).unlink(), os.mkfifo(f / META)), "not a plain file"),
     "local function": (lambda m, f: m.functions.add(name="f", domain="d"), "local functions"),
