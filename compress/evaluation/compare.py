@@ -79,6 +79,22 @@ def verdicts(results: Sequence[dict[str, Any]], served: Sequence[Answers], label
             "lines": _table(size, latency, accuracy)}
 
 
+def confirmed(judged: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """Return the verdicts of a comparison whose latency was told apart, after a second one with new processes.
+
+    Two processes of one network differ by where their memory lies, by more than calls within one process do. So a verdict
+    on latency stands only if both comparisons give it.
+
+    Args:
+        judged: what `verdicts` returned for the first comparison.
+        again: the same for the second.
+    """
+    latency = judged["latency"] | {"again_ratio": again["latency"]["ratio"], "again_ratio_95": again["latency"]["ratio_95"]}
+    if again["latency"]["verdict"] != latency["verdict"]:
+        latency["verdict"] = SAME
+    return judged | {"latency": latency, "lines": _table(judged["size"], latency, judged["accuracy"])}
+
+
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return the second submission's result without the details that both share."""
     shared = ("machine", "versions", "settings")

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest
 
 from compress.evaluation.channel import Clock
-from compress.evaluation.compare import SAME, latency_ratio_interval, mcnemar, verdicts
+from compress.evaluation.compare import SAME, confirmed, latency_ratio_interval, mcnemar, verdicts
 from compress.evaluation.pictures import decode_pictures
 from compress.evaluation.runtimes import Runtime, EvaluationSettings
 from compress.evaluation.score import PERCENTILES, accuracy_details, latency_details, wilson
@@ -197,6 +197,24 @@ def test_verdicts_on_planted_differences() -> None:
     assert verdicts([result_of(1), result_of(1)], few, labels[:8])["latency"]["verdict"] == SAME  # too few to tell
     judged = verdicts([result_of(1), result_of(1)], [answers_of(base, times), answers_of(base, again)], labels)
     assert [judged[key]["verdict"] for key in ("size", "latency", "accuracy")] == [SAME] * 3
+
+
+def test_a_latency_is_told_apart_only_if_new_processes_agree() -> None:
+    generator = np.random.default_rng(1)
+    right, labels = generator.random(400) < 0.8, np.ones(400, np.int64)
+    times, others = (np.exp(0.1 * generator.standard_normal(400)) for _ in range(2))
+
+    def judged(factor: float) -> dict[str, Any]:
+        answered = [answers_of(right, factor * times), answers_of(right, others)]
+        return verdicts([result_of(1), result_of(1)], answered, labels)
+
+    faster, same, slower = judged(0.8), judged(1.0), judged(1.3)
+    assert confirmed(faster, judged(0.7))["latency"]["verdict"] == "better"
+    for other in (same, slower):
+        sobered = confirmed(faster, other)
+        assert sobered["latency"]["verdict"] == SAME and SAME in sobered["lines"][3]
+        assert sobered["latency"]["again_ratio"] == other["latency"]["ratio"]
+        assert sobered["accuracy"] == faster["accuracy"]
 
 
 def test_compare_through_the_command_line(submission: Path, onnx_submission: Path, evaluate: Evaluate,
