@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def test_draws_depend_on_salt_and_number_and_can_be_repeated() -> None:
     problem = draws[0]
     assert [part[0].shape for part in (problem.train, problem.validation, problem.test)] == [(20, 24), (8, 24), (12, 24)]
     assert problem.test[0].dtype == torch.float32 and problem.test[1].bincount().tolist() == [3] * 4
+
+
+@pytest.mark.slow
+def test_a_failed_evaluation_on_secret_draws_tells_its_salt(run: SolutionRun) -> None:
+    code, result, _ = run(finish("raise ValueError('no luck')"), "--draws", "2", "--secret")
+    assert code == 1 and re.search(r"no luck.*; --salt [0-9a-f]{32} repeats", result["details"]["status"])
 
 
 def test_secret_draws_are_of_the_public_kind() -> None:
