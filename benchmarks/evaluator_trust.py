@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from compress.evaluation.submission import read_submission
 from compress.evaluation.walls import bubblewrap_fault
 from metadata.files import write_json
 from metadata.machine import machine, torch_threads, versions
+from tests.helpers.walls import without_bubblewrap
 
 PROJECT = Path(__file__).parents[1]
 WARMUP = 20
@@ -59,23 +60,10 @@ def as_code(submission: Path, folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def no_bubblewrap() -> Iterator[None]:
-    """Take bubblewrap out of reach, so that the weak sandbox is what code runs in."""
-    before = os.environ["PATH"]
-    os.environ["PATH"] = "/nonexistent"
-    bubblewrap_fault.cache_clear()
-    try:
-        yield
-    finally:
-        os.environ["PATH"] = before
-        bubblewrap_fault.cache_clear()
-
-
 def compared(one: Path, two: Path, data: Path, weak: bool = False) -> dict[str, Any]:
     """Return the verdicts of one comparison."""
     settings = EvaluationSettings(allow_code=True, weak_sandbox=weak)
-    with no_bubblewrap() if weak else contextlib.nullcontext():
+    with without_bubblewrap() if weak else contextlib.nullcontext():
         return evaluate_submission(one, data, settings=settings, compare=two)["details"]["compare"]  # type: ignore[no-any-return]
 
 
@@ -118,7 +106,7 @@ def start_seconds(folder: Path, data: Path, weak: bool = False) -> float:
     images = list_test_data(data)
     few = type(images)(listing=images.listing, paths=images.paths[:1], labels=images.labels[:1])
     settings = EvaluationSettings(allow_code=True, weak_sandbox=weak)
-    with no_bubblewrap() if weak else contextlib.nullcontext():
+    with without_bubblewrap() if weak else contextlib.nullcontext():
         start = time.perf_counter()
         with Contestant(folder, settings) as entry:
             entry.prepare(few)

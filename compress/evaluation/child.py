@@ -52,7 +52,7 @@ def set_limits(memory_mb: int, cpu_seconds: int, threads: int | None = None) -> 
                         (resource.RLIMIT_NOFILE, 128),  # an open file may be deleted: bound size and number
                         (resource.RLIMIT_NPROC, threads)):
         if limit is not None:
-            limit = min(limit, *(most for most in resource.getrlimit(what) if most != resource.RLIM_INFINITY), limit)
+            limit = min([limit, *(most for most in resource.getrlimit(what) if most != resource.RLIM_INFINITY)])
             resource.setrlimit(what, (limit, limit))
 
 

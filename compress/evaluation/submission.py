@@ -127,16 +127,6 @@ def compressed_size(path: Path) -> int:
     return min(size, len(zlib.compress(path.read_bytes(), 9)))
 
 
-def submission_files(folder: Path) -> list[Path]:
-    """Return every file of a submission, sorted. Raise VerificationError as `survey_folder` does."""
-    return survey_folder(folder).paths()
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file that is in a folder now, by its relative path."""
-    return survey_folder(folder).hashes()
-
-
 def combined_hash(hashes: dict[str, str]) -> str:
     """Return one SHA-256 over the names and hashes of a folder's files."""
     digest = hashlib.sha256()

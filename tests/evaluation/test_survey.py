@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from compress.evaluation.runtimes import load_model
-from compress.evaluation.submission import file_hashes, read_submission
+from compress.evaluation.submission import read_submission
 from compress.evaluation.survey import MAX_DEPTH, MAX_ENTRIES, survey_folder
 from metadata.errors import UserError, VerificationError
 from tests.helpers.submissions import edit_json, weights_of
@@ -113,7 +113,7 @@ def test_hard_links_are_hashed_once(tmp_path: Path) -> None:
     for index in range(1, 200):
         os.link(tmp_path / "0", tmp_path / str(index))
     start = time.process_time()
-    hashes = file_hashes(tmp_path)
+    hashes = survey_folder(tmp_path).hashes()
     assert len(hashes) == 200 and set(hashes.values()) == {hashlib.sha256(bytes(2**24)).hexdigest()}
     assert time.process_time() - start < QUICKLY
 
