@@ -18,7 +18,7 @@ from architectures.architecture import Architecture
 from architectures.counting import count_parameters
 from architectures.kernels import ON_KERNELS, int8_arithmetic, why_not_int8
 from architectures.weights import open_model
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
 from compress.evaluation.survey import Survey
 from metadata.errors import UserError, VerificationError, enough_memory, first_line
@@ -191,7 +191,7 @@ def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
 
     Args:
         threads: of one inference.
-        may_saturate: see `compress.evaluation.onnx_files.may_saturate`.
+        may_saturate: see `architectures.onnx_files.may_saturate`.
     """
     import onnxruntime
     options = onnxruntime.SessionOptions()

@@ -16,7 +16,7 @@ from architectures.architecture import Architecture
 from architectures.counting import architecture_macs, count_parameters, description_bytes
 from architectures.weights import open_model
 from compress.evaluation.extras import STANDALONE, toolkit
-from compress.evaluation.onnx_data import data_files
+from architectures.onnx_data import data_files
 from compress.evaluation.survey import MAX_FILE_BYTES, Survey, survey_folder
 from metadata.errors import UserError, VerificationError
 from metadata.files import read_json

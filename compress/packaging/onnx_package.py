@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.packaging.package import SubmissionContents
 from metadata.files import write_atomically, write_json
 from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE

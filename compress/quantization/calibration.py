@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from compress.evaluation.onnx_files import may_saturate
+from architectures.onnx_files import may_saturate
 from compress.evaluation.runtimes import onnxruntime_options
 from metadata.errors import UserError
 

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from compress.evaluation.onnx_files import may_saturate
+from architectures.onnx_files import may_saturate
 from compress.evaluation.runtimes import compile_for_openvino, onnxruntime_options
 from compress.quantization.calibration import Images
 from compress.quantization.static import layers_and_products

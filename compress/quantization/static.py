@@ -21,7 +21,7 @@ from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
 from architectures.layers.table import LAYER_TABLE
-from compress.evaluation.onnx_costs import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
+from architectures.onnx_costs import ONNX_CONVOLUTIONS, ONNX_PRODUCTS
 from compress.quantization.calibration import Histogram, Images, Method, histograms, range_of, session, watched
 from compress.quantization.equalization import equalize
 from compress.quantization.int8_table import Int8Row, decibels

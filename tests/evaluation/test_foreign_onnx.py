@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.evaluation.onnx_data import data_files
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_data import data_files
+from architectures.onnx_files import read_onnx
 from compress.evaluation.runtimes import ONNX_RUNTIMES
 from compress.evaluation.submission import read_submission
 from metadata.errors import VerificationError

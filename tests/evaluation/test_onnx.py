@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 import model_loader
 from architectures.counting import count_macs
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.evaluation.runtimes import OnnxRuntime, OpenvinoRuntime
 from compress.evaluation.submission import read_submission
 from compress.pipeline.stage import TorchModel

@@ -14,8 +14,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from compress.evaluation.onnx_costs import onnx_macs, onnx_work
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_costs import onnx_macs, onnx_work
+from architectures.onnx_files import read_onnx
 from metadata.errors import VerificationError
 from tests.evaluation.test_foreign_onnx import PLAIN, SIDE, fold, network
 from tests.helpers.commands import PROJECT

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.evaluation.onnx_files import may_saturate
+from architectures.onnx_files import may_saturate
 from compress.evaluation.runtimes import onnxruntime_options
 from tests.helpers.qdq import qdq, run
 

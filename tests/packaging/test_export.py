@@ -17,7 +17,7 @@ from architectures.counting import count_macs
 from architectures.describe import describe
 from architectures.layers.table import LAYER_TABLE
 from architectures.zoo import make
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.evaluation.runtimes import answering, open_onnx
 from compress.packaging.export import OPSET, check_same, export
 from compress.quantization.dynamic import quantize_graph

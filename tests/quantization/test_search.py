@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from architectures.build import build
 from architectures.describe import describe
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.packaging.export import export
 from compress.quantization.calibration import RANGES
 from compress.quantization.candidates import SENSITIVE, SLOWER, SearchRequest

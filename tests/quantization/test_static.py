@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from architectures.counting import count_macs
-from compress.evaluation.onnx_files import read_onnx
+from architectures.onnx_files import read_onnx
 from compress.quantization import calibration as calibrating
 from compress.quantization.calibration import Histogram, histograms, range_of
 from compress.quantization.equalization import equalize

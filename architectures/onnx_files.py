@@ -13,8 +13,8 @@ import numpy as np
 from architectures.build import MAX_ACTIVATION_ELEMENTS, MAX_TOTAL_ELEMENTS
 from architectures.pairs import saturating_pairs
 from architectures.counting import check_costs
-from compress.evaluation.onnx_costs import INTEGER_PRODUCTS, ONNX_CONVOLUTIONS, ONNX_PRODUCTS, onnx_macs, onnx_work
-from compress.evaluation.onnx_data import check_external_data, parse_onnx, read_external_data, stored_tensors
+from architectures.onnx_costs import INTEGER_PRODUCTS, ONNX_CONVOLUTIONS, ONNX_PRODUCTS, onnx_macs, onnx_work
+from architectures.onnx_data import check_external_data, parse_onnx, read_external_data, stored_tensors
 from metadata.errors import VerificationError, first_line
 
 # The operators of image classifiers. Others are refused: hostile files crash a runtime through its rarer kernels.
