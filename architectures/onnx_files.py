@@ -15,6 +15,7 @@ from architectures.pairs import saturating_pairs
 from architectures.counting import check_costs
 from architectures.onnx_costs import INTEGER_PRODUCTS, ONNX_CONVOLUTIONS, ONNX_PRODUCTS, onnx_macs, onnx_work
 from architectures.onnx_data import check_external_data, parse_onnx, read_external_data, stored_tensors
+from architectures.image_layout import takes_channels_last
 from metadata.errors import VerificationError, first_line
 
 # The operators of image classifiers. Others are refused: hostile files crash a runtime through its rarer kernels.
@@ -60,12 +61,13 @@ class OnnxFile:
     content: bytes | None
 
 
-def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
+def read_onnx(path: Path, input_shape: Sequence[int], layout: str | None = None) -> OnnxFile:
     """Check an ONNX file without running it: images in, one row of logits an image out, nothing outside its folder.
 
     Args:
         path: the file.
         input_shape: (C, H, W) of an image, also where the file takes (N, H, W, C).
+        layout: "NCHW" or "NHWC" where the metadata state it.
 
     Raises:
         UserError: the packages onnx or onnxruntime are not installed.
@@ -85,7 +87,7 @@ def read_onnx(path: Path, input_shape: Sequence[int]) -> OnnxFile:
     image = _check_interface(path, graph)
     _check_values(path, tensors)
     dims = [dim.dim_value for dim in image.type.tensor_type.shape.dim]  # 0 where the file leaves the size open
-    channels_last = _is_channels_last(path, dims, input_shape)
+    channels_last = takes_channels_last(path, dims, input_shape, layout)
     shapes = _infer_shapes(path, model, image, [input_shape[i] for i in (1, 2, 0)] if channels_last else input_shape)
     macs, known = onnx_macs(graph.node, shapes)
     check_costs(str(path), known // (dims[0] or 1), onnx_work(graph.node, shapes, dims[0] or 1))
@@ -128,20 +130,6 @@ def _stored_numbers(graph: Any, tensors: Sequence[Any]) -> int:
     lists: int = sum(len(attribute.ints) + len(attribute.floats) + (attribute.name in ("value_int", "value_float"))
                      for node in graph.node if node.op_type == "Constant" for attribute in node.attribute)
     return lists + sum(int(math.prod(tensor.dims)) for tensor in tensors)
-
-
-def _is_channels_last(path: Path, dims: Sequence[int], input_shape: Sequence[int]) -> bool:
-    """Return whether a file takes (N, H, W, C), by the sizes that its input states; (N, C, H, W) where both fit.
-
-    Raises:
-        VerificationError: neither fits.
-    """
-    for last, shape in ((False, input_shape), (True, (*input_shape[1:], input_shape[0]))):
-        if all(stated in (0, size) for stated, size in zip(dims[1:], shape, strict=True)):
-            return last
-    got = ", ".join(str(size or "any") for size in dims[1:])
-    raise VerificationError(f"{path}: the input takes images of shape [{got}], the preprocessing makes {list(input_shape)} "
-                            "(C, H, W); state an input_shape and a preprocessing (resize, crop) that fit the file")
 
 
 def _check_interface(path: Path, graph: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from architectures.architecture import Architecture
 from architectures.describe import describe
-from compress.evaluation.runtimes import compile_for_openvino, import_openvino
+from compress.evaluation.onnx_runtimes import compile_for_openvino, import_openvino
 from compress.packaging.export import export
 from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth
 from compress.quantization.static import Calibration, StaticSettings, quantize_static

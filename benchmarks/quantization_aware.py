@@ -23,7 +23,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compress.evaluation.measure import measure_accuracy
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.packaging.export import export
 from compress.pipeline.stage import Context, TorchModel
 from compress.pipeline.stages.finetune import Finetune
@@ -64,7 +64,7 @@ def int8_accuracies(model: TorchModel, splits: Splits, folder: Path, threads: in
 
 def _accuracy(path: Path, splits: Splits, split: Split) -> float:
     preprocessing: Preprocessing = splits.card.preprocessing
-    answer = answering(open_onnx(path, splits.card.input_shape, preprocessing, "onnxruntime"))
+    answer = answering(open_file(path, splits.card.input_shape, preprocessing, "onnxruntime"))
     result = measure_accuracy(answer, split.batches(BATCH), preprocessing, len(split))
     return result.correct / result.total
 

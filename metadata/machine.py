@@ -115,6 +115,6 @@ def usable_cores() -> int:
 def versions() -> dict[str, str]:
     """Return the versions of the packages that affect a measurement."""
     import torch
-    used: dict[str, str] = {name: sys.modules[name].__version__ for name in ("onnx", "onnxruntime", "openvino")
-                            if name in sys.modules}
+    runtimes = ("onnx", "onnxruntime", "openvino", "ai_edge_litert")
+    used: dict[str, str] = {name: sys.modules[name].__version__ for name in runtimes if name in sys.modules}
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, **used}

@@ -112,17 +112,17 @@ class ModelMetadata(BaseModel):
     """`model_metadata.json`. Unknown keys are kept: submissions carry notes of their own.
 
     `parameters` counts every stored number, in an ONNX file those of its initializers. `runtime` is the fastest runtime
-    of an ONNX file. `portability` says whether the accuracy also holds on CPUs whose int8 products saturate.
+    of a model file. `portability` says whether the accuracy also holds on CPUs whose int8 products saturate.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    model_format: Literal["pytorch", "onnx"]
+    model_format: Literal["pytorch", "onnx", "litert", "executorch", "openvino"]
     architecture: str
     num_classes: Size
     class_names: Texts
-    architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for ONNX, whose graph is its own")
+    architecture_file: FileName | None = Field(ARCHITECTURE_FILE, description="null for a file that is a graph of its own")
     weights_file: FileName
     input_shape: tuple[Size, Size, Size]
     preprocessing: StatedPreprocessing
@@ -132,7 +132,7 @@ class ModelMetadata(BaseModel):
     files: Annotated[dict[FileName, FileRecord], Field(max_length=10_000)]
     accuracy: dict[str, Any] = {}
     latency: dict[str, Any] = {}
-    runtime: Literal["onnxruntime", "openvino"] | None = None
+    runtime: Literal["onnxruntime", "openvino", "litert", "executorch"] | None = None
     portability: dict[str, Any] | None = None
     versions: dict[str, str] = {}
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from compress.evaluation.channel import Clock
 from compress.evaluation.facts import SubmissionFacts
-from compress.evaluation.runtimes import EvaluationSettings, Runtime
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.sandbox import Child, check_hidden
 from metadata.errors import printable
 

@@ -20,7 +20,8 @@ from compress.evaluation.extras import toolkit
 from compress.evaluation.measure import Progress
 from compress.evaluation.nursery import NURSERY_FLAG, tend
 from compress.evaluation.reader import answer_evaluator
-from compress.evaluation.runtimes import ONNX_RUNTIMES, EvaluationSettings
+from compress.evaluation.file_formats import FILE_BACKENDS
+from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import UserError, first_line, printable
 from metadata.files import write_json
 from metadata.machine import usable_cores
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=plain.warmup,
                         help=f"calls before the timed ones; default {plain.warmup}")
     parser.add_argument("--threads", type=int, help="threads of one inference; default 1, of --task all cores")
-    parser.add_argument("--backend", default="auto", choices=["auto", "torch", *ONNX_RUNTIMES])
+    parser.add_argument("--backend", default="auto", choices=["auto", "torch", *FILE_BACKENDS])
     parser.add_argument("--batch_size", type=int, default=1, help="batch size for the accuracy; default 1")
     parser.add_argument("--min_accuracy", type=float, default=0.0, help="percent; below it the guarded score is zero")
     parser.add_argument("--allow_code", action="store_true", help="run a submission that is code, in a sandbox")

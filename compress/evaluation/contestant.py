@@ -13,7 +13,8 @@ from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.measure import Progress
 from compress.evaluation.pictures import Pictures, TestData, decode_pictures
 from compress.evaluation.reader_runtime import ReaderRuntime, SubmissionReader
-from compress.evaluation.runtimes import EvaluationSettings, Runtime, check_runnable
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import check_runnable, EvaluationSettings
 from metadata.errors import VerificationError
 
 

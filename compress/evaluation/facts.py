@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from compress.evaluation.submission import SubmissionFiles, combined_hash
+from compress.evaluation.submission_files import combined_hash, SubmissionFiles
 from metadata.schemas import Preprocessing
 
 
@@ -16,7 +16,7 @@ class SubmissionFacts:
 
     Args:
         folder: the submission.
-        kind: "graph", "onnx" or "code".
+        kind: see `SubmissionFiles`.
         packaged: whether the submission is of the toolkit's own format.
         metadata_name: the name of the metadata file.
         weights: the weights file, relative to the folder.

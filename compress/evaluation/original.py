@@ -1,7 +1,8 @@
 """Read the original style of submission: weights with or without code of their own, and metadata in many variants.
 
 The competition's panel knows four kinds: a folder with its own model_loader.py, TorchScript, a pickled module, and a plain
-state dict. The toolkit reads two more: a folder with a model.py, and ONNX. Nothing is executed or unpickled here.
+state dict. The toolkit reads more: a folder with a model.py, and the formats of `file_formats.py`, such as ONNX. Nothing
+is executed or unpickled here.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import re
 import tokenize
 import zipfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError
 
 from architectures.archives import UNREADABLE_ARCHIVE, check_archive, is_archive
-from compress.evaluation.submission import PROSE, SubmissionFiles
+from compress.evaluation.file_formats import FILE_FORMATS, format_of
+from compress.evaluation.submission_files import PROSE, SubmissionFiles
 from compress.evaluation.survey import Survey
 from metadata.errors import VerificationError, describe_validation_error, first_line
 from metadata.files import JSON_TEXT, MAX_JSON_BYTES, check_download, parse_json, read_json
 from metadata.schemas import Preprocessing, Size, StatedPreprocessing
 
-TORCH_WORDS, OTHER_WORDS = ("torch", "pt", "script", "jit", "statedict"), ("tensorflow", "keras", "tflite", "savedmodel",
-                                                                         "h5", "pb", "tf")
+TORCH_WORDS = ("torch", "pt", "script", "jit", "statedict")
+OTHER_WORDS = ("tensorflow", "keras", "savedmodel", "h5", "pb", "tf")
 TORCH_SUFFIXES = (".pth", ".pt")
 RESIZE, CROP = 256, 224  # pixels, where the metadata state none, as for the panel
-OTHER_SUFFIXES = {".h5", ".keras", ".pb", ".tflite", ".saved_model"}
+OTHER_SUFFIXES = {".h5", ".keras", ".pb", ".saved_model"}
 WEIGHTS_KEYS = ("weights_file", "model_file", "model_path", "weights", "checkpoint")
 AnyFileName = Annotated[str, Field(pattern=r"\A[^\x00-\x1f\x7f]+\z", max_length=200)]
 # How the toolkit's model_loader.py begins, what its docstring says (in a submission, in the repository), and how it ends.
@@ -64,15 +66,17 @@ def read_loose_json(path: Path) -> dict[str, Any]:
 
 
 def _original_format(value: Any) -> Any:
-    """Return "pytorch", "onnx", or None for words that say neither or both: the weights file's name then decides."""
+    """Return "pytorch", the name of another format, or None for words that say several or none: the file's name decides."""
     text = re.sub(r"[^a-z0-9]", "", str(value).lower())
-    torch_named = "torch" in text or "timm" in text
-    if "onnx" in text:
-        return None if torch_named else "onnx"
+    named = [each.name for each in FILE_FORMATS.values() if any(word in text for word in each.words)]
+    torch_named = "torch" in text.replace("executorch", "") or "timm" in text
+    if named:
+        return None if torch_named or len(named) > 1 else named[0]
     if torch_named:
         return "pytorch"
     if any(word in text for word in OTHER_WORDS):
-        raise ValueError("this evaluator runs PyTorch and ONNX models")
+        suffixes = ", ".join(each.suffix for each in FILE_FORMATS.values())
+        raise ValueError(f"this evaluator runs PyTorch models and files of {suffixes}")
     return "pytorch" if any(word in text for word in TORCH_WORDS) else None
 
 
@@ -132,7 +136,7 @@ class OriginalMetadata(BaseModel):
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    model_format: Annotated[Literal["pytorch", "onnx"] | None, BeforeValidator(_original_format)] = Field(
+    model_format: Annotated[str | None, BeforeValidator(_original_format)] = Field(
         None, validation_alias=AliasChoices("model_format", "format", "framework"))
     architecture: Any = Field(None, validation_alias=AliasChoices(
         "model_class", "architecture", "model_type", "model_name"))
@@ -152,7 +156,7 @@ def read_original_metadata(path: Path) -> tuple[OriginalMetadata, list[str]]:
     that is malformed is left out with a remark, and the panel's default takes its place.
 
     Raises:
-        VerificationError: not JSON, or another format than PyTorch and ONNX.
+        VerificationError: not JSON, or a format that the evaluator does not run.
     """
     content = read_loose_json(path)
     known = {re.sub("[^a-z0-9]", "", name): name for field, info in OriginalMetadata.model_fields.items()
@@ -242,19 +246,21 @@ def _named_weights(found: Survey, value: Any, model_format: str | None) -> Path 
         return None
     plain = value.replace("\\", "/")
     for name in (value, plain, plain.rpartition("/")[2]):
-        for suffix in ("", *TORCH_SUFFIXES, ".onnx"):
+        for suffix in ("", *TORCH_SUFFIXES, *(each.suffix for each in FILE_FORMATS.values())):
             file = found.files.get(os.path.normpath(name + suffix))
             if file is None or file.path.suffix in PROSE:
                 continue
             path = file.path
-            if model_format is None or (path.suffix.lower() == ".onnx") == (model_format == "onnx"):
+            found_format = format_of(path)
+            if model_format in (None, found_format.name if found_format else "pytorch"):
                 return path
     return None
 
 
 def _found_weights(found: Survey, model_format: str | None, named_in: str, ignored: str) -> tuple[Path, list[str]]:
-    """Return the weights file by the names of the files alone: model.pth before all, PyTorch's before ONNX."""
-    kinds: list[tuple[str, ...]] = [TORCH_SUFFIXES] * (model_format != "onnx") + [(".onnx",)] * (model_format != "pytorch")
+    """Return the weights file by the names of the files alone: model.pth before all, PyTorch's before other formats."""
+    known = {"pytorch": TORCH_SUFFIXES} | {each.name: (each.suffix,) for each in FILE_FORMATS.values()}
+    kinds = [suffixes for name, suffixes in known.items() if model_format in (None, name)]
     folder, files = found.folder, found.paths()
     everything = [file for suffixes in kinds for file in files if file.suffix.lower() in suffixes]
     for suffixes in kinds:
@@ -334,7 +340,7 @@ def served_images(metadata: OriginalMetadata, kind: str, named_in: str
     source, remarks = named_in, []
     if preprocessing is None:
         preprocessing, source = Preprocessing(exif_orientation=False), f"the original's default, as {named_in} states none"
-        if kind == "onnx" and stated and stated[0] == 3 and stated[1] == stated[2] != CROP:  # the panel knows no ONNX
+        if kind != "code" and stated and stated[0] == 3 and stated[1] == stated[2] != CROP:  # the panel has no such files
             preprocessing = Preprocessing(exif_orientation=False, resize=stated[1], crop=stated[1])
             source = f"the input_shape in {named_in}"
             remarks.append(f"{named_in} states an input_shape of {list(stated)} and no preprocessing: pictures are resized "
@@ -358,8 +364,9 @@ def read_original(found: Survey, path: Path) -> SubmissionFiles:
     """
     metadata, remarks = read_original_metadata(path)
     weights, chosen = find_weights(found, metadata, path.name)
-    kind: Literal["onnx", "code"] = "onnx" if weights.suffix.lower() == ".onnx" else "code"
-    if metadata.model_format and (metadata.model_format == "onnx") != (kind == "onnx"):
+    of_file = format_of(weights)
+    kind = of_file.name if of_file else "code"
+    if metadata.model_format not in (None, of_file.name if of_file else "pytorch"):
         raise VerificationError(f"{weights}: model_format in {path.name} is {metadata.model_format}")
     preprocessing, input_shape, stated_by, sizes = served_images(metadata, kind, path.name)
     named, architecture_path = metadata.architecture, None

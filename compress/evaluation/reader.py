@@ -22,8 +22,10 @@ from compress.evaluation.channel import BROKEN, DONE, MISTAKE, REFUSED, REPLY_HE
 from compress.evaluation.extras import toolkit
 from compress.evaluation.facts import facts_of
 from compress.evaluation.reader_runtime import LOGITS_HEADER, MOST_BUSY_MS
-from compress.evaluation.runtimes import Runtime, open_here, preferred_backend
-from compress.evaluation.submission import SubmissionFiles, read_submission
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import open_here, preferred_backend
+from compress.evaluation.submission import read_submission
+from compress.evaluation.submission_files import SubmissionFiles
 from compress.evaluation.survey import survey_folder
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import PeakMemory, torch_threads, versions

@@ -15,7 +15,8 @@ import numpy as np
 from compress.evaluation.channel import Channel, Clock
 from compress.evaluation.facts import SubmissionFacts
 from compress.evaluation.nursery import check_platform, nursery
-from compress.evaluation.runtimes import EvaluationSettings, Runtime
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import VerificationError
 from metadata.machine import stat_fields
 

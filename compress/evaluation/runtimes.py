@@ -1,16 +1,14 @@
-"""The runtimes of a submission behind one interface: PyTorch, ONNX Runtime, OpenVINO."""
+"""The runtimes of a submission by their names: which one runs it, and how it is opened."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,13 +16,14 @@ from architectures.architecture import Architecture
 from architectures.counting import count_parameters
 from architectures.kernels import ON_KERNELS, int8_arithmetic, why_not_int8
 from architectures.weights import open_model
-from architectures.onnx_files import read_onnx
-from compress.evaluation.submission import SubmissionFiles, check_claims, open_submission, read_submission
+from compress.evaluation.file_formats import FILE_FORMATS, format_of
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.submission import open_submission, read_submission
+from compress.evaluation.submission_files import SubmissionFiles
 from compress.evaluation.survey import Survey
-from metadata.errors import UserError, VerificationError, enough_memory, first_line
+from metadata.errors import UserError, enough_memory
 from metadata.files import read_json
-from metadata.machine import machine
-from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, Preprocessing
+from metadata.schemas import ARCHITECTURE_FILE, Preprocessing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +37,7 @@ class EvaluationSettings:
         runs: timed calls at batch 1.
         warmup: calls before the timed ones.
         threads: threads of one inference; 1 is the most comparable between machines.
-        backend: "torch", "onnxruntime" or "openvino"; "auto" is the submission's own choice, or the first of its kind.
+        backend: a name of `BACKENDS`; "auto" is the submission's own choice, or the first of its kind.
         batch_size: for the accuracy; latency is always measured at batch 1.
         min_accuracy: percent; below it the guarded score is zero.
         allow_code: run a submission that is code, in a sandbox.
@@ -70,41 +69,6 @@ class EvaluationSettings:
             raise UserError(f"--time_limit_s: expected a positive number of seconds up to 10^7, got {self.time_limit_s}")
 
 
-class Runtime:
-    """A submission that can be called: (N, C, H, W) float32 -> (N, classes) logits.
-
-    Attributes:
-        backend: "torch", "onnxruntime" or "openvino".
-        parameters: the number of stored numbers ("all"), and of trainable ones where that is known.
-        macs: multiply-adds an image, where known.
-        outputs: the number of logits where a model has more than the data have classes; else None.
-        max_outputs: so many logits are accepted where a model has more than the data have classes; 0: none beyond.
-        name: for messages.
-        errors: the exceptions of a call that the model cannot answer.
-        details, warnings: for the result.
-    """
-
-    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, MemoryError)
-    max_outputs = 0
-
-    def __init__(self, backend: str, parameters: dict[str, int | None], macs: int | None) -> None:
-        self.backend, self.parameters, self.macs = backend, parameters, macs
-        self.name = "the model"
-        self.outputs: int | None = None
-        self.details: dict[str, Any] = {}
-        self.warnings: list[str] = []
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def duration_ms(self, measured_ms: float) -> float:
-        """Return the milliseconds that count for the last call, of which the evaluator measured `measured_ms`."""
-        return measured_ms
-
-    def close(self) -> None:
-        """End what the runtime started, and add details that are known only at the end."""
-
-
 class TorchRuntime(Runtime):
     """A submission of the toolkit's own format: an architecture JSON and a state dict."""
 
@@ -125,151 +89,8 @@ class TorchRuntime(Runtime):
             return self.model(self._tensor(images)).numpy()  # type: ignore[no-any-return]
 
 
-class OnnxFileRuntime(Runtime):
-    """Base of the runtimes of an ONNX file: checks the file and its claims, and gives it images in its own layout."""
-
-    def __init__(self, backend: str, files: SubmissionFiles) -> None:
-        self.file = read_onnx(files.weights, files.input_shape)
-        check_claims(files, self.file.parameters, self.file.macs)
-        if files.metadata and files.metadata.quantization.scheme == "static_int8":
-            stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
-            odd = min((name for name in stated.keys() | self.file.layers.keys()
-                       if stated.get(name) != self.file.layers.get(name)), default=None)
-            if odd is not None:
-                raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
-                                        f"({odd})")
-        super().__init__(backend, {"all": self.file.parameters, "trainable": None}, self.file.macs)
-        self.warnings += files.notes
-        if self.file.channels_last:
-            self.details["input_layout"] = "NHWC"
-        if self.file.batch and self.file.batch > 1:
-            self.warnings.append(
-                f"the file takes {self.file.batch} images a call and no other number: one image is served among zeros, and "
-                "its latency is that of the whole call; export with a batch of any size, or of 1")
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        if self.file.channels_last:
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        batch = self.file.batch or len(images)
-        if batch == len(images):
-            return self.run(images)
-        missing = -len(images) % batch if len(images) else batch
-        filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
-        parts = [self.run(filled[start:start + batch]) for start in range(0, len(filled), batch)]
-        return np.concatenate(parts)[:len(images)]
-
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        """Return the logits of as many images as the file takes, in the file's layout."""
-        raise NotImplementedError
-
-
-class OnnxRuntime(OnnxFileRuntime):
-    """An ONNX file on ONNX Runtime's CPU provider."""
-
-    def __init__(self, files: SubmissionFiles, threads: int) -> None:
-        super().__init__("onnxruntime", files)
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-        self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
-                                                   if isinstance(kind, type) and issubclass(kind, Exception)))
-        try:
-            self.session = onnxruntime.InferenceSession(
-                self.file.content or str(files.weights), onnxruntime_options(threads, self.file.may_saturate),
-                ["CPUExecutionProvider"])
-        except self.errors as error:
-            raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
-
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.file.input_name: inputs})[0]  # type: ignore[no-any-return]
-
-
-def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
-    """Return ONNX Runtime's session options: the number of threads, no log, and exact integer products on every CPU.
-
-    On CPUs without VNNI instructions the fast kernel saturates in 16 bits with some weights. For a file with such weights
-    an option selects the exact kernel there, which takes up to twice as long.
-
-    Args:
-        threads: of one inference.
-        may_saturate: see `architectures.onnx_files.may_saturate`.
-    """
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-    if may_saturate and not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-class OpenvinoRuntime(OnnxFileRuntime):
-    """An ONNX file on OpenVINO's CPU plugin, compiled for each number of images in a call: fixed shapes are faster."""
-
-    def __init__(self, files: SubmissionFiles, threads: int) -> None:
-        super().__init__("openvino", files)
-        channels, height, width = files.input_shape
-        self.threads, self.path = threads, files.weights
-        self.content = self.file.content or files.weights.read_bytes()  # the file may be gone at a later call
-        self.shape = (height, width, channels) if self.file.channels_last else files.input_shape
-        self.compiled: dict[int, Any] = {}
-        self._compile(self.file.batch or 1)
-
-    def _compile(self, images: int) -> Any:
-        try:
-            self.compiled[images] = compile_for_openvino(self.content, [images, *self.shape], self.threads)
-        except RuntimeError as error:
-            raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
-        return self.compiled[images]
-
-    def run(self, inputs: np.ndarray) -> np.ndarray:
-        model = self.compiled.get(len(inputs)) or self._compile(len(inputs))
-        return next(iter(model(inputs).values()))
-
-
-def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:
-    """Compile a model, or the bytes of an ONNX file, for OpenVINO's CPU plugin: inputs of one shape, least latency.
-
-    Args:
-        model: an OpenVINO model, or bytes.
-        shape: (N, C, H, W) of the input.
-        threads: threads of one inference.
-        options: properties of the plugin that replace the defaults here.
-
-    Raises:
-        UserError: OpenVINO is not installed.
-        RuntimeError: OpenVINO cannot compile the model.
-    """
-    core = _core(import_openvino())
-    if isinstance(model, bytes):
-        model = core.read_model(model)
-    model.reshape(list(shape))
-    return core.compile_model(model, "CPU", {
-        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32", **options})  # the plugin's default may compute in less than float32
-
-
-@functools.cache
-def _core(openvino: Any) -> Any:
-    """Return OpenVINO's runtime, one for the process: the runtime must live as long as the models that it compiled."""
-    return openvino.Core()
-
-
-def import_openvino() -> Any:
-    """Import openvino with its telemetry off; on import the package would report to an analytics server.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # openvino falls back to a stub
-    try:
-        return importlib.import_module("openvino")
-    except ImportError as error:
-        raise UserError("backend openvino: the package is not installed; pip install openvino") from error
-
-
-ONNX_RUNTIMES: dict[str, type[OnnxRuntime] | type[OpenvinoRuntime]] = {
-    "onnxruntime": OnnxRuntime, "openvino": OpenvinoRuntime}
 # By the kind of submission; the first is the default.
-BACKENDS = {"graph": ("torch",), "onnx": tuple(ONNX_RUNTIMES), "code": ("torch",)}
+BACKENDS = {"graph": ("torch",), "code": ("torch",), **{name: tuple(each.runtimes) for name, each in FILE_FORMATS.items()}}
 
 
 def check_runnable(kind: str, backend: str, settings: EvaluationSettings, where: str, what: str) -> None:
@@ -297,34 +118,51 @@ def check_runnable(kind: str, backend: str, settings: EvaluationSettings, where:
 
 
 def open_here(files: SubmissionFiles, backend: str, threads: int) -> Runtime:
-    """Open a package or an ONNX file in this process.
+    """Open a package or a model file in this process.
 
     Raises:
+        UserError: the backend is not installed.
         VerificationError: the submission's claims do not hold, or it cannot be loaded.
     """
-    return TorchRuntime(files) if files.kind == "graph" else ONNX_RUNTIMES[backend](files, threads)
+    if files.kind == "graph":
+        return TorchRuntime(files)
+    runtime = FILE_FORMATS[files.kind].runtimes[backend]
+    if not importlib.util.find_spec(runtime.module):
+        raise UserError(f"backend {backend}: the package is not installed; pip install {runtime.package}")
+    return runtime(files, threads)
 
 
 def preferred_backend(files: SubmissionFiles) -> str:
     """Return the backend that a submission names, if it is installed, or else the first backend of its kind."""
     named = files.metadata.runtime if files.metadata else None
-    if files.kind == "onnx" and named and (named != "openvino" or importlib.util.find_spec("openvino")):
+    runtimes = FILE_FORMATS[files.kind].runtimes if files.kind in FILE_FORMATS else {}
+    if named and named in runtimes and importlib.util.find_spec(runtimes[named].module):
         return named
     return BACKENDS[files.kind][0]
 
 
-def open_onnx(path: Path, input_shape: tuple[int, int, int], preprocessing: Preprocessing, backend: str = "onnxruntime",
+def open_file(path: Path, input_shape: tuple[int, int, int], preprocessing: Preprocessing, backend: str | None = None,
               threads: int = 1) -> Runtime:
-    """Open an ONNX file that is not packaged yet, on the runtime that will serve the package.
+    """Open a model file that is not packaged yet, on the runtime that will serve the package.
+
+    Args:
+        path: the file; its suffix is that of its format.
+        input_shape: (C, H, W).
+        preprocessing: how images become the input.
+        backend: the default of the format unless given.
+        threads: of one inference.
 
     Raises:
         UserError: the backend is not installed.
-        VerificationError: the file cannot be loaded, see `read_onnx`.
+        VerificationError: the file cannot be loaded.
     """
+    found = format_of(path)
+    if found is None:
+        raise UserError(f"{path}: expected a file of {', '.join(each.suffix for each in FILE_FORMATS.values())}")
     nothing = Survey(folder=path.parent, files={}, name_bytes=0, stamp="")  # the folder is the pipeline's own
-    files = SubmissionFiles(folder=path.parent, survey=nothing, kind="onnx", weights=path, input_shape=input_shape,
+    files = SubmissionFiles(folder=path.parent, survey=nothing, kind=found.name, weights=path, input_shape=input_shape,
                             preprocessing=preprocessing, preprocessing_from="the pipeline")
-    runtime = ONNX_RUNTIMES[backend](files, threads)
+    runtime = open_here(files, backend or BACKENDS[found.name][0], threads)
     runtime.name = str(path)
     return runtime
 
@@ -333,11 +171,12 @@ def load_model(model_path: str | Path) -> nn.Module:
     """Load a packaged model, verified, in eval mode, on the CPU. Evaluation panels call this function.
 
     The module maps `(N, C, H, W)` float32, preprocessed as the metadata says, to `(N, num_classes)` float32 logits. A
-    PyTorch model is a graph of its layers; an ONNX model is a module without parameters, which calls the model's runtime.
+    PyTorch model is a graph of its layers; a model of another format is a module without parameters, which calls the
+    model's runtime.
 
     Args:
         model_path: the submission folder, or the weights file: a `.pth` with the architecture JSON beside it, or the
-            `.onnx` of a submission folder.
+            model file (such as an `.onnx`) of a submission folder.
 
     Raises:
         UserError: the path does not exist, or is a submission of another kind.
@@ -348,7 +187,7 @@ def load_model(model_path: str | Path) -> nn.Module:
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
     with enough_memory(path):
-        if path.is_file() and path.suffix != ".onnx":
+        if path.is_file() and format_of(path) is None:
             return _warned(open_model(read_json(path.parent / ARCHITECTURE_FILE, Architecture), path), path)
         files = read_submission(path if path.is_dir() else path.parent)
         if path.is_file() and not path.samefile(files.weights):
@@ -358,7 +197,7 @@ def load_model(model_path: str | Path) -> nn.Module:
         if files.kind == "graph":
             return _warned(open_submission(files), path)
         import torch
-        return served_module()(ONNX_RUNTIMES[preferred_backend(files)](files, torch.get_num_threads())).eval()
+        return served_module()(open_here(files, preferred_backend(files), torch.get_num_threads())).eval()
 
 
 def _warned(model: nn.Module, path: Path) -> nn.Module:

@@ -11,7 +11,8 @@ import numpy as np
 from compress.evaluation.channel import Clock, OutOfTimeError
 from compress.evaluation.measure import Progress
 from compress.evaluation.pictures import Pictures
-from compress.evaluation.runtimes import EvaluationSettings, Runtime
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import EvaluationSettings
 from metadata.errors import VerificationError, first_line
 
 REPEATS = 64  # images that are asked a second time

@@ -16,7 +16,7 @@ from architectures.counting import count_numbers
 from architectures.weights import all_finite, check_tensors, load_tensors, stored_values
 from compress.evaluation.original import file_kind
 from compress.evaluation.panel import state_dict_in, tensors_in
-from compress.evaluation.submission import SubmissionFiles
+from compress.evaluation.submission_files import SubmissionFiles
 from metadata.errors import VerificationError, first_line, printable
 from metadata.files import read_json
 

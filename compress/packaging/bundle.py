@@ -30,9 +30,9 @@ HEADER = '''"""The evaluator of record: load a compressed image classifier, veri
 
 {mark} of the toolkit, version {version}, from {count} source files; do not edit.
 
-The file needs Python 3.11, numpy and pydantic; torch, Pillow, onnx, onnxruntime and openvino where a submission asks for
-them. A submission is data: nothing in it is executed. Comparing two submissions, running foreign code and the synthetic
-task need the toolkit.
+The file needs Python 3.11, numpy and pydantic; torch, Pillow, and the runtime of the model's format (onnx and onnxruntime,
+openvino, ai-edge-litert) where a submission asks for them. A submission is data: nothing in it is executed. Comparing two
+submissions, running foreign code and the synthetic task need the toolkit.
 """
 
 from __future__ import annotations

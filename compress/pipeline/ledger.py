@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from architectures.counting import count_macs, count_parameters
 from compress.evaluation.measure import measure_accuracy, measure_latency
-from compress.evaluation.runtimes import Runtime, EvaluationSettings, answering, open_here, open_onnx, preferred_backend
+from compress.evaluation.file_formats import FILE_FORMATS
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import answering, EvaluationSettings, open_file, open_here, preferred_backend
 from compress.evaluation.submission import open_submission, read_submission
 from compress.pipeline.stage import Artifact, ONNX, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
 from compress.training.trackers import Tracker
@@ -43,11 +45,11 @@ def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
     if isinstance(artifact, Submission):
         files = read_submission(artifact.folder)
         size = files.weights.stat().st_size
-        if files.kind == "onnx":
+        if files.kind in FILE_FORMATS:
             return _on_runtime(open_here(files, preferred_backend(files), EvaluationSettings().threads), size)
         return _in_torch(open_submission(files), card, size, files.architecture is not None and files.architecture.is_int8)
     if isinstance(artifact, OnnxModel):
-        runtime = open_onnx(folder / ONNX, card.input_shape, card.preprocessing, artifact.card.backend)
+        runtime = open_file(folder / ONNX, card.input_shape, card.preprocessing, artifact.card.backend)
         return _on_runtime(runtime, (folder / ONNX).stat().st_size)
     assert isinstance(artifact, TorchModel | TeacherModel)
     int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.evaluation.measure import measure_accuracy
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.quantization.calibration import Images, session
 from compress.quantization.layer_times import layer_times
 from compress.quantization.portability import verify_portability
@@ -113,7 +113,7 @@ class OnnxWorkbench:
     def open(self, content: bytes, backend: Backend) -> Answer:
         path = self.folder / "candidate.onnx"
         write_atomically(path, content)
-        answer = answering(open_onnx(path, self.input_shape, self.preprocessing, backend))
+        answer = answering(open_file(path, self.input_shape, self.preprocessing, backend))
         path.unlink()
         return answer
 

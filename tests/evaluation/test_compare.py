@@ -12,7 +12,8 @@ from scipy.stats import binomtest
 from compress.evaluation.channel import Clock
 from compress.evaluation.compare import SAME, confirmed, latency_ratio_interval, mcnemar, verdicts
 from compress.evaluation.pictures import decode_pictures
-from compress.evaluation.runtimes import Runtime, EvaluationSettings
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import EvaluationSettings
 from compress.evaluation.score import PERCENTILES, accuracy_details, latency_details, wilson
 from compress.evaluation.serve import Answers, repeats_ratio, same_answer, serve
 from metadata.errors import VerificationError

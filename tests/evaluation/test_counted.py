@@ -13,7 +13,8 @@ import torch
 
 from architectures.architecture import Architecture
 from architectures.counting import description_bytes
-from compress.evaluation.submission import TEXT_SHARE, read_submission
+from compress.evaluation.submission import read_submission
+from compress.evaluation.submission_files import TEXT_SHARE
 from compress.packaging.bundle import bundle
 from metadata.files import read_json
 from tests.helpers.architectures import layer

@@ -16,13 +16,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from architectures.onnx_data import data_files
 from architectures.onnx_files import read_onnx
-from compress.evaluation.runtimes import ONNX_RUNTIMES
+from compress.evaluation.file_formats import FILE_FORMATS
 from compress.evaluation.submission import read_submission
 from metadata.errors import VerificationError
 from metadata.files import sha256
 from tests.helpers.verdicts import Evaluate, assert_refused
 
 SIDE, CLASSES = 8, 10
+ONNX_RUNTIMES = FILE_FORMATS["onnx"].runtimes
 Change = Callable[[onnx.TensorProto], Any]
 
 
@@ -72,7 +73,7 @@ def test_every_layout_and_batch_answers_as_the_plain_file(variant: str, backend:
     for some in (images[:0], images[:1], images[:8], images):
         answers = runtime(some)
         assert answers.shape == (len(some), CLASSES) and np.allclose(answers, plain(some), atol=1e-4)
-    assert (runtime.file.batch, runtime.file.channels_last) == (batch, channels_last)
+    assert (runtime.batch, runtime.channels_last) == (batch, channels_last)
     assert runtime.macs == plain.macs == 3 * SIDE * SIDE * CLASSES
     assert any("8 images a call" in warning for warning in runtime.warnings) == (batch == 8)
 

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 import model_loader
 from architectures.counting import count_macs
 from architectures.onnx_files import read_onnx
-from compress.evaluation.runtimes import OnnxRuntime, OpenvinoRuntime
+from compress.evaluation.onnx_runtimes import OnnxRuntime, OpenvinoRuntime
 from compress.evaluation.submission import read_submission
 from compress.pipeline.stage import TorchModel
 from loaders.images import read_images
@@ -63,7 +63,7 @@ def test_openvino_reports_to_nobody(nncf: bool) -> None:
 import sys
 calls = []
 sys.addaudithook(lambda event, args: calls.append(event) if event.startswith(("socket.", "urllib.", "http.")) else None)
-from compress.evaluation.runtimes import import_openvino
+from compress.evaluation.onnx_runtimes import import_openvino
 openvino = import_openvino()
 import time
 openvino.Core().available_devices

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch import nn
 from compress.evaluation import panel
 from compress.evaluation.class_order import class_order
 from compress.evaluation.original import file_kind, takes_no_path
-from compress.evaluation.runtimes import Runtime
+from compress.evaluation.runtime import Runtime
 from compress.evaluation.serve import ask
 from compress.evaluation.facts import facts_of
 from compress.evaluation.submission import read_submission
@@ -133,11 +134,9 @@ def test_a_name_of_the_weights_is_tried_as_it_is_given(folder: Path) -> None:
     ("PyTorch, also exported to ONNX", False, "code"), ("PyTorch, also exported to ONNX", True, "code"),
     ("timm tf_efficientnet_lite0", False, "code"), ("onnx", True, "onnx"),
 ])
-def test_a_format_that_names_two_kinds(text: str, onnx_there: bool, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-                                       ) -> None:
-    monkeypatch.setattr("compress.evaluation.submission.data_files", lambda path: ())
+def test_a_format_that_names_two_kinds(text: str, onnx_there: bool, kind: str, folder: Path) -> None:
     if onnx_there:
-        (folder / "model.onnx").write_bytes(b"onnx")
+        onnx.save(onnx.ModelProto(producer_name="nobody"), folder / "model.onnx")
     assert read_submission(state(folder, model_format=text)).kind == kind
     if text.startswith("PyTorch") and onnx_there:  # it is the author's only file
         (folder / "model.pth").unlink()
@@ -164,14 +163,14 @@ def test_a_crop_fits_into_the_resize_and_what_is_filled_in_is_said(stated: dict[
     assert any(said in note for note in files.notes) if said else files.notes == ()
 
 
-def test_one_size_rules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_size_rules(folder: Path) -> None:
     files = read_submission(state(folder, input_size=64))  # the panel serves code with 224 pixels
     assert files.input_shape == (3, 224, 224) and files.preprocessing.crop == 224
     assert "input_shape of [3, 64, 64], images are served as [3, 224, 224], as the panel does" in files.notes[0]
     files = read_submission(state(folder, input_size=64, preprocessing={"resize": 40, "crop": 32}))
     assert files.input_shape == (3, 32, 32) and "served as [3, 32, 32]; state a preprocessing" in files.notes[0]
-    monkeypatch.setattr("compress.evaluation.submission.data_files", lambda path: ())
-    (folder / "model.pth").rename(folder / "model.onnx")
+    (folder / "model.pth").unlink()
+    onnx.save(onnx.ModelProto(producer_name="nobody"), folder / "model.onnx")
     files = read_submission(state(folder, model_format="onnx", input_shape=[64, 64, 3]))
     assert files.input_shape == (3, 64, 64) and (files.preprocessing.resize, files.preprocessing.crop) == (64, 64)
     assert "no preprocessing: pictures are resized and cropped to 64" in files.notes[0]

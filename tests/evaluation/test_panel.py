@@ -208,8 +208,8 @@ def test_metadata_in_the_spellings_of_competitors(text: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ('{"model_format": "tensorflow"}', "this evaluator runs PyTorch and ONNX"), ('{"a": 1 "b": 2}', "not valid JSON"),
-    ('["a",]', "not valid JSON"), ('{"a": "b,}"', "not valid JSON"),
+    ('{"model_format": "tensorflow"}', "this evaluator runs PyTorch models and files of .onnx"),
+    ('{"a": 1 "b": 2}', "not valid JSON"), ('["a",]', "not valid JSON"), ('{"a": "b,}"', "not valid JSON"),
 ])
 def test_metadata_that_are_refused(text: str, said: str, tmp_path: Path) -> None:
     panel_folders.write(tmp_path, text)

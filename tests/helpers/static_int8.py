@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from architectures.build import build
 from architectures.describe import describe
 from architectures.zoo import make
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.packaging.export import export
 from compress.quantization.static import Calibration
 from metadata.schemas import Preprocessing
@@ -49,7 +49,7 @@ def answers(model: onnx.ModelProto, inputs: np.ndarray, folder: Path, backend: s
     """Return the logits that a runtime serves; the file stays in the folder."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
-    return answering(open_onnx(path, SHAPE, Preprocessing(), backend))(torch.from_numpy(inputs))
+    return answering(open_file(path, SHAPE, Preprocessing(), backend))(torch.from_numpy(inputs))
 
 
 def exact(graph: torch.fx.GraphModule, inputs: np.ndarray) -> Tensor:

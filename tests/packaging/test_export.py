@@ -18,7 +18,7 @@ from architectures.describe import describe
 from architectures.layers.table import LAYER_TABLE
 from architectures.zoo import make
 from architectures.onnx_files import read_onnx
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.packaging.export import OPSET, check_same, export
 from compress.quantization.dynamic import quantize_graph
 from metadata.errors import UserError, VerificationError
@@ -73,7 +73,7 @@ def trained(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> tuple[fx.G
 def logits(content: onnx.ModelProto, images: Tensor, folder: Path, backend: str) -> Tensor:
     path = folder / "model.onnx"
     path.write_bytes(content.SerializeToString())
-    return answering(open_onnx(path, (3, *images.shape[2:]), Preprocessing(), backend))(images)  # type: ignore[arg-type]
+    return answering(open_file(path, (3, *images.shape[2:]), Preprocessing(), backend))(images)  # type: ignore[arg-type]
 
 
 def some(shape: tuple[int, ...] = SHAPE) -> Tensor:

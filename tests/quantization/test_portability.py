@@ -258,7 +258,7 @@ ON_OPENVINO = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from compress.evaluation.runtimes import import_openvino
+from compress.evaluation.onnx_runtimes import import_openvino
 model = import_openvino().Core().compile_model(sys.argv[2], "CPU", {"INFERENCE_NUM_THREADS": 1,
                                                                     "INFERENCE_PRECISION_HINT": "f32"})
 np.save(sys.argv[4], next(iter(model(np.load(sys.argv[3])).values())))

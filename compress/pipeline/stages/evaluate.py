@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.evaluation.measure import measure_accuracy
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.pipeline.stage import Context, Evaluation, ONNX, OnnxModel, Sketch, Stage, Submission, TorchModel
 from loaders.splits import write_image_folder
 from metadata.errors import UserError, VerificationError
@@ -67,7 +67,7 @@ class Evaluate(Stage):
         path = context.folder / ONNX
         write_atomically(path, original.content)
         card = context.splits.card
-        return answering(open_onnx(path, card.input_shape, card.preprocessing, original.card.backend))
+        return answering(open_file(path, card.input_shape, card.preprocessing, original.card.backend))
 
     def _score(self, submission: Path, data: Path, context: Context) -> dict[str, Any]:
         chosen = baselines()[self.baselines]

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from architectures.describe import carry_over, describe
-from compress.evaluation.runtimes import answering, open_onnx
+from compress.evaluation.runtimes import answering, open_file
 from compress.packaging.export import OPSET, check_same, export
 from compress.pipeline.stage import Context, ONNX, OnnxModel, Sketch, Stage, TorchModel
 from loaders.images import normalize
@@ -38,7 +38,7 @@ class Export(Stage):
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
             path = Path(folder) / ONNX
             path.write_bytes(content)
-            answer = answering(open_onnx(path, card.input_shape, card.preprocessing))
+            answer = answering(open_file(path, card.input_shape, card.preprocessing))
             expected, got = [], []
             for ids in split.sample(self.images, context.seed).split(32):
                 images = normalize(split.images.batch(ids).cpu(), card.preprocessing)

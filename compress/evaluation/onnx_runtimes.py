@@ -1,0 +1,142 @@
+"""ONNX files on ONNX Runtime and on OpenVINO."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from architectures.onnx_files import read_onnx
+from compress.evaluation.runtime import FileRuntime
+from compress.evaluation.submission_files import SubmissionFiles, check_claims
+from metadata.errors import UserError, VerificationError, first_line
+from metadata.machine import machine
+from metadata.schemas import METADATA_FILE
+
+
+class OnnxFileRuntime(FileRuntime):
+    """Base of the runtimes of an ONNX file: checks the file and its claims."""
+
+    def __init__(self, backend: str, files: SubmissionFiles) -> None:
+        self.file = read_onnx(files.weights, files.input_shape, files.layout)
+        check_claims(files, self.file.parameters, self.file.macs)
+        if files.metadata and files.metadata.quantization.scheme == "static_int8":
+            stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
+            odd = min((name for name in stated.keys() | self.file.layers.keys()
+                       if stated.get(name) != self.file.layers.get(name)), default=None)
+            if odd is not None:
+                raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
+                                        f"({odd})")
+        super().__init__(backend, files, parameters=self.file.parameters, macs=self.file.macs,
+                         channels_last=self.file.channels_last, batch=self.file.batch)
+
+
+class OnnxRuntime(OnnxFileRuntime):
+    """An ONNX file on ONNX Runtime's CPU provider."""
+
+    module = package = "onnxruntime"
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        super().__init__("onnxruntime", files)
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+        self.errors = (RuntimeError, ValueError, *(kind for kind in vars(state).values()
+                                                   if isinstance(kind, type) and issubclass(kind, Exception)))
+        try:
+            self.session = onnxruntime.InferenceSession(
+                self.file.content or str(files.weights), onnxruntime_options(threads, self.file.may_saturate),
+                ["CPUExecutionProvider"])
+        except self.errors as error:
+            raise VerificationError(f"{files.weights}: ONNX Runtime cannot load it: {first_line(error)}") from error
+
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.file.input_name: inputs})[0]  # type: ignore[no-any-return]
+
+
+def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
+    """Return ONNX Runtime's session options: the number of threads, no log, and exact integer products on every CPU.
+
+    On CPUs without VNNI instructions the fast kernel saturates in 16 bits with some weights. For a file with such weights
+    an option selects the exact kernel there, which takes up to twice as long.
+
+    Args:
+        threads: of one inference.
+        may_saturate: see `architectures.onnx_files.may_saturate`.
+    """
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
+    if may_saturate and not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+class OpenvinoRuntime(OnnxFileRuntime):
+    """An ONNX file on OpenVINO's CPU plugin, compiled for each number of images in a call: fixed shapes are faster."""
+
+    module = package = "openvino"
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        super().__init__("openvino", files)
+        channels, height, width = files.input_shape
+        self.threads, self.path = threads, files.weights
+        self.content = self.file.content or files.weights.read_bytes()  # the file may be gone at a later call
+        self.shape = (height, width, channels) if self.file.channels_last else files.input_shape
+        self.compiled: dict[int, Any] = {}
+        self._compile(self.file.batch or 1)
+
+    def _compile(self, images: int) -> Any:
+        try:
+            self.compiled[images] = compile_for_openvino(self.content, [images, *self.shape], self.threads)
+        except RuntimeError as error:
+            raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
+        return self.compiled[images]
+
+    def run(self, inputs: np.ndarray) -> np.ndarray:
+        model = self.compiled.get(len(inputs)) or self._compile(len(inputs))
+        return next(iter(model(inputs).values()))
+
+
+def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:
+    """Compile a model, or the bytes of an ONNX file, for OpenVINO's CPU plugin: inputs of one shape, least latency.
+
+    Args:
+        model: an OpenVINO model, or bytes.
+        shape: (N, C, H, W) of the input.
+        threads: threads of one inference.
+        options: properties of the plugin that replace the defaults here.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+        RuntimeError: OpenVINO cannot compile the model.
+    """
+    core = _core(import_openvino())
+    if isinstance(model, bytes):
+        model = core.read_model(model)
+    model.reshape(list(shape))
+    return core.compile_model(model, "CPU", {
+        "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32", **options})  # the plugin's default may compute in less than float32
+
+
+@functools.cache
+def _core(openvino: Any) -> Any:
+    """Return OpenVINO's runtime, one for the process: the runtime must live as long as the models that it compiled."""
+    return openvino.Core()
+
+
+def import_openvino() -> Any:
+    """Import openvino with its telemetry off; on import the package would report to an analytics server.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # openvino falls back to a stub
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise UserError("backend openvino: the package is not installed; pip install openvino") from error
