@@ -47,8 +47,8 @@ class PretrainedInput:
             changes["interpolation"] = self.interpolation
         if given.crop not in (None, self.crop):
             changes["image_size"] = self.crop
-        if given.resize != given.crop and given.crop and given.resize:
-            resize = round(self.crop * given.resize / given.crop) if "image_size" in changes else given.resize
+        if given.resize != given.crop and given.window and given.covered:
+            resize = round(self.crop * given.covered[0] / given.window[0]) if "image_size" in changes else given.resize
             if resize != self.resize:
                 changes["resize"] = self.resize
         return changes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from loaders.images import decode_image
+from loaders.images import center_crop, decode_image
 from loaders.request import Request
 from metadata.errors import UserError, first_line
 from metadata.machine import usable_cores
@@ -59,7 +59,7 @@ class ResizedImages:
 
     pixels: Tensor  # (N, 1 or 3, S, S) uint8
     channels: int
-    size: int
+    size: tuple[int, int]  # (H, W) of the result: the smallest square that covers it, cropped at the centre
     interpolation: str = "bilinear"
     workers: int = 2
 
@@ -74,14 +74,15 @@ class ResizedImages:
             colours = images.permute(0, 2, 3, 1).contiguous().numpy()
             grey = [np.asarray(Image.fromarray(image).convert("L")) for image in colours]
             images = torch.from_numpy(np.stack(grey))[:, None]
-        if self.size != images.shape[3]:
+        side = max(self.size)
+        if side != images.shape[3]:
             whole = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()  # the layout of PIL: (B, S, S[, 3])
-            resized = np.empty((len(whole), self.size, self.size, *whole.shape[3:]), np.uint8)
+            resized = np.empty((len(whole), side, side, *whole.shape[3:]), np.uint8)
             resample = Image.Resampling[self.interpolation.upper()]
             for image, target in zip(whole, resized, strict=True):
-                target[:] = np.asarray(Image.fromarray(image).resize((self.size, self.size), resample))
-            images = torch.from_numpy(resized).view(len(whole), self.size, self.size, images.shape[1]).permute(0, 3, 1, 2)
-        return images.expand(-1, self.channels, -1, -1).contiguous()  # (B, channels, size, size)
+                target[:] = np.asarray(Image.fromarray(image).resize((side, side), resample))
+            images = torch.from_numpy(resized).view(len(whole), side, side, images.shape[1]).permute(0, 3, 1, 2)
+        return center_crop(images, self.size).expand(-1, self.channels, -1, -1).contiguous()  # (B, channels, H, W)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class FileImages:
 
     def batch(self, ids: Tensor) -> Tensor:
         if not len(ids):
-            side = self.preprocessing.crop or 0  # without a crop, only a file could tell the size
-            return torch.empty((0, len(self.preprocessing.mean), side, side), dtype=torch.uint8)
+            window = self.preprocessing.window or (0, 0)  # without a crop, only a file could tell the size
+            return torch.empty((0, len(self.preprocessing.mean), *window), dtype=torch.uint8)
         if self.workers == 1:
             arrays = [self._decoded(index) for index in ids.tolist()]
         else:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from loaders.images import normalize
+from loaders.images import center_crop, normalize
 from loaders.splits import Splits
 
 # Uniform random numbers for each sample and view: crop 0-1, flip 2, cutout 3-4, alternating_flip 5, affine 6-11.
@@ -102,7 +102,7 @@ def _mirrored(images: Tensor, which: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
-    """Blacken a square of half the side of the image around a random point. Source: DeVries and Taylor 2017."""
+    """Blacken a square of half the shorter side of the image around a random point. Source: DeVries and Taylor 2017."""
     height, width = images.shape[2:]
     radius = min(height, width) // 4
     rows = torch.arange(height, device=images.device) - (draws[:, 3:4] * height).long()  # (N, H)
@@ -118,9 +118,11 @@ def affine(images: Tensor, draws: Tensor, strength: Strength) -> Tensor:
     angle, wide, high, shear, across, down = (2 * draws[:, 6:12] - 1).unbind(1)  # each in [-1, 1)
     angle, shear = angle * math.radians(limits.degrees), shear * limits.shear
     cos, sin, wide, high = torch.cos(angle), torch.sin(angle), 1 + wide * limits.scale, 1 + high * limits.scale
-    # The source of each pixel of the result, in coordinates from -1 to 1: (N, 2, 3).
-    theta = torch.stack([torch.stack([cos * wide, (cos * shear - sin) * high, across * 2 * limits.shift / width], 1),
-                         torch.stack([sin * wide, (sin * shear + cos) * high, down * 2 * limits.shift / height], 1)], 1)
+    # The source of each pixel of the result, in coordinates from -1 to 1 along either side: (N, 2, 3).
+    slope = height / width
+    upper = [cos * wide, (cos * shear - sin) * high * slope, across * 2 * limits.shift / width]
+    lower = [sin * wide / slope, (sin * shear + cos) * high, down * 2 * limits.shift / height]
+    theta = torch.stack([torch.stack(upper, 1), torch.stack(lower, 1)], 1)
     grid = F.affine_grid(theta, [len(images), 1, height, width], align_corners=False)
     moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.round_().to(torch.uint8)
@@ -168,12 +170,6 @@ class Augmenter:
             draws[:, 5] = (torch.rand(self.samples, generator=always) + view / 2) % 1
             self._draws = {(view, device): draws.to(device)}
         return self._draws[view, device]
-
-
-def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the central window, the same as `loaders.images.decode_image` takes."""
-    top, left = round((images.shape[2] - size[0]) / 2), round((images.shape[3] - size[1]) / 2)
-    return images[:, :, top:top + size[0], left:left + size[1]]
 
 
 def examples(splits: Splits, count: int, seed: int = 0) -> Tensor:

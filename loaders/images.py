@@ -40,20 +40,24 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
             image = image if image.mode == preprocessing.mode else image.convert(preprocessing.mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not a readable image, or cut short: {first_line(error)}") from error
-    if preprocessing.resize and min(image.size) != preprocessing.resize:
-        width, height = image.size
-        side, shorter = preprocessing.resize, min(image.size)
-        image = image.resize((side * width // shorter, side * height // shorter),
-                             Image.Resampling[preprocessing.interpolation.upper()])
-    if preprocessing.crop:
-        width, height = image.size
-        crop = preprocessing.crop
-        if min(width, height) < crop:
-            raise UserError(f"{path}: the image is {width}x{height}, smaller than the crop of {crop}x{crop}")
-        left, top = round((width - crop) / 2), round((height - crop) / 2)
-        image = image.crop((left, top, left + crop, top + crop))
+    if preprocessing.covered and (size := size_covering(image.size, preprocessing.covered)) != image.size:
+        image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+    if preprocessing.window:
+        (width, height), (high, wide) = image.size, preprocessing.window
+        if width < wide or height < high:
+            raise UserError(f"{path}: the image is {width}x{height}, smaller than the crop of {wide}x{high}")
+        left, top = round((width - wide) / 2), round((height - high) / 2)
+        image = image.crop((left, top, left + wide, top + high))
     pixels = np.asarray(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+
+
+def size_covering(size: tuple[int, int], covered: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest (width, height) in the proportions of a picture that covers a window of (height, width)."""
+    (width, height), (high, wide) = size, covered
+    if high * width >= wide * height:
+        return high * width // height, high
+    return wide, wide * height // width
 
 
 def is_colour(path: Path) -> bool:
@@ -118,6 +122,12 @@ def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "I" and image.format == "TIFF" and high <= 255:
         return Image.fromarray(values.astype(np.uint8))
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 / 255 = 257
+
+
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the central window, the same as `decode_image` takes."""
+    top, left = round((images.shape[2] - size[0]) / 2), round((images.shape[3] - size[1]) / 2)
+    return images[:, :, top:top + size[0], left:left + size[1]]
 
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:

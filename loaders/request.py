@@ -38,7 +38,8 @@ class Request:
         workers: the number of threads or processes that decode.
         on_progress: called with (done, total) while images are decoded.
         channels: 3 repeats the channel of grey images; 1 makes colour images grey.
-        image_size: side of the square input of the model; resize keeps its proportion to the crop.
+        image_size: pixels of both sides of the input of the model, or (height, width); resize keeps its proportion to
+            the crop.
         hashes: the hashes of files of an earlier start; those of the files that are read are added.
     """
 
@@ -54,5 +55,5 @@ class Request:
     workers: int = 2
     on_progress: Callable[[int, int], None] | None = None
     channels: int | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     hashes: FileHashes = field(default_factory=FileHashes)

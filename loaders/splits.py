@@ -20,7 +20,7 @@ from loaders.request import Request
 from metadata.errors import UserError, describe_validation_error
 from metadata.locks import appearing
 from metadata.records import DatasetCard
-from metadata.schemas import Preprocessing
+from metadata.schemas import Preprocessing, height_and_width
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in Pillow's grey (ITU-R 601-2)
 LabelledPixels = tuple[Tensor, Tensor]  # (N, C, H, W) uint8 pixels and (N,) int64 labels
@@ -130,14 +130,14 @@ def array_splits(request: Request, class_names: list[str], preprocessing: dict[s
     """
     pixels, labels = train
     settings = preprocessing_for(request, preprocessing, size=pixels.shape[3])
-    assert settings.crop is not None, "arrays have a size"
-    shape = (len(settings.mean), settings.crop, settings.crop)
+    assert settings.window is not None, "arrays have a size"
+    shape = (len(settings.mean), *settings.window)
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
         as_they_are = tuple(pixels.shape[1:]) == shape
         if as_they_are:
             return Split(ArrayImages(pixels), labels)
-        resized = ResizedImages(pixels=pixels, channels=shape[0], size=shape[1], interpolation=settings.interpolation,
+        resized = ResizedImages(pixels=pixels, channels=shape[0], size=shape[1:], interpolation=settings.interpolation,
                                 workers=request.workers)
         return Split(in_memory(resized, request), labels)
 
@@ -165,7 +165,7 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
     Args:
         request: `channels` and `image_size` change the defaults, then `preprocessing` replaces single keys.
         defaults: the preprocessing of the data set.
-        size: the size of images that come as arrays; only `image_size` resizes them.
+        size: the side of square images that come as arrays; only `image_size` resizes them.
 
     Raises:
         UserError: a value out of range, a number of means other than that of the channels, or another size for arrays.
@@ -179,18 +179,25 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
         # Exact for the mean of grey pictures, and close for the deviation, as the channels of photographs rise together.
         own |= {"mode": "L"} | {key: [round(float(np.dot(LUMA, defaults[key])), 4)] for key in ("mean", "std")}
     if request.image_size is not None:  # keeps the proportion of resize to crop
-        own |= {"resize": round(request.image_size * defaults["resize"] / defaults["crop"]), "crop": request.image_size}
+        sides = height_and_width(request.image_size)
+        own |= {"resize": [round(side * defaults["resize"] / defaults["crop"]) for side in sides], "crop": list(sides)}
     try:
         settings = Preprocessing.model_validate({**own, **request.preprocessing})
     except ValidationError as error:
         raise UserError(f"data: {describe_validation_error(error)}") from error
-    if request.image_size is not None and settings.crop != request.image_size:
-        raise UserError(f"data.image_size {request.image_size}, data.crop {settings.crop}: both set the side of the "
-                        "input of the model; pass one of them")
-    if size is not None and (settings.resize, settings.crop, settings.mode) != (own["crop"], own["crop"], own["mode"]):
+    if request.image_size is not None and settings.window != height_and_width(request.image_size):
+        raise UserError(f"data.image_size {_spelled(request.image_size)}, data.crop {_spelled(settings.crop)}: both set "
+                        "the size of the input of the model; pass one of them")
+    if size is not None and (settings.resize, settings.crop, settings.mode) != (side := Preprocessing.model_validate(
+            own).crop, side, own["mode"]):
         raise UserError(f"data.resize, data.crop: the images of {request.name} are {size}x{size} arrays; pass "
                         "data.image_size to resize them, or use an image folder")
     return settings
+
+
+def _spelled(sides: int | tuple[int, int] | None) -> str:
+    """Return a size as a recipe writes it."""
+    return "null" if sides is None else str(list(sides) if isinstance(sides, tuple) else sides)
 
 
 def torchvision_root(request: Request, name: str) -> Path:

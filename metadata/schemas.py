@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import (
+    BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainSerializer, PlainValidator, model_validator)
 
 
 ARCHITECTURE_FILE = "trained_pruned_architecture.json"
@@ -46,19 +47,44 @@ Interpolation = Annotated[Literal["nearest", "box", "bilinear", "hamming", "bicu
                                           if isinstance(value, str) else value)]
 
 
+def _sides(value: Any) -> int | tuple[int, int]:
+    """Return [height, width] as one number where both are equal, so that a size has one spelling."""
+    sides = [value, value] if isinstance(value, int | float) else list(value) if isinstance(value, list | tuple) else []
+    if len(sides) != 2 or not all(type(side) is int or (type(side) is float and side.is_integer()) for side in sides):
+        raise ValueError("expected a number of pixels, or two: [height, width]")
+    if not all(1 <= side <= 2**20 for side in sides):
+        raise ValueError(f"expected pixels from 1 to {2**20:,}")
+    return int(sides[0]) if sides[0] == sides[-1] else (int(sides[0]), int(sides[1]))
+
+
+# Pixels of both sides of an image, or [height, width].
+Sides = Annotated[int | tuple[int, int], PlainValidator(_sides),
+                  PlainSerializer(lambda sides: list(sides) if isinstance(sides, tuple) else sides)]
+
+
+def height_and_width(sides: int | tuple[int, int]) -> tuple[int, int]:
+    """Return the pixels of both sides."""
+    return (sides, sides) if isinstance(sides, int) else sides
+
+
 # Bounds within which a normalized pixel is a plain float32: people write 0.485, or 123.7 where pixels go up to 255.
 PixelMean = Annotated[float, Field(ge=-1e6, le=1e6)]
 PixelDeviation = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Preprocessing(Strict):
-    """How an image file becomes the model's input: resize the shorter side, crop the centre, scale to [0, 1], normalize."""
+    """How an image file becomes the model's input: resize, crop the centre, scale to [0, 1], normalize.
+
+    The resize keeps the picture's proportions: the picture becomes the smallest that covers [height, width]. One number
+    stands for both, and so for the length of the shorter side.
+    """
 
     mode: Literal["RGB", "L"] = "RGB"
-    resize: Size | None = Field(256, description="pixels of the shorter side; null: unchanged")
+    resize: Sides | None = Field(256, description="pixels of the shorter side, or [height, width] to cover; null: "
+                                 "unchanged")
     interpolation: Interpolation = Field("bilinear", description="of the resize, with antialiasing, as Pillow computes it")
     exif_orientation: bool = Field(True, description="turn a picture as the orientation in its EXIF data says")
-    crop: Size | None = Field(224, description="pixels of the central square; null: unchanged")
+    crop: Sides | None = Field(224, description="pixels of the central square, or [height, width]; null: unchanged")
     mean: list[PixelMean] = Field([0.485, 0.456, 0.406], max_length=3, description="per channel, after scaling to [0, 1]")
     std: list[PixelDeviation] = Field([0.229, 0.224, 0.225], max_length=3, description="per channel")
 
@@ -68,6 +94,16 @@ class Preprocessing(Strict):
         if len(self.mean) != channels or len(self.std) != channels:
             raise ValueError(f"mode {self.mode} needs {channels} values in mean and in std")
         return self
+
+    @property
+    def covered(self) -> tuple[int, int] | None:
+        """(height, width) that a resized picture covers, or None where pictures keep their size."""
+        return height_and_width(self.resize) if self.resize else None
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """(height, width) of the crop, or None where nothing is cropped."""
+        return height_and_width(self.crop) if self.crop else None
 
 
 def _as_stated(value: Any) -> Any:

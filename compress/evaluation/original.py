@@ -116,6 +116,8 @@ def _original_preprocessing(value: Any) -> tuple[Any, list[str]]:
         if isinstance(sizes, list) and sizes and all(size == sizes[0] for size in sizes):
             value[ours] = sizes[0]
             squeezed |= ours == "resize" and len(sizes) == 2
+        elif isinstance(sizes, list):
+            return None, [f"preprocessing states {ours} {sizes}, which is not square; this entry is ignored"]
     resize, crop = (size if isinstance(size, int) and size > 0 else None for size in map(value.get, ("resize", "crop")))
     if resize and "crop" not in value:
         value["crop"] = crop = resize if squeezed else min(CROP, resize)
@@ -345,10 +347,10 @@ def served_images(metadata: OriginalMetadata, kind: str, named_in: str
             source = f"the input_shape in {named_in}"
             remarks.append(f"{named_in} states an input_shape of {list(stated)} and no preprocessing: pictures are resized "
                            f"and cropped to {stated[1]}")
-    size = preprocessing.crop
+    size = preprocessing.window
     if size is None:
         return preprocessing, stated or (len(preprocessing.mean), CROP, CROP), source, remarks
-    shape = (len(preprocessing.mean), size, size)
+    shape = (len(preprocessing.mean), *size)
     if stated and stated != shape:
         as_panel = ", as the panel does" if kind == "code" and metadata.preprocessing is None else ""
         remarks.append(f"{named_in} states an input_shape of {list(stated)}, images are served as {list(shape)}{as_panel}; "

@@ -12,7 +12,7 @@ from compress.settings import Config, Plain, RECIPES, read_argument, read_as, re
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError
-from metadata.schemas import Interpolation
+from metadata.schemas import Interpolation, Sides
 
 
 class DataConfig(Config):
@@ -25,9 +25,12 @@ class DataConfig(Config):
                                        "class; 0 only for data that have a validation folder")
     num_classes: int | None = Field(None, description="refuse data with another number of classes")
     channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
-    image_size: int | None = Field(None, gt=0, description="side in pixels of the input; the set's own unless given")
-    resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
-    crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
+    image_size: Sides | None = Field(None, description="pixels of both sides of the input, or [height, width]; the set's "
+                                     "own unless given")
+    resize: Sides | None = Field(None, description="pixels of the shorter side, or [height, width] to cover; the set's own "
+                                 "unless given")
+    crop: Sides | None = Field(None, description="pixels of the central square, or [height, width]; the set's own unless "
+                               "given")
     interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
     exif_orientation: bool | None = Field(None, description="turn pictures as their EXIF data say; true unless given")
     mean: list[float] | None = Field(None, description="per channel; the set's own unless given")

@@ -64,7 +64,7 @@ class Data:
             ids: (N,) int64, indices into the training split.
             pixels: (N, C, H, W) uint8, the images with these indices.
             view: number of the augmentation.
-            size: side in pixels to which the images are shrunk; 0 leaves them as they are.
+            size: pixels to which the shorter side is shrunk; 0 leaves the images as they are.
             device: where the batch goes.
             memory_format: of the images.
         """
@@ -77,9 +77,15 @@ class Data:
 
 
 def _shrunk(images: Tensor, size: int) -> Tensor:
-    """(N, C, H, W) -> (N, C, size, size), antialiased; size 0 leaves the images as they are."""
-    return images if size in (0, images.shape[2]) else F.interpolate(
-        images, (size, size), mode="bilinear", antialias=True)
+    """(N, C, H, W) -> (N, C, *shrunk_size), antialiased; size 0 leaves the images as they are."""
+    return images if size in (0, min(images.shape[2:])) else F.interpolate(
+        images, shrunk_size((images.shape[2], images.shape[3]), size), mode="bilinear", antialias=True)
+
+
+def shrunk_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the (H, W) of images whose shorter side is shrunk to `side`, in their proportions."""
+    height, width = (round(part * side / min(size)) for part in size)
+    return height, width
 
 
 def training_data(train: Split, validation: Split, card: DatasetCard, settings: TrainingSettings, *, seed: int,

@@ -13,7 +13,7 @@ from compress.settings import RECIPES, read_argument, read_as, read_mapping, set
 from compress.training.settings import TrainingSettings
 from metadata.closest import closest
 from metadata.errors import UserError
-from metadata.schemas import Interpolation
+from metadata.schemas import Interpolation, Sides
 
 TRAINING_RECIPES = RECIPES / "training"
 
@@ -25,10 +25,13 @@ class TrainingRun(TrainingSettings):
     data_root: Path | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
-    image_size: int | None = Field(None, ge=1, le=4096, description="side in pixels to which images are resized")
+    image_size: Sides | None = Field(None, description="pixels of both sides of the input, or [height, width]; the set's "
+                                     "own unless given")
     channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
-    resize: int | None = Field(None, gt=0, description="pixels of the shorter side; the set's own unless given")
-    crop: int | None = Field(None, gt=0, description="pixels of the central square; the set's own unless given")
+    resize: Sides | None = Field(None, description="pixels of the shorter side, or [height, width] to cover; the set's own "
+                                 "unless given")
+    crop: Sides | None = Field(None, description="pixels of the central square, or [height, width]; the set's own unless "
+                               "given")
     interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
     mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
     std: list[float] | None = Field(None, description="per channel; the set's own unless given")

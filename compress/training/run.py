@@ -21,7 +21,7 @@ from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
 from compress.training.assessment import assess, learned_parameters
 from compress.training.checkpoints import best_file
-from compress.training.data import check_sizes, seeded, training_data
+from compress.training.data import check_sizes, seeded, shrunk_size, training_data
 from compress.training.distillation import cross_entropy
 from compress.training.distributed import Team, joined
 from compress.training.flags import TrainingRun, validated
@@ -30,10 +30,9 @@ from compress.training.loop import Trained, train
 from compress.training.malloc import keep_freed_memory
 from compress.training.precision import autocast_dtype, usable
 from compress.training.trackers import Advance, Tracker
-from loaders.augment import center_crop
 from loaders.catalog import load, set_name
 from loaders.content import HASHES, Content, content_changes, read_hashes, write_hashes
-from loaders.images import normalize
+from loaders.images import center_crop, normalize
 from loaders.request import FileHashes, Request
 from loaders.splits import Splits
 from metadata.errors import UserError, some_of
@@ -218,8 +217,8 @@ def _check(config: TrainingRun, options: dict[str, Any], card: DatasetCard) -> N
     check_forward(module, f"model_name {config.model_name}", card.input_shape, card.num_classes)
     check_sizes(config, card.input_shape)
     for side in sorted(set(config.size_schedule.values())):
-        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (card.input_shape[0], side, side),
-                      card.num_classes)
+        check_forward(module, f"model_name {config.model_name}, size_schedule {side}", (
+            card.input_shape[0], *shrunk_size(card.input_shape[1:], side)), card.num_classes)
 
 
 def _loggers(config: TrainingRun) -> list[Logger]:

@@ -94,8 +94,8 @@ class TrainingSettings(Config):
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: no mixup")
     views: int = Field(0, ge=0, description="different augmentations of an image before they repeat; 0: a new one in "
                        "every epoch")
-    size_schedule: ByEpoch = Field({}, description="side in pixels to which images are shrunk from an epoch on, counted "
-                                   "from 0, such as 0:24,4:32")
+    size_schedule: ByEpoch = Field({}, description="pixels to which the shorter side of images is shrunk from an epoch on, "
+                                   "counted from 0, such as 0:24,4:32")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
 
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average that is measured and kept; 0: none")

@@ -80,7 +80,8 @@ def file_splits(request: Request, name: str, preprocessing: dict[str, Any], clas
     settings = preprocessing_for(request, preprocessing)
     warnings: list[str] = []
     train_settings = settings  # leaves room for the random crop if the resized image is larger
-    if settings.resize and settings.crop and settings.resize > settings.crop:
+    if settings.covered and settings.window and all(
+            side >= least for side, least in zip(settings.covered, settings.window, strict=True)):
         train_settings = settings.model_copy(update={"crop": settings.resize})
     if settings.mode == "L":
         firsts = {label: path for path, label in reversed(train)}

@@ -67,7 +67,7 @@ def test_colour_as_grey_and_channels_that_cannot_be_had(tmp_path: Path) -> None:
 def test_arrays_in_colour_become_grey_as_files_do() -> None:
     pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for size in (16, 20):
-        grey = ResizedImages(pixels=pixels, channels=1, size=size).batch(torch.arange(3))
+        grey = ResizedImages(pixels=pixels, channels=1, size=(size, size)).batch(torch.arange(3))
         for one, image in zip(grey, pixels, strict=True):
             whole = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L")
             assert np.array_equal(one[0].numpy(), np.asarray(whole.resize((size, size), Image.Resampling.BILINEAR)))
@@ -100,7 +100,7 @@ def test_resized_arrays_are_what_the_evaluator_decodes(size: int, channels: int,
 def test_resized_colour_is_what_pil_makes_of_the_whole_image() -> None:
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for size in (20, 47):
-        for index, image in enumerate(ResizedImages(pixels=pixels, channels=3, size=size).batch(torch.arange(3))):
+        for index, image in enumerate(ResizedImages(pixels=pixels, channels=3, size=(size, size)).batch(torch.arange(3))):
             whole = Image.fromarray(pixels[index].permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BILINEAR)
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(whole))
 

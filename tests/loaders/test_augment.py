@@ -106,3 +106,26 @@ def test_larger_images_are_cropped_without_padding_and_centrally_without_a_crop(
 def test_seeds_for_different_purposes_differ() -> None:
     assert len({derive_seed(0, "order", 0), derive_seed(0, "order", 1), derive_seed(0, "augment", 0),
                 derive_seed(1, "order", 0)}) == 4
+
+
+def test_affine_moves_oblong_images_as_it_moves_them_on_a_square_canvas() -> None:
+    """A rotation by an angle must not shear images whose sides differ."""
+    canvas = torch.zeros(20, 3, 40, 40, dtype=torch.uint8)
+    images = torch.randint(0, 256, (20, 3, 24, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = nn.functional.avg_pool2d(images.float(), 5, 1, 2).to(torch.uint8)  # smooth
+    canvas[:, :, 8:32] = images
+    limits = Affine(degrees=40, scale=0.2, shear=0.2, shift=3)
+    square = Augmenter(names=["affine"], size=(40, 40), padding=0, seed=0, samples=20, affine=limits)
+    oblong = Augmenter(names=["affine"], size=(24, 40), padding=0, seed=0, samples=20, affine=limits)
+    expected = center_crop(square(canvas, torch.arange(20), 0), (24, 40)).int()
+    assert (oblong(images, torch.arange(20), 0).int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "alternating_flip", "cutout"])
+def test_oblong_images_keep_their_sides(name: str) -> None:
+    images = torch.randint(1, 256, (40, 3, 10, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    cropped = Augmenter(names=[name], size=(8, 13), padding=0, seed=0, samples=40)(images, torch.arange(40), 0)
+    assert cropped.shape == (40, 3, 8, 13)
+    if name == "crop":  # every image is a window of its original
+        assert all(any(torch.equal(image[:, y:y + 8, x:x + 13], window) for y in range(3) for x in range(4))
+                   for image, window in zip(images, cropped, strict=True))

@@ -21,8 +21,7 @@ from compress.training.data import Data, seeded
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
 from compress.training.settings import TrainingSettings
-from loaders.augment import center_crop
-from loaders.images import normalize
+from loaders.images import center_crop, normalize
 
 
 class Prune(CompressingStage):
