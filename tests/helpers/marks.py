@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 
-def slow_but(cases: Iterable[str], quick: Iterable[str]) -> list[Any]:
+def slow_but(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
     """Return the cases as parameters, marked slow but for the quick ones.
 
     Raises:
