@@ -88,8 +88,11 @@ def load_package(model: nn.Module, name: str) -> None:
     fresh = model.state_dict()
     try:
         state = renamed(torch.load(file, map_location="cpu", weights_only=True), fresh)
-        if fresh["classifier.bias"].numel() != CLASSES:
-            state |= {key: tensor for key, tensor in fresh.items() if key.startswith("classifier.")}
+        if (head := fresh["classifier.bias"].numel()) != CLASSES:
+            # timm draws a head within 1 / sqrt(classes): for few classes the loss begins so high that the first steps
+            # destroy the body. torch's own range is 1 / sqrt(inputs).
+            linear = nn.Linear(fresh["classifier.weight"].shape[1], head)
+            state |= {f"classifier.{key}": tensor for key, tensor in linear.state_dict().items()}
         model.load_state_dict(state)
     except (RuntimeError, LookupError) as error:  # layers are left out, or wider, or more
         raise UserError(f"model {name}: its pretrained weights do not fit the network with these options; leave out what "
