@@ -37,9 +37,11 @@ def layer_costs(architecture: Architecture) -> dict[str, LayerCost]:
         VerificationError: see `check_shapes`.
     """
     shapes = {"input": architecture.input_shape, **check_shapes(architecture)}
-    return {layer.name: LayerCost(layer.parameters(), layer.macs(shapes[layer.name]),
-                                  layer.work([shapes[name] for name in layer.inputs], shapes[layer.name]))
-            for layer in architecture.layers}
+    costs = {}
+    for layer in architecture.layers:
+        inputs, output = [shapes[name] for name in layer.inputs], shapes[layer.name]
+        costs[layer.name] = LayerCost(layer.parameters(), layer.macs(inputs, output), layer.work(inputs, output))
+    return costs
 
 
 def architecture_macs(architecture: Architecture) -> int:
@@ -103,9 +105,10 @@ def count_numbers(weights: dict[str, Tensor]) -> int:
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Count the multiply-adds of convolutions and matrix products for one image, as torch's flop counter sees them."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     device = next(iter(model.state_dict().values())).device
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(False), torch.no_grad(), counter:
+    with torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, *input_shape, device=device))
     return int(counter.get_total_flops()) // 2

@@ -1,4 +1,7 @@
-"""nn.Module -> torch.fx graph, for `describe`: calls in one spelling, and the shapes that the tensors have.
+"""nn.Module -> torch.fx graph, for `lower`: every tensor's shape is known while the network's code runs.
+
+Code that looks at shapes (reshapes, windows, assertions, loops) is executed, and leaves no trace but its numbers. The
+network is traced for two numbers of images, so that a number that depends on the images is told from one that does not.
 
 The code that is traced is a user's. Whatever it raises becomes one line that names the layer and the line in that code.
 """
@@ -7,172 +10,368 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import re
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 
 from architectures.heads import in_evaluation
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, Layer, place_of
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
 from architectures.layers.table import row_of_call, row_of_module
 from metadata.errors import UserError, first_line
 
-BATCHES = (2, 3)  # a reshape that keeps images apart does so for both
+BATCHES = (2, 3)  # a layer that keeps images apart does so for both
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
 FLAG = re.compile(r"\b(True|False)\b")
 TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
+LARGE = 2**32  # weights times pixels: from here on torch's meta device is faster, which takes seconds to start
+FACTS = {"shape", "ndim", "dtype", "device", "is_cuda", "is_meta", "requires_grad", "layout", "itemsize"}
+FACT_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
+                "is_complex", "element_size", "get_device", "type"}
+FACT_FUNCTIONS = {torch.numel, torch.is_floating_point, torch.is_complex}
+FRESH = {"new_zeros", "new_ones", "new_full", "new_tensor", "new_empty"}
+FRESH_LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
+SEVERAL = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes"}
+# Modules of torch that are traced into, as a user's are.
+TRACED_INTO = (nn.ZeroPad2d, nn.ConstantPad2d, nn.Unflatten, nn.Softmax2d, nn.ChannelShuffle)
 
 
-class LineTracer(fx.Tracer):
+class TracedTensor(fx.Proxy):
+    """A tensor in the network's code while it is traced: what can be asked about its shape and type has an answer."""
+
+    def __getattr__(self, k: str) -> Any:
+        tracer: Any = self.tracer
+        if k in FACTS:
+            return getattr(tracer.stand_in(self.node), k)
+        if k in ("T", "mT"):
+            return tracer.create_proxy("call_function", torch.transpose, (self, -2, -1), {})
+        return self if k == "data" else super().__getattr__(k)
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[index] for index in range(len(self))])
+
+
+class ImageTracer(fx.Tracer):
     """Traces symbolically. Modules of the layer table and of torch stay whole; the trace goes into all others.
 
-    A node's `meta["line"]` is the place in the network's code. Assertions are recorded instead of decided.
+    A node's `meta["line"]` is the place in the network's code. Assertions about values are recorded instead of decided.
+
+    Args:
+        model: the network.
+        count: number of images.
+        input_shape: (C, H, W).
     """
 
     trace_asserts = True
 
+    def __init__(self, model: nn.Module, count: int, input_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.model, self.count, self.input_shape = model, count, input_shape
+        self.constants: dict[str, Tensor] = {}  # tensors that the network's code made, by the name of their node's target
+        self.asked = False  # whether any shape was asked for
+        self._running = False
+        self._measured = 0
+        self._facts: dict[fx.Node, Any] = {}  # shape and type of a tensor, or what else a node gives
+        self._shadow: nn.Module | None = None
+        pixels = input_shape[1] * input_shape[2]
+        weights = sum(tensor.numel() for tensor in model.state_dict().values())
+        self.device = torch.device("meta" if weights * pixels > LARGE else "cpu")
+
+    # ------------------------------------------------------------------------------------------------- what fx asks for
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph without what the output does not need."""
+        # functions that torch.fx.wrap made opaque are traced into: with shapes at hand, they can be
+        table: dict[Any, Any] = _symbolic_trace._wrapped_fns_to_patch
+        wrapped = dict(table)
+        table.clear()
+        try:
+            graph = super().trace(root, concrete_args)
+        finally:
+            table.update(wrapped)
+            for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
+                self.constants[name] = vars(root).pop(name)
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        return graph
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return row_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
+        return row_of_module(m) is not None or (super().is_leaf_module(m, module_qualified_name)
+                                                and not isinstance(m, TRACED_INTO))
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return TracedTensor(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta["line"] = _place(traceback.walk_stack(None))
         return node
 
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any,
+                     **options: Any) -> Any:
+        if kind == "call_method" and target in FACT_METHODS and isinstance(args[0], fx.Proxy):
+            if target != "type" or len(args) == 1:
+                return getattr(self.stand_in(args[0].node), target)(*args[1:], **kwargs)
+        if kind == "call_function" and target in FACT_FUNCTIONS:
+            return target(self.stand_in(args[0].node))
+        if (kind == "call_method" and target in FRESH) or (kind == "call_function" and target in FRESH_LIKE):
+            like = self._solid(self.stand_in(args[0].node), torch.device("cpu"))
+            made = getattr(like, target) if kind == "call_method" else lambda *rest, **more: target(like, *rest, **more)
+            return made(*args[1:], **{key: value for key, value in kwargs.items() if key != "device"})
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
+        if getattr(target, "__name__", target) in SEVERAL and kind in ("call_function", "call_method"):
+            return tuple(self.create_proxy("call_function", operator.getitem, (proxy, index), {})
+                         for index in range(len(self.stand_in(proxy.node))))
+        return proxy
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
                     kwargs: dict[str, Any]) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
         try:
+            if type(m) is nn.MultiheadAttention:
+                return self._attention(m, *args, **kwargs)
             return super().call_module(m, forward, args, kwargs)
         except UserError:
             raise
         except Exception as error:  # whatever the network's own code raises
             raise _cannot_trace(self.path_of_module(m), m, error) from error
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-def traced_graph(model: nn.Module) -> fx.Graph:
-    """Return a copy of a graph module's graph, or the trace of another module, without what the output does not need.
+    def _attention(self, module: nn.MultiheadAttention, query: Any, key: Any, value: Any, **options: Any) -> Any:
+        """Return what the module computes, in operations of the layer table; the attention's weights are not asked for."""
+        path = self.path_of_module(module)
+        masks = [options.get(name) for name in ("key_padding_mask", "attn_mask") if options.get(name) is not None]
+        if masks or query is not key or key is not value or module.in_proj_weight is None or module.bias_k is not None:
+            raise UserError(f"layer {path}: attention with a mask, or on more than one tensor, {NOT_IN_TABLE}; {AS_TEACHER}")
+        functional = torch.nn.functional
+        weight, bias = (self.create_proxy("get_attr", f"{path}.{name}", (), {}) if getattr(module, name) is not None else None
+                        for name in ("in_proj_weight", "in_proj_bias"))
+        x = query if module.batch_first else query.transpose(0, 1)
+        count, length, width = x.shape
+        heads = functional.linear(x, weight, bias).reshape(count, length, 3, module.num_heads, module.head_dim)
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(count, length, width)
+        out = module.out_proj
+        output = functional.linear(mixed, out.weight, out.bias)
+        return (output if module.batch_first else output.transpose(0, 1)), None
 
-    The trace is that of evaluation.
+    # ------------------------------------------------------------------------------------------------- shapes on demand
+
+    def stand_in(self, node: fx.Node) -> Any:
+        """Return a tensor of the shape and type of the node's, with other values, or what else the node gives.
+
+        Raises:
+            UserError: the network does not take such images.
+        """
+        self.asked = True
+        for each in list(node.graph.nodes)[self._measured:] if node not in self._facts else ():
+            self._measured += 1
+            self._facts[each] = self._fact(each)
+            if each is node:
+                break
+        return _revived(self._facts[node], lambda fact: fact)
+
+    def measure(self, graph: fx.Graph) -> None:
+        """Put each tensor's shape into its node's `meta["shape"]`, and those of its parts into `meta["parts"]`."""
+        for node in graph.nodes:
+            if node.op == "output":
+                continue
+            if node not in self._facts:
+                self._facts[node] = self._fact(node)
+            fact = self._facts[node]
+            if isinstance(fact, Tensor):
+                node.meta["shape"] = tuple(fact.shape)
+            elif isinstance(fact, (tuple, list)):
+                node.meta["parts"] = [tuple(part.shape) for part in fact if isinstance(part, Tensor)]
+
+    def _fact(self, node: fx.Node) -> Any:
+        """Run one node on stand-ins. What it gives is kept without its values: an expanded zero takes no memory."""
+        if node.op == "placeholder":
+            return torch.zeros((), device=self.device).expand(self.count, *self.input_shape)
+        if node.op == "get_attr":
+            tensor = self.constants.get(str(node.target))
+            if tensor is None:
+                self._running = True  # fx would record that the attribute is read
+                tensor = _attribute(self.root, str(node.target))
+                self._running = False
+            return torch.zeros((), dtype=tensor.dtype, device=self.device).expand(tensor.shape)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _revived(
+            self._facts[source], lambda fact: self._solid(fact, self.device)))
+        self._running = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                if node.op == "call_module":
+                    value = self._modules().get_submodule(str(node.target))(*args, **kwargs)
+                elif node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            raise UserError(f"the model does not take {self.count} images of shape {list(self.input_shape)}: layer "
+                            f"{place_of(node)}: {first_line(error)}") from error
+        finally:
+            self._running = False
+        return _revived(value, lambda tensor: torch.zeros((), dtype=tensor.dtype, device=self.device).expand(tensor.shape))
+
+    def _modules(self) -> nn.Module:
+        """Return the network on the device where shapes are computed."""
+        if self._shadow is None:
+            first = next(iter(self.model.state_dict().values()), None)
+            here = first is None or first.device == self.device
+            self._shadow = self.model if here else copy.deepcopy(self.model).to(self.device)
+        return self._shadow
+
+    @staticmethod
+    def _solid(tensor: Tensor, device: torch.device) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+
+def _revived(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a value whose tensors, also those in a tuple or list, are changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return tuple(_revived(part, change) for part in value)
+    return value
+
+
+def _attribute(root: Any, target: str) -> Any:
+    for part in target.split("."):
+        root = getattr(root, part)
+    return root
+
+
+def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """Return the trace of a network in evaluation, and the tensors that its code made, by their nodes' targets.
+
+    Where the graph holds more than calls of the layer table, each node's `meta["shapes"]` has the shapes for `BATCHES`.
 
     Raises:
-        UserError: the module cannot be traced; the layer and the line are named.
+        UserError: the network cannot be traced; the layer and the line are named.
     """
     with in_evaluation(model):
-        return _trace(model)
+        tracer, graph = _traced(model, BATCHES[0], input_shape)
+        if not tracer.asked and all(map(_is_plain, graph.nodes)):
+            return graph, tracer.constants
+        tracer.measure(graph)
+        again, other = _traced(model, BATCHES[1], input_shape)
+        again.measure(other)
+    _check_calls(graph, other, "does something else for three images than for two", numbers_may_differ=True)
+    for node, twin in zip(graph.nodes, other.nodes, strict=True):
+        if "shape" in node.meta and "shape" in twin.meta:
+            node.meta["shapes"] = (node.meta["shape"], twin.meta["shape"])
+    for name, tensor in tracer.constants.items():
+        if name not in again.constants or not _equal(tensor, again.constants[name]):
+            raise UserError(f"the network's code makes a tensor that depends on the number of images, which {NOT_IN_TABLE}; "
+                            f"{AS_TEACHER}")
+    return graph, tracer.constants
 
 
-def check_one_graph(model: nn.Module, graph: fx.Graph) -> None:
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Return whether a node means the same layer whatever its shape is."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op != "get_attr"
+    row = row_of_call(node.target, node.op == "call_method")
+    return row is not None and not row.needs_shapes(node)
+
+
+def check_one_graph(model: nn.Module, graph: fx.Graph, input_shape: tuple[int, int, int]) -> None:
     """Compare the graph of evaluation with the trace in training mode. Flags, such as dropout's, may differ.
 
     Raises:
         UserError: the forward pass does something else in training, which a student would lose; the line is named.
     """
-    shadow = copy.deepcopy(model).train()
     try:
-        in_training = _trace(shadow)
+        _, in_training = _traced(copy.deepcopy(model).train(), BATCHES[0], input_shape)
     except UserError as error:
         raise UserError(f"in training mode (self.training), unlike in evaluation: {error}") from error
-    calls = [{node: FLAG.sub("", f"{node.op} {node.target} {node.args} {node.kwargs}") for node in nodes}
-             for nodes in (in_training.nodes, graph.nodes)]
-    for (node, call), other in zip(calls[0].items(), calls[1].values(), strict=False):
-        if call != other:
-            raise UserError(f"layer {place_of(node)}: the forward pass does something else in training mode "
-                            f"(self.training) than in evaluation; a student has one graph for both modes, {AS_TEACHER}")
+    _check_calls(in_training, graph, "does something else in training mode (self.training) than in evaluation")
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    if isinstance(model, fx.GraphModule):
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(model.graph, {}))
-    else:
-        try:
-            graph = LineTracer().trace(model)
-        except UserError:
-            raise
-        except Exception as error:  # whatever the network's own code raises
-            raise _cannot_trace("(the whole model)", model, error) from error
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    return graph
+def _check_calls(one: fx.Graph, other: fx.Graph, complaint: str, numbers_may_differ: bool = False) -> None:
+    """Compare two graphs of a network call by call."""
+    calls = []
+    for graph in (one, other):
+        arguments = [f"{node.args} {node.kwargs}" for node in graph.nodes]
+        if numbers_may_differ:  # where shapes decide, shapes are compared later
+            arguments = ["" if _name(node) in SHAPED else text for node, text in zip(graph.nodes, arguments, strict=True)]
+        calls.append({node: FLAG.sub("", f"{node.op} {node.target} {text}")
+                      for node, text in zip(graph.nodes, arguments, strict=True)})
+    for (node, call), twin in zip(calls[0].items(), calls[1].values(), strict=False):
+        if call != twin:
+            raise UserError(f"layer {place_of(node)}: the forward pass {complaint}; a student has one graph for all, "
+                            f"{AS_TEACHER}")
+
+
+# The calls whose numbers are sizes, so that the shapes say what they do.
+SHAPED = {"view", "reshape", "expand", "repeat", "broadcast_to", "unflatten", "tile", "expand_as"}
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _traced(model: nn.Module, count: int, input_shape: tuple[int, int, int]) -> tuple[ImageTracer, fx.Graph]:
+    tracer = ImageTracer(model, count, input_shape)
+    try:
+        graph = tracer.trace(model)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the network's own code raises
+        raise _cannot_trace("(the whole model)", model, error) from error
+    _normalize_calls(graph)
+    return tracer, graph
 
 
 def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
-    why = first_line(error)
-    if "'len' is not supported" in why:
-        why = "len() of a tensor (x.shape[0] can be traced)"
     place = _place((frame, number) for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))))
-    return UserError(f"layer {name} ({type(module).__name__}) cannot be traced{place}: {why}; a student needs a static "
-                     f"graph, {AS_TEACHER}")
+    return UserError(f"layer {name} ({type(module).__name__}) cannot be traced{place}: {first_line(error)}; a student needs a "
+                     f"static graph, {AS_TEACHER}")
 
 
 def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
     """Return the innermost place outside torch, such as " (network.py, line 12)", or nothing."""
     for frame, number in frames:
         file, function = frame.f_code.co_filename, frame.f_code.co_name
-        if file == __file__ and function == "_trace":  # what lies outside called `describe`
+        if file == __file__ and function == "_traced":  # what lies outside called `lower`
             break
         if file != __file__ and not file.startswith(TORCH):
             return f" ({Path(file).name}, line {number})"
     return ""
 
 
-def measure_shapes(model: nn.Module, graph: fx.Graph, input_shape: tuple[int, int, int]) -> None:
-    """Put each node's value into its meta: "shapes" of a tensor for two numbers of images, or nothing for a number.
-
-    A node is run only where the graph holds more than calls of the layer table: reshapes, and arithmetic with sizes.
-
-    Raises:
-        UserError: the model does not take such images.
-    """
-    plain = all(node.op not in ("call_function", "call_method") or (
-        row_of_call(node.target, node.op == "call_method") is not None and not is_reshape(node)) for node in graph.nodes)
-    if plain:
-        for node in graph.nodes:
-            node.meta["shapes"] = []
-        return
-
-    reached = ""
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            nonlocal reached
-            reached = f"layer {place_of(n)}: "
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                n.meta.setdefault("shapes", []).append(tuple(value.shape))
-            return value
-
+def _normalize_calls(graph: fx.Graph) -> None:
+    """Spell traced calls in one way: tensors by position, numpy's names of arguments as torch's."""
     for node in graph.nodes:
-        node.meta.pop("shapes", None)
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    try:
-        with in_evaluation(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for count in BATCHES:
-                Recorder(model, graph=graph).run(torch.zeros(count, *input_shape, device=device))
-    except Exception as error:  # whatever the network's own code raises
-        raise UserError(f"the model does not take {count} images of shape {list(input_shape)}: {reached}{first_line(error)}"
-                        ) from error
-
-
-def is_reshape(node: fx.Node) -> bool:
-    """Return whether a node gives a tensor another shape, which may mean any of several layers, or none."""
-    return node.target in ("view", "reshape") or node.target is torch.reshape
-
-
-def normalized_call(node: fx.Node, row: type[Layer]) -> None:
-    """Spell a traced call in one way: tensors by position, numpy's names of arguments as torch's."""
-    kwargs = {NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
-    args = list(node.args)
-    for name in row.call_inputs[len(args):]:
-        if name not in kwargs:
-            break
-        args.append(kwargs.pop(name))
-    node.args, node.kwargs = tuple(args), kwargs
+        if node.op not in ("call_function", "call_method"):
+            continue
+        row = row_of_call(node.target, node.op == "call_method")
+        kwargs = {NUMPY_NAMES.get(name, name): value for name, value in node.kwargs.items()}
+        args = list(node.args)
+        for name in (row.call_inputs if row else ("input", "other"))[len(args):]:
+            if name not in kwargs:
+                break
+            args.append(kwargs.pop(name))
+        node.args, node.kwargs = tuple(args), kwargs
 
 
 def module_inputs(node: fx.Node, module: nn.Module) -> list[fx.Node]:

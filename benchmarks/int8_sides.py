@@ -16,7 +16,7 @@ from architectures.architecture import Architecture
 from architectures.describe import describe
 from compress.evaluation.onnx_runtimes import compile_for_openvino, import_openvino
 from compress.packaging.export import export
-from compress.quantization.dynamic import as_graph, quantize, without_stochastic_depth
+from compress.quantization.dynamic import as_graph, quantize
 from compress.quantization.static import Calibration, StaticSettings, quantize_static
 from loaders.splits import Splits
 
@@ -40,7 +40,7 @@ class Subject:
     def graph(self) -> tuple[fx.GraphModule, Architecture]:
         """The architecture of the network."""
         channels, height, width = self.images.shape[1:]
-        graph = as_graph(without_stochastic_depth(self.model), (channels, height, width))
+        graph = as_graph(self.model, (channels, height, width))
         return graph, describe(graph, (channels, height, width))
 
     def onnx_file(self) -> Path:

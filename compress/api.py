@@ -14,7 +14,7 @@ from compress.pipeline.plan import RunPlan, make_plan
 from compress.pipeline.run import RunOutcome, run_pipeline
 from compress.pruning import prune as pruning
 from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS
-from compress.quantization.dynamic import as_graph, without_stochastic_depth
+from compress.quantization.dynamic import as_graph
 from compress.training.flags import resolve_training
 from compress.training.run import run_training
 from compress.training.trackers import Tracker, terminal
@@ -100,7 +100,7 @@ def prune(model: nn.Module, example_input: Tensor, *, ratio: float = 0.3, multip
         raise UserError(f"ratio {ratio}, multiple {multiple}, scope {scope!r}: expected a ratio between 0 and 1, a "
                         "positive multiple, and the scope uniform or global")
     _, channels, height, width = example_input.shape
-    graph = as_graph(without_stochastic_depth(model), (channels, height, width))
+    graph = as_graph(model, (channels, height, width))
     return pruning.prune(graph, example_input[:1], ratio=ratio, multiple=multiple, criterion=criterion, scope=scope,
                          gradients=gradients)
 

@@ -6,7 +6,9 @@ from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
 
-from architectures.layers.base import OnnxWriter, Operator, Unchanging, register, traced_tensors
+from architectures.layers.base import (
+    Layer, OnnxWriter, Operator, Shape, Unchanging, register, traced_tensors, with_channels)
+from metadata.schemas import Size
 
 if TYPE_CHECKING:
     from torch import fx
@@ -136,3 +138,22 @@ class GELU(Unchanging):
             curve = writer.node("Tanh", f"{name}.tanh", [writer.node("Mul", f"{name}.scaled", [inner, root])])
         gate = writer.node("Add", f"{name}.gate", [curve, one])
         return writer.node("Mul", name, [writer.node("Mul", f"{name}.gated", [*inputs, gate]), half])
+
+
+@register
+class PReLU(Layer):
+    """`torch.nn.PReLU`: a slope below zero for each channel, or one for all."""
+
+    operators = {"PRelu": Operator(passes_factors_on=True)}
+    owns_output = True
+
+    num_parameters: Size = 1
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        if self.num_parameters > 1:
+            with_channels(inputs[0], self.num_parameters, *range(2, 10))
+        return inputs[0]
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        slopes = writer.weight(self, "weight").reshape(-1, *[1] * (len(shape) - 1))
+        return writer.node("PRelu", self.name, [*inputs, writer.constant(f"{self.name}.weight", slopes)])

@@ -76,15 +76,22 @@ class OnnxWriter(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a layer's output for one image, or of the graph's input."""
 
+    def for_each_image(self, inputs: Sequence[str], name: str) -> list[str]:
+        """Return tensors to join: those that are stored once are repeated for each image. `name` begins the nodes' names."""
+
 
 class Layer(Strict):
     """One layer of an architecture: a module or a function, and where its inputs come from."""
 
+    # Further classes whose modules are this layer, as dotted names; they are not imported.
+    other_classes: ClassVar[tuple[str, ...]] = ()
+    # The inputs are aligned at their last dimensions, as torch broadcasts them.
+    broadcasts: ClassVar[bool] = False
     # How many tensors the layer takes, at least and at most.
     input_count: ClassVar[tuple[int, int]] = (1, 1)
-    # The functions (as dotted names) and the methods of a tensor that mean this layer in a traced graph. A layer
+    # The functions (torch's as dotted names) and the methods of a tensor that mean this layer in a traced graph. A layer
     # without a module is built with the first function.
-    functions: ClassVar[tuple[str, ...]] = ()
+    functions: ClassVar[tuple[str | Callable[..., Any], ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ()
     # The names of the functions' arguments that are tensors, in order.
     call_inputs: ClassVar[tuple[str, ...]] = ("input",)
@@ -191,8 +198,13 @@ class Layer(Strict):
             weights = self.module().state_dict()
         return sum(tensor.numel() for name, tensor in weights.items() if name != "num_batches_tracked")
 
-    def macs(self, output_shape: tuple[int, ...]) -> int:
-        """Return the multiply-adds for one image whose output has this shape, as torch's flop counter counts them."""
+    def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
+        """Return the multiply-adds for one image, as torch's flop counter counts them.
+
+        Args:
+            inputs: the shapes of the inputs for one image.
+            output_shape: the output's for one image.
+        """
         return 0
 
     def work(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
@@ -225,6 +237,11 @@ class Layer(Strict):
             UserError: the call uses an option that the row cannot express.
         """
         return [node.args[0]], {}
+
+    @classmethod
+    def needs_shapes(cls, node: fx.Node) -> bool:
+        """Return whether only the shapes around a call of one of `functions` or `methods` say what it means."""
+        return False
 
     # --------------------------------------------------------------------------------------------------- ONNX and source
 
@@ -283,6 +300,10 @@ class FunctionLayer(Layer):
     def module_class(cls) -> None:
         return None
 
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return list(traced_tensors(node)), dict(node.kwargs)
+
     def call(self, inputs: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Return the function, its positional arguments and its keyword arguments."""
         return resolved(self.functions[0]), tuple(inputs), self.options()
@@ -325,8 +346,10 @@ def windows(size: int, kernel: int, stride: int, padding: int, dilation: int, ce
 
 
 @functools.cache
-def resolved(dotted: str) -> Any:
-    """Return the object that a dotted name such as "torch.nn.functional.relu" means."""
+def resolved(dotted: str | Callable[..., Any]) -> Any:
+    """Return the object that a dotted name such as "torch.nn.functional.relu" means, or the function that is given."""
+    if not isinstance(dotted, str):
+        return dotted
     module, _, name = dotted.rpartition(".")
     return getattr(importlib.import_module(module), name)
 

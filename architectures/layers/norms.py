@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, register, with_channels
 from metadata.schemas import Size
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class BatchNorm(Layer):
@@ -77,3 +81,33 @@ class GroupNorm(Layer):
         scale, offset = (writer.constant(f"{name}.{key}", writer.weight(self, key).reshape(-1, *[1] * (len(shape) - 1)))
                          for key in ("weight", "bias"))
         return writer.node("Add", name, [writer.node("Mul", f"{name}.scaled", [plain, scale]), offset])
+
+
+@register
+class LayerNorm(Layer):
+    """`torch.nn.LayerNorm` over the last dimensions."""
+
+    operators = {"LayerNormalization": Operator()}
+
+    normalized_shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
+    eps: float = 1e-5
+    elementwise_affine: bool = True
+    bias: bool = True
+
+    @classmethod
+    def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
+        return super().from_module(module, name) | {"bias": module.bias is not None or not module.elementwise_affine}
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        count = len(self.normalized_shape)
+        if len(inputs[0]) <= count or list(inputs[0][-count:]) != self.normalized_shape:
+            raise ValueError(f"expected {self.normalized_shape} at the end, got {list(inputs[0])}")
+        return inputs[0]
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        name, size = self.name, self.normalized_shape
+        affine = [writer.parameter(self, "weight") if self.elementwise_affine else
+                  writer.constant(f"{name}.weight", np.ones(size))]
+        if self.elementwise_affine and self.bias:
+            affine.append(writer.parameter(self, "bias"))
+        return writer.node("LayerNormalization", name, [*inputs, *affine], axis=-len(size), epsilon=self.eps)

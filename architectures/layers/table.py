@@ -9,9 +9,12 @@ from typing import Any, TYPE_CHECKING
 
 # A file enters all its rows when one of them is imported.
 from architectures.layers.activations import ReLU  # noqa: F401
+from architectures.layers.arithmetic import MatMul  # noqa: F401
 from architectures.layers.base import REGISTRY, FunctionLayer, Layer, register, resolved
+from architectures.layers.moves import Reshape  # noqa: F401
 from architectures.layers.norms import BatchNorm2d  # noqa: F401
 from architectures.layers.pools import MaxPool2d  # noqa: F401
+from architectures.layers.regularization import StochasticDepth  # noqa: F401
 from architectures.layers.tensors import Flatten  # noqa: F401
 from architectures.layers.weighted import Conv2d  # noqa: F401
 
@@ -37,7 +40,9 @@ def registered(kind: type[Layer]) -> Iterator[None]:
 
 def row_of_module(module: nn.Module | None) -> type[Layer] | None:
     """Return the row that a module is of; a subclass of its class is another layer."""
-    return next((row for row in LAYER_TABLE.values() if row.module_class() is type(module)), None)
+    kind = type(module)
+    dotted = f"{kind.__module__}.{kind.__qualname__}"
+    return next((row for row in LAYER_TABLE.values() if row.module_class() is kind or dotted in row.other_classes), None)
 
 
 def row_of_call(target: Any, is_method: bool) -> type[Layer] | None:

@@ -9,11 +9,12 @@ from typing import Annotated, Any, TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
+from architectures.axes import image_dim
 from architectures.layers.base import (
     FunctionLayer, Layer, OnnxWriter, Operator, Shape, Unchanging, outside, place_of, register, resolved, traced_argument,
     traced_tensors)
 from metadata.errors import UserError
-from metadata.schemas import Dimension, Fraction
+from metadata.schemas import Dimension
 
 if TYPE_CHECKING:
     from torch import fx
@@ -25,20 +26,6 @@ class Identity(Unchanging):
 
     methods = ("contiguous",)
     identity = keeps_grid = True
-
-
-@register
-class Dropout(Unchanging):
-    """`torch.nn.Dropout`."""
-
-    functions = ("torch.nn.functional.dropout",)
-    identity = keeps_grid = True  # on the grid once it is trained
-
-    p: Fraction = 0.5
-
-    @classmethod
-    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        return [node.args[0]], {"p": traced_argument(node, 1, "p", 0.5)}
 
 
 @register
@@ -54,17 +41,15 @@ class Flatten(Layer):
     end_dim: Dimension = -1
 
     @classmethod
+    def needs_shapes(cls, node: fx.Node) -> bool:
+        return "flatten" not in str(node.target)
+
+    @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         if "flatten" in str(node.target):
             return [node.args[0]], {"start_dim": traced_argument(node, 1, "start_dim", 0),
                                     "end_dim": traced_argument(node, 2, "end_dim", -1)}
-        source: Any = node.args[0]
-        before, after = source.meta["shapes"], node.meta["shapes"]  # for two numbers of images
-        joined, same = (_joined(*shapes) for shapes in zip(before, after, strict=True))
-        if joined is None or joined != same:
-            raise outside(place_of(node), f"a reshape other than flattening, {list(before[0])} to {list(after[0])},")
-        start, end = joined
-        return [node.args[0]], {"start_dim": start, "end_dim": -1 if end == len(before[0]) - 1 else end}
+        raise outside(place_of(node), "a reshape of unknown shapes")
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape = inputs[0]
@@ -95,10 +80,11 @@ class Mean(FunctionLayer):
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        source: Any = node.args[0]
         dim = traced_argument(node, 1, "dim", None)
         if dim is None:
             raise UserError(f"layer {place_of(node)}: a mean over the batch is not in the layer table; name the dimensions")
-        return [node.args[0]], {"dim": [dim] if isinstance(dim, int) else list(dim),
+        return [source], {"dim": [image_dim(source, each) for each in ([dim] if isinstance(dim, int) else dim)],
                                 "keepdim": traced_argument(node, 2, "keepdim", False)}
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
@@ -126,7 +112,7 @@ class Binary(FunctionLayer):
 
     input_count = (2, 2)
     call_inputs = ("input", "other")
-    keeps_sign = owns_output = True
+    broadcasts = keeps_sign = owns_output = True
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -179,8 +165,8 @@ class Concat(FunctionLayer):
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        sources: Any = node.args[0]
-        return list(sources), {"dim": traced_argument(node, 1, "dim", 0)}
+        sources: Any = list(node.args[0])  # type: ignore[arg-type]
+        return sources, {"dim": image_dim(sources[0], traced_argument(node, 1, "dim", 0))}
 
     def call(self, inputs: list[Any]) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         return resolved("torch.cat"), (inputs,), self.options()
@@ -193,13 +179,13 @@ class Concat(FunctionLayer):
         return *inputs[0][:at], sum(shape[at] for shape in inputs), *inputs[0][at + 1:]
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
-        return writer.node("Concat", self.name, inputs, axis=self.dim)
+        return writer.node("Concat", self.name, writer.for_each_image(inputs, self.name), axis=self.dim)
 
     def expression(self, inputs: list[str], module: str) -> str:
         return f"torch.cat([{', '.join(inputs)}], dim={self.dim})"
 
 
-def _joined(before: Shape, after: Shape) -> tuple[int, int] | None:
+def joined(before: Shape, after: Shape) -> tuple[int, int] | None:
     """Return the first and the last of the dimensions, but the batch, that a reshape joins; None where it does more."""
     more = len(before) - len(after)
     for start in range(1, len(before) - more if more >= 0 else 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,7 @@ class Convolution(Layer):
         count, _, *sizes = with_channels(inputs[0], self.in_channels, 4)
         return count, self.out_channels, *map(windows, sizes, self.kernel_size, self.stride, self.padding, self.dilation)
 
-    def macs(self, output_shape: tuple[int, ...]) -> int:
+    def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         return math.prod(output_shape) * self.in_channels // self.groups * math.prod(self.kernel_size)
 
 
@@ -98,7 +99,7 @@ class MatrixProduct(Layer):
             raise ValueError(f"expected {self.in_features} features, got {list(inputs[0])}")
         return *shape, self.out_features
 
-    def macs(self, output_shape: tuple[int, ...]) -> int:
+    def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         return math.prod(output_shape) * self.in_features
 
 

@@ -25,6 +25,7 @@ from architectures.build import check_shapes
 from architectures.describe import carry_over, describe
 from architectures.folding import fold_batch_norm
 from architectures.layers.base import Layer
+from architectures.layers.moves import Stored
 from metadata.errors import UserError, VerificationError
 
 OPSET = 17
@@ -39,6 +40,7 @@ class GraphWriter:
         self.shapes: dict[str, tuple[int, ...]] = {INPUT: architecture.input_shape} | check_shapes(architecture)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.once: dict[str, tuple[int, ...]] = {}  # tensors that are the same for all images, with their shapes
         self.tensors = {INPUT: INPUT}  # a layer's output by its name; a layer that does nothing shares its input's
 
     def constant(self, name: str, values: Any, dtype: type[np.generic] = np.float32) -> str:
@@ -64,10 +66,28 @@ class GraphWriter:
         """Return the shape of a layer's output for one image, or of the graph's input."""
         return self.shapes[name]
 
+    def for_each_image(self, inputs: Sequence[str], name: str) -> list[str]:
+        """Return tensors to join: those that are stored once are repeated for each image. `name` begins the nodes' names."""
+        each = next((tensor for tensor in inputs if tensor not in self.once), None)
+        if each is None or not self.once.keys() & set(inputs):
+            return list(inputs)
+        count = self.node("Shape", f"{name}.count", [each], start=0, end=1)
+        found = []
+        for index, tensor in enumerate(inputs):
+            if tensor in self.once:
+                sizes = self.constant(f"{name}.sizes_{index}", self.once[tensor], np.int64)
+                whole = self.node("Concat", f"{name}.shape_{index}", [count, sizes], axis=0)
+                tensor = self.node("Expand", f"{name}.each_{index}", [tensor, whole])
+            found.append(tensor)
+        return found
+
     def add(self, layer: Layer) -> None:
         """Write the nodes of a layer whose inputs are written."""
         inputs = [self.tensors[source] for source in layer.inputs]
-        self.tensors[layer.name] = layer.to_onnx(self, inputs, self.shapes[layer.inputs[0]])
+        output = layer.to_onnx(self, inputs, self.shapes[layer.inputs[0]])
+        self.tensors[layer.name] = output
+        if isinstance(layer, Stored) or all(tensor in self.once for tensor in inputs):
+            self.once[output] = self.shapes[layer.name]
 
 
 def export(model: fx.GraphModule, architecture: Architecture) -> tuple[onnx.ModelProto, Architecture]:

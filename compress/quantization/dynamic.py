@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from architectures.build import build
-from architectures.describe import describe
+from architectures.describe import lower
 from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers
 from architectures.kernels import QuantizedTensor, why_not_int8
@@ -70,12 +69,11 @@ def quantize(model: nn.Module, example_input: Tensor, exclude: Collection[str] =
     except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         raise UserError(f"quantize_dynamic: the model does not take inputs of shape {list(example_input.shape)}, "
                         f"{example_input.dtype}: {first_line(error)}") from error
-    evaluated = without_stochastic_depth(model)
     try:
         _, channels, height, width = example_input.shape
-        graph = as_graph(evaluated, (channels, height, width))
+        graph = as_graph(model, (channels, height, width))
     except (UserError, ValueError):  # the input is no image, or the layer table does not cover the model
-        return _quantize_in_place(evaluated, example_input, exclude, weights)
+        return _quantize_in_place(copy.deepcopy(model).eval(), example_input, exclude, weights)
     return quantize_graph(graph, exclude, example_input, weights=weights)
 
 
@@ -89,25 +87,13 @@ def _check_numbers(model: nn.Module, example_input: Tensor) -> None:
             raise UserError(f"quantize_dynamic: {name} holds NaN or infinite values")
 
 
-def without_stochastic_depth(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode without StochasticDepth, which does nothing there and is not in the layer table."""
-    operators = sys.modules.get("torchvision.ops")  # whoever has the layer has imported it
-    evaluated = copy.deepcopy(model).eval()
-    for name, module in model.named_modules():
-        if operators and isinstance(module, operators.StochasticDepth):
-            evaluated.set_submodule(name, nn.Identity())
-    return evaluated
-
-
 def as_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
     """Return the model as a graph of the layer table, in eval mode, with copies of its weights.
 
     Raises:
         UserError: the layer table does not cover the model.
     """
-    graph = build(describe(model, input_shape))
-    graph.load_state_dict(model.state_dict())
-    return graph.eval()
+    return lower(model, input_shape).build()
 
 
 def quantize_graph(model: fx.GraphModule, exclude: Collection[str] = (), example_input: Tensor | None = None,

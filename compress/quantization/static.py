@@ -131,7 +131,8 @@ def layer_weights(model: onnx.ModelProto) -> dict[str, int]:
 def _with_what_follows(network: onnx.ModelProto, floats: Collection[str]) -> set[str]:
     """Return the float layers and the operators without weights that read a float tensor: int8 there would gain nothing."""
     layers = {node.name for node in layers_of(network)}
-    stay, float_tensors = set(floats), set[str]()
+    products = {node.name for node in network.graph.node if node.op_type in weighted_operators()} - layers  # of attention
+    stay, float_tensors = products | set(floats), set[str]()
     for node in network.graph.node:
         if node.name in floats or (node.name not in layers and float_tensors.intersection(node.input)):
             stay.add(node.name)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from architectures.counting import count_macs
-from architectures.describe import describe
+from architectures.describe import lower
 from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
 from compress.training.assessment import assess, learned_parameters
@@ -336,7 +336,9 @@ def _conclude(config: TrainingRun, splits: Splits, model: nn.Module, options: di
     model.cpu()
     write_tensors(folder / "weights.pth", {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     with suppress(UserError):  # a network outside the layer table can be a teacher by its name, options and weights
-        write_json(folder / "architecture.json", describe(model, card.input_shape).to_json())
+        lowered = lower(model, card.input_shape)
+        if lowered.weights.keys() == model.state_dict().keys():  # so can one whose layers name their weights differently
+            write_json(folder / "architecture.json", lowered.architecture.to_json())
     write_json(folder / "card.json", card.model_dump(mode="json"))
     summary = {
         "schema": 1, "model": {"name": own_name(config.model_name), "options": options, "num_classes": card.num_classes},

@@ -8,8 +8,7 @@ from pydantic import Field
 from torch import fx
 
 from architectures.architecture import Architecture
-from architectures.build import build
-from architectures.describe import carry_over, describe
+from architectures.describe import carry_over, describe, lower
 from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
@@ -96,7 +95,5 @@ class Distill(Stage):
         with seeded(seed, "student"):
             module = make(self.model, num_classes=card.num_classes,
                           **fitted_options(self.model, self.options, card.input_shape))
-        architecture = describe(module, card.input_shape)
-        student = build(architecture)
-        student.load_state_dict(module.state_dict())
-        return architecture, student
+        lowered = lower(module, card.input_shape)
+        return lowered.architecture, lowered.build().train()
