@@ -90,7 +90,8 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int], model_type: str |
         why = describe_validation_error(error) if isinstance(error, ValidationError) else first_line(error)
         raise UserError(f"the model cannot be described: {why}; {AS_TEACHER}") from error
     named = {layer["name"] for layer in layers}
-    found = Lowered(architecture, {key: tensor for key, tensor in lowering.weights.items() if key.rpartition(".")[0] in named})
+    weights = {key: tensor for key, tensor in lowering.weights.items() if key.rpartition(".")[0] in named}
+    found = Lowered(architecture, weights)
     if not built:
         _check_same(model, found, lowering.consumed)
         check_one_graph(model, graph, input_shape)

@@ -137,10 +137,11 @@ class Lowering:
         """
         if not isinstance(node, fx.Node) or (node not in self.names and node.op != "get_attr"):
             where = place_of(node) if isinstance(node, fx.Node) else str(node)
-            raise UserError(f"layer {where}: it uses a tensor's shape or attribute as data, which {NOT_IN_TABLE}; {AS_TEACHER}")
-        return self._store(node, axes_of(node).image_shape) if node.op == "get_attr" else self.names[node]
+            raise UserError(f"layer {where}: it uses a tensor's shape or attribute as data, which {NOT_IN_TABLE}; "
+                            f"{AS_TEACHER}")
+        return self.store(node, axes_of(node).image_shape) if node.op == "get_attr" else self.names[node]
 
-    def _store(self, node: fx.Node, shape: tuple[int, ...]) -> str:
+    def store(self, node: fx.Node, shape: tuple[int, ...]) -> str:
         """Return a Parameter or Buffer with the values of a tensor of the network's own."""
         target = str(node.target)
         if (target, shape) not in self._stored:
@@ -187,7 +188,8 @@ class Lowering:
         name = node.name
         if first is not None and first.op == "get_attr" and not str(first.target).startswith("_tensor_constant"):
             name = WEIGHT.sub("", str(first.target)) or node.name
-            inside = any(other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.") for other in self._taken)
+            inside = any(other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.")
+                         for other in self._taken)
             name = node.name if inside else name
         layer = self.emit(node, kind, inputs, name=name, **options)
         for key, value in tensors.items():
@@ -198,6 +200,13 @@ class Lowering:
     def shaped(self, node: fx.Node, name: str, have: Sequence[int], want: Sequence[int]) -> str:
         """Return a layer's output, whose shape for one image is `have`, in the shape `want`."""
         return name if list(have) == list(want) else self.emit(node, "Reshape", [name], shape=list(want))
+
+    def permuted(self, node: fx.Node, name: str, dims: list[int]) -> str:
+        """Return a layer's output with its dimensions in another order. Two orders in a row become one."""
+        layer = next((each for each in reversed(self.layers) if each["name"] == name), None)
+        if layer is not None and layer["type"] == "Permute":
+            dims, name = [layer["dims"][dim] for dim in dims], layer["inputs"][0]
+        return name if dims == sorted(dims) else self.emit(node, "Permute", [name], dims=dims)
 
     def aligned(self, sources: Sequence[Any], node: fx.Node, keep: int = 0) -> list[str]:
         """Return the layers of tensors that torch broadcasts to a node's, each with that node's number of dimensions.
@@ -228,7 +237,7 @@ class Lowering:
             shape = (*([folded] if result.fold > 1 else []),
                      *(padded[at] for at in range(rank) if at != result.images))
             if source.op == "get_attr":
-                found.append(self._store(source, tuple(shape)))
+                found.append(self.store(source, tuple(shape)))
             else:
                 found.append(self.shaped(node, self.source(source), axes.image_shape, shape))
         return found
@@ -247,7 +256,8 @@ class Lowering:
 def marked(graph: fx.Graph) -> None:
     """Note in each node's meta whether it depends on the images."""
     for node in graph.nodes:
-        node.meta["of_images"] = node.op == "placeholder" or any(source.meta["of_images"] for source in node.all_input_nodes)
+        sources = node.all_input_nodes
+        node.meta["of_images"] = node.op == "placeholder" or any(source.meta["of_images"] for source in sources)
 
 
 def image_shape(node: Any) -> tuple[int, ...]:

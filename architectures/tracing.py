@@ -59,7 +59,7 @@ class TracedTensor(fx.Proxy):
         return int(self.shape[0])
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[index] for index in range(len(self))])
+        return iter([operator.getitem(self, index) for index in range(len(self))])
 
 
 class ImageTracer(fx.Tracer):
@@ -119,9 +119,8 @@ class ImageTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any,
                      **options: Any) -> Any:
-        if kind == "call_method" and target in FACT_METHODS and isinstance(args[0], fx.Proxy):
-            if target != "type" or len(args) == 1:
-                return getattr(self.stand_in(args[0].node), target)(*args[1:], **kwargs)
+        if kind == "call_method" and target in FACT_METHODS and (target != "type" or len(args) == 1):
+            return getattr(self.stand_in(args[0].node), target)(*args[1:], **kwargs)
         if kind == "call_function" and target in FACT_FUNCTIONS:
             return target(self.stand_in(args[0].node))
         if (kind == "call_method" and target in FRESH) or (kind == "call_function" and target in FRESH_LIKE):
@@ -155,10 +154,13 @@ class ImageTracer(fx.Tracer):
         path = self.path_of_module(module)
         masks = [options.get(name) for name in ("key_padding_mask", "attn_mask") if options.get(name) is not None]
         if masks or query is not key or key is not value or module.in_proj_weight is None or module.bias_k is not None:
-            raise UserError(f"layer {path}: attention with a mask, or on more than one tensor, {NOT_IN_TABLE}; {AS_TEACHER}")
+            raise UserError(f"layer {path}: attention with a mask, or on more than one tensor, {NOT_IN_TABLE}; "
+                            f"{AS_TEACHER}")
         functional = torch.nn.functional
-        weight, bias = (self.create_proxy("get_attr", f"{path}.{name}", (), {}) if getattr(module, name) is not None else None
-                        for name in ("in_proj_weight", "in_proj_bias"))
+        weight: Any = self.create_proxy("get_attr", f"{path}.in_proj_weight", (), {})
+        bias = None
+        if module.in_proj_bias is not None:
+            bias = self.create_proxy("get_attr", f"{path}.in_proj_bias", (), {})
         x = query if module.batch_first else query.transpose(0, 1)
         count, length, width = x.shape
         heads = functional.linear(x, weight, bias).reshape(count, length, 3, module.num_heads, module.head_dim)
@@ -277,8 +279,8 @@ def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[f
             node.meta["shapes"] = (node.meta["shape"], twin.meta["shape"])
     for name, tensor in tracer.constants.items():
         if name not in again.constants or not _equal(tensor, again.constants[name]):
-            raise UserError(f"the network's code makes a tensor that depends on the number of images, which {NOT_IN_TABLE}; "
-                            f"{AS_TEACHER}")
+            raise UserError("the network's code makes a tensor that depends on the number of images, which "
+                            f"{NOT_IN_TABLE}; {AS_TEACHER}")
     return graph, tracer.constants
 
 
@@ -344,8 +346,8 @@ def _traced(model: nn.Module, count: int, input_shape: tuple[int, int, int]) -> 
 
 def _cannot_trace(name: str, module: nn.Module, error: Exception) -> UserError:
     place = _place((frame, number) for frame, number in reversed(list(traceback.walk_tb(error.__traceback__))))
-    return UserError(f"layer {name} ({type(module).__name__}) cannot be traced{place}: {first_line(error)}; a student needs a "
-                     f"static graph, {AS_TEACHER}")
+    return UserError(f"layer {name} ({type(module).__name__}) cannot be traced{place}: {first_line(error)}; a student "
+                     f"needs a static graph, {AS_TEACHER}")
 
 
 def _place(frames: Iterable[tuple[FrameType, int]]) -> str:

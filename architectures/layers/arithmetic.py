@@ -191,8 +191,8 @@ class Reduction(FunctionLayer):
     @classmethod
     def _dims(cls, source: Any, dim: Any, node: fx.Node) -> list[int]:
         if dim is None:
-            raise UserError(f"layer {place_of(node)}: a {cls.__name__.lower()} over the batch is not in the layer table; name "
-                            "the dimensions")
+            raise UserError(f"layer {place_of(node)}: a {cls.__name__.lower()} over the batch is not in the layer table; "
+                            "name the dimensions")
         return [image_dim(source, each) for each in ([dim] if isinstance(dim, int) else dim)]
 
 
@@ -300,8 +300,8 @@ class ScaledDotProduct(FunctionLayer):
 
     input_count = (3, 4)
     functions = ("torch.nn.functional.scaled_dot_product_attention",)
-    operators = {"MatMul": Operator("weighted"), "Transpose": Operator("all"), "Softmax": Operator(), "Mul": Operator("all"),
-                 "Add": Operator("sums")}
+    operators = {"MatMul": Operator("weighted"), "Transpose": Operator("all"), "Softmax": Operator(),
+                 "Mul": Operator("all"), "Add": Operator("sums")}
     owns_output = True
 
     scale: Annotated[FiniteFloat, Field(gt=0)]
@@ -326,7 +326,8 @@ class ScaledDotProduct(FunctionLayer):
         queries, keys, values, *mask = inputs
         order = [*range(rank - 2), rank - 1, rank - 2]
         scaled = writer.node("Mul", f"{name}.scaled", [queries, writer.constant(f"{name}.scale", self.scale)])
-        scores = writer.node("MatMul", f"{name}.scores", [scaled, writer.node("Transpose", f"{name}.keys", [keys], perm=order)])
+        turned = writer.node("Transpose", f"{name}.keys", [keys], perm=order)
+        scores = writer.node("MatMul", f"{name}.scores", [scaled, turned])
         if mask:
             scores = writer.node("Add", f"{name}.masked", [scores, *mask])
         return writer.node("MatMul", name, [writer.node("Softmax", f"{name}.weights", [scores], axis=rank - 1), values])

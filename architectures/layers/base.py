@@ -77,7 +77,7 @@ class OnnxWriter(Protocol):
         """Return the shape of a layer's output for one image, or of the graph's input."""
 
     def for_each_image(self, inputs: Sequence[str], name: str) -> list[str]:
-        """Return tensors to join: those that are stored once are repeated for each image. `name` begins the nodes' names."""
+        """Return tensors to join: those that are stored once are repeated for each image. `name` begins nodes' names."""
 
 
 class Layer(Strict):

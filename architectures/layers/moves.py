@@ -47,7 +47,8 @@ class Reshape(Move):
         return inputs[0][0], *self.shape
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
-        return writer.node("Reshape", self.name, [*inputs, writer.constant(f"{self.name}.shape", [-1, *self.shape], np.int64)])
+        target = writer.constant(f"{self.name}.shape", [-1, *self.shape], np.int64)
+        return writer.node("Reshape", self.name, [*inputs, target])
 
     def expression(self, inputs: list[str], module: str) -> str:
         return f"{inputs[0]}.reshape(-1, {', '.join(map(str, self.shape))})"
@@ -65,7 +66,7 @@ class Permute(Move):
     @model_validator(mode="after")
     def _check_dims(self) -> Permute:
         if self.dims[0] != 0 or sorted(self.dims) != list(range(len(self.dims))):
-            raise ValueError(f"layer {self.name}: dims {self.dims} is no order of the dimensions that keeps the images first")
+            raise ValueError(f"layer {self.name}: dims {self.dims} is no order that keeps the images first")
         return self
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
@@ -131,7 +132,8 @@ class Pad(Move):
         sides = [(0, 0)] * (len(shape) + 1)
         for index in range(0, len(self.pad), 2):
             sides[-1 - index // 2] = (self.pad[index], self.pad[index + 1])
-        pads = writer.constant(f"{self.name}.pads", [before for before, _ in sides] + [after for _, after in sides], np.int64)
+        amounts = [before for before, _ in sides] + [after for _, after in sides]
+        pads = writer.constant(f"{self.name}.pads", amounts, np.int64)
         return writer.node("Pad", self.name, [*inputs, pads, writer.constant(f"{self.name}.value", self.value)])
 
     def expression(self, inputs: list[str], module: str) -> str:

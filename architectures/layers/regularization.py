@@ -48,5 +48,6 @@ class StochasticDepth(Unchanging):
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
         if hasattr(module, "drop_prob"):  # timm's
-            return {"p": float(module.drop_prob or 0.0)}
+            probability: Any = module.drop_prob
+            return {"p": float(probability or 0.0)}
         return super().from_module(module, name)

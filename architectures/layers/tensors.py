@@ -185,7 +185,7 @@ class Concat(FunctionLayer):
         return f"torch.cat([{', '.join(inputs)}], dim={self.dim})"
 
 
-def joined(before: Shape, after: Shape) -> tuple[int, int] | None:
+def joined_dims(before: Shape, after: Shape) -> tuple[int, int] | None:
     """Return the first and the last of the dimensions, but the batch, that a reshape joins; None where it does more."""
     more = len(before) - len(after)
     for start in range(1, len(before) - more if more >= 0 else 0):

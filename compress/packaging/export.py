@@ -67,7 +67,7 @@ class GraphWriter:
         return self.shapes[name]
 
     def for_each_image(self, inputs: Sequence[str], name: str) -> list[str]:
-        """Return tensors to join: those that are stored once are repeated for each image. `name` begins the nodes' names."""
+        """Return tensors to join: those that are stored once are repeated for each image. `name` begins nodes' names."""
         each = next((tensor for tensor in inputs if tensor not in self.once), None)
         if each is None or not self.once.keys() & set(inputs):
             return list(inputs)

@@ -19,7 +19,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from architectures.build import build
 from architectures.describe import lower
 from architectures.folding import fold_batch_norm
 from architectures.int8 import int8_layers

@@ -251,7 +251,8 @@ def test_a_row_keeps_what_it_promises(kind: str) -> None:
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         layer.run([value[:1] for value in values])
-    assert counter.get_total_flops() == 2 * layer.macs([tuple(value.shape[1:]) for value in values], tuple(output.shape[1:]))
+    shapes = [tuple(value.shape[1:]) for value in values]
+    assert counter.get_total_flops() == 2 * layer.macs(shapes, tuple(output.shape[1:]))
     assert layer.weighted == (layer.width is not None)
     assert (counter.get_total_flops() > 0) == (layer.weighted or kind in ("MatMul", "ScaledDotProduct"))
 

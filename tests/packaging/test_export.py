@@ -10,11 +10,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 from architectures.architecture import Architecture
-from architectures.build import build
 from architectures.counting import count_macs
-from architectures.describe import describe
+from architectures.describe import describe, lower
 from architectures.layers.table import LAYER_TABLE
 from architectures.zoo import make
 from architectures.onnx_files import read_onnx
@@ -45,15 +45,41 @@ class Everything(nn.Module):
         self.flatten = nn.Flatten(2)
         self.mixed = nn.Linear(2, 3)
         self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(48, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU())
-        self.fc = nn.Linear(16 + 16 + 16, 5)
+        self.tokens = Tokens()
+        self.fc = nn.Linear(16 + 16 + 16 + 8, 5)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
+        tokens = self.tokens(x)
         x = torch.cat([x, self.curves(self.depthwise(x) + x) * self.gate(x)], 1)
         x = self.pools(self.norms(x))
         hidden = self.hidden(self.mixed(self.flatten(self.average(x))))
         rows = x.mean(2).mean(2)
-        return self.fc(torch.cat([hidden, x.mean((2, 3)), rows], 1))
+        return self.fc(torch.cat([hidden, x.mean((2, 3)), rows, tokens], 1))
+
+
+class Tokens(nn.Module):
+    """The layers of transformers, and those that move and combine numbers: (N, 8, H, W) -> (N, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 5, 8))
+        self.table, self.temperature = nn.Parameter(torch.randn(9, 2)), nn.Parameter(torch.zeros(2, 1, 1))
+        self.register_buffer("index", torch.arange(25).reshape(5, 5) % 9, persistent=False)
+        self.register_buffer("mean", torch.full((8, 1, 1), 0.1))
+        self.pool, self.prelu, self.drop = nn.AdaptiveAvgPool2d(2), nn.PReLU(8), StochasticDepth(0.5, "row")
+        self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prelu(self.pool(nn.functional.pad(x, (0, 2, 2, 0))) - self.mean)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions
+        queries, keys, values = self.qkv(self.norm(x)).reshape(len(x), 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(5, 5, 2).permute(2, 0, 1)
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=bias[None])
+        scores = nn.functional.normalize(queries, dim=-1) @ keys.transpose(-2, -1) * self.temperature.clamp(max=3).exp()
+        x = x + self.drop((mixed + scores.softmax(-1) @ values * 0.5).transpose(1, 2).flatten(2))
+        heights = x.amax(1) + x.pow(2).sum(1).sqrt() + torch.erf(x[:, 1]) + 1 / (1 + x[:, 2].exp())
+        return heights.roll(3, 1)
 
 
 def trained(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> tuple[fx.GraphModule, Architecture]:
@@ -64,10 +90,8 @@ def trained(model: nn.Module, shape: tuple[int, int, int] = SHAPE) -> tuple[fx.G
             for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
                 assert tensor is not None
                 tensor.uniform_(0.5, 1.5, generator=generator)
-    architecture = describe(model, shape)
-    graph = build(architecture)
-    graph.load_state_dict(model.state_dict())
-    return graph.eval(), architecture
+    lowered = lower(model, shape)
+    return lowered.build(), lowered.architecture
 
 
 def logits(content: onnx.ModelProto, images: Tensor, folder: Path, backend: str) -> Tensor:
