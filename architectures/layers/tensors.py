@@ -158,7 +158,7 @@ class Concat(FunctionLayer):
     input_count = (1, 1000)
     functions = ("torch.cat", "torch.concat", "torch.concatenate")
     call_inputs = ("tensors",)
-    operators = {"Concat": Operator("all")}
+    operators = {"Concat": Operator("all"), "Shape": Operator(), "Expand": Operator()}  # these repeat what is stored once
     keeps_sign = owns_output = True
 
     dim: Dimension = 1
