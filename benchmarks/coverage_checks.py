@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import architecture_macs, count_macs
-from architectures.describe import describe
+from architectures.describe import describe, lower
 from benchmarks.zoo_networks import made
 from compress.packaging.export import export
 from compress.pruning.library import tp
@@ -52,7 +52,8 @@ class Examined:
 
     def describe(self) -> str:
         """The layer table holds the network."""
-        self.architecture, self.weights = described(self.model, self.shape)
+        lowered = lower(self.model, self.shape)
+        self.architecture, self.weights = lowered.architecture, lowered.weights
         return f"{len(self.architecture.layers)} layers"
 
     def rebuild(self) -> str:
@@ -165,11 +166,6 @@ def torch_pruning_alone(name: str, size: int) -> dict[str, dict[str, Any]]:
     except Exception as error:  # whatever the library or the network raises is the result
         passed, text = False, f"{type(error).__name__}: {first_line(error)}"
     return {"prune": {"passed": passed, "text": text, "seconds": round(time.perf_counter() - started, 2)}}
-
-
-def described(model: nn.Module, shape: tuple[int, int, int]) -> tuple[Architecture, dict[str, Tensor]]:
-    """Return a network's architecture and the state dict that its graph loads."""
-    return describe(model, shape), model.state_dict()
 
 
 def rebuilt(architecture: Architecture, weights: dict[str, Tensor]) -> fx.GraphModule:
