@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from loaders.images import center_crop, decode_image
+from loaders.packed import Picture
 from loaders.request import Request
 from metadata.errors import UserError, first_line
 from metadata.machine import usable_cores
@@ -89,7 +89,7 @@ class ResizedImages:
 class FileImages:
     """Images on disk, decoded when a batch is fetched: by threads, or by the processes of `prefetched`."""
 
-    paths: list[Path]
+    paths: Sequence[Picture]
     preprocessing: Preprocessing
     workers: int = 2
 

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
+from loaders.packed import Picture, stored_bytes, stored_state
 from loaders.request import FileHashes, Request
-from metadata.errors import some_of
+from metadata.errors import UserError, first_line, some_of
 from metadata.files import write_json
 from metadata.records import DatasetCard
 
 Content = dict[str, dict[str, str]]
-Files = Sequence[tuple[Path, int]]  # with the index of the class
+Files = Sequence[tuple[Picture, int]]  # with the index of the class
 HASHES = ".hashes.json"  # what `read_hashes` reads, in the folder of a run or a training
 READERS = 4  # threads that read files: on a disk of the network most of their time is waiting
 
 
-def file_content(request: Request, classes: Sequence[str], splits: Mapping[str, Files], used: set[Path]) -> Content:
+def file_content(request: Request, classes: Sequence[str], splits: Mapping[str, Files],
+                 used: AbstractSet[Picture]) -> Content:
     """Return the content of image files, class by class. Names of files and folders count only by the order they give.
 
     A class whose files have the path, size, inode and times that `request.hashes` knows is not read again.
@@ -37,7 +38,7 @@ def file_content(request: Request, classes: Sequence[str], splits: Mapping[str, 
         splits: all files of each split, in order.
         used: the files among them that are not left out as unreadable.
     """
-    groups: dict[tuple[str, str], list[tuple[Path, bool]]] = {}
+    groups: dict[tuple[str, str], list[tuple[Picture, bool]]] = {}
     for split, files in splits.items():
         for path, label in files:
             groups.setdefault((split, classes[label]), []).append((path, path in used))
@@ -53,19 +54,18 @@ def file_content(request: Request, classes: Sequence[str], splits: Mapping[str, 
     return found
 
 
-def _hash_of_files(group: str, files: list[tuple[Path, bool]], hashes: FileHashes) -> str:
+def _hash_of_files(group: str, files: list[tuple[Picture, bool]], hashes: FileHashes) -> str:
     states = hashlib.sha256()
     for path, is_used in files:
-        states.update(f"{path} {is_used} {_state(path)}\n".encode(errors="surrogateescape"))
+        states.update(f"{path} {is_used} {stored_state(path)}\n".encode(errors="surrogateescape"))
     state = states.hexdigest()[:16]
     if (before := hashes.known.get(group)) is not None and before[0] == state:
         return before[1]
     digest = hashlib.sha256()
     for path, is_used in files:
         try:
-            with path.open("rb", buffering=0) as file:
-                digest.update(hashlib.sha256(file.readall()).digest())
-        except OSError:
+            digest.update(hashlib.sha256(stored_bytes(path)).digest())
+        except (OSError, UserError):
             digest.update(b"unreadable")
         digest.update(b"used" if is_used else b"left out")
     hashes.known[group] = state, digest.hexdigest()[:16]
@@ -73,13 +73,42 @@ def _hash_of_files(group: str, files: list[tuple[Path, bool]], hashes: FileHashe
     return hashes.known[group][1]
 
 
-def _state(path: Path) -> str:
-    """Return what changes with a file's bytes. The time of the last change cannot be set, as that of writing can."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return ""
-    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+def digests(request: Request, classes: Sequence[str], files: Files) -> list[str]:
+    """Return a hash of each file's bytes, in order; classes that `request.hashes` knows are not read again.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    places: dict[int, list[int]] = {}
+    for place, (_, label) in enumerate(files):
+        places.setdefault(label, []).append(place)
+    found, done = [""] * len(files), 0
+    with ThreadPoolExecutor(max(READERS, request.workers)) as pool:
+        hashed = pool.map(lambda label: _digests(f"/{classes[label]}", [files[place][0] for place in places[label]],
+                                                 request.hashes), places)
+        for label, texts in zip(places, hashed, strict=True):
+            for place, text in zip(places[label], texts, strict=True):
+                found[place] = text
+            done += len(places[label])
+            if request.on_progress:
+                request.on_progress(done, len(files))
+    return found
+
+
+def _digests(group: str, pictures: list[Picture], hashes: FileHashes) -> list[str]:
+    state = hashlib.sha256("".join(f"{picture} {stored_state(picture)}\n" for picture in pictures).encode(
+        errors="surrogateescape")).hexdigest()[:16]
+    if (before := hashes.known.get(group)) is not None and before[0] == state:
+        return before[1].split()
+    found = []
+    for picture in pictures:
+        try:
+            found.append(hashlib.sha256(stored_bytes(picture)).hexdigest()[:24])
+        except OSError as error:
+            raise UserError(f"{picture}: cannot be read: {first_line(error)}") from error
+    hashes.known[group] = state, " ".join(found)
+    hashes.changed = True
+    return found
 
 
 def array_content(class_names: Sequence[str], splits: Mapping[str, tuple[Tensor, Tensor]]) -> Content:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +22,14 @@ _TAGGED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"
 _ORIENTATION = 0x0112
 
 
-def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
-    """Decode, turn, convert, resize and crop an image file: (C, H, W) uint8, the same pixels as torchvision's transforms.
+class PackedPicture(Protocol):
+    """A picture that is no file of its own; its text names it in messages."""
+
+    def open(self) -> io.BytesIO: ...
+
+
+def decode_image(path: Path | PackedPicture, preprocessing: Preprocessing) -> np.ndarray:
+    """Decode, turn, convert, resize and crop a picture: (C, H, W) uint8, the same pixels as torchvision's transforms.
 
     Of an animation the first frame counts, and transparency is dropped, as torchvision does. Grey images of more than 8
     bits are scaled to 8 (see `_eight_bits`).
@@ -32,7 +39,7 @@ def decode_image(path: Path, preprocessing: Preprocessing) -> np.ndarray:
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
-        with Image.open(path) as opened:
+        with Image.open(path if isinstance(path, Path) else path.open()) as opened:
             opened.load()  # a PNG may state its orientation after its pixels
             turned = preprocessing.exif_orientation and _orientation(opened) in range(2, 9)
             image = ImageOps.exif_transpose(opened) if turned else opened
@@ -60,11 +67,11 @@ def size_covering(size: tuple[int, int], covered: tuple[int, int]) -> tuple[int,
     return wide, wide * height // width
 
 
-def is_colour(path: Path) -> bool:
-    """Return whether an image file holds colours, by its header; no for a file that is no image."""
+def is_colour(path: Path | PackedPicture) -> bool:
+    """Return whether a picture holds colours, by its header; no for what is no picture."""
     from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path if isinstance(path, Path) else path.open()) as image:
             return image.mode not in ("1", "L", "LA", "La") and not image.mode.startswith(("I", "F"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
@@ -100,7 +107,7 @@ def _orientation(image: Image.Image) -> object:
         return 1
 
 
-def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+def _eight_bits(image: Image.Image, path: Path | PackedPicture) -> Image.Image:
     """Scale a grey image of more than 8 bits to 8 bits; Pillow alone would clip it to white, or to black.
 
     16 bits stand for 0 to 65535, floats for 0 to 1. 32-bit integers are read as 16 bits, or as 8 where none exceeds 255.

@@ -16,7 +16,9 @@ IMAGE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".dib", ".gif", ".j2k", ".
 # What systems and tools leave in folders, in lower case. It is passed over without a word.
 SYSTEM = frozenset({"$recycle.bin", ".ds_store", ".git", ".ipynb_checkpoints", "@eadir", "__macosx", "__pycache__",
                     "desktop.ini", "lost+found", "system volume information", "thumbs.db"})
-SPLIT_FOLDERS = frozenset({"test", "train", "val", "valid", "validation"})
+SPLITS = {"test": "test", "testing": "test", "train": "train", "training": "train", "val": "validation",
+          "valid": "validation", "validation": "validation"}  # by the name of a folder, in lower case
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet as it is distributed
 MOST_REASONS = 6  # that a warning names one by one
 
 
@@ -58,6 +60,8 @@ class Listing:
 def list_images(folder: str | Path) -> Listing:
     """List an image folder, `<folder>/<class>/<image>`. Images may lie deeper in a class folder, and links are followed.
 
+    A folder with Tiny ImageNet's list of images and classes is read by that list.
+
     Within a class, a folder that links reach twice is listed once, and a link to a folder above is left out. Hidden entries
     and files of other kinds are left out and counted.
 
@@ -67,6 +71,8 @@ def list_images(folder: str | Path) -> Listing:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such data folder; expected {folder}/<class>/<image>")
+    if (folder / ANNOTATIONS).is_file():
+        return _annotated(folder)
     walk = _Walk(folder)
     entries = walk.entries(folder)
     classes = [entry.name for entry in entries if _holds(entry.is_dir)]
@@ -78,7 +84,7 @@ def list_images(folder: str | Path) -> Listing:
         loose = walk.left_out["image outside a class folder"]
         raise UserError(f"{folder}: no class folders in it{f', {loose} images directly in it' if loose else ''}; expected "
                         f"{folder}/<class>/<image>")
-    if SPLIT_FOLDERS.issuperset(classes):
+    if SPLITS.keys() >= {name.lower() for name in classes}:
         raise UserError(f"{folder}: its folders are splits ({', '.join(classes)}), expected classes; pass one of them, "
                         f"such as {folder / classes[0]}")
     images: list[tuple[Path, int]] = []
@@ -88,6 +94,34 @@ def list_images(folder: str | Path) -> Listing:
     if not images:
         raise UserError("; ".join([f"{folder}: {len(classes)} class folders, and no images in them", *listing.warnings()]))
     return listing
+
+
+def _annotated(folder: Path) -> Listing:
+    """List the validation images of Tiny ImageNet: `<image> TAB <class> TAB ...` in a file, the images in `images`.
+
+    Raises:
+        UserError: the list is damaged, or names an image that is not there.
+    """
+    path, found = folder / ANNOTATIONS, dict[str, str]()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+    for number, line in enumerate(lines, start=1):
+        name, *rest = line.split("\t")
+        if not rest or not rest[0].isalnum() or Path(name).name != name or name in found:
+            raise UserError(f"{path}:{number}: expected the name of one image, once, a tab and its class, got "
+                            f"{line[:60]!r}")
+        found[name] = rest[0]
+    missing = [name for name in found if not (folder / "images" / name).is_file()]
+    if missing or not found:
+        raise UserError(f"{path}: {len(missing)} of {len(found)} images are not in {folder / 'images'}: "
+                        f"{', '.join(missing[:5])}; unpack the set again")
+    classes = sorted(set(found.values()))
+    number_of = {name: number for number, name in enumerate(classes)}
+    images = sorted(((folder / "images" / name, number_of[wnid]) for name, wnid in found.items()),
+                    key=lambda image: (image[1], image[0]))
+    return Listing(folder=folder, classes=classes, images=images, left_out={}, example=None)
 
 
 class _Walk:

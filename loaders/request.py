@@ -41,6 +41,9 @@ class Request:
         image_size: pixels of both sides of the input of the model, or (height, width); resize keeps its proportion to
             the crop.
         hashes: the hashes of files of an earlier start; those of the files that are read are added.
+        test_fraction: fraction of the images that is held out for testing where the data have no test split.
+        image_root: the folder that the paths in a table are relative to; that of the table unless given.
+        columns: the names, or numbers from 1, of a table's columns of images and labels, and perhaps of splits.
     """
 
     name: str
@@ -57,3 +60,6 @@ class Request:
     channels: int | None = None
     image_size: int | tuple[int, int] | None = None
     hashes: FileHashes = field(default_factory=FileHashes)
+    test_fraction: float = 0.2
+    image_root: Path | None = None
+    columns: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loaders.arrays import ArrayImages, Images, ResizedImages, in_memory, prefetched
 from loaders.content import array_content, content_hash
+from loaders.packed import Packed, Picture
 from loaders.request import Request
 from metadata.errors import UserError, describe_validation_error
 from metadata.locks import appearing
@@ -32,7 +33,7 @@ class Split:
 
     images: Images
     labels: Tensor  # (N,) int64
-    paths: list[Path] | None = None  # the files of the images, if the data set has files
+    paths: list[Picture] | None = None  # the files of the images, if the data set has files
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,7 +98,7 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def few_images_warnings(labels: Tensor, class_names: Sequence[str], paths: Sequence[Path] | None = None) -> list[str]:
+def few_images_warnings(labels: Tensor, class_names: Sequence[str], paths: Sequence[Picture] | None = None) -> list[str]:
     """Return which classes have no training image, or a single one, which `hold_out` leaves in train.
 
     Args:
@@ -226,7 +227,11 @@ def write_image_folder(split: Split, class_names: list[str], folder: Path) -> No
             _write_arrays(split, class_names, partial)
         else:
             for index, (path, label) in enumerate(zip(split.paths, split.labels.tolist(), strict=True)):
-                shutil.copyfile(path, partial / class_names[label] / f"{index:06d}{path.suffix}")
+                copy = partial / class_names[label] / f"{index:06d}{path.suffix}"
+                if isinstance(path, Packed):
+                    copy.write_bytes(path.read())
+                else:
+                    shutil.copyfile(path, copy)
 
 
 def _write_arrays(split: Split, class_names: list[str], folder: Path) -> None:

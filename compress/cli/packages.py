@@ -26,7 +26,12 @@ def package(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="fold
 
 def export_data(name: Annotated[str, typer.Argument(help="name of a data set, see loaders/")], out: NewFolder,
                 root: Annotated[Path | None, typer.Option(help="folder that holds the data set's files")] = None,
-                download: Annotated[bool, typer.Option("--download", help="download a missing data set")] = False) -> None:
+                download: Annotated[bool, typer.Option("--download", help="download a missing data set")] = False,
+                test_fraction: Annotated[float, typer.Option("--test_fraction", help="share of the images that is the test "
+                                                             "split, where the data have none")] = 0.2,
+                image_root: Annotated[Path | None, typer.Option("--image_root", help="folder that a CSV's paths are "
+                                                                "relative to")] = None,
+                columns: Annotated[str, typer.Option(help="a table's columns, such as file,species")] = "") -> None:
     """Write a test split as an image folder. The evaluator reads it.
 
     Original image files are copied. Images that have none are written as PNG.
@@ -41,7 +46,8 @@ def export_data(name: Annotated[str, typer.Argument(help="name of a data set, se
         raise UserError(f"--out {out}: already there; nothing was written")
     tracker = Tracker(terminal())
     with tracker.progress("reading images") as advance:
-        splits = load(Request(name=name, root=root, download=download, on_progress=advance))
+        splits = load(Request(name=name, root=root, download=download, on_progress=advance, test_fraction=test_fraction,
+                              image_root=image_root, columns=[part.strip() for part in columns.split(",") if part.strip()]))
         test = splits.open_test()
     for text in splits.warnings:
         tracker.warn(text)

@@ -85,7 +85,7 @@ def identities(stages: Iterable[tuple[str, Stage]], card: DatasetCard, config: R
         else:
             made_from |= {"data": _data(card, config), "content": {
                 split: classes for split, classes in card.content.items() if split != "test"}}
-            made_from["code"] |= code_of([set_module(config.data.name)])
+            made_from["code"] |= code_of([set_module(card.name)])
         if stage.opens_test:
             made_from["content"] = {**made_from.get("content", {}), "test": card.content.get("test", {})}
         found.append(StageIdentity(stage=name.partition("-")[2], made_from=json.loads(json.dumps(made_from))))

@@ -109,7 +109,8 @@ def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) 
     return Request(name=data.name, root=data.root, download=data.download, validation_fraction=data.validation_fraction,
                    seed=seed, num_classes=data.num_classes, preprocessing=preprocessing,
                    skip_unreadable=data.skip_unreadable, memory_limit_gb=data.memory_limit_gb, workers=workers,
-                   on_progress=on_progress, channels=data.channels, image_size=data.image_size)
+                   on_progress=on_progress, channels=data.channels, image_size=data.image_size,
+                   test_fraction=data.test_fraction, image_root=data.image_root, columns=data.columns)
 
 
 def threads(config: RunConfig) -> int:

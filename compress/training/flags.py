@@ -21,8 +21,8 @@ TRAINING_RECIPES = RECIPES / "training"
 class TrainingRun(TrainingSettings):
     """One training, resolved: the data, the model, the machine, and how to train."""
 
-    dataset: str = Field("cifar10", description="a set of loaders/; image_folder for any folder of images")
-    data_root: Path | None = Field(None, description="folder of the set's files: an image folder or torchvision's files")
+    dataset: str = Field("cifar10", description="a set of loaders/; image_folder recognizes the format of any images")
+    data_root: Path | None = Field(None, description="where the set is: a folder, a CSV, tars, torchvision's files")
     download: bool = Field(False, description="let torchvision fetch a missing set")
     num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
     image_size: Sides | None = Field(None, description="pixels of both sides of the input, or [height, width]; the set's "
@@ -35,6 +35,12 @@ class TrainingRun(TrainingSettings):
     interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
     mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
     std: list[float] | None = Field(None, description="per channel; the set's own unless given")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images held out for testing, by the hash of "
+                                 "their content, where data have no test split")
+    image_root: Path | None = Field(None, description="folder that the paths of a CSV are relative to; that of the CSV "
+                                    "unless given")
+    columns: list[str] = Field([], description="a table's columns of images and labels, and perhaps of splits, by name or "
+                               "by number from 1, such as file,species; found by themselves unless given")
     num_workers: int = Field(2, ge=1, le=256, description="threads or processes that decode images")
     validation_fraction: float = Field(0.1, ge=0, lt=1, validation_alias="val_fraction", description="share of the "
                                        "training images held out, class by class; 0: none")
@@ -56,7 +62,7 @@ class TrainingRun(TrainingSettings):
 
     WHERE: ClassVar = TrainingSettings.WHERE | {
         "log_dir", "threads", "device", "num_workers", "use_tensorboard", "use_wandb", "wandb_project", "download",
-        "data_root", "num_classes", "skip_unreadable", "memory_limit_gb"}
+        "data_root", "image_root", "num_classes", "skip_unreadable", "memory_limit_gb"}
 
     @property
     def training(self) -> TrainingSettings:

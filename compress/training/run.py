@@ -121,7 +121,8 @@ _FLAGS = {
     "data.download=true": "--download", "data.skip_unreadable=true": "--skip_unreadable", "data.root=": "--data_root ",
     "data.root": "--data_root", "data.name": "--dataset", "data.num_classes": "--num_classes",
     "data.image_size": "--image_size", "data.resize and data.crop": "--resize and --crop", "data.channels": "--channels",
-    "data.resize": "--resize", "data.crop": "--crop"}
+    "data.resize": "--resize", "data.crop": "--crop", "data.test_fraction": "--test_fraction",
+    "data.image_root=": "--image_root ", "data.columns=": "--columns "}
 
 
 @contextmanager
@@ -181,7 +182,8 @@ def _request(config: TrainingRun, hashes: FileHashes, on_progress: Advance) -> R
         validation_fraction=config.validation_fraction, seed=config.seed,
         num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
         skip_unreadable=config.skip_unreadable, on_progress=on_progress, image_size=config.image_size,
-        channels=config.channels, hashes=hashes,
+        channels=config.channels, hashes=hashes, test_fraction=config.test_fraction, image_root=config.image_root,
+        columns=config.columns,
         preprocessing={key: getattr(config, key) for key in Preprocessing.model_fields
                        if getattr(config, key, None) is not None})
 
@@ -282,7 +284,8 @@ def begin(config: TrainingRun, card: DatasetCard, tracker: Tracker) -> None:
 
 def _check_finished(config: TrainingRun, tracker: Tracker) -> None:
     """Raise UserError if the data are other ones than those that a finished training began with."""
-    if config.data_root is not None and not config.data_root.exists():
+    pattern = config.data_root is not None and any(sign in str(config.data_root) for sign in "*?[{")
+    if config.data_root is not None and not pattern and not config.data_root.exists():
         tracker.warn(f"--data_root {config.data_root} is not there: the data are not compared with those of the training")
         return
     hashes = read_hashes(config.log_dir)

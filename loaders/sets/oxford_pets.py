@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from loaders.files import file_splits
 from loaders.request import Request
-from loaders.sets.image_folder import file_splits, folder_splits
+from loaders.sets.image_folder import folder_splits
 from loaders.splits import Splits, torchvision_root
 from metadata.errors import UserError, first_line
 from metadata.records import dataset_cards

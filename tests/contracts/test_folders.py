@@ -208,11 +208,12 @@ def unsort(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "below", "said"), [
-    (only_classes, "", r"found 3 class folders with 12 images directly in it \(class_000, class_001, class_002\); move "
-     r"them into .*/train, and images for testing into .*/test"),
+    (lambda root: (only_classes(root), shutil.copytree(root / "class_000", root / "more" / "class_000")), "",
+     r"found 4 folders with 16 images in it \(class_000, class_001, class_002, more\); if these are the classes, pass "
+     r"data\.name=flat_folder, or move them into .*/train, and images for testing into .*/test"),
     (lambda root: None, "train", r"this is a split itself; pass data\.root=.*set$"),
     (deepen, "", r"found .*/set/deeper/train; pass data\.root=.*/set/deeper"),
-    (lambda root: (root / "train").rename(root / "Training"), "", r"found .*/Training; rename it to .*/train"),
+    (lambda root: (root / "train").rename(root / "Training set"), "", r"found .*/Training set; rename it to .*/train"),
     (lambda root: shutil.rmtree(root), "", "there is no such folder"),
     (lambda root: (shutil.rmtree(root), root.write_text("")), "", "is a file"),
     (lambda root: (shutil.rmtree(root), root.mkdir()), "", "found no folders"),

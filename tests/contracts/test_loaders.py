@@ -49,7 +49,8 @@ def test_loader_contract(name: str, tmp_path: Path) -> None:
 
 
 def test_every_set_is_known() -> None:
-    assert set(sets()) == {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "oxford_iiit_pet"}
+    assert set(sets()) == {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "oxford_iiit_pet",
+                           "flat_folder", "csv", "tiny_imagenet", "parquet", "webdataset"}
 
 
 def test_fashion_labels_are_those_of_the_data_set(tmp_path: Path) -> None:
@@ -201,8 +202,8 @@ def test_separate_validation_folder_is_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "said"), [
-    (lambda root: root.joinpath("train").rename(root / "training"), "expected"),
-    (lambda root: root.joinpath("test").rename(root / "testing"), "expected a test split"),
+    (lambda root: root.joinpath("train").rename(root / "old"), "expected"),
+    (lambda root: root.joinpath("test").rename(root / "tests"), "expected a test split"),
     (lambda root: (root / "train" / "class_new").mkdir(), "class_new: the class has no images"),
     (lambda root: (root / "test" / "class_000").rename(root / "test" / "class_zzz"), "1 of its classes are not in"),
     (lambda root: (root / "train" / "class_000" / "0.png").write_text("no image"), "class_000/0.png"),

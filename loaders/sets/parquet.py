@@ -1,0 +1,258 @@
+"""Hugging Face `datasets` folders with Parquet files: `data/train-00000-of-00001.parquet`, with images as {bytes, path}.
+
+The stored pictures are cut out into a temporary file without a name, because a Parquet file is not read by position.
+Source: https://huggingface.co/docs/hub/datasets-image and the schema that `datasets` writes into a file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loaders.files import Collection, collected_splits
+from loaders.labels import MOST_CLASSES, numbered, split_in
+from loaders.packed import MOST_BYTES, Packed, Spool
+from loaders.request import Request
+from loaders.splits import Splits
+from metadata.closest import closest
+from metadata.errors import UserError, first_line, some_of
+
+NAME = "parquet"
+ROWS = 256  # that are read at once
+MOST_GROUP_BYTES = 2**32  # of a row group's columns, as the file states them
+MOST_CARD_BYTES = 2**22  # of README.md
+DEEP = 3  # folders below the root in which files are looked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A Parquet file.
+
+    Args:
+        path: of the file.
+        split: that its name says, or None.
+        image: the column of pictures.
+        label: the column of labels.
+        names: of the classes by label, if they are stated.
+        rows: the number of rows.
+        group_bytes: of both columns, in each row group, decompressed.
+    """
+
+    path: Path
+    split: str | None
+    image: str
+    label: str
+    names: list[str] | None
+    rows: int
+    group_bytes: list[int]
+
+
+def parquet(request: Request) -> Splits:
+    """Open the Parquet files of a folder, or one.
+
+    Raises:
+        UserError: pyarrow is not installed, a file is damaged or absurd, a column is missing, a label is out of range, or a
+            row has no picture.
+    """
+    if request.root is None:
+        raise UserError("data.root is not set: parquet needs a folder with data/train-00000-of-00001.parquet; pass "
+                        "data.root=DIR")
+    _arrow()
+    root = request.root
+    paths = _files(root)
+    if not paths:
+        raise UserError(f"data.root {root}: expected Parquet files such as {root}/data/train-00000-of-00001.parquet")
+    card = _card_names(root)
+    tables = [_opened(path, root, request.columns, card) for path in paths]
+    first = tables[0]
+    for table in tables:
+        if (table.image, table.label, table.names) != (first.image, first.label, first.names):
+            raise UserError(f"{table.path}: other columns or classes than in {first.path}; pass data.root with the folder "
+                            "of one configuration")
+    splits = {table.split for table in tables}
+    if None in splits and len(splits) > 1:
+        odd = next(table.path for table in tables if table.split is None)
+        raise UserError(f"{odd}: its name says no split (train, validation, test), as others do; rename it, or move it "
+                        "away")
+    spool = Spool(sum(sum(table.group_bytes) for table in tables))
+    listed: dict[str, list[tuple[Packed, Any]]] = {}
+    for table in tables:
+        listed.setdefault(table.split or "train", []).extend(_rows(table, spool))
+    if "train" not in listed:
+        raise UserError(f"data.root {root}: no file of the split train (found: "
+                        f"{some_of([path.name for path in paths], 5)})")
+    if "test" not in listed and "validation" in listed:
+        listed["test"] = listed.pop("validation")  # as in a folder
+    names = first.names or numbered((label for rows in listed.values() for _, label in rows), str(root))
+    index = {name: number for number, name in enumerate(names)}
+    found = {split: [(picture, label if first.names else index[str(label)]) for picture, label in rows]
+             for split, rows in listed.items()}
+    return collected_splits(request, NAME, Collection(classes=names, train=found["train"], test=found.get("test"),
+                                                      validation=found.get("validation"), where=str(root)))
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"data.name {NAME}: pyarrow is not installed; pip install pyarrow, or pip install -e "
+                        ".[datasets]") from error
+    return pyarrow
+
+
+def _files(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    depths = ["/".join(["*"] * depth + ["*.parquet"]) for depth in range(DEEP + 1)]
+    return sorted(path for pattern in depths for path in root.glob(pattern)
+                  if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def _opened(path: Path, root: Path, columns: list[str], card: Mapping[str, list[str]]) -> Table:
+    """Return what a file's footer says."""
+    arrow = _arrow()
+    try:
+        file = arrow.parquet.ParquetFile(path)
+        schema, footer = file.schema_arrow, file.metadata
+        group_bytes = [_group_bytes(footer.row_group(number)) for number in range(footer.num_row_groups)]
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
+    if any(not 0 <= size <= MOST_GROUP_BYTES for size in group_bytes) or footer.num_rows < 1:
+        raise UserError(f"{path}: {footer.num_rows:,} rows, and a row group of {max(group_bytes, default=0):,} bytes; "
+                        f"expected rows, and at most {MOST_GROUP_BYTES:,} bytes in a row group")
+    features = _features(schema, path)
+    image, label = _columns(schema, features, columns, path)
+    names = features.get(label, {}).get("names") if isinstance(features.get(label), dict) else None
+    names = _checked_names(names if names is not None else card.get(label), f"{path}, column {label}")
+    kind = schema.field(label).type
+    texts = (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)) and names is None
+    if not (arrow.types.is_integer(kind) or texts):
+        raise UserError(f"{path}: the labels in {label} are {kind}, expected integers, or text; pass "
+                        "data.columns=IMAGE,LABEL")
+    return Table(path=path, split=split_in(path, root), image=image, label=label, names=names, rows=footer.num_rows,
+                 group_bytes=group_bytes)
+
+
+def _group_bytes(group: Any) -> int:
+    return int(group.total_byte_size) if group.total_byte_size >= 0 else -1
+
+
+def _features(schema: Any, path: Path) -> dict[str, Any]:
+    """Return the features that `datasets` writes into the schema, by column."""
+    try:
+        content = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        found = content.get("info", {}).get("features", {})
+        return found if isinstance(found, dict) else {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: the features in its schema are damaged: {first_line(error)}") from error
+
+
+def _columns(schema: Any, features: dict[str, Any], given: list[str], path: Path) -> tuple[str, str]:
+    """Return the columns of pictures and labels."""
+    for column in given:
+        if column not in schema.names:
+            raise UserError(f"{path}: there is no column {column!r}{closest(column, schema.names)} (there are: "
+                            f"{some_of(schema.names, 9)})")
+    if len(given) == 2:
+        return given[0], given[1]
+    if given:
+        raise UserError(f"data.columns {','.join(given)}: expected two columns: image, label")
+    kind = {name: value.get("_type") for name, value in features.items() if isinstance(value, dict)}
+    arrow = _arrow()
+    images = [name for name in schema.names if kind.get(name) == "Image"] or [
+        field.name for field in schema if arrow.types.is_struct(field.type) and any(
+            field.type.field(place).name == "bytes" for place in range(field.type.num_fields))] or [
+        field.name for field in schema if arrow.types.is_binary(field.type)]
+    labels = [name for name in schema.names if kind.get(name) == "ClassLabel"] or [
+        name for name in schema.names if name not in images and name.lower() in ("label", "labels", "class", "target")]
+    if len(labels) > 1:
+        labels = [name for name in labels if name in ("label", "labels")] or labels
+    if len(images) != 1 or len(labels) != 1:
+        raise UserError(f"{path}: which columns hold images and labels? There are: {some_of(schema.names, 9)}; pass "
+                        "data.columns=IMAGE,LABEL")
+    return images[0], labels[0]
+
+
+def _checked_names(names: Any, where: str) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not 0 < len(names) <= MOST_CLASSES or {type(name) for name in names} != {str}:
+        raise UserError(f"{where}: expected a list of class names, got {str(names)[:60]}")
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise UserError(f"{where}: the class name {twice[:60]!r} stands for two labels")
+    return names
+
+
+def _card_names(root: Path) -> dict[str, list[str]]:
+    """Return the class names in the YAML of README.md, by column."""
+    path = (root if root.is_dir() else root.parent) / "README.md"
+    try:
+        if not path.is_file() or path.stat().st_size > MOST_CARD_BYTES:
+            return {}
+        text = path.read_text(encoding="utf-8-sig")
+        front = text.split("\n---", 1)[0].removeprefix("---") if text.startswith("---") else ""
+        content = yaml.load(front, yaml.BaseLoader)  # texts alone: a class may be named no, or 1e3
+        info = content.get("dataset_info") if isinstance(content, dict) else None
+        info = info[0] if isinstance(info, list) and len(info) == 1 else info
+        found = {}
+        for feature in info.get("features", []) if isinstance(info, dict) else []:
+            names = feature["dtype"]["class_label"]["names"] if isinstance(feature.get("dtype"), dict) else None
+            if isinstance(names, dict) and all(isinstance(name, str) for name in names.values()):
+                found[feature["name"]] = [names[key] for key in sorted(names, key=int)]
+        return found
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError,
+            RecursionError) as error:
+        raise UserError(f"{path}: the features in its YAML are damaged: {first_line(error)}; correct or remove "
+                        "them") from error
+
+
+def _rows(table: Table, spool: Spool) -> Iterator[tuple[Packed, Any]]:
+    """Yield the pictures of a file with their labels; the bytes go into the temporary file."""
+    arrow = _arrow()
+    row = 0
+    try:
+        with arrow.parquet.ParquetFile(table.path) as file:
+            for batch in file.iter_batches(batch_size=ROWS, columns=[table.image, table.label], use_threads=False):
+                for image, label in zip(batch.column(table.image), batch.column(table.label).to_pylist(), strict=True):
+                    where = f"{table.path}: row {row}"
+                    content, name = _content(image, where)
+                    if label is None or (table.names is not None and not 0 <= label < len(table.names)):
+                        among = f"0 to {len(table.names) - 1}" if table.names else "one"
+                        raise UserError(f"{where}: the label in {table.label} is {label}, expected {among}; -1 marks "
+                                        "images without a label, whose split must be moved away")
+                    named = f"row {row} ({name})" if name else f"row {row}"
+                    place = spool.add(content)
+                    yield Packed(file=table.path, name=named, offset=place, size=len(content), spool=spool), label
+                    row += 1
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{table.path}: damaged behind row {row}: {first_line(error)}") from error
+
+
+def _content(image: Any, where: str) -> tuple[bytes, str]:
+    """Return the stored picture in a cell, and the name that it had."""
+    value = image.as_py()
+    content, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if not isinstance(content, bytes) or not content:
+        path = f", only the path {str(name)[:80]}" if name else ""
+        raise UserError(f"{where}: the cell holds no picture{path}; write the set with the pictures in it (`push_to_hub`)")
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{where}: a picture of {len(content):,} bytes is over the limit of {MOST_BYTES:,}")
+    return content, str(name)[:80] if name else ""
+
+
+def _recognize(root: Path) -> str:
+    if root.is_file():
+        return "a Parquet file" if root.suffix.lower() == ".parquet" else ""
+    paths = _files(root) if root.is_dir() else []
+    return f"{len(paths)} Parquet file{'s' * (len(paths) > 1)}, such as {paths[0].relative_to(root)}" if paths else ""
+
+
+SETS = {NAME: parquet}
+RECOGNIZED = {NAME: _recognize}
