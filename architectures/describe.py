@@ -71,7 +71,8 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int], model_type: str |
     if len(placeholders := [node for node in graph.nodes if node.op == "placeholder"]) > 1:
         raise UserError(f"input {placeholders[1].name}: a student takes one tensor, this model takes more")
     marked(graph)
-    lowering = Lowering(model=model, constants=constants, exact=built)
+    called = frozenset(str(node.target) for node in graph.nodes if node.op == "call_module")
+    lowering = Lowering(model=model, constants=constants, called=called, exact=built)
     output = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     for node in graph.nodes:
         if node.op != "output":

@@ -6,6 +6,7 @@ among their arguments, are told here: one call may be several layers, or none.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from torch import Tensor, fx, nn
 from architectures.axes import axes_of
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, outside, place_of
 from architectures.layers.table import row_of_call, row_of_module
-from architectures.tracing import module_inputs
 from metadata.errors import UserError
 
 Handler = Callable[["Lowering", Any], str]
@@ -52,11 +52,13 @@ class Lowering:
         layers: the layers, as rows of the architecture's JSON.
         weights: their tensors, by layer and key.
         consumed: the names of the network's own tensors that a layer holds.
+        called: the paths of the modules that the graph calls.
         exact: the graph is one that `build` made: each node is one layer, and has its name.
     """
 
     model: nn.Module
     constants: dict[str, Tensor]
+    called: frozenset[str] = frozenset()
     exact: bool = False
     names: dict[fx.Node, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -102,10 +104,13 @@ class Lowering:
         inputs = [self.source(source) for source in module_inputs(node, module)]
         options = row.from_module(module, name)
         state = module.state_dict()
+        turned = row.__name__ == "BatchNorm1d" and rows_are_folded(node)
+        if turned:
+            inputs = [self.permuted(node, inputs[0], [0, 2, 1])]
         layer = self.emit(node, row.__name__, inputs, name=self._module_name(node, bool(state)), **options)
         self.weights.update({f"{layer}.{key}": tensor for key, tensor in state.items()})
         self.consumed.update(f"{name}.{key}" for key in state)
-        return layer
+        return self.permuted(node, layer, [0, 2, 1]) if turned else layer
 
     def _module_name(self, node: fx.Node, has_weights: bool) -> str:
         """Return a module's path. A module with weights keeps it, as the state dict uses it."""
@@ -188,9 +193,8 @@ class Lowering:
         name = node.name
         if first is not None and first.op == "get_attr" and not str(first.target).startswith("_tensor_constant"):
             name = WEIGHT.sub("", str(first.target)) or node.name
-            inside = any(other == name or other.startswith(f"{name}.") or name.startswith(f"{other}.")
-                         for other in self._taken)
-            name = node.name if inside else name
+            if any(other.startswith(f"{name}.") for other in (*self._taken, *self.called)):
+                name = f"{name}.{call_name(node)}"  # such as a norm that holds its activation
         layer = self.emit(node, kind, inputs, name=name, **options)
         for key, value in tensors.items():
             if value is not None:
@@ -253,6 +257,22 @@ class Lowering:
         return kept[::-1]
 
 
+def module_inputs(node: fx.Node, module: nn.Module) -> list[fx.Node]:
+    """Return the tensors that a module is called with, by position or by name.
+
+    Raises:
+        UserError: an argument is no tensor.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name in list(inspect.signature(module.forward).parameters)[len(args):]:
+        if name in kwargs:
+            args.append(kwargs.pop(name))
+    if kwargs or not all(isinstance(value, fx.Node) for value in args):
+        raise UserError(f"layer {place_of(node)}: a call with something other than tensors {NOT_IN_TABLE}; "
+                        f"{AS_TEACHER}")
+    return [value for value in args if isinstance(value, fx.Node)]
+
+
 def marked(graph: fx.Graph) -> None:
     """Note in each node's meta whether it depends on the images."""
     for node in graph.nodes:
@@ -263,6 +283,11 @@ def marked(graph: fx.Graph) -> None:
 def image_shape(node: Any) -> tuple[int, ...]:
     """Return a traced tensor's shape for one image."""
     return axes_of(node).image_shape
+
+
+def rows_are_folded(node: Any) -> bool:
+    """Return whether a tensor is (N * rows, channels), in the architecture (N, rows, channels)."""
+    return bool(node.meta.get("shapes")) and axes_of(node).fold > 1 and len(image_shape(node)) == 2
 
 
 def is_number(value: Any) -> bool:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
-from architectures.heads import in_evaluation
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
 from architectures.layers.table import row_of_call, row_of_module
 from metadata.errors import UserError, first_line
@@ -104,6 +103,15 @@ class ImageTracer(fx.Tracer):
                 self.constants[name] = vars(root).pop(name)
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         return graph
+
+    def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool,
+                             concrete_args: dict[str, Any] | tuple[Any, ...] | None = None) -> tuple[Any, list[Any]]:
+        """Return the network's forward pass and its arguments: the images alone where all others have defaults."""
+        _, first, *more = inspect.signature(inspect.unwrap(root_fn)).parameters.values()
+        if first.kind is first.POSITIONAL_OR_KEYWORD and all(
+                each.default is not each.empty or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in more):
+            return root_fn, [self.root, self.create_proxy("placeholder", first.name, (), {})]
+        return super().create_args_for_root(root_fn, is_module, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return row_of_module(m) is not None or (super().is_leaf_module(m, module_qualified_name)
@@ -235,7 +243,7 @@ class ImageTracer(fx.Tracer):
         if self._shadow is None:
             first = next(iter(self.model.state_dict().values()), None)
             here = first is None or first.device == self.device
-            self._shadow = self.model if here else copy.deepcopy(self.model).to(self.device)
+            self._shadow = self.model if here else _copied(self.model, self.device)
         return self._shadow
 
     @staticmethod
@@ -252,6 +260,14 @@ def _revived(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _copied(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """Return a copy of a network that shares its parameters, or has parameters without values on the meta device."""
+    memo: dict[int, Any] = {id(each): nn.Parameter(each.detach().to(device), each.requires_grad) if device else each
+                            for each in model.parameters()}
+    copied = copy.deepcopy(model, memo)
+    return copied.to(device) if device else copied
+
+
 def _attribute(root: Any, target: str) -> Any:
     for part in target.split("."):
         root = getattr(root, part)
@@ -266,13 +282,12 @@ def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[f
     Raises:
         UserError: the network cannot be traced; the layer and the line are named.
     """
-    with in_evaluation(model):
-        tracer, graph = _traced(model, BATCHES[0], input_shape)
-        if not tracer.asked and all(map(_is_plain, graph.nodes)):
-            return graph, tracer.constants
-        tracer.measure(graph)
-        again, other = _traced(model, BATCHES[1], input_shape)
-        again.measure(other)
+    tracer, graph = _traced(model, BATCHES[0], input_shape)
+    if not tracer.asked and all(map(_is_plain, graph.nodes)):
+        return graph, tracer.constants
+    tracer.measure(graph)
+    again, other = _traced(model, BATCHES[1], input_shape)
+    again.measure(other)
     _check_calls(graph, other, "does something else for three images than for two", numbers_may_differ=True)
     for node, twin in zip(graph.nodes, other.nodes, strict=True):
         if "shape" in node.meta and "shape" in twin.meta:
@@ -303,7 +318,7 @@ def check_one_graph(model: nn.Module, graph: fx.Graph, input_shape: tuple[int, i
         UserError: the forward pass does something else in training, which a student would lose; the line is named.
     """
     try:
-        _, in_training = _traced(copy.deepcopy(model).train(), BATCHES[0], input_shape)
+        _, in_training = _traced(model, BATCHES[0], input_shape, training=True)
     except UserError as error:
         raise UserError(f"in training mode (self.training), unlike in evaluation: {error}") from error
     _check_calls(in_training, graph, "does something else in training mode (self.training) than in evaluation")
@@ -332,7 +347,10 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
-def _traced(model: nn.Module, count: int, input_shape: tuple[int, int, int]) -> tuple[ImageTracer, fx.Graph]:
+def _traced(model: nn.Module, count: int, input_shape: tuple[int, int, int],
+            training: bool = False) -> tuple[ImageTracer, fx.Graph]:
+    """Trace a copy that shares the parameters: code may keep what it was given, and that is no tensor here."""
+    model = _copied(model).train(training)
     tracer = ImageTracer(model, count, input_shape)
     try:
         graph = tracer.trace(model)
@@ -374,19 +392,3 @@ def _normalize_calls(graph: fx.Graph) -> None:
                 break
             args.append(kwargs.pop(name))
         node.args, node.kwargs = tuple(args), kwargs
-
-
-def module_inputs(node: fx.Node, module: nn.Module) -> list[fx.Node]:
-    """Return the tensors that a module is called with, by position or by name.
-
-    Raises:
-        UserError: an argument is no tensor.
-    """
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for name in list(inspect.signature(module.forward).parameters)[len(args):]:
-        if name in kwargs:
-            args.append(kwargs.pop(name))
-    if kwargs or not all(isinstance(value, fx.Node) for value in args):
-        raise UserError(f"layer {place_of(node)}: a call with something other than tensors {NOT_IN_TABLE}; "
-                        f"{AS_TEACHER}")
-    return [value for value in args if isinstance(value, fx.Node)]

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from architectures.axes import axes_of
 from architectures.layers.base import outside, place_of, traced_argument
-from architectures.lowering import Lowering, handles, image_shape
+from architectures.lowering import Lowering, handles, image_shape, rows_are_folded
 
 
 # ------------------------------------------------------------------------------------------------ weights as arguments
@@ -57,7 +56,7 @@ def lower_batch_norm(lowering: Lowering, node: Any) -> str:
         raise outside(place_of(node), "a batch norm without stored statistics")
     shape, name = image_shape(source), lowering.source(source)
     channels = mean.meta["shapes"][0][0]
-    turned = axes_of(source).fold > 1 and len(shape) == 2  # rows folded into the images: (N, rows, channels)
+    turned = rows_are_folded(source)
     if turned:
         name = lowering.permuted(node, name, [0, 2, 1])
     tensors = {"weight": weight, "bias": bias, "running_mean": mean, "running_var": variance}

@@ -284,3 +284,41 @@ def test_random_networks_are_described_exactly_or_refused_in_one_line() -> None:
         except UserError as error:
             assert "\n" not in str(error)
     assert described > 50
+
+
+class Optional(nn.Module):
+    """A network as timm writes them: further arguments with defaults, a norm with its activation, a cache of its own."""
+
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-3))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.rows = nn.Conv2d(3, 4, 3), self.NormAct(4), nn.BatchNorm1d(4)
+        self.bias, self.cache = nn.Parameter(torch.rand(2, 4)), dict[str, Tensor]()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        if causal or mask is not None:
+            raise NotImplementedError
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias[:, torch.tensor([3, 1, 2, 0])]
+        x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        x = self.rows(x.flatten(0, 1)).reshape_as(x)
+        return (x + self.cache["bias"].mean(0, keepdim=True)).flatten(1)
+
+
+def test_arguments_with_defaults_caches_and_norms_with_activations() -> None:
+    torch.manual_seed(0)
+    model = Optional().eval()
+    for norm in (model.norm, model.rows):
+        torch.nn.init.uniform_(norm.running_mean)
+    lowered = lower(model, SHAPE)
+    assert not model.cache and {"conv.weight", "rows.weight", "norm.batch_norm.running_mean"} <= lowered.weights.keys()
+    images = torch.randn(5, *SHAPE)
+    with torch.no_grad():
+        assert torch.allclose(lowered.build()(images), model(images), atol=1e-6)
