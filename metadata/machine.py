@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -117,4 +118,6 @@ def versions() -> dict[str, str]:
     import torch
     runtimes = ("onnx", "onnxruntime", "openvino", "ai_edge_litert")
     used: dict[str, str] = {name: sys.modules[name].__version__ for name in runtimes if name in sys.modules}
+    if "executorch.extension.pybindings._C" in sys.modules:  # a package without code of its own
+        used["executorch"] = importlib.metadata.version("executorch")
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, **used}

@@ -154,7 +154,7 @@ class ModelMetadata(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     schema_version: Literal[1] = Field(1, alias="schema")
-    model_format: Literal["pytorch", "onnx", "litert", "executorch", "openvino"]
+    model_format: Literal["pytorch", "onnx", "litert", "executorch", "openvino", "torch_export"]
     architecture: str
     num_classes: Size
     class_names: Texts
@@ -168,7 +168,7 @@ class ModelMetadata(BaseModel):
     files: Annotated[dict[FileName, FileRecord], Field(max_length=10_000)]
     accuracy: dict[str, Any] = {}
     latency: dict[str, Any] = {}
-    runtime: Literal["onnxruntime", "openvino", "litert", "executorch"] | None = None
+    runtime: Literal["onnxruntime", "openvino", "litert", "executorch", "torch_export"] | None = None
     portability: dict[str, Any] | None = None
     versions: dict[str, str] = {}
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from compress.evaluation.executorch_runtime import ExecutorchRuntime
 from compress.evaluation.litert_runtime import LitertRuntime
 from architectures.onnx_data import data_files
 from compress.evaluation.onnx_runtimes import OnnxRuntime, OpenvinoRuntime
+from compress.evaluation.openvino_runtime import numbers_beside, OpenvinoIrRuntime
 from compress.evaluation.runtime import FileRuntime
 from compress.evaluation.submission_files import SubmissionFiles
+from compress.evaluation.torch_program_runtime import TorchProgramRuntime
 
 
 class FileOpener(Protocol):
@@ -47,7 +50,13 @@ FILE_FORMATS = {each.name: each for each in (
     FileFormat(name="onnx", suffix=".onnx", words=("onnx",), data_files=data_files,
                runtimes={"onnxruntime": OnnxRuntime, "openvino": OpenvinoRuntime}),
     FileFormat(name="litert", suffix=".tflite", words=("litert", "tflite", "tensorflowlite", "tflm"),
-               runtimes={"litert": LitertRuntime}))}
+               runtimes={"litert": LitertRuntime}),
+    FileFormat(name="openvino", suffix=".xml", words=("openvino",), data_files=numbers_beside,
+               runtimes={"openvino": OpenvinoIrRuntime}),
+    FileFormat(name="executorch", suffix=".pte", words=("executorch", "pte"),
+               runtimes={"executorch": ExecutorchRuntime}),
+    FileFormat(name="torch_export", suffix=".pt2", words=("torchexport", "exportedprogram", "pt2"),
+               runtimes={"torch_export": TorchProgramRuntime}))}
 FILE_BACKENDS = tuple(dict.fromkeys(backend for each in FILE_FORMATS.values() for backend in each.runtimes))
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from architectures.counting import check_costs
 from compress.evaluation.litert_files import QUANTIZED, StoredTensor, litert_costs, read_litert
-from compress.evaluation.runtime import FileRuntime
+from compress.evaluation.runtime import FileRuntime, quiet_library
 from compress.evaluation.submission_files import SubmissionFiles, check_claims
 from metadata.errors import VerificationError, first_line
 
@@ -25,7 +22,7 @@ class LitertRuntime(FileRuntime):
         self.file = read_litert(files.weights, files.input_shape, files.layout)
         from ai_edge_litert.interpreter import Interpreter
         try:
-            with _quiet():
+            with quiet_library():
                 self.interpreter = Interpreter(model_content=self.file.content, num_threads=threads)
                 self.interpreter.allocate_tensors()
             images, logits = self.interpreter.get_input_details()[0], self.interpreter.get_output_details()[0]
@@ -47,19 +44,6 @@ class LitertRuntime(FileRuntime):
         self.interpreter.invoke()
         logits = from_grid(self.interpreter.get_tensor(self.output), self.file.output)
         return logits.reshape(len(inputs), -1) if logits.ndim != 2 and logits.shape[:1] == (len(inputs),) else logits
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what the library writes to stderr off the terminal: it reports each delegate, and has no setting for that."""
-    with open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def to_grid(values: np.ndarray, tensor: StoredTensor) -> np.ndarray:

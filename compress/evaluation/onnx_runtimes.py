@@ -12,10 +12,9 @@ import numpy as np
 
 from architectures.onnx_files import read_onnx
 from compress.evaluation.runtime import FileRuntime
-from compress.evaluation.submission_files import SubmissionFiles, check_claims
+from compress.evaluation.submission_files import SubmissionFiles, check_claims, check_int8_layers
 from metadata.errors import UserError, VerificationError, first_line
 from metadata.machine import machine
-from metadata.schemas import METADATA_FILE
 
 
 class OnnxFileRuntime(FileRuntime):
@@ -24,13 +23,7 @@ class OnnxFileRuntime(FileRuntime):
     def __init__(self, backend: str, files: SubmissionFiles) -> None:
         self.file = read_onnx(files.weights, files.input_shape, files.layout)
         check_claims(files, self.file.parameters, self.file.macs)
-        if files.metadata and files.metadata.quantization.scheme == "static_int8":
-            stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
-            odd = min((name for name in stated.keys() | self.file.layers.keys()
-                       if stated.get(name) != self.file.layers.get(name)), default=None)
-            if odd is not None:
-                raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are "
-                                        f"({odd})")
+        check_int8_layers(files, self.file.layers)
         super().__init__(backend, files, parameters=self.file.parameters, macs=self.file.macs,
                          channels_last=self.file.channels_last, batch=self.file.batch)
 
@@ -114,7 +107,7 @@ def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **optio
         UserError: OpenVINO is not installed.
         RuntimeError: OpenVINO cannot compile the model.
     """
-    core = _core(import_openvino())
+    core = openvino_core()
     if isinstance(model, bytes):
         model = core.read_model(model)
     model.reshape(list(shape))
@@ -124,9 +117,13 @@ def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **optio
 
 
 @functools.cache
-def _core(openvino: Any) -> Any:
-    """Return OpenVINO's runtime, one for the process: the runtime must live as long as the models that it compiled."""
-    return openvino.Core()
+def openvino_core() -> Any:
+    """Return OpenVINO's runtime, one for the process: the runtime must live as long as the models that it compiled.
+
+    Raises:
+        UserError: OpenVINO is not installed.
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> Any:

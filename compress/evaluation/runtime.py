@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -83,3 +86,16 @@ class FileRuntime(Runtime):
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Return the logits of as many images as the file takes, in the file's layout."""
         raise NotImplementedError
+
+
+@contextlib.contextmanager
+def quiet_library() -> Iterator[None]:
+    """Keep what a library writes to stderr below Python off the terminal: some tell what they find, and have no setting."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

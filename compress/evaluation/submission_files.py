@@ -136,3 +136,21 @@ def check_claims(files: SubmissionFiles, parameters: int, macs: int | None) -> N
                                    ("macs", files.metadata.macs, macs)):
         if counted is not None and stated != counted:
             raise VerificationError(f"{files.folder}: {METADATA_FILE} states {stated:,} {claim}, the model has {counted:,}")
+
+
+def check_int8_layers(files: SubmissionFiles, layers: dict[str, bool]) -> None:
+    """Check which layers the metadata state to be int8 against the model's, where it is static int8.
+
+    Args:
+        files: the submission.
+        layers: the model's convolutions and matrix products by name: whether they are int8.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    if files.metadata is None or files.metadata.quantization.scheme != "static_int8":
+        return
+    stated = {name: text.startswith("int8") for name, text in files.metadata.quantization.layers.items()}
+    odd = min((name for name in stated.keys() | layers.keys() if stated.get(name) != layers.get(name)), default=None)
+    if odd is not None:
+        raise VerificationError(f"{files.folder}: quantization in {METADATA_FILE} is not what the layers are ({odd})")

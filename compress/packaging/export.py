@@ -120,8 +120,8 @@ def export(model: fx.GraphModule, architecture: Architecture) -> tuple[onnx.Mode
     return exported, described
 
 
-def check_same(expected: Tensor, got: Tensor, tolerance: float = 1e-3) -> dict[str, float]:
-    """Compare the logits of the exported file with those of the network: (N, classes) each.
+def check_same(expected: Tensor, got: Tensor, tolerance: float = 1e-3, title: str = "ONNX") -> dict[str, float]:
+    """Compare the logits of the exported file, whose format has a `title`, with those of the network: (N, classes) each.
 
     The largest difference may be `tolerance` times the largest logit; float32 sums in another order stay far below that.
     The first class of every image must be the same, except for a tie within that difference.
@@ -136,7 +136,30 @@ def check_same(expected: Tensor, got: Tensor, tolerance: float = 1e-3) -> dict[s
     margin = expected[rows, first] - expected[rows, other]
     changed = int((margin > tolerance * scale).sum())
     if not bool(torch.isfinite(expected).all() and torch.isfinite(got).all()) or difference > tolerance * scale or changed:
-        raise VerificationError(f"export: the ONNX file is not the network: logits differ by up to {difference:.3g} "
+        raise VerificationError(f"export: the {title} file is not the network: logits differ by up to {difference:.3g} "
                                 f"(largest logit {scale:.3g}), {changed} of {len(expected)} images get another class")
     return {"images": len(expected), "largest_difference": difference, "largest_logit": scale,
             "other_first_class": int((first != other).sum())}
+
+
+def check_labels(expected: Tensor, got: Tensor, share: float, title: str) -> dict[str, float]:
+    """Compare the answers of an int8 file with those of exact integers: (N, classes) logits each.
+
+    Args:
+        expected: of the ONNX file with exact integer sums.
+        got: of the file.
+        share: of the images that must get the same class.
+        title: of the file's format.
+
+    Raises:
+        VerificationError: fewer images do, or a logit is not finite; the message has the numbers.
+    """
+    same = int((expected.argmax(1) == got.argmax(1)).sum())
+    if same < share * len(expected) or not bool(torch.isfinite(got).all()):
+        raise VerificationError(f"export: the {title} file gives {same} of {len(expected)} images the class that exact "
+                                f"integers give, expected {share:.1%}: its runtime rounds or saturates otherwise, and "
+                                "classes of this network lie that close together; train longer, take weights that cannot "
+                                "saturate (quantize_static.weights=pair), or another format")
+    difference = float((expected - got).abs().max())
+    return {"images": len(expected), "same_class": same, "largest_difference": difference,
+            "largest_logit": float(expected.abs().max())}

@@ -39,22 +39,12 @@ class OnnxPackage(SubmissionContents):
         requirements = REQUIREMENTS + ("openvino>=2024.6\n" if self.backend == "openvino" else "")
         write_atomically(folder / "requirements.txt", requirements.encode())
         card = self._model_card(len(self.content), file.parameters, file.macs or 0, self._use(file.input_name),
-                                self._notes())
+                                f"| runtime | {self.backend} |\n" + int8_notes(self.scheme, self.layers, self.portability))
         write_atomically(folder / "README.md", card.encode())
         write_json(folder / METADATA_FILE, self._metadata(
             folder, model_format="onnx", architecture_file=None, parameters=file.parameters, macs=file.macs or 0,
             runtime=self.backend, portability=self.portability,
             quantization={"scheme": self.scheme, "layers": self.layers}))
-
-    def _notes(self) -> str:
-        """Return the rows of the model card that only an ONNX file has."""
-        int8 = sum(text.startswith("int8") for text in self.layers.values())
-        rows = f"| runtime | {self.backend} |\n"
-        if self.scheme != "none":
-            rows += f"| int8 | {int8} of {len(self.layers)} layers with weights (`quantization` in {METADATA_FILE}) |\n"
-        if self.portability:
-            rows += f"| on CPUs without VNNI | {self.portability['verdict']} |\n"
-        return rows
 
     def _use(self, input_name: str) -> str:
         return f"""Use it (`load_model` checks the files' hashes first, and gives a module that calls the runtime):
@@ -69,3 +59,14 @@ that the file was exported from; no program needs it:
     session = onnxruntime.InferenceSession("{self.weights_file}")
     logits = session.run(None, {{"{input_name}": images}})[0]  # (N, C, H, W) float32, preprocessed, to (N, classes)
 """
+
+
+def int8_notes(scheme: str, layers: dict[str, str], portability: dict[str, Any] | None) -> str:
+    """Return the rows of a model card on static int8: how many layers are int8, and where the accuracy holds."""
+    rows = ""
+    if scheme != "none":
+        int8 = sum(text.startswith("int8") for text in layers.values())
+        rows += f"| int8 | {int8} of {len(layers)} layers with weights (`quantization` in {METADATA_FILE}) |\n"
+    if portability:
+        rows += f"| on CPUs without VNNI | {portability['verdict']} |\n"
+    return rows

@@ -17,7 +17,7 @@ from compress.evaluation.file_formats import FILE_FORMATS
 from compress.evaluation.runtime import Runtime
 from compress.evaluation.runtimes import answering, EvaluationSettings, open_file, open_here, preferred_backend
 from compress.evaluation.submission import open_submission, read_submission
-from compress.pipeline.stage import Artifact, ONNX, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
+from compress.pipeline.stage import Artifact, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
 from compress.training.trackers import Tracker
 from loaders.splits import Splits
 from metadata.machine import torch_threads
@@ -44,13 +44,14 @@ def served(artifact: Artifact, folder: Path, card: DatasetCard) -> Served:
     """Open what a stage left in its folder as it will be served."""
     if isinstance(artifact, Submission):
         files = read_submission(artifact.folder)
-        size = files.weights.stat().st_size
         if files.kind in FILE_FORMATS:
+            size = sum(path.stat().st_size for path in {files.weights, *files.data_files})
             return _on_runtime(open_here(files, preferred_backend(files), EvaluationSettings().threads), size)
+        size = files.weights.stat().st_size
         return _in_torch(open_submission(files), card, size, files.architecture is not None and files.architecture.is_int8)
     if isinstance(artifact, OnnxModel):
-        runtime = open_file(folder / ONNX, card.input_shape, card.preprocessing, artifact.card.backend)
-        return _on_runtime(runtime, (folder / ONNX).stat().st_size)
+        runtime = open_file(artifact.served_file(folder), card.input_shape, card.preprocessing, artifact.backend)
+        return _on_runtime(runtime, sum(map(len, artifact.files.values())) or len(artifact.content))
     assert isinstance(artifact, TorchModel | TeacherModel)
     int8 = isinstance(artifact, TorchModel) and artifact.architecture.is_int8
     return _in_torch(artifact.module, card, (folder / WEIGHTS).stat().st_size, int8)

@@ -18,6 +18,7 @@ from architectures.architecture import Architecture
 from architectures.int8 import int8_modules
 from architectures.weights import open_model, read_weights
 from architectures.zoo import make
+from compress.packaging.formats.base import ONNX_FORMAT
 from compress.settings import Config
 from compress.training.data import Data, check_sizes, training_data
 from compress.training.precision import usable
@@ -32,7 +33,9 @@ from metadata.formats import write_tensors
 from metadata.records import DatasetCard, ModelReference
 from metadata.schemas import Strict
 
-ARCHITECTURE, WEIGHTS, REFERENCE, ONNX = "architecture.json", "weights.pth", "model.json", "model.onnx"
+ARCHITECTURE, WEIGHTS, REFERENCE = "architecture.json", "weights.pth", "model.json"
+MODEL, ONNX_SUFFIX = "model", ".onnx"
+ONNX = MODEL + ONNX_SUFFIX
 
 
 # ------------------------------------------------------------------------------------ what passes between stages
@@ -79,32 +82,56 @@ class OnnxCard(Strict):
 
     scheme: Literal["none", "static_int8"] = "none"
     layers: dict[str, str] = {}  # layer name -> "int8: ..." or "float32: reason"
-    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # the runtime that measures and serves it
+    backend: Literal["onnxruntime", "openvino"] = "onnxruntime"  # the runtime that the ONNX file is measured on
+    format: str = ONNX_FORMAT  # what is served; see `compress/packaging/formats/`
+    suffixes: list[str] = []  # of the files of another format than ONNX; the runtime opens the first
     portability: dict[str, Any] | None = None  # see compress/quantization/portability.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OnnxModel:
-    """An ONNX file, which runs on ONNX Runtime or OpenVINO and has no torch module.
+    """An ONNX file, which runs on ONNX Runtime or OpenVINO and has no torch module; or that network in another format.
+
+    Stages work on the ONNX file. What is measured, packaged and evaluated is the network in the format of the card.
 
     Args:
-        content: the file's bytes.
+        content: the ONNX file's bytes.
         architecture: the float network that the file was exported from, BatchNorm folded, with its history.
+        files: the files of another format by their suffixes; none where the format is ONNX.
     """
 
     content: bytes
     architecture: Architecture
     card: OnnxCard = field(default_factory=OnnxCard)
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         write_json(folder / ARCHITECTURE, self.architecture.to_json())
         write_json(folder / "onnx.json", self.card.model_dump())
         write_atomically(folder / ONNX, self.content)
+        self.write_served(folder)
+
+    def write_served(self, folder: Path) -> Path:
+        """Write the files in the format that is served. Return the one that the runtime opens."""
+        for suffix, content in (self.files or {ONNX_SUFFIX: self.content}).items():
+            write_atomically(folder / f"{MODEL}{suffix}", content)
+        return self.served_file(folder)
+
+    def served_file(self, folder: Path) -> Path:
+        """Return the path of the file that the runtime opens, in the folder that the model was saved in."""
+        return folder / f"{MODEL}{self.card.suffixes[0] if self.files else ONNX_SUFFIX}"
+
+    @property
+    def backend(self) -> str | None:
+        """The runtime that serves the model; None for the first one of its format."""
+        return None if self.files else self.card.backend
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
-        return cls((folder / ONNX).read_bytes(), architecture, read_json(folder / "onnx.json", OnnxCard))
+        card: OnnxCard = read_json(folder / "onnx.json", OnnxCard)
+        files = {suffix: (folder / f"{MODEL}{suffix}").read_bytes() for suffix in card.suffixes}
+        return cls(content=(folder / ONNX).read_bytes(), architecture=architecture, card=card, files=files)
 
 
 @dataclass(frozen=True)
@@ -233,6 +260,7 @@ class Sketch:
     model: fx.GraphModule | None = None
     is_onnx: bool = False  # the model is an ONNX file at this point
     is_static_int8: bool = False
+    format: str = ONNX_FORMAT  # that the model is served in, once it is an ONNX file
     lines: list[str] = field(default_factory=list)  # one for each stage: what it would do
     warnings: list[str] = field(default_factory=list)  # what the run will warn of
 

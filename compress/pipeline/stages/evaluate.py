@@ -6,19 +6,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from torch import Tensor
-
 from compress.evaluation.measure import measure_accuracy
-from compress.evaluation.runtimes import answering, open_file
-from compress.pipeline.stage import Context, Evaluation, ONNX, OnnxModel, Sketch, Stage, Submission, TorchModel
+from compress.pipeline.conversion import served_answer
+from compress.pipeline.stage import Context, Evaluation, OnnxModel, Sketch, Stage, Submission, TorchModel
 from loaders.splits import write_image_folder
 from metadata.errors import UserError, VerificationError
-from metadata.files import write_atomically
 from metadata.machine import torch_threads
 from metadata.records import baselines
 
@@ -47,10 +43,11 @@ class Evaluate(Stage):
                 write_image_folder(test, context.splits.card.class_names, folder)
         original = context.latest(TorchModel, OnnxModel)
         assert isinstance(original, TorchModel | OnnxModel), "a submission comes from an earlier output"
-        with context.tracker.progress("in memory") as advance, torch_threads(1):
-            expected = measure_accuracy(self._answer(original, context), test.batches(1),
-                                        context.splits.card.preprocessing, len(test), advance)
-        (context.folder / ONNX).unlink(missing_ok=True)
+        with (tempfile.TemporaryDirectory() as scratch, context.tracker.progress("in memory") as advance,
+              torch_threads(1)):  # the model as its stage left it
+            answer = (original.module.cpu().eval() if isinstance(original, TorchModel)
+                      else served_answer(original, Path(scratch), context))
+            expected = measure_accuracy(answer, test.batches(1), context.splits.card.preprocessing, len(test), advance)
         results = self._score(model.folder, folder, context)
         counted = results["details"]["accuracy"]
         context.note("in_memory", {"correct": expected.correct, "total": expected.total})
@@ -59,15 +56,6 @@ class Evaluate(Stage):
                 f"{model.folder}: the packaged model has {counted['correct']} of {counted['total']} test images right, "
                 f"the model in memory {expected.correct} of {expected.total}; they must be the same")
         return Evaluation(results)
-
-    def _answer(self, original: TorchModel | OnnxModel, context: Context) -> Callable[[Tensor], Tensor]:
-        """Return the model as its stage left it."""
-        if isinstance(original, TorchModel):
-            return original.module.cpu().eval()
-        path = context.folder / ONNX
-        write_atomically(path, original.content)
-        card = context.splits.card
-        return answering(open_file(path, card.input_shape, card.preprocessing, original.card.backend))
 
     def _score(self, submission: Path, data: Path, context: Context) -> dict[str, Any]:
         chosen = baselines()[self.baselines]

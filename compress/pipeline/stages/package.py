@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compress.packaging.bundle import START
+from compress.packaging.format_package import FormatPackage
 from compress.packaging.onnx_package import OnnxPackage
 from compress.packaging.package import SubmissionContents, TorchPackage
 from compress.pipeline.stage import Context, OnnxModel, Sketch, Stage, Submission, TorchModel
@@ -54,8 +55,12 @@ class Package(Stage):
         self._check_challenge(isinstance(model, OnnxModel), card)
         name = self.weights_name or model.architecture.model_type.lower()
         if isinstance(model, OnnxModel):
+            known = {key: getattr(model.card, key) for key in ("scheme", "layers", "portability")}
+            if model.files:
+                return FormatPackage(architecture=model.architecture, card=card, name=name, measured=measured,
+                                     format=model.card.format, files=model.files, **known)
             return OnnxPackage(architecture=model.architecture, card=card, name=name, measured=measured,
-                               content=model.content, **model.card.model_dump())
+                               content=model.content, backend=model.card.backend, **known)
         challenge = {"username": self.username, "teamname": self.teamname, "model_format": "pytorch"}
         return TorchPackage(architecture=model.architecture, card=card, name=name, measured=measured,
                             model=model.module.cpu().eval(), layout=self.layout, challenge=challenge)

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from architectures.describe import carry_over, describe
 from compress.packaging.export import export
+from compress.packaging.formats.base import ONNX_FORMAT
+from compress.pipeline.conversion import converted
 from compress.pipeline.stage import CompressingStage, Context, OnnxCard, OnnxModel, Sketch
 from compress.quantization.candidates import Candidate, SearchRequest, SearchResult
 from compress.quantization.int8_table import Int8Row, check_excluded, print_int8_table
@@ -31,6 +33,7 @@ from metadata.files import write_atomically, write_json
 
 BEST, CANDIDATES = "best_candidate.onnx", "candidates.json"  # files that a search without a good enough candidate leaves
 EXAMPLES = 16  # calibration images to compare the layers' outputs on
+IMAGES_IN_FORMAT = 256  # validation images to compare a file of another format than ONNX on
 
 
 class QuantizeStatic(CompressingStage):
@@ -62,11 +65,15 @@ class QuantizeStatic(CompressingStage):
             check_excluded("quantize_static", self.exclude, names)
             if set(self.exclude) >= set(names):
                 raise UserError("quantize_static.exclude names all layers: nothing would become int8")
-        sketch.lines.append(f"candidates on {' and '.join(self._backends())}, at most {self.max_drop:.2%} of accuracy lost")
+        sketch.lines.append(f"candidates on {' and '.join(self._backends(sketch.format))}, at most {self.max_drop:.2%} of "
+                            "accuracy lost" + (f", then as {sketch.format}" if sketch.format != ONNX_FORMAT else ""))
 
-    def _backends(self) -> list[Backend]:
+    def _backends(self, served_as: str) -> list[Backend]:
+        """Return the runtimes to choose for; for a format that runs on none of them, that with exact sums stands in."""
         if self.backend != "auto":
             return [self.backend]
+        if served_as != ONNX_FORMAT:
+            return ["openvino" if served_as == "openvino" else "onnxruntime"]
         return ["onnxruntime", "openvino"] if importlib.util.find_spec("openvino") else ["onnxruntime"]
 
     def run(self, model: OnnxModel, context: Context) -> OnnxModel:
@@ -84,18 +91,16 @@ class QuantizeStatic(CompressingStage):
         with tempfile.TemporaryDirectory() as folder:
             workbench = OnnxWorkbench(calibration, context.splits.validation, self.validation_images,
                                       context.splits.card.preprocessing, folder=Path(folder))
-            found = Search(workbench, request, self._backends(), context.tracker.say, keep).run()
+            found = Search(workbench, request, self._backends(model.card.format), context.tracker.say, keep).run()
         rows = self._int8_rows(calibration, found)
         self._note(context, found, rows)
-        result = OnnxModel(found.best.content, carry_over(
-            model.architecture, model.architecture,
-            compression_steps=[*model.architecture.compression_steps, self.history]), OnnxCard(
-                scheme="static_int8", layers={row.layer: f"{row.dtype}: {row.reason}" for row in rows},
-                backend=found.backend, portability=found.best.portability))
-        if found.reached:
-            for name in (BEST, CANDIDATES):
-                (context.folder / name).unlink()
-        else:
+        steps = [*model.architecture.compression_steps, self.history]
+        result = OnnxModel(
+            content=found.best.content,
+            architecture=carry_over(model.architecture, model.architecture, compression_steps=steps),
+            card=OnnxCard(scheme="static_int8", layers={row.layer: f"{row.dtype}: {row.reason}" for row in rows},
+                          backend=found.backend, portability=found.best.portability))
+        if not found.reached:
             write_atomically(context.folder / BEST, found.best.content)
             write_json(context.folder / CANDIDATES, context.notes)
             assert found.best.portability is not None
@@ -107,6 +112,9 @@ class QuantizeStatic(CompressingStage):
         if missed := [row.layer for row in rows if row.reason == NOT_QUANTIZED]:
             raise VerificationError(f"quantize_static: {', '.join(missed)} stayed float though int8 was requested; list "
                                     "them in quantize_static.exclude if they should stay float")
+        result = converted(result, model.card.format, context, IMAGES_IN_FORMAT)
+        for name in (BEST, CANDIDATES):
+            (context.folder / name).unlink()
         return result
 
     def _int8_rows(self, calibration: Calibration, found: SearchResult) -> list[Int8Row]:

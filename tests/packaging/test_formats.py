@@ -1,0 +1,159 @@
+"""Export formats: each answers as its ONNX file does, float and int8, keeps sizes and names, and says what it cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+
+from architectures.layers.table import LAYER_TABLE
+from architectures.onnx_files import read_onnx
+from compress.evaluation.file_formats import FILE_FORMATS
+from compress.evaluation.runtime import Runtime
+from compress.evaluation.runtimes import open_file
+from compress.packaging.export import check_labels, check_same
+from compress.packaging.formats.base import export_format, format_module, format_names
+from compress.packaging.onnx_in_torch import OPERATORS, OnnxInTorch
+from compress.pipeline.stages.export import Export
+from compress.quantization.static import Calibration, quantize_static, StaticSettings
+from metadata.errors import UserError, VerificationError
+from metadata.schemas import Preprocessing
+from tests.helpers.commands import PROJECT
+from tests.helpers.static_int8 import float_file, images, on_onnxruntime
+
+SHAPE = (3, 32, 32)
+QUICK = ["openvino", "torch_export"]
+
+
+class Little(nn.Module):
+    """A sum, a depthwise convolution, a padded pool, a concatenation and a gate: a few layers that formats differ in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6())
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Hardsigmoid())
+        self.pool, self.fc = nn.MaxPool2d(3, 2, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pool(self.stem(x))
+        y = self.depthwise(x) + x
+        return self.fc(torch.cat([y * self.gate(y), x], 1).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def float_model() -> onnx.ModelProto:
+    torch.manual_seed(0)
+    return float_file(Little())[0]
+
+
+@pytest.fixture(scope="module")
+def int8_model(float_model: onnx.ModelProto) -> onnx.ModelProto:
+    return quantize_static(Calibration(float_model, images()), StaticSettings(operators="weighted")).model
+
+
+def opened(model: onnx.ModelProto, name: str, folder: Path) -> Runtime:
+    """The model in a format, on the evaluator's runtime."""
+    kind = export_format(name)
+    for suffix, content in kind.convert(model).items():
+        (folder / f"model{suffix}").write_bytes(content)
+    return open_file(folder / f"model{kind.suffix}", SHAPE, Preprocessing())
+
+
+@pytest.mark.parametrize("name", [*QUICK, pytest.param("executorch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_each_format_answers_as_its_onnx_file(name: str, int8: bool, float_model: onnx.ModelProto,
+                                              int8_model: onnx.ModelProto, tmp_path: Path) -> None:
+    pytest.importorskip(FILE_FORMATS[name].runtimes[name].module)
+    model = int8_model if int8 else float_model
+    runtime = opened(model, name, tmp_path)
+    inputs = images(4)
+    expected, got = on_onnxruntime(model, precise=True), torch.from_numpy(runtime(inputs))
+    if int8:
+        assert float((expected - got).abs().max()) < 0.02 * float(expected.abs().max())
+    else:
+        check_same(expected, got, 1e-4)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    known = read_onnx(tmp_path / "model.onnx", SHAPE)
+    assert runtime.macs == known.macs
+    assert runtime.parameters["all"] == pytest.approx(known.parameters, rel=0.06)  # scales and zero points, shared or not
+    if name == "openvino":
+        assert runtime.file.layers == known.layers  # type: ignore[attr-defined]
+    if name == "torch_export":  # torch's own reader has the same answers
+        own = export_format(name).open
+        assert own
+        with torch.inference_mode():
+            assert torch.allclose(own(tmp_path / "model.pt2")(torch.from_numpy(inputs)), got, atol=1e-6)
+
+
+def test_the_settings_formats_and_runtimes_have_the_same_names() -> None:
+    assert set(get_args(Export.model_fields["format"].annotation)) == set(format_names())
+    assert set(format_names()) <= set(FILE_FORMATS)
+    for name in set(format_names()) - {"onnx"}:
+        assert FILE_FORMATS[name].suffix == export_format(name).suffix
+
+
+def test_every_operator_that_a_layer_writes_has_a_form_in_torch() -> None:
+    written = {operator for row in LAYER_TABLE.values() for operator in row.operators}
+    assert written - set(OPERATORS) == set()
+
+
+def test_an_operator_without_a_form_is_named(float_model: onnx.ModelProto) -> None:
+    other = onnx.ModelProto()
+    other.CopyFrom(float_model)
+    other.graph.node.append(helper.make_node("NonZero", ["input"], ["places"], name="odd"))
+    with pytest.raises(UserError, match="operator NonZero of node 'odd'"):
+        OnnxInTorch(other)
+
+
+def test_labels_are_held_to_a_share() -> None:
+    expected = torch.eye(4).repeat(50, 1)
+    got = expected.clone()
+    got[0] = got[1]
+    assert check_labels(expected, got, 0.995, "X")["same_class"] == 199
+    got[2] = got[1]
+    for wrong in (got, expected * torch.nan):
+        with pytest.raises(VerificationError, match="the X file gives"):
+            check_labels(expected, wrong, 0.995, "X")
+
+
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = importlib.import_module(format_module("openvino"))
+    monkeypatch.setattr(known, "FORMAT", dataclasses.replace(known.FORMAT, modules={"openvino_of_the_moon": "openvino"}))
+    with pytest.raises(UserError, match=r"export.format openvino: not installed; pip install openvino$"):
+        export_format("openvino")
+
+
+def test_writing_an_ir_reports_to_nobody(float_model: onnx.ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(float_model.SerializeToString())
+    script = """
+import sys, time
+import onnx
+from compress.packaging.formats.openvino import write_openvino
+calls = []
+sys.addaudithook(lambda event, args: calls.append(event) if event.startswith(("socket.", "urllib.", "http.")) else None)
+assert set(write_openvino(onnx.load(sys.argv[1]))) == {".xml", ".bin"}
+time.sleep(1)
+assert not calls, calls
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "quiet", done.stderr
+
+
+def test_one_image_and_many_have_the_same_answers(float_model: onnx.ModelProto, tmp_path: Path) -> None:
+    inputs = images(5)
+    for name in QUICK:
+        runtime = opened(float_model, name, tmp_path)
+        assert np.allclose(np.concatenate([runtime(one[None]) for one in inputs]), runtime(inputs), atol=1e-5)
