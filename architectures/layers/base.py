@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from architectures.int8 import int8_layers
+from architectures.layers.channels import Labelled
 from metadata.errors import UserError
 from metadata.schemas import LayerName, PruningInfo, Strict, Texts
 
 if TYPE_CHECKING:
     from torch import Tensor, fx, nn
+
+    from architectures.layers.channels import LabelBook, Labels
 
 NOT_IN_TABLE = "is not in the layer table"
 AS_TEACHER = "the model can still be used as a teacher"
@@ -80,7 +83,7 @@ class OnnxWriter(Protocol):
         """Return tensors to join: those that are stored once are repeated for each image. `name` begins nodes' names."""
 
 
-class Layer(Strict):
+class Layer(Strict, Labelled):
     """One layer of an architecture: a module or a function, and where its inputs come from."""
 
     # Further classes whose modules are this layer, as dotted names; they are not imported.
@@ -99,6 +102,8 @@ class Layer(Strict):
     operators: ClassVar[Mapping[str, Operator]] = {}
     # The layer is a convolution or a matrix product: pruning counts its channels, int8 gives it integer weights.
     weighted: ClassVar[bool] = False
+    # The axis of the output, and of the first input, whose channels the layer's weights belong to; None: no such weights.
+    channel_axis: ClassVar[int | None] = None
     # The layer stores its weights as int8 integers.
     int8: ClassVar[bool] = False
     # In evaluation the layer returns its input.
@@ -290,6 +295,9 @@ class Unchanging(Layer):
     """A layer whose output has the shape of its input, whatever that is."""
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
+        return inputs[0]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
         return inputs[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +14,14 @@ from metadata.schemas import Size
 if TYPE_CHECKING:
     from torch import nn
 
+    from architectures.layers.channels import Kept, LabelBook, Labels
+
 
 class BatchNorm(Layer):
     """A batch norm with stored statistics: without them its output would depend on the batch."""
 
     operators = {"BatchNormalization": Operator()}
+    channel_axis = 1
 
     num_features: Size
     eps: float = 1e-5
@@ -28,6 +32,14 @@ class BatchNorm(Layer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return with_channels(inputs[0], self.num_features, *self.dimensions)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return inputs[0]
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        channels = kept.output[1]
+        return {"num_features": len(channels)}, {key: tensor[channels] for key, tensor in weights.items()
+                                                 if key != "num_batches_tracked"}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         name, count = self.name, self.num_features
@@ -57,6 +69,7 @@ class GroupNorm(Layer):
 
     operators = {"Reshape": Operator("all"), "InstanceNormalization": Operator(), "Mul": Operator("all"),
                  "Add": Operator("sums")}
+    channel_axis = 1
 
     num_groups: Size
     num_channels: Size
@@ -65,6 +78,15 @@ class GroupNorm(Layer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return with_channels(inputs[0], self.num_channels, 2, 3, 4)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let each group lose the same channels."""
+        book.alike(inputs[0], 1, self.num_groups)
+        return inputs[0]
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        channels = kept.output[1]
+        return {"num_channels": len(channels)}, {key: tensor[channels] for key, tensor in weights.items()}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         """Write each group of channels as one channel of an InstanceNormalization, then scale and shift each channel."""

@@ -17,8 +17,17 @@ from metadata.schemas import Padding, Pair
 if TYPE_CHECKING:
     from torch import fx, nn
 
+    from architectures.layers.channels import LabelBook, Labels
 
-class Pool(Layer):
+
+class Windows(Layer):
+    """A layer that joins the numbers of a channel in windows of the image."""
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.constant(inputs[0], (-2, -1))
+
+
+class Pool(Windows):
     """A pool of windows of a fixed size."""
 
     # The arguments of the function in torch.nn.functional, in order, and their defaults.
@@ -143,7 +152,7 @@ def images(shape: Shape) -> Shape:
     return shape
 
 
-class AdaptivePool(Layer):
+class AdaptivePool(Windows):
     """A pool to an output of a fixed size."""
 
     keeps_sign = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +15,14 @@ from metadata.schemas import Padding, Pair, Size
 if TYPE_CHECKING:
     from torch import nn
 
+    from architectures.layers.channels import Kept, LabelBook, Labels
+
 
 class Convolution(Layer):
     """A convolution of images, float or int8."""
 
     weighted = owns_output = True
+    channel_axis = 1
 
     in_channels: Size
     out_channels: Size
@@ -46,6 +49,31 @@ class Convolution(Layer):
 
     def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         return math.prod(output_shape) * self.in_channels // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every output channel has one input channel of its own."""
+        return self.groups == self.in_channels > 1
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let each group lose the same channels of its inputs and outputs; a depthwise group goes with its input."""
+        channels = book.constant(inputs[0], (-2, -1))
+        if self.depthwise:
+            return channels if channels.shape[1] == 1 else channels.repeat(self.out_channels // self.groups, axis=1)
+        outputs = book.fresh(1, self.out_channels, 1, 1)
+        for labels in (channels, outputs):
+            book.alike(labels, 1, self.groups)
+        return outputs
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        inputs, outputs = kept.inputs[0][1], kept.output[1]
+        of_a_group = inputs[inputs < self.in_channels // self.groups]
+        weight = weights["weight"][outputs]
+        changed = {"weight": weight if self.depthwise else weight[:, of_a_group]}
+        if "bias" in weights:
+            changed["bias"] = weights["bias"][outputs]
+        return {"in_channels": len(inputs), "out_channels": len(outputs),
+                "groups": len(inputs) if self.depthwise else self.groups}, changed
 
 
 @register
@@ -85,6 +113,7 @@ class MatrixProduct(Layer):
     """A linear layer, float or int8."""
 
     weighted = owns_output = True
+    channel_axis = -1
 
     in_features: Size
     out_features: Size
@@ -101,6 +130,20 @@ class MatrixProduct(Layer):
 
     def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         return math.prod(output_shape) * self.in_features
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Give the outputs labels of their own, unless an axis that the layer does not look at has some already."""
+        labels = inputs[0]
+        if max(labels.shape[:-1]) > 1:
+            return book.constant(labels, [-1])
+        return book.fresh(*[1] * (labels.ndim - 1), self.out_features)
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        inputs, outputs = kept.inputs[0][-1], kept.output[-1]
+        changed = {"weight": weights["weight"][outputs][:, inputs]}
+        if "bias" in weights:
+            changed["bias"] = weights["bias"][outputs]
+        return {"in_features": len(inputs), "out_features": len(outputs)}, changed
 
 
 @register
