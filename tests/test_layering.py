@@ -18,8 +18,8 @@ FLOORS = [
     ["compress.quantization"],
     ["compress.packaging"],
     ["compress.training"],
-    ["compress.evaluation"],
-    ["compress.pruning", "loaders", "architectures", "compress.settings"],
+    ["compress.evaluation", "compress.pruning"],
+    ["loaders", "architectures", "compress.settings"],
     ["metadata"],
     ["compress"],  # the package's own __init__: its version
 ]

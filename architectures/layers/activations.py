@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ from metadata.schemas import Size
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from architectures.layers.channels import Kept, LabelBook, Labels
 
 
 @register
@@ -153,6 +156,15 @@ class PReLU(Layer):
         if self.num_parameters > 1:
             with_channels(inputs[0], self.num_parameters, *range(2, 10))
         return inputs[0]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return inputs[0]
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.num_parameters == 1:
+            return {}, {}
+        channels = kept.output[1]
+        return {"num_parameters": len(channels)}, {"weight": weights["weight"][channels]}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         slopes = writer.weight(self, "weight").reshape(-1, *[1] * (len(shape) - 1))

@@ -20,6 +20,8 @@ from metadata.schemas import Dimension
 if TYPE_CHECKING:
     from torch import fx
 
+    from architectures.layers.channels import LabelBook, Labels
+
 
 @register
 class Subtract(Binary):
@@ -58,6 +60,9 @@ class ScaleShift(FunctionLayer):
     shift: FiniteFloat = 0.0
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
+        return inputs[0]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
         return inputs[0]
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
@@ -171,6 +176,9 @@ class Softmax(Unchanging):
             raise ValueError("it mixes the images of a batch")
         return inputs[0]
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.constant(inputs[0], [self.dim])
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("Softmax", self.name, inputs, axis=self.dim)
 
@@ -187,6 +195,11 @@ class Reduction(FunctionLayer):
         if len(set(over)) < len(over) or 0 in over:
             raise ValueError(f"dim {self.dim} names a dimension twice, or that of the images")
         return tuple(1 if at in over else size for at, size in enumerate(shape) if self.keepdim or at not in over)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        over = tuple(axis(dim, inputs[0].ndim) for dim in self.dim)
+        labels = book.reduced(inputs[0], over)
+        return labels if self.keepdim else labels.squeeze(over)
 
     @classmethod
     def _dims(cls, source: Any, dim: Any, node: fx.Node) -> list[int]:
@@ -275,6 +288,12 @@ def product_shape(one: Shape, other: Shape) -> Shape:
     return *np.broadcast_shapes(one[:-2], other[:-2]), one[-2], other[-1]
 
 
+def by_matrix(book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+    """Return the labels of a function of matrices that takes each matrix as a whole."""
+    return book.elementwise([book.constant(labels, (-2, -1)) for labels in inputs],
+                            [(*shape[:-2], 1, 1) for shape in shapes])
+
+
 @register
 class MatMul(FunctionLayer):
     """The matrix product of two tensors, for each image by itself."""
@@ -286,6 +305,25 @@ class MatMul(FunctionLayer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return product_shape(*inputs)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let whole matrices go where there are several, else the positions that the product sums over.
+
+        Rows of the first and columns of the second go where nothing else does.
+        """
+        if any(labels.shape[at] > 1 for labels in inputs for at in range(1, labels.ndim - 2)):
+            return by_matrix(book, inputs, shapes)
+        one, other = inputs
+        rows = one.shape[-2] > 1
+        one = book.constant(one, [-1 if rows else -2])
+        columns = not rows and one.shape[-1] == 1 and other.shape[-1] > 1
+        other = book.constant(other, [-2 if columns else -1])
+        if rows or columns:
+            book.constant(other if rows else one, (-2, -1))
+            return one if rows else other
+        summed = [(*shape[:-2], 1, size) for shape, size in zip(shapes, (shapes[0][-1], shapes[1][-2]), strict=True)]
+        book.elementwise([one, other.swapaxes(-1, -2)], summed)
+        return np.zeros([1] * one.ndim, np.int64)
 
     def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         return math.prod(output_shape) * inputs[0][-1]
@@ -312,6 +350,16 @@ class ScaledDotProduct(FunctionLayer):
         if mask and np.broadcast_shapes(scores, mask[0]) != scores:
             raise ValueError(f"a mask {list(mask[0])} does not fit scores {list(scores)}")
         return product_shape(scores, values)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let whole heads go where there are several, else channels."""
+        if any(labels.shape[at] > 1 for labels in inputs for at in range(1, labels.ndim - 2)):
+            return by_matrix(book, inputs, shapes)
+        queries, keys, values = (book.constant(labels, [-2]) for labels in inputs[:3])
+        book.elementwise([queries, keys], [(*shape[:-2], 1, shape[-1]) for shape in shapes[:2]])
+        for mask in inputs[3:]:
+            book.constant(mask, range(1, mask.ndim))
+        return values
 
     def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         queries, keys = inputs[0], inputs[1]

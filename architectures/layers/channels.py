@@ -22,6 +22,9 @@ Indices: TypeAlias = NDArray[np.int64]
 class LabelBook(Protocol):
     """What a row writes down with which labels go together."""
 
+    def weight(self, layer: Any, key: str) -> NDArray[Any]:
+        """Return a weight of a layer, for those whose weights say where numbers go."""
+
     def fresh(self, *shape: int) -> Labels:
         """Return labels that no other tensor has."""
 

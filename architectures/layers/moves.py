@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,8 @@ from metadata.schemas import Size
 
 if TYPE_CHECKING:
     from torch import fx
+
+    from architectures.layers.channels import Kept, LabelBook, Labels
 
 Positive = Annotated[int, Field(ge=1, le=7)]  # a dimension that is not that of the images
 Position = Annotated[int, Field(ge=0, le=2**20)]
@@ -46,6 +48,12 @@ class Reshape(Move):
             raise ValueError(f"shape {self.shape} does not hold the numbers of {list(inputs[0][1:])}")
         return inputs[0][0], *self.shape
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.reshaped(inputs[0], shapes[0], self.output_shape(shapes))
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"shape": [len(indices) for indices in kept.output[1:]]}, {}
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         target = writer.constant(f"{self.name}.shape", [-1, *self.shape], np.int64)
         return writer.node("Reshape", self.name, [*inputs, target])
@@ -74,6 +82,9 @@ class Permute(Move):
             raise ValueError(f"expected {len(self.dims)} dimensions, got {list(inputs[0])}")
         return tuple(inputs[0][dim] for dim in self.dims)
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return inputs[0].transpose(self.dims)
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("Transpose", self.name, inputs, perm=self.dims)
 
@@ -98,6 +109,17 @@ class Slice(Move):
         if not self.start < self.stop <= shape[at]:
             raise ValueError(f"{self.start} to {self.stop} does not lie in the {shape[at]} positions of dimension {at}")
         return *shape[:at], len(range(self.start, self.stop, self.step)), *shape[at + 1:]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let a slice with a step take what it takes: without some of the positions it would be none."""
+        labels = book.constant(inputs[0], [self.dim]) if self.step > 1 else inputs[0]
+        return labels if labels.shape[self.dim] == 1 else labels.take(range(self.start, self.stop), self.dim)
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        if self.step > 1:
+            return {}, {}
+        start = int(np.searchsorted(kept.inputs[0][self.dim], self.start))
+        return {"start": start, "stop": start + len(kept.output[self.dim])}, {}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         numbers = [writer.constant(f"{self.name}.{key}", [value], np.int64) for key, value in
@@ -127,6 +149,24 @@ class Pad(Move):
         for index, size in enumerate(self.pad):
             shape[-1 - index // 2] += size
         return tuple(shape)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        """Let padding be removed along an axis that loses something."""
+        labels = inputs[0]
+        for at in range(len(self.pad) // 2):
+            along = labels.ndim - 1 - at
+            if labels.shape[along] > 1:
+                labels = np.concatenate([
+                    book.fresh(*labels.shape[:along], self.pad[2 * at], *labels.shape[along + 1:]), labels,
+                    book.fresh(*labels.shape[:along], self.pad[2 * at + 1], *labels.shape[along + 1:])], along)
+        return labels
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        pad = []
+        for at in range(len(self.pad) // 2):
+            before = int(np.searchsorted(kept.output[-1 - at], self.pad[2 * at]))
+            pad += [before, len(kept.output[-1 - at]) - before - len(kept.inputs[0][-1 - at])]
+        return {"pad": pad}, {}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         sides = [(0, 0)] * (len(shape) + 1)
@@ -165,6 +205,15 @@ class Gather(Layer):
         shape, at = inputs[0], axis(self.dim, len(inputs[0]))
         return *shape[:at], self.count, *shape[at + 1:]
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        labels = inputs[0]
+        return labels if labels.shape[self.dim] == 1 else labels.take(book.weight(self, "index"), self.dim)
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        taken = weights["index"][kept.output[self.dim]]
+        places = np.searchsorted(kept.inputs[0][self.dim], taken.tolist())
+        return {"count": len(taken)}, {"index": taken.new_tensor(places)}
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         index = writer.constant(f"{self.name}.index", writer.weight(self, "index"), np.int64)
         return writer.node("Gather", self.name, [*inputs, index], axis=self.dim)
@@ -192,6 +241,13 @@ class Stored(Layer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return inputs[0][0], *self.shape
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.fresh(1, *self.shape)
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        stays = kept.output[1:]
+        return {"shape": [len(indices) for indices in stays]}, {"value": weights["value"][np.ix_(*stays)]}
 
     def work(self, inputs: Any, output_shape: Shape) -> int:
         return math.prod(output_shape)

@@ -110,6 +110,7 @@ class LayerNorm(Layer):
     """`torch.nn.LayerNorm` over the last dimensions."""
 
     operators = {"LayerNormalization": Operator()}
+    channel_axis = -1
 
     normalized_shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
     eps: float = 1e-5
@@ -125,6 +126,14 @@ class LayerNorm(Layer):
         if len(inputs[0]) <= count or list(inputs[0][-count:]) != self.normalized_shape:
             raise ValueError(f"expected {self.normalized_shape} at the end, got {list(inputs[0])}")
         return inputs[0]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return inputs[0]
+
+    def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        stays = kept.output[-len(self.normalized_shape):]
+        return ({"normalized_shape": [len(indices) for indices in stays]},
+                {key: tensor[np.ix_(*stays)] for key, tensor in weights.items()})
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         name, size = self.name, self.normalized_shape

@@ -19,6 +19,8 @@ from metadata.schemas import Dimension
 if TYPE_CHECKING:
     from torch import fx
 
+    from architectures.layers.channels import LabelBook, Labels
+
 
 @register
 class Identity(Unchanging):
@@ -58,6 +60,9 @@ class Flatten(Layer):
             raise ValueError(f"start_dim {self.start_dim} comes after end_dim {self.end_dim}")
         return *shape[:start], math.prod(shape[start:end + 1]), *shape[end + 1:]
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.reshaped(inputs[0], shapes[0], self.output_shape(shapes))
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         if self.start_dim == 1 and self.end_dim in (-1, len(shape)):
             return writer.node("Flatten", self.name, inputs, axis=1)
@@ -94,6 +99,11 @@ class Mean(FunctionLayer):
             raise ValueError(f"dim {self.dim} names a dimension twice")
         return tuple(1 if at in over else size for at, size in enumerate(shape) if self.keepdim or at not in over)
 
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        over = [axis(dim, inputs[0].ndim) for dim in self.dim] or list(range(inputs[0].ndim))
+        labels = book.reduced(inputs[0], over)
+        return labels if self.keepdim else labels.squeeze(tuple(over))
+
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         axes = sorted(dim % (len(shape) + 1) for dim in self.dim)
         if axes != [2, 3] or len(shape) != 3:
@@ -125,6 +135,9 @@ class Binary(FunctionLayer):
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return np.broadcast_shapes(*inputs)
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.elementwise(inputs, shapes)
 
 
 @register
@@ -177,6 +190,9 @@ class Concat(FunctionLayer):
         if len({len(shape) for shape in inputs}) > 1 or len(around) > 1:
             raise ValueError(f"the shapes {[list(shape) for shape in inputs]} differ elsewhere than in dim {self.dim}")
         return *inputs[0][:at], sum(shape[at] for shape in inputs), *inputs[0][at + 1:]
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return book.joined(inputs, shapes, axis(self.dim, len(shapes[0])))
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("Concat", self.name, writer.for_each_image(inputs, self.name), axis=self.dim)

@@ -132,10 +132,11 @@ class MatrixProduct(Layer):
         return math.prod(output_shape) * self.in_features
 
     def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
-        """Give the outputs labels of their own, unless an axis that the layer does not look at has some already."""
+        """Give the outputs labels of their own, unless only axes that the layer does not look at have some."""
         labels = inputs[0]
-        if max(labels.shape[:-1]) > 1:
-            return book.constant(labels, [-1])
+        if labels.shape[-1] == 1 and labels.size > 1:
+            return labels
+        book.constant(labels, range(labels.ndim - 1))
         return book.fresh(*[1] * (labels.ndim - 1), self.out_features)
 
     def pruned(self, kept: Kept, weights: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Structured pruning of modules: groups of coupled channels and their importance. Imports metadata."""
+"""Structured pruning: what is coupled, how important it is, and the network without some of it. Imports architectures."""

@@ -24,6 +24,7 @@ from architectures.describe import carry_over, describe
 from architectures.layers.arithmetic import MatMul, Reduction, ScaledDotProduct, Softmax
 from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, traced_argument
 from architectures.layers.moves import Pad, Slice
+from architectures.layers.channels import LabelBook, Labels
 from architectures.layers.norms import GroupNorm
 from architectures.layers.table import LAYER_TABLE, registered, row_of_module
 from architectures.layers.weighted import Convolution
@@ -59,6 +60,9 @@ class ELU(Layer):
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         return [node.args[0]], {"alpha": traced_argument(node, 1, "alpha", 1.0)}
+
+    def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
+        return inputs[0]
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("Elu", self.name, inputs, alpha=self.alpha)
@@ -128,7 +132,7 @@ def test_a_new_type_is_pruned(described: tuple[fx.GraphModule, Architecture]) ->
     pruned = prune(graph, torch.zeros(1, *SHAPE), ratio=0.5, multiple=4, criterion="l2", scope="uniform")
     smaller = carry_over(describe(pruned, SHAPE), architecture, pruning_rate=0.5)
     row, = (layer for layer in smaller.layers if layer.name == "prelu")
-    assert row.options() == {"num_parameters": 8}
+    assert row.options() == {"num_parameters": 8} and pruned.get_submodule("second").weight.shape == (8, 8, 3, 3)
     again = build(smaller).eval()
     again.load_state_dict(pruned.state_dict(), strict=True)
     assert torch.equal(again(images()), pruned(images()))

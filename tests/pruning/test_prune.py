@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from architectures.architecture import Architecture
 from architectures.counting import count_macs, count_parameters
@@ -15,7 +15,7 @@ from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS, accumulate_gr
 from compress.pruning.prune import prune
 from compress.quantization.dynamic import quantize_graph
 from metadata.errors import UserError
-from tests.helpers.graphs import graph
+from tests.helpers.graphs import graph, graph_of
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,12 @@ def test_ratios_that_leave_nothing_or_take_nothing(changes: dict[str, object], s
     with pytest.raises(UserError) as caught:
         pruned(slim[0], **changes)
     assert said in str(caught.value)
+
+
+def test_a_network_without_hidden_channels_is_refused() -> None:
+    model = graph_of(nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5)))
+    with pytest.raises(UserError, match="tied to the network's input or output"):
+        prune(model, torch.zeros(1, 3, 16, 16), ratio=0.5, multiple=8, criterion="l2", scope="uniform")
 
 
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "torchvision:regnet_y_400mf"])
