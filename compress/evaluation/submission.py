@@ -53,7 +53,7 @@ def read_submission(folder: str | Path) -> SubmissionFiles:
     except VerificationError:
         if STANDALONE:
             raise
-        content = toolkit(str(path), "original").read_loose_json(path)
+        content = toolkit(str(path), "original_metadata").read_loose_json(path)
     if "schema" in content:
         files = _read_packaged(found, path)
     else:

@@ -14,7 +14,8 @@ from torch import nn
 
 from compress.evaluation import panel
 from compress.evaluation.class_order import ClassOrder
-from compress.evaluation.original import OWN_LOADER, OWN_MARKS, file_kind, read_original_metadata
+from compress.evaluation.original import OWN_LOADER, OWN_MARKS, file_kind
+from compress.evaluation.original_metadata import read_original_metadata
 from compress.evaluation.score import accuracy_details
 from compress.evaluation.submission import read_submission
 from compress.packaging.bundle import bundle

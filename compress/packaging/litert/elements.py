@@ -19,7 +19,7 @@ WITH_ACTIVATION = ("ADD", "SUB", "MUL", "DIV")
 INTEGER = ("ADD", "SUB", "MUL")
 
 
-def pair(writer: LitertWriter, first: Placed, second: Placed) -> tuple[Placed, Placed]:
+def same_order(writer: LitertWriter, first: Placed, second: Placed) -> tuple[Placed, Placed]:
     """Return two tensors in one order of axes, that of the larger one, with as many axes each."""
     axes = max(len(first.order), len(second.order))
     first, second = aligned(writer, first, axes), aligned(writer, second, axes)
@@ -31,7 +31,7 @@ def pair(writer: LitertWriter, first: Placed, second: Placed) -> tuple[Placed, P
 def arithmetic(writer: LitertWriter, kind: str, name: str, first: Placed, second: Placed, grid: Grid | None = None,
                activation: int = 0) -> Placed:
     """Write an operator on two tensors that broadcast, and return its output."""
-    first, second = pair(writer, first, second)
+    first, second = same_order(writer, first, second)
     options = getattr(writer.schema, OPTIONS[kind])()
     if activation:
         options.fusedActivationFunction = activation
@@ -46,7 +46,7 @@ def ordered_constant(writer: LitertWriter, name: str, other: Placed) -> Placed:
         return writer.value(name)
     axes = len(other.order)
     values = values.reshape((1,) * (axes - values.ndim) + values.shape).transpose(other.order)
-    placed = writer.constant(name, values)
+    placed = writer.constant(values)
     return Placed(index=placed.index, shape=placed.shape, order=other.order)
 
 
@@ -72,7 +72,7 @@ def binary(writer: LitertWriter, node: onnx.NodeProto) -> None:
     writer.give(name, arithmetic(writer, kind, node.name, first, second, None, activation))
 
 
-def number(writer: LitertWriter, value: float) -> Placed:
+def one_number(writer: LitertWriter, value: float) -> Placed:
     """Return a constant of one number, which broadcasts with everything."""
     return Placed(index=writer.file.constant(np.array(value, np.float32)), shape=(), order=())
 
@@ -82,7 +82,7 @@ def with_number(writer: LitertWriter, kind: str, name: str, given: Placed, value
     options = getattr(writer.schema, OPTIONS[kind])()
     if activation:
         options.fusedActivationFunction = activation
-    return writer.operator(kind, name, [given, number(writer, value)], given.shape, given.order, None, options)
+    return writer.operator(kind, name, [given, one_number(writer, value)], given.shape, given.order, None, options)
 
 
 PLAIN = {"Relu": ("RELU", ""), "Sigmoid": ("LOGISTIC", ""), "Tanh": ("TANH", ""),
@@ -153,7 +153,8 @@ def prelu(writer: LitertWriter, node: onnx.NodeProto) -> None:
 def reciprocal(writer: LitertWriter, node: onnx.NodeProto) -> None:
     """Write a Reciprocal: a division of one."""
     given = writer.value(node.input[0])
-    writer.give(node.output[0], writer.operator("DIV", node.name, [number(writer, 1.0), given], given.shape, given.order,
+    one = one_number(writer, 1.0)
+    writer.give(node.output[0], writer.operator("DIV", node.name, [one, given], given.shape, given.order,
                                                 options=writer.schema.DivOptionsT()))
 
 

@@ -114,8 +114,8 @@ class ModelBuilder:
         elif grid is not None:
             quantization = _Quantization(schema, np.array([grid.scale]), np.array([grid.zero_point]), 0, self.vectors)
         kind = {"float32": schema.TensorType.FLOAT32, "int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}
-        self.tensors.append(schema.TensorT(shape=np.array(shape, np.int32), type=kind[dtype], buffer=buffer, name=name or None,
-                                           quantization=quantization, hasRank=True))
+        self.tensors.append(schema.TensorT(shape=np.array(shape, np.int32), type=kind[dtype], buffer=buffer,
+                                           name=name or None, quantization=quantization, hasRank=True))
         return len(self.tensors) - 1
 
     def constant(self, values: NDArray[Any], grid: Grid | None = None, scales: NDArray[Any] | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import onnx
 
-from compress.packaging.litert.elements import number
+from compress.packaging.litert.elements import one_number
 from compress.packaging.litert.graph import attributes
 from compress.packaging.litert.layers import aligned
 from compress.packaging.litert.model import Placed
@@ -109,7 +109,7 @@ def pad(writer: LitertWriter, node: onnx.NodeProto) -> None:
         kind, chosen = "PAD", writer.schema.PadOptionsT()
     else:
         kind, chosen = "PADV2", writer.schema.PadV2OptionsT()
-        inputs.append(number(writer, value))
+        inputs.append(one_number(writer, value))
     writer.give(node.output[0], writer.operator(kind, node.name, inputs, shape, placed.order, placed.grid, chosen))
 
 

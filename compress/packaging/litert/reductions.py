@@ -13,7 +13,7 @@ from compress.packaging.litert.model import Placed
 from compress.packaging.litert.writer import LitertWriter
 
 
-def axes_of(writer: LitertWriter, node: onnx.NodeProto, given: Placed) -> list[int]:
+def reduced_axes(writer: LitertWriter, node: onnx.NodeProto, given: Placed) -> list[int]:
     """Return the axes, in the file, that a node names; all where it names none."""
     axes = attributes(node).get("axes")
     if axes is None and len(node.input) > 1 and node.input[1]:
@@ -42,20 +42,20 @@ REDUCTIONS = {"ReduceMean": "MEAN", "ReduceSum": "SUM", "ReduceMax": "REDUCE_MAX
 def reduction(writer: LitertWriter, node: onnx.NodeProto) -> None:
     """Write a mean, sum, maximum or minimum over axes."""
     given = writer.value(node.input[0])
-    writer.give(node.output[0], reduced(writer, REDUCTIONS[node.op_type], node.name, given, axes_of(writer, node, given),
-                                        bool(attributes(node).get("keepdims", 1))))
+    places, keep = reduced_axes(writer, node, given), bool(attributes(node).get("keepdims", 1))
+    writer.give(node.output[0], reduced(writer, REDUCTIONS[node.op_type], node.name, given, places, keep))
 
 
 def length(writer: LitertWriter, node: onnx.NodeProto) -> None:
     """Write a ReduceL2: the root of the sum of squares."""
     given = writer.value(node.input[0])
     squares = writer.operator("SQUARE", f"{node.name}.squares", [given], given.shape, given.order)
-    total = reduced(writer, "SUM", f"{node.name}.sum", squares, axes_of(writer, node, given),
+    total = reduced(writer, "SUM", f"{node.name}.sum", squares, reduced_axes(writer, node, given),
                     bool(attributes(node).get("keepdims", 1)))
     writer.give(node.output[0], writer.operator("SQRT", node.name, [total], total.shape, total.order))
 
 
-def normalized(writer: LitertWriter, name: str, given: Placed, places: Sequence[int], epsilon: float) -> Placed:
+def standardized(writer: LitertWriter, name: str, given: Placed, places: Sequence[int], epsilon: float) -> Placed:
     """Write (x - mean) / sqrt(variance + epsilon) over axes of the file, and return it. Source: Ba et al. 2016, eq. 3."""
     mean = reduced(writer, "MEAN", f"{name}.mean", given, places, True)
     centred = arithmetic(writer, "SUB", f"{name}.centred", given, mean)
@@ -71,7 +71,7 @@ def layer_norm(writer: LitertWriter, node: onnx.NodeProto) -> None:
     options, given = attributes(node), writer.value(node.input[0])
     count = len(given.order)
     places = [given.order.index(axis) for axis in range(options.get("axis", -1) % count, count)]
-    placed = normalized(writer, node.name, given, places, options.get("epsilon", 1e-5))
+    placed = standardized(writer, node.name, given, places, options.get("epsilon", 1e-5))
     for kind, name in zip(("MUL", "ADD"), node.input[1:], strict=False):
         if name:
             placed = arithmetic(writer, kind, f"{node.name}.{kind.lower()}", placed, ordered_constant(writer, name, placed))
@@ -90,11 +90,11 @@ def channel_norm(writer: LitertWriter, node: onnx.NodeProto) -> None:
         offset = offset - mean * scale
     else:
         places = [place for place, axis in enumerate(given.order) if axis > 1]
-        given = normalized(writer, node.name, given, places, options.get("epsilon", 1e-5))
+        given = standardized(writer, node.name, given, places, options.get("epsilon", 1e-5))
     shape = [len(scale) if axis == 1 else 1 for axis in given.order]
     for kind, values, neutral in (("MUL", scale, 1), ("ADD", offset, 0)):
         if (values != neutral).any():
-            constant = writer.constant(f"{node.name}.{kind.lower()}", values.reshape(shape).astype(np.float32))
+            constant = writer.constant(values.reshape(shape).astype(np.float32))
             given = arithmetic(writer, kind, f"{node.name}.{kind.lower()}", given,
                                Placed(index=constant.index, shape=constant.shape, order=given.order))
     writer.give(node.output[0], given)

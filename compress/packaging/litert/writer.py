@@ -68,7 +68,7 @@ class LitertWriter:
         if name in self.floats:
             return self.floats[name]
         if name in self.graph.constants:
-            return self.constant(name, self.graph.constants[name])
+            return self.constant(self.graph.constants[name])
         whole = self.integers(name)
         assert whole is not None, name
         self.floats[name] = self.operator("DEQUANTIZE", name, [whole], whole.shape, whole.order, int8=True)
@@ -89,7 +89,7 @@ class LitertWriter:
         index = self.file.constant(levels, grid)
         return Placed(index=index, shape=levels.shape, order=tuple(range(levels.ndim)), grid=grid)
 
-    def constant(self, name: str, values: NDArray[Any]) -> Placed:
+    def constant(self, values: NDArray[Any]) -> Placed:
         """Add float32 or int32 values to the file."""
         kind = np.float32 if values.dtype.kind == "f" else np.int32
         values = np.asarray(values).astype(kind)
