@@ -32,7 +32,7 @@ from tests.helpers.commands import PROJECT
 from tests.helpers.static_int8 import float_file, images, on_onnxruntime
 
 SHAPE = (3, 32, 32)
-QUICK = ["openvino", "torch_export"]
+QUICK = ["litert", "openvino", "torch_export"]
 
 
 class Little(nn.Module):
@@ -86,7 +86,8 @@ def test_each_format_answers_as_its_onnx_file(name: str, int8: bool, float_model
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     known = read_onnx(tmp_path / "model.onnx", SHAPE)
     assert runtime.macs == known.macs
-    assert runtime.parameters["all"] == pytest.approx(known.parameters, rel=0.06)  # scales and zero points, shared or not
+    # Scales and zero points are shared or not; those of a .tflite file belong to its tensors, and are none of their own.
+    assert runtime.parameters["all"] == pytest.approx(known.parameters, rel=0.12 if name == "litert" else 0.06)
     if name == "openvino":
         assert runtime.file.layers == known.layers  # type: ignore[attr-defined]
     if name == "torch_export":  # torch's own reader has the same answers

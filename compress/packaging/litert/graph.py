@@ -124,8 +124,8 @@ class NetworkGraph:
         """Return the grid of a QuantizeLinear, for signed levels: those of unsigned ones less 128."""
         scale, zero = self.constants[node.input[1]], self.constants[node.input[2]]
         if scale.size != 1 or zero.dtype not in (np.uint8, np.int8):
-            raise UserError(f"format litert: node {node.name}: activations are quantized to {zero.dtype} with {scale.size} "
-                            "scales; expected 8 bits with one")
+            raise UserError(f"export.format litert: node {node.name}: activations are quantized to {zero.dtype} with "
+                            f"{scale.size} scales; expected 8 bits with one")
         return Grid(float(scale.reshape(())), int(zero.reshape(())) - 128 * (zero.dtype == np.uint8))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -133,8 +133,8 @@ class NetworkGraph:
         if name in self.constants:
             return self.constants[name].shape
         if name not in self.shapes:
-            raise UserError(f"format litert: the shape of tensor {name} is not known before running; a .tflite file needs "
-                            "all shapes")
+            raise UserError(f"export.format litert: the shape of tensor {name} is not known before running; a .tflite file "
+                            "needs all shapes")
         return self.shapes[name]
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:

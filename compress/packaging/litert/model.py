@@ -32,7 +32,7 @@ def schema() -> Any:
     try:
         return importlib.import_module("ai_edge_litert.schema_py_generated")
     except ImportError as error:
-        raise UserError("format litert: the packages that write .tflite files are not installed; pip install "
+        raise UserError("export.format litert: the packages that write .tflite files are not installed; pip install "
                         "ai-edge-litert flatbuffers") from error
 
 

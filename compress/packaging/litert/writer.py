@@ -171,8 +171,8 @@ class LitertWriter:
             return self.reshaped(placed, shape, order)
         groups, sizes = _joined_axes(moves, placed.shape)
         if len(groups) > MAX_AXES:
-            raise UserError(f"format litert: a tensor of shape {list(placed.shape)} is permuted in {len(groups)} parts; "
-                            f"the runtime moves {MAX_AXES} axes at most")
+            raise UserError(f"export.format litert: a tensor of shape {list(placed.shape)} is permuted in {len(groups)} "
+                            f"parts; the runtime moves {MAX_AXES} axes at most")
         joined = self.reshaped(placed, sizes, range(len(sizes)))
         moved_shape = [sizes[place] for place in groups]
         moved = self.operator("TRANSPOSE", "transposed", [joined, self.numbers(groups)], moved_shape, groups, placed.grid,
@@ -209,7 +209,7 @@ class LitertWriter:
 
     def unable(self, node: onnx.NodeProto, why: str) -> UserError:
         """Return the error of an operator that has no form in a `.tflite` file."""
-        return UserError(f"format litert: node {node.name}: {node.op_type}: {why}; keep format onnx, or another model")
+        return UserError(f"export.format litert: node {node.name}: {node.op_type}: {why}; keep export.format onnx")
 
 
 def _joined_axes(moves: Sequence[int], shape: Sequence[int]) -> tuple[list[int], list[int]]:

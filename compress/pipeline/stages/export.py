@@ -22,7 +22,7 @@ class Export(Stage):
 
     history = "onnx_export"
 
-    format: Literal["onnx", "executorch", "openvino", "torch_export"] = Field(
+    format: Literal["onnx", "executorch", "litert", "openvino", "torch_export"] = Field(
         "onnx", description="what is measured and packaged from here on; quantize_static keeps it")
     images: int = Field(256, ge=1, description="number of validation images to compare the file with the network on")
 
