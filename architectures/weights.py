@@ -12,6 +12,7 @@ from architectures.architecture import Architecture
 from architectures.archives import check_archive, is_archive
 from architectures.build import build
 from architectures.counting import check_costs, layer_costs
+from architectures.safetensors_files import read_stored_tensors
 from metadata.errors import VerificationError, first_line
 from metadata.files import check_download, check_is_file
 
@@ -24,7 +25,7 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     """Return what `torch.save` wrote: tensors in plain containers (`weights_only`, so no code can run).
 
     Args:
-        path: the file.
+        path: the file, or a `.safetensors` file.
         stand_ins: callables with the names of classes that they stand for, as
             `torch.serialization.safe_globals` takes them.
 
@@ -35,6 +36,8 @@ def load_tensors(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
     check_is_file(path)
     try:
         check_download(path)
+        if path.suffix == ".safetensors":
+            return read_stored_tensors(path)
         check_archive(path)
         if is_archive(path):
             with zipfile.ZipFile(path) as archive:

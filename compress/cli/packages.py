@@ -12,14 +12,17 @@ NewFolder = Annotated[Path, typer.Option("--out", help="folder to write; it must
 
 def package(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, such as runs/my_run")],
             out: NewFolder,
-            layout: Annotated[str | None, typer.Option(help="toolkit or challenge; default: the recipe's")] = None,
+            layout: Annotated[str | None, typer.Option(help="toolkit, challenge or hub; default: the recipe's")] = None,
             username: Annotated[str | None, typer.Option(help="of the challenge layout; default: the recipe's")] = None,
             teamname: Annotated[str | None, typer.Option(help="of the challenge layout; default: the recipe's")] = None,
-            ) -> None:
+            license_name: Annotated[str | None, typer.Option("--license", help="hub layout: apache-2.0, ...")] = None,
+            base_model: Annotated[str | None, typer.Option("--base_model", help="of the hub layout: the Hub's name of the "
+                                                           "model that this one was made from")] = None) -> None:
     """Package a run's last model again. Choose another folder, another layout or both."""
     from compress.pipeline.repackage import package_run
 
-    given = {"layout": layout, "username": username, "teamname": teamname}
+    given = {"layout": layout, "username": username, "teamname": teamname, "license": license_name,
+             "base_model": base_model}
     package_run(run_folder, out, {key: value for key, value in given.items() if value is not None})
     typer.echo(f"submission: {out}")
 

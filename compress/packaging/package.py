@@ -26,7 +26,7 @@ from metadata.records import DatasetCard
 from metadata.schemas import ARCHITECTURE_FILE, METADATA_FILE, ModelMetadata
 
 REQUIREMENTS = "torch>=2.4\nnumpy>=1.26\npydantic>=2.7\npillow>=10\n"
-Layout = Literal["toolkit", "challenge"]
+Layout = Literal["toolkit", "challenge", "hub"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +137,15 @@ class TorchPackage(SubmissionContents):
     layout: Layout = "toolkit"
     challenge: dict[str, str] = field(default_factory=dict)
     SUFFIX: ClassVar[str] = ".pth"
+    MORE_REQUIREMENTS: ClassVar[str] = ""
 
     @property
     def weights_file(self) -> str:
         return "model.pth" if self.layout == "challenge" else super().weights_file
 
     def _write_files(self, folder: Path) -> None:
-        buffer = io.BytesIO()
-        torch.save(self.model.state_dict(), buffer)
-        write_atomically(folder / self.weights_file, buffer.getvalue())
-        write_atomically(folder / "requirements.txt", REQUIREMENTS.encode())
+        write_atomically(folder / self.weights_file, self._weights())
+        write_atomically(folder / "requirements.txt", (REQUIREMENTS + self.MORE_REQUIREMENTS).encode())
         if self.layout == "challenge":
             write_json(folder / "metadata.json", self.challenge)
         parameters, macs = count_parameters(self.model), count_macs(self.model, self.architecture.input_shape)
@@ -155,13 +154,23 @@ class TorchPackage(SubmissionContents):
             write_atomically(folder / "model.py", self._checked_source().encode())
             notes = f"| on CPUs without VNNI | {portability['verdict']} |\n" if portability else ""
             text = self._model_card((folder / self.weights_file).stat().st_size, parameters, macs, self._use(), notes)
-            write_atomically(folder / "README.md", text.encode())
+            write_atomically(folder / "README.md", (self._front_matter() + text).encode())
         layers = {layer.name: _precision(layer, self.architecture.is_int8) for layer in self.architecture.layers
                   if layer.weighted}
         write_json(folder / METADATA_FILE, self._metadata(
             folder, model_format="pytorch", architecture_file=ARCHITECTURE_FILE, parameters=parameters, macs=macs,
             portability=portability,
             quantization={"scheme": "dynamic_int8" if self.architecture.is_int8 else "none", "layers": layers}))
+
+    def _weights(self) -> bytes:
+        """Return the content of the weights file."""
+        buffer = io.BytesIO()
+        torch.save(self.model.state_dict(), buffer)
+        return buffer.getvalue()
+
+    def _front_matter(self) -> str:
+        """Return what stands before the model card."""
+        return ""
 
     def _checked_source(self) -> str:
         """Return the text of model.py, after running it once to check that it is the same network."""
