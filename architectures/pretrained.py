@@ -10,7 +10,7 @@ from architectures.timm_bridge import located, pretrained_error
 from architectures.weight_packages import PACKAGES, package_file
 from architectures.zoo import families
 from metadata.errors import UserError
-from metadata.schemas import Preprocessing
+from metadata.schemas import Preprocessing, height_and_width, read_sides
 
 CLOSE = 0.005  # means and deviations that differ by less are the same
 
@@ -23,16 +23,16 @@ class PretrainedInput:
         mean: per channel, after scaling to [0, 1].
         std: per channel.
         interpolation: of the resize, in Pillow's words.
-        resize: pixels of the shorter side.
-        crop: pixels of the central square.
+        resize: pixels of the shorter side, or (height, width) to cover.
+        crop: pixels of the central square, or (height, width).
         num_classes: of the head.
     """
 
     mean: list[float]
     std: list[float]
     interpolation: str
-    resize: int
-    crop: int
+    resize: int | tuple[int, int]
+    crop: int | tuple[int, int]
     num_classes: int
 
     def overrides(self, given: Preprocessing) -> dict[str, Any]:
@@ -49,7 +49,9 @@ class PretrainedInput:
         if given.crop not in (None, self.crop):
             changes["image_size"] = self.crop
         if given.resize != given.crop and given.window and given.covered:
-            resize = round(self.crop * given.covered[0] / given.window[0]) if "image_size" in changes else given.resize
+            margin = given.covered[0] / given.window[0]
+            resize = read_sides([round(side * margin) for side in height_and_width(self.crop)]) \
+                if "image_size" in changes else given.resize
             if resize != self.resize:
                 changes["resize"] = self.resize
         return changes
@@ -81,9 +83,11 @@ def pretrained_input(name: str, options: dict[str, Any]) -> PretrainedInput:
     stated = timm.get_pretrained_cfg(bare)
     if stated is None or not stated.has_weights:
         raise UserError(f"model {name}: timm has no pretrained weights for it; pass a checkpoint or train one")
-    side = int(options.get("img_size") or stated.input_size[-1])
+    size = options.get("img_size") or stated.input_size[-1]
+    sides = [int(side) for side in size] if isinstance(size, list | tuple) else [int(size)] * 2
     return PretrainedInput(mean=list(stated.mean), std=list(stated.std), interpolation=stated.interpolation or "bicubic",
-                           resize=int(side / stated.crop_pct), crop=side, num_classes=stated.num_classes)
+                           resize=read_sides([int(side / stated.crop_pct) for side in sides]), crop=read_sides(sides),
+                           num_classes=stated.num_classes)
 
 
 def pretrained_warning(name: str, options: dict[str, Any], given: Preprocessing, spell: Callable[[str], str]) -> str | None:
@@ -101,5 +105,6 @@ def pretrained_warning(name: str, options: dict[str, Any], given: Preprocessing,
     changes = pretrained_input(name, options).overrides(given)
     if not changes:
         return None
-    shown = " ".join(spell(key) + str(value).replace(" ", "") for key, value in changes.items())
+    shown = " ".join(spell(key) + str(list(value) if isinstance(value, tuple) else value).replace(" ", "")
+                     for key, value in changes.items())
     return f"the pretrained weights of {name} were trained on other images than the data gives; pass {shown}"

@@ -19,6 +19,8 @@ SYSTEM = frozenset({"$recycle.bin", ".ds_store", ".git", ".ipynb_checkpoints", "
 SPLITS = {"test": "test", "testing": "test", "train": "train", "training": "train", "val": "validation",
           "valid": "validation", "validation": "validation"}  # by the name of a folder, in lower case
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet as it is distributed
+TABLES = frozenset({".csv", ".parquet", ".tar", ".tsv"})  # formats of whole data sets
+EXPORT = "`python -m compress export_data` writes the test split of a CSV, of tars or of Parquet files as a folder"
 MOST_REASONS = 6  # that a warning names one by one
 
 
@@ -70,7 +72,8 @@ def list_images(folder: str | Path) -> Listing:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such data folder; expected {folder}/<class>/<image>")
+        there = "is a file; " + EXPORT if folder.is_file() else "there is no such data folder"
+        raise UserError(f"{folder}: {there}; expected {folder}/<class>/<image>")
     if (folder / ANNOTATIONS).is_file():
         return _annotated(folder)
     walk = _Walk(folder)
@@ -82,8 +85,9 @@ def list_images(folder: str | Path) -> Listing:
             walk.leave_out(entry, "image outside a class folder" if suffix in IMAGE_SUFFIXES else suffix or "no suffix")
     if not classes:
         loose = walk.left_out["image outside a class folder"]
-        raise UserError(f"{folder}: no class folders in it{f', {loose} images directly in it' if loose else ''}; expected "
-                        f"{folder}/<class>/<image>")
+        found = f", {loose} images directly in it" if loose else ""
+        raise UserError(f"{folder}: no class folders in it{found}; expected {folder}/<class>/<image>"
+                        + (f"; {EXPORT}" if TABLES & walk.left_out.keys() else ""))
     if SPLITS.keys() >= {name.lower() for name in classes}:
         raise UserError(f"{folder}: its folders are splits ({', '.join(classes)}), expected classes; pass one of them, "
                         f"such as {folder / classes[0]}")
@@ -92,7 +96,8 @@ def list_images(folder: str | Path) -> Listing:
         images += [(path, label) for path in walk.images(folder / name, set(walk.above))]
     listing = Listing(folder=folder, classes=classes, images=images, left_out=dict(walk.left_out), example=walk.example)
     if not images:
-        raise UserError("; ".join([f"{folder}: {len(classes)} class folders, and no images in them", *listing.warnings()]))
+        raise UserError("; ".join([f"{folder}: {len(classes)} class folders, and no images in them",
+                                   *listing.warnings(), *[EXPORT] * bool(TABLES & walk.left_out.keys())]))
     return listing
 
 

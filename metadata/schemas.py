@@ -47,7 +47,7 @@ Interpolation = Annotated[Literal["nearest", "box", "bilinear", "hamming", "bicu
                                           if isinstance(value, str) else value)]
 
 
-def _sides(value: Any) -> int | tuple[int, int]:
+def read_sides(value: Any) -> int | tuple[int, int]:
     """Return [height, width] as one number where both are equal, so that a size has one spelling."""
     sides = [value, value] if isinstance(value, int | float) else list(value) if isinstance(value, list | tuple) else []
     if len(sides) != 2 or not all(type(side) is int or (type(side) is float and side.is_integer()) for side in sides):
@@ -58,7 +58,7 @@ def _sides(value: Any) -> int | tuple[int, int]:
 
 
 # Pixels of both sides of an image, or [height, width].
-Sides = Annotated[int | tuple[int, int], PlainValidator(_sides),
+Sides = Annotated[int | tuple[int, int], PlainValidator(read_sides),
                   PlainSerializer(lambda sides: list(sides) if isinstance(sides, tuple) else sides)]
 
 

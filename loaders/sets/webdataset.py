@@ -16,7 +16,7 @@ from typing import Any
 
 from loaders.files import Collection, collected_splits
 from loaders.labels import numbered, split_in
-from loaders.listing import IMAGE_SUFFIXES
+from loaders.listing import IMAGE_SUFFIXES, SYSTEM
 from loaders.packed import MOST_BYTES, Packed
 from loaders.request import Request
 from loaders.splits import Splits
@@ -118,7 +118,9 @@ def _samples(shard: Path) -> Iterator[tuple[Packed, str]]:
         length = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
-                if not member.isdir():
+                name = PurePosixPath(member.name).name
+                hidden = name.startswith(".") or name.lower() in SYSTEM  # what macOS packs beside the files
+                if not member.isdir() and not (hidden and member.isreg()):
                     key, suffix = _checked(member, shard, length)
                     parts = samples.setdefault(key, {})
                     if suffix in parts:

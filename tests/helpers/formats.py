@@ -69,6 +69,7 @@ def write_webdataset(folder: Path, out: Path, label: str = "cls") -> Path:
                     text = json.dumps({"label": name, "other": 1}) if label == "json" else name
                     add_member(tar, f"{number:06d}.{label}", text.encode())
                     add_member(tar, f"{number:06d}.png", path.read_bytes())
+                    add_member(tar, f"._{number:06d}.png", b"what macOS packs")
     return out
 
 

@@ -211,3 +211,12 @@ def test_the_commands_take_the_formats(folder: Path, tmp_path: Path, compress: C
                             "pass data.image_root=DIR for another, or data.skip_unreadable=true")):
         assert_one_line_error(compress(*command), "48 of 48 images are missing", where)
     assert_one_line_error(compress("plan", "slim_resnet18_digits", "data.test_fraction=1"), "test_fraction", "less than 1")
+
+
+def test_the_evaluator_says_how_to_get_a_folder(folder: Path, tmp_path: Path) -> None:
+    write_webdataset(folder, tmp_path / "tars")
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "test.parquet").write_bytes(b"")
+    for root in (tmp_path / "tars", tmp_path / "tars" / "test-0000.tar", tmp_path / "set"):
+        with pytest.raises(UserError, match=r"compress export_data` writes the test split of a CSV, of tars or of Parquet"):
+            list_test_data(root)
