@@ -40,7 +40,7 @@ FRESH = {"new_zeros", "new_ones", "new_full", "new_tensor", "new_empty"}
 FRESH_LIKE = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
 SEVERAL = {"chunk", "split", "unbind", "tensor_split", "split_with_sizes"}
 # Modules of torch that are traced into, as a user's are.
-TRACED_INTO = (nn.ZeroPad2d, nn.ConstantPad2d, nn.Unflatten, nn.Softmax2d, nn.ChannelShuffle)
+TRACED_INTO = (nn.ZeroPad2d, nn.ConstantPad2d, nn.Unflatten, nn.Conv1d, nn.Upsample)
 
 
 class TracedTensor(fx.Proxy):
@@ -114,8 +114,9 @@ class ImageTracer(fx.Tracer):
         return super().create_args_for_root(root_fn, is_module, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return row_of_module(m) is not None or (super().is_leaf_module(m, module_qualified_name)
-                                                and not isinstance(m, TRACED_INTO))
+        if isinstance(m, TRACED_INTO):
+            return False
+        return row_of_module(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return TracedTensor(node, self)

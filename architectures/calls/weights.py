@@ -40,6 +40,37 @@ def lower_conv2d(lowering: Lowering, node: Any) -> str:
         bias=bias is not None)
 
 
+@handles("conv1d")
+def lower_conv1d(lowering: Lowering, node: Any) -> str:
+    """A convolution of rows is one of images of one row."""
+    weight, bias = traced_argument(node, 1, "weight", None), traced_argument(node, 2, "bias", None)
+    stride, padding, dilation = (traced_argument(node, at, key, default) for at, key, default in
+                                 ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1)))
+    groups = int(traced_argument(node, 6, "groups", 1))
+    outputs, inputs, width = weight.meta["shapes"][0]
+    channels, length = image_shape(node.args[0])
+    stride, padding, dilation = (int(value[0] if isinstance(value, (list, tuple)) else value)
+                                 for value in (stride, padding, dilation))
+    row = lowering.emit(node, "Reshape", [lowering.source(node.args[0])], shape=[channels, 1, length])
+    name = lowering.with_weights(
+        node, "Conv2d", [row], {"weight": weight, "bias": bias}, in_channels=inputs * groups, out_channels=outputs,
+        kernel_size=(1, width), stride=(1, stride), padding=(0, padding), dilation=(1, dilation), groups=groups,
+        bias=bias is not None)
+    lowering.weights[f"{name}.weight"] = lowering.weights[f"{name}.weight"].unsqueeze(2)
+    return lowering.emit(node, "Reshape", [name], shape=list(image_shape(node)))
+
+
+@handles("interpolate")
+def lower_interpolate(lowering: Lowering, node: Any) -> str:
+    mode, corners = traced_argument(node, 3, "mode", "nearest"), traced_argument(node, 4, "align_corners", None)
+    factor = traced_argument(node, 2, "scale_factor", None)
+    whole = all(float(value).is_integer() for value in (factor if isinstance(factor, (list, tuple)) else [factor or 1]))
+    if mode not in ("nearest", "bilinear") or corners or not whole or node.kwargs.get("antialias"):
+        raise outside(place_of(node), f"resizing of mode {mode!r}, by a broken factor or with align_corners")
+    size = list(image_shape(node)[1:])
+    return lowering.emit(node, "Upsample", [lowering.source(node.args[0])], size=size, mode=mode)
+
+
 def pair(value: Any) -> Any:
     """Return two numbers for one, and what else is given as it is."""
     if isinstance(value, (list, tuple)):

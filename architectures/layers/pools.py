@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, TYPE_CHECKING
+from typing import Any, ClassVar, Literal, TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -198,3 +198,37 @@ class AdaptiveMaxPool2d(AdaptivePool):
 
     operators = {"GlobalMaxPool": Operator(passes_factors_on=True), "MaxPool": Operator("sums", passes_factors_on=True)}
     keeps_grid = True
+
+
+@register
+class Upsample(Windows):
+    """`torch.nn.Upsample` to a size in pixels."""
+
+    operators = {"Resize": Operator()}
+    keeps_sign = owns_output = True
+
+    size: Pair
+    mode: Literal["nearest", "bilinear"] = "nearest"
+
+    @classmethod
+    def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
+        if module.align_corners or not isinstance(module.size, tuple) or module.mode not in ("nearest", "bilinear"):
+            raise outside(name, "Upsample by a factor, with align_corners or of another mode")
+        return super().from_module(module, name)
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        if len(inputs[0]) != 4:
+            raise ValueError(f"expected images (N, C, H, W), got {list(inputs[0])}")
+        return *inputs[0][:2], *self.size
+
+    def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
+        if any(size % before for size, before in zip(self.size, shape[1:], strict=True)):
+            raise UserError(f"export: layer {self.name} scales {shape[1]}x{shape[2]} to {self.size[0]}x{self.size[1]}; "
+                            "only whole multiples have the same ONNX operator everywhere")
+        factors = [1.0, 1.0, *(size / before for size, before in zip(self.size, shape[1:], strict=True))]
+        scales = writer.constant(f"{self.name}.scales", factors)
+        if self.mode == "nearest":
+            return writer.node("Resize", self.name, [*inputs, "", scales], mode="nearest", nearest_mode="floor",
+                               coordinate_transformation_mode="asymmetric")
+        return writer.node("Resize", self.name, [*inputs, "", scales], mode="linear",
+                           coordinate_transformation_mode="half_pixel")

@@ -214,6 +214,12 @@ def _pad(inputs: list[Any], attributes: Attributes) -> Tensor:
     return F.pad(images, around, value=value or 0.0)
 
 
+def _resized(inputs: list[Any], attributes: Attributes) -> Tensor:
+    scales = [float(scale) for scale in inputs[2]][2:]
+    sizes = [round(size * scale) for size, scale in zip(inputs[0].shape[2:], scales, strict=True)]
+    return F.interpolate(inputs[0], sizes, mode="nearest" if attributes["mode"] == "nearest" else "bilinear")
+
+
 def _reduced(function: Callable[..., Tensor]) -> Callable[[list[Any], Attributes], Tensor]:
     def reduce(inputs: list[Any], attributes: Attributes) -> Tensor:
         axes = inputs[1] if len(inputs) > 1 else attributes["axes"]
@@ -254,7 +260,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Reshape": _reshape, "Transpose": lambda inputs, attributes: inputs[0].permute(*attributes["perm"]),
     "Concat": lambda inputs, attributes: (torch.cat(inputs, attributes["axis"]) if isinstance(inputs[0], Tensor)
                                           else [*itertools.chain(*inputs)]),  # sizes are lists of numbers
-    "Slice": _slice, "Pad": _pad,
+    "Slice": _slice, "Pad": _pad, "Resize": _resized,
     "Squeeze": lambda inputs, attributes: inputs[0].squeeze(tuple(inputs[1])),
     "Unsqueeze": lambda inputs, attributes: inputs[0].unsqueeze(inputs[1][0]),
     "Gather": lambda inputs, attributes: torch.index_select(inputs[0], attributes.get("axis", 0), torch.tensor(inputs[1])),

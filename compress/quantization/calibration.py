@@ -67,7 +67,7 @@ def watched(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
 
 def histograms(model: onnx.ModelProto, images: Images, threads: int = 1,
                memory_bytes: int = MEMORY_BYTES) -> dict[str, Histogram]:
-    """Return the histogram of the input and of every node's output, by tensor name.
+    """Return the histogram of the input and of every node's float output, by tensor name.
 
     Args:
         model: float, as `compress.packaging.export.export` writes it.
@@ -89,7 +89,8 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1,
         chunk = max(1, memory_bytes // sum(tensor.nbytes for tensor in first))
         for start in range(0, len(images), chunk):
             part = images[start:start + chunk]
-            yield {input_name: part, **dict(zip(names, runtime.run(None, {input_name: part}), strict=True))}
+            found = zip(names, runtime.run(None, {input_name: part}), strict=True)
+            yield {input_name: part} | {name: tensor for name, tensor in found if tensor.dtype == np.float32}  # no sizes
 
     bounds: dict[str, tuple[float, float]] = {}
     sums: dict[str, Array] = {}
@@ -102,7 +103,7 @@ def histograms(model: onnx.ModelProto, images: Images, threads: int = 1,
                 raise UserError(f"calibration: tensor {name} holds NaN or infinite values on the calibration images; the "
                                 "network or its preprocessing is broken")
             bounds[name] = min(low, least), max(high, greatest)
-            own = tensor.reshape(len(tensor), tensor.shape[1], -1).mean(axis=2, dtype=np.float64).sum(axis=0)
+            own = tensor.reshape(len(tensor), *tensor.shape[1:2], -1).mean(axis=2, dtype=np.float64).sum(axis=0)
             sums[name] = sums.get(name, 0) + own
             shapes[name] = tensor.shape[1:]
     counts = {name: torch.zeros(BINS, dtype=torch.float64) for name in bounds}

@@ -114,6 +114,9 @@ def unpacked(x: Tensor) -> tuple[int, int]:
     lambda net, x: x + torch.arange(8.0), lambda net, x: x.movedim(1, 3).movedim(3, 1),
     lambda net, x: torch.einsum("nchw,ncwv->nchv", x, x), lambda net, x: (x @ x.mT) @ torch.eye(8).roll(1, 0),
     lambda net, x: F.scaled_dot_product_attention(x, x, x * 2, attn_mask=torch.eye(8)),
+    lambda net, x: x.mean((2, 3), keepdim=True).expand_as(x) * x,
+    lambda net, x: F.interpolate(x, scale_factor=2), lambda net, x: F.interpolate(x, (5, 9), mode="bilinear"),
+    lambda net, x: x * F.conv1d(x.mean((2, 3)).unsqueeze(1), torch.ones(1, 1, 3), padding=1).transpose(1, 2).unsqueeze(3),
     lambda net, x: F.layer_norm(x, (8, 8)), lambda net, x: F.group_norm(x, 2), lambda net, x: torch.addcmul(x, x, x),
 ])
 def test_what_moves_and_combines_numbers_is_understood(middle: Middle) -> None:

@@ -221,7 +221,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Clamp": {"min": -1.0}, "ScaleShift": {"scale": -0.5, "shift": 2.0}, "ScaledDotProduct": {"scale": 0.5},
     "Reshape": {"shape": [2, 12, 6]}, "Permute": {"dims": [0, 2, 1, 3]}, "Pad": {"pad": [1, 0, 2, 1], "value": 0.5},
     "Slice": {"dim": 2, "start": 1, "stop": 6, "step": 2}, "Gather": {"dim": 1, "count": 3},
-    "Parameter": {"shape": [2, 3]}, "Buffer": {"shape": []}}
+    "Upsample": {"size": [12, 9]}, "Parameter": {"shape": [2, 3]}, "Buffer": {"shape": []}}
 
 
 def example(kind: str) -> tuple[Layer, list[Tensor]]:
@@ -295,7 +295,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
     "Permute": [{"dims": [0, 2, 1]}, {"dims": [0, 1]}], "Reshape": [{"shape": [144]}, {"shape": [24, 1]}],
     "Slice": [{"dim": 1, "start": 0, "stop": 1}, {"dim": 3, "start": 5, "stop": 6}], "Gather": [{"dim": 3, "count": 1}],
     "Pad": [{"pad": [0, 3]}, {"pad": [1, 1, 1, 1, 1, 1]}], "Softmax": [{"dim": -1}], "Sum": [{"dim": [1, -1]}],
-    "LayerNorm": [{"normalized_shape": [6]}, {"normalized_shape": [4]}], "PReLU": [{}]}
+    "LayerNorm": [{"normalized_shape": [6]}, {"normalized_shape": [4]}], "PReLU": [{}],
+    "Upsample": [{"size": [3, 6], "mode": "bilinear"}]}
 SHAPES: list[Shape] = [(2, 4, 6, 6), (2, 4, 6), (2, 4), (2, 6, 5, 7), (2, 4, 1, 1), (2, 1, 3, 2), (1, 4, 6, 1), (2, 6)]
 
 

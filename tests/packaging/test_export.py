@@ -68,11 +68,13 @@ class Tokens(nn.Module):
         self.table, self.temperature = nn.Parameter(torch.randn(9, 2)), nn.Parameter(torch.zeros(2, 1, 1))
         self.register_buffer("index", torch.arange(25).reshape(5, 5) % 9, persistent=False)
         self.register_buffer("mean", torch.full((8, 1, 1), 0.1))
-        self.pool, self.prelu, self.drop = nn.AdaptiveAvgPool2d(2), nn.PReLU(8), StochasticDepth(0.5, "row")
+        self.pool, self.prelu, self.drop = nn.AdaptiveAvgPool2d(1), nn.PReLU(8), StochasticDepth(0.5, "row")
+        self.larger, self.smooth = nn.Upsample(scale_factor=2), nn.Upsample(scale_factor=2, mode="bilinear")
         self.norm, self.qkv = nn.LayerNorm(8), nn.Linear(8, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.prelu(self.pool(nn.functional.pad(x, (0, 2, 2, 0))) - self.mean)
+        pooled = self.pool(nn.functional.pad(x, (0, 2, 2, 0)))
+        x = self.prelu(self.larger(pooled) + self.smooth(pooled) - self.mean)
         x = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + self.positions
         queries, keys, values = self.qkv(self.norm(x)).reshape(len(x), 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self.table[self.index.view(-1)].view(5, 5, 2).permute(2, 0, 1)
