@@ -35,7 +35,7 @@ METADATA = {"model_format": "tflite", "input_shape": [32, 32, 3], "class_names":
 
 
 def scored(network: Path, images: Path) -> dict[str, Any]:
-    """What the evaluator finds for one file: its size, counts, accuracy and latency, and where it ran.
+    """What the evaluator finds for one file: its size, counts and accuracy, and where it ran. No time: that needs quiet.
 
     Raises:
         UserError, VerificationError: see `evaluate_submission`.
@@ -45,12 +45,12 @@ def scored(network: Path, images: Path) -> dict[str, Any]:
         write_json(Path(folder) / "metadata.json", METADATA)
         result = evaluate_submission(folder, images, settings=EvaluationSettings(), progress=terminal_progress())
     details = result["details"]
-    accuracy, latency = details["accuracy"], details["latency"]
+    accuracy = details["accuracy"]
     return {"sha256": sha256(network), "bytes": details["bytes"]["weights"], "parameters": details["parameters"]["all"],
             "macs": details["macs"], "correct": accuracy["correct"], "images": accuracy["total"],
             "accuracy": accuracy["fraction"], "wilson_95": accuracy["wilson_95"],
-            "latency_ms": {key: latency[key] for key in latency if key.endswith("_ms")}, "backend": details["backend"],
-            "machine": details["machine"], "versions": details["versions"], "warnings": details["warnings"]}
+            "backend": details["backend"], "machine": details["machine"], "versions": details["versions"],
+            "warnings": details["warnings"]}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -59,10 +59,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = ["# MLPerf Tiny's networks on CIFAR-10", "",
              f"Scored by the evaluator on {first['images']:,} test images, LiteRT {first['versions']['ai_edge_litert']}, "
              f"one thread of {first['machine']['cpu']}. The files are MLCommons' (MLPerf Tiny, Apache-2.0).", "",
-             "| network | bytes | parameters | MACs | correct | accuracy | median ms |", "| --- " + "| ---: " * 6 + "|"]
+             "| network | bytes | parameters | MACs | correct | accuracy |", "| --- " + "| ---: " * 5 + "|"]
     for name, row in rows.items():
         lines.append(f"| {NETWORKS[name]} | {row['bytes']:,} | {row['parameters']:,} | {row['macs']:,} | "
-                     f"{row['correct']:,} | {row['accuracy']:.2%} | {row['latency_ms']['median_ms']:.2f} |")
+                     f"{row['correct']:,} | {row['accuracy']:.2%} |")
     return "\n".join(lines) + "\n"
 
 
