@@ -20,9 +20,10 @@ from metadata.errors import UserError, first_line, some_of
 NAME = "csv"
 SUFFIXES = (".csv", ".tsv")
 MOST_BYTES = 2**30
-PATHS = {"file", "file_name", "filename", "filepath", "file_path", "image", "image_file", "image_name", "image_path",
-         "images", "img", "img_path", "name", "path", "paths"}
-LABELS = {"category", "class", "class_id", "class_name", "classes", "label", "labels", "species", "target", "y"}
+ADDED = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif")  # to a name without a suffix
+PATHS = {"file", "file_name", "filename", "filepath", "file_path", "id", "image", "image_file", "image_id", "image_name",
+         "image_path", "images", "img", "img_path", "name", "path", "paths"}
+LABELS = {"breed", "category", "class", "class_id", "class_name", "classes", "label", "labels", "species", "target", "y"}
 SPLIT_COLUMNS = {"partition", "set", "split", "subset", "usage"}
 ADVICE = "pass data.columns=PATH,LABEL or data.columns=PATH,LABEL,SPLIT, by name or by number from 1"
 
@@ -131,7 +132,17 @@ def _rows(path: Path, base: Path, columns: list[str]) -> list[Row]:
 
 
 def _is_picture(base: Path, cell: str) -> bool:
-    return os.path.splitext(cell)[1].lower() in IMAGE_SUFFIXES or (len(cell) < 4096 and os.path.isfile(base / cell))
+    return os.path.splitext(cell)[1].lower() in IMAGE_SUFFIXES or (cell != "" and os.path.isfile(_located(base, cell)))
+
+
+def _located(base: Path, cell: str) -> Path:
+    """Return the file that a cell names: with the slashes of this system, and with a suffix if only that is missing."""
+    path = base / cell
+    if "\\" in cell and not os.path.exists(path):
+        path = base / cell.replace("\\", "/")
+    if path.suffix or os.path.exists(path):
+        return path
+    return next((file for suffix in ADDED if os.path.isfile(file := path.with_name(path.name + suffix))), path)
 
 
 def _given(columns: list[str], header: list[str] | None, width: int, path: Path) -> list[int]:
@@ -195,9 +206,9 @@ def _pictures(rows: dict[str, list[tuple[Path, Row]]], index: dict[str, int], ba
         where = f"{table}:{row.line}"
         if not row.label:
             raise UserError(f"{where}: {row.path[:80]} has no label; fill it in, or remove the row")
-        path = base / row.path
-        if "\\" in row.path and not os.path.exists(path):
-            path = base / row.path.replace("\\", "/")
+        if not row.path:
+            raise UserError(f"{where}: no path; fill it in, or remove the row")
+        path = _located(base, row.path)
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(above):
             raise UserError(f"{where}: {row.path[:80]!r} leads out of {base} to {str(real)[:200]}; pass "

@@ -102,6 +102,8 @@ def _found_instead(root: Path) -> str:
     if root.name.lower() in SPLITS and "train" in split_folders(root.parent):
         return f"this is a split itself; pass data.root={root.parent}"
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if arrow := next((path for place in (root, *folders) for path in sorted(place.glob("*.arrow"))), None):
+        return f"found {arrow}; write the set of `datasets` as Parquet files (`to_parquet`)"
     for folder in folders:
         if "train" in split_folders(folder):
             return f"found {split_folders(folder)['train']}; pass data.root={folder}"

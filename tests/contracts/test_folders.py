@@ -217,9 +217,12 @@ def unsort(root: Path) -> None:
     (lambda root: shutil.rmtree(root), "", "there is no such folder"),
     (lambda root: (shutil.rmtree(root), root.write_text("")), "", "is a file"),
     (lambda root: (shutil.rmtree(root), root.mkdir()), "", "found no folders"),
+    (lambda root: (shutil.rmtree(root), root.mkdir(), (root / "data.arrow").write_text("")), "",
+     r"found .*data\.arrow; write the set of `datasets` as Parquet files"),
     (nest, "", r"train: one class only, 'images'; expected two or more; if the 3 folders in it are \(class_000"),
     (unsort, "", r"train: no class folders in it, 1 images directly in it; expected .*/train/<class>/<image>"),
-], ids=["classes alone", "a split", "one deeper", "other name", "missing", "file", "empty", "one class", "no classes"])
+], ids=["classes alone", "a split", "one deeper", "other name", "missing", "file", "empty", "arrow", "one class",
+        "no classes"])
 def test_other_structures_are_told_as_they_are(change: Callable[[Path], object], below: str, said: str,
                                                tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "set", 3, 4)

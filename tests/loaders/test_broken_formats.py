@@ -57,6 +57,7 @@ CSV: dict[str, tuple[Callable[[str], bytes], str]] = {
     "out by dots": (plus("../../x.png,class_000,train"), r"labels\.csv:26: .*leads out of"),
     "absolute": (plus("/etc/passwd,class_000,train"), r"labels\.csv:26: .*leads out of .* to /etc"),
     "no label": (plus("images/0.png,,train"), r"labels\.csv:26: images/0\.png has no label"),
+    "no path": (plus(",class_000,train"), r"labels\.csv:26: no path; fill it in"),
     "two splits": (plus("images/0.png,class_000,train"),
                    r"csv:26: images/0\.png has the split 'train', in .*csv:2 'test'; keep"),
     "two labels": (plus("./images/0.png,class_001,test"), r"csv:26: ./images/0\.png has the label 'class_001', in .*csv:2 "
@@ -108,6 +109,7 @@ def test_tables_as_people_write_them(table: Path, tmp_path: Path) -> None:
         "another order of columns": "\n".join(",".join(reversed(line.split(","))) for line in lines).encode(),
         "spaces": text.replace(",", " , ").encode(),
         "other words": text.replace("file,label,split", "Image Path,Species,Set").encode(),
+        "no suffixes": text.replace(".png", "").encode(),
         "twice": (text + lines[1] + "\n").encode()}
     for what, content in variants.items():
         path.write_bytes(content)
