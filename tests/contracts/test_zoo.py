@@ -12,11 +12,19 @@ from benchmarks.coverage_checks import CHECKS, Examined
 from benchmarks.zoo_networks import zoo_networks
 from tests.helpers.marks import slow_but
 
-# Small ones; the others are slow.
-QUICK = ["timm:resnet10t"]
+QUICK = ["timm:convnext_atto", "timm:dla46x_c", "timm:lcnet_050", "timm:regnetx_002", "timm:resnest14d", "timm:resnet10t",
+         "timm:resnet18", "timm:tinynet_e", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5"]
 
 
-@pytest.mark.parametrize("name", slow_but(zoo_networks(), QUICK))
+@pytest.mark.parametrize("name", QUICK)
+def test_small_networks_are_described_and_rebuilt(name: str) -> None:
+    """The cheap half of the contract, for one small network of a family each."""
+    subject = Examined(name, zoo_networks()[name])
+    for check in ("describe", "rebuild", "count"):
+        CHECKS[check](subject)
+
+
+@pytest.mark.parametrize("name", slow_but(zoo_networks(), ["timm:resnet10t"]))
 def test_a_network_of_the_zoos_goes_all_the_way(name: str) -> None:
     subject = Examined(name, zoo_networks()[name])
     for check in WHOLE:
