@@ -75,7 +75,7 @@ class Lowering:
         """
         if node.op == "placeholder":
             self.names[node] = "input"
-        elif node.op != "get_attr" and "parts" not in node.meta:
+        elif node.meta["of_images"] and "parts" not in node.meta:  # others are lowered where a layer needs them
             self.names[node] = self._lowered(node)
 
     def _lowered(self, node: fx.Node) -> str:
@@ -140,6 +140,8 @@ class Lowering:
         Raises:
             UserError: it is no tensor.
         """
+        if isinstance(node, fx.Node) and not node.meta["of_images"] and node.op != "get_attr" and node not in self.names:
+            self.names[node] = self._lowered(node)
         if not isinstance(node, fx.Node) or (node not in self.names and node.op != "get_attr"):
             where = place_of(node) if isinstance(node, fx.Node) else str(node)
             raise UserError(f"layer {where}: it uses a tensor's shape or attribute as data, which {NOT_IN_TABLE}; "
@@ -147,13 +149,14 @@ class Lowering:
         return self.store(node, axes_of(node).image_shape) if node.op == "get_attr" else self.names[node]
 
     def store(self, node: fx.Node, shape: tuple[int, ...]) -> str:
-        """Return a Parameter or Buffer with the values of a tensor of the network's own."""
+        """Return a Parameter or Buffer with the values of a tensor of the network's own; one size may be -1."""
         target = str(node.target)
         if (target, shape) not in self._stored:
             tensor = self.tensor(node)
             kind = "Parameter" if isinstance(self._attribute(target), nn.Parameter) else "Buffer"
-            name = self.emit(node, kind, ["input"], name=target.lstrip("_"), shape=list(shape))
-            self.weights[f"{name}.value"] = tensor.detach().float().reshape(shape)
+            values = tensor.detach().float().reshape(shape)
+            name = self.emit(node, kind, ["input"], name=target.lstrip("_"), shape=list(values.shape))
+            self.weights[f"{name}.value"] = values
             self._stored[target, shape] = name
         return self._stored[target, shape]
 

@@ -190,12 +190,26 @@ def lower_roll(lowering: Lowering, node: Any) -> str:
 def lower_pad(lowering: Lowering, node: Any) -> str:
     amounts, mode = list(traced_argument(node, 1, "pad", None)), traced_argument(node, 2, "mode", "constant")
     value = traced_argument(node, 3, "value", None) or 0.0
-    if mode != "constant" or any(amount < 0 for amount in amounts):
+    if mode not in ("constant", "reflect", "replicate", "circular") or any(amount < 0 for amount in amounts):
         raise outside(place_of(node), f"padding of mode {mode!r} or by negative amounts")
+    if mode != "constant":
+        return padded_with_images(lowering, node, amounts, mode)
     while len(amounts) > 2 and not any(amounts[-2:]):
         amounts = amounts[:-2]
     name = lowering.source(node.args[0])
     return lowering.emit(node, "Pad", [name], pad=amounts, value=float(value)) if any(amounts) else name
+
+
+def padded_with_images(lowering: Lowering, node: Any, amounts: list[int], mode: str) -> str:
+    """Pad with numbers of the image itself, one dimension after the other."""
+    axes, name = axes_of(node.args[0]), lowering.source(node.args[0])
+    assert axes.shape is not None
+    for at in range(0, len(amounts), 2):
+        size = axes.shape[-1 - at // 2]
+        positions = torch.arange(float(size)).view(1, 1, size)
+        index = torch.nn.functional.pad(positions, amounts[at:at + 2], mode=mode).flatten().long()
+        name = gathered(lowering, node, name, axes.dim(-1 - at // 2), index, size)
+    return name
 
 
 @handles("stack")

@@ -115,8 +115,14 @@ def lower_layer_norm(lowering: Lowering, node: Any) -> str:
 def lower_group_norm(lowering: Lowering, node: Any) -> str:
     groups, weight, bias = (traced_argument(node, at, key, None) for at, key in
                             ((1, "num_groups"), (2, "weight"), (3, "bias")))
-    if (weight is None) != (bias is None):
-        raise outside(place_of(node), "a group norm with a weight or a bias alone")
+    if weight is None and bias is not None:
+        raise outside(place_of(node), "a group norm with a bias alone")
+    if weight is not None and bias is None:  # torch's module has both or none
+        normal = lowering.emit(node, "GroupNorm", [lowering.source(node.args[0])], num_groups=int(groups),
+                               num_channels=image_shape(node)[0], affine=False,
+                               eps=float(traced_argument(node, 4, "eps", 1e-5)))
+        scale = lowering.store(weight, (-1, *[1] * (len(image_shape(node)) - 1)))
+        return lowering.emit(node, "Multiply", [normal, scale])
     return lowering.with_weights(
         node, "GroupNorm", [lowering.source(node.args[0])], {"weight": weight, "bias": bias}, num_groups=int(groups),
         num_channels=image_shape(node)[0], affine=weight is not None, eps=float(traced_argument(node, 4, "eps", 1e-5)))

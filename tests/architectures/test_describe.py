@@ -117,10 +117,18 @@ def unpacked(x: Tensor) -> tuple[int, int]:
     lambda net, x: x.mean((2, 3), keepdim=True).expand_as(x) * x,
     lambda net, x: F.interpolate(x, scale_factor=2), lambda net, x: F.interpolate(x, (5, 9), mode="bilinear"),
     lambda net, x: x * F.conv1d(x.mean((2, 3)).unsqueeze(1), torch.ones(1, 1, 3), padding=1).transpose(1, 2).unsqueeze(3),
+    lambda net, x: F.pad(x, (2, 1, 0, 3), mode="reflect"), lambda net, x: F.pad(x, (1, 1, 1, 1), mode="replicate"),
+    lambda net, x: F.group_norm(x, 2, torch.ones(4)),
+    lambda net, x: F.conv2d(x, standardized(net.conv.weight)[:, [0, 1, 2, 0]]),
     lambda net, x: F.layer_norm(x, (8, 8)), lambda net, x: F.group_norm(x, 2), lambda net, x: torch.addcmul(x, x, x),
 ])
 def test_what_moves_and_combines_numbers_is_understood(middle: Middle) -> None:
     assert_described(Images(middle))
+
+
+def standardized(weight: Tensor) -> Tensor:
+    """The weights of a convolution with mean zero and variance one, as in BiT and NFNet."""
+    return F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True).reshape_as(weight)
 
 
 def windows(x: Tensor) -> Tensor:
