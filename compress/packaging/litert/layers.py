@@ -22,14 +22,17 @@ def convolution(writer: LitertWriter, node: onnx.NodeProto) -> None:
     if node.input[1] not in graph.constants:
         raise writer.unable(node, "its weights are not constants")
     filters = graph.constants[node.input[1]]
-    if filters.ndim != 4:
-        raise writer.unable(node, f"a convolution over {filters.ndim - 2} axes; expected height and width")
+    if filters.ndim not in (3, 4):
+        raise writer.unable(node, f"a convolution over {filters.ndim - 2} axes; expected height and width, or rows")
+    row = [1] * (4 - filters.ndim)  # rows are images of one line
     outputs, groups = len(filters), options.get("group", 1)
-    strides, dilations = options.get("strides", [1, 1]), options.get("dilations", [1, 1])
-    kernel = [(size - 1) * step + 1 for size, step in zip(filters.shape[2:], dilations, strict=True)]
+    strides, dilations = ([*row, *options.get(name, [1] * (filters.ndim - 2))] for name in ("strides", "dilations"))
+    kernel = [(size - 1) * step + 1 for size, step in zip([*row, *filters.shape[2:]], dilations, strict=True)]
     name, activation = writer.activated(node.output[0])
     given, grid, stored = _factors(writer, node, name)
-    given, padding = padded(writer, node, writer.images(given, node), kernel, strides)
+    given = writer.reshaped(writer.reordered(given, (0, 2, 1)), _one_line(given.shape, given.order), IMAGES
+                            ) if row else writer.images(given, node)
+    given, padding = padded(writer, node, given, kernel, strides)
     depthwise = filters.shape[1] == 1 and groups == graph.shape(node.input[0])[1] and groups > 1
     order = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)  # (1, H, W, out) or (out, H, W, in / groups)
     weight, bias = _parameters(writer, node, stored, given.grid, order, 3 if depthwise else 0, outputs)
@@ -40,7 +43,14 @@ def convolution(writer: LitertWriter, node: onnx.NodeProto) -> None:
     else:
         kind, chosen = "CONV_2D", schema.Conv2DOptionsT(**shared)
     shape = writer.image_shape(name)
-    writer.give(name, writer.operator(kind, node.name, [given, weight, bias], shape, IMAGES, grid, chosen))
+    written = writer.operator(kind, node.name, [given, weight, bias], shape, IMAGES, grid, chosen)
+    writer.give(name, writer.reshaped(written, (shape[0], *shape[2:]), (0, 2, 1)) if row else written)
+
+
+def _one_line(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape (N, 1, L, C) of rows (N, C, L), given theirs in the file and its order."""
+    sizes = dict(zip(order, shape, strict=True))
+    return sizes[0], 1, sizes[2], sizes[1]
 
 
 def matrix_product(writer: LitertWriter, node: onnx.NodeProto) -> None:
@@ -124,15 +134,20 @@ def _parameters(writer: LitertWriter, node: onnx.NodeProto, stored: StoredLevels
     if bias.shape != (outputs,):
         bias = np.broadcast_to(bias, outputs)
     if stored is None or grid is None:
-        weight = writer.file.constant(floats[node.input[1]].transpose(order).astype(np.float32))
+        weight = writer.file.constant(_as_filters(floats[node.input[1]]).transpose(order).astype(np.float32))
         return weight, writer.file.constant(bias.astype(np.float32))
     scales = np.broadcast_to(stored.scales, outputs)
-    weight = writer.file.constant(stored.levels.transpose(order), scales=scales, axis=axis)
+    weight = writer.file.constant(_as_filters(stored.levels).transpose(order), scales=scales, axis=axis)
     # As ONNX Runtime rounds a bias. The file states no scale for it: it follows from the others, and would be larger.
     levels = np.rint(bias.astype(np.float32) / (np.float32(grid.scale) * scales))
     limits = np.iinfo(np.int32)
     return weight, writer.file.constant(levels.clip(limits.min, limits.max).astype(np.int32),
                                         scales=np.float32(grid.scale) * scales)
+
+
+def _as_filters(weight: NDArray[Any]) -> NDArray[Any]:
+    """Return the weights of a layer, those of a convolution of rows as of images of one line."""
+    return weight[:, :, None] if weight.ndim == 3 else weight
 
 
 def padded(writer: LitertWriter, node: onnx.NodeProto, given: Placed, kernel: Sequence[int], strides: Sequence[int],
@@ -147,6 +162,7 @@ def padded(writer: LitertWriter, node: onnx.NodeProto, given: Placed, kernel: Se
         value: that the padding stands for.
     """
     pads, schema = attributes(node).get("pads", [0, 0, 0, 0]), writer.schema
+    pads = [0, pads[0], 0, pads[1]] if len(pads) == 2 else pads
     if attributes(node).get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         raise writer.unable(node, "with auto_pad")
     sizes = given.shape[1:3]
@@ -206,6 +222,25 @@ def _counted(size: int, count: int, kernel: int, step: int, before: int) -> NDAr
     """Return how many of a window's rows, or columns, lie inside the image, for each window."""
     starts = np.arange(count) * step - before
     return np.minimum(starts + kernel, size) - np.maximum(starts, 0)
+
+
+def resize(writer: LitertWriter, node: onnx.NodeProto) -> None:
+    """Write a Resize as the layer table writes it: to the nearest pixel of a whole multiple, or linear between centres."""
+    options, schema = attributes(node), writer.schema
+    kind = options.get("mode", b"nearest"), options.get("coordinate_transformation_mode", b"half_pixel")
+    whole = writer.integers(node.input[0])
+    shape = writer.image_shape(node.output[0])
+    size = writer.numbers(shape[1:3])
+    if kind == (b"nearest", b"asymmetric") and options.get("nearest_mode") == b"floor":
+        given = writer.images(writer.value(node.input[0]) if whole is None else whole, node)
+        writer.give(node.output[0], writer.operator("RESIZE_NEAREST_NEIGHBOR", node.name, [given, size], shape, IMAGES,
+                                                    given.grid, schema.ResizeNearestNeighborOptionsT()))
+    elif kind == (b"linear", b"half_pixel"):
+        given = writer.images(writer.value(node.input[0]), node)
+        writer.give(node.output[0], writer.operator("RESIZE_BILINEAR", node.name, [given, size], shape, IMAGES,
+                                                    options=schema.ResizeBilinearOptionsT(halfPixelCenters=True)))
+    else:
+        raise writer.unable(node, f"{kind[0].decode()} with {kind[1].decode()} coordinates")
 
 
 def global_pool(writer: LitertWriter, node: onnx.NodeProto) -> None:

@@ -16,9 +16,10 @@ from metadata.errors import UserError
 VERSIONS = {
     "ADD": (1, 2), "AVERAGE_POOL_2D": (1, 2), "BATCH_MATMUL": (1, 2), "CONCATENATION": (1, 2), "CONV_2D": (1, 3),
     "DEPTHWISE_CONV_2D": (2, 3), "DEQUANTIZE": (1, 2), "FULLY_CONNECTED": (1, 12), "GATHER": (1, 2), "GELU": (1, 2),
-    "LEAKY_RELU": (1, 2), "LOGISTIC": (1, 2), "MAX_POOL_2D": (1, 2), "MAXIMUM": (1, 2), "MEAN": (1, 2),
-    "MINIMUM": (1, 2), "MUL": (1, 2), "PAD": (1, 2), "PADV2": (1, 2), "RELU": (1, 2), "RELU6": (1, 2), "SLICE": (1, 2),
-    "SOFTMAX": (1, 2), "STRIDED_SLICE": (1, 2), "SUB": (1, 2), "TANH": (1, 2), "TRANSPOSE": (1, 2)}
+    "LEAKY_RELU": (1, 2), "LOGISTIC": (1, 2), "MAXIMUM": (1, 2), "MAX_POOL_2D": (1, 2), "MEAN": (1, 2), "MINIMUM": (1, 2),
+    "MUL": (1, 2), "PAD": (1, 2), "PADV2": (1, 2), "RELU": (1, 2), "RELU6": (1, 2), "RESIZE_BILINEAR": (3, 3),
+    "RESIZE_NEAREST_NEIGHBOR": (1, 2), "SLICE": (1, 2), "SOFTMAX": (1, 2), "STRIDED_SLICE": (1, 2), "SUB": (1, 2),
+    "TANH": (1, 2), "TRANSPOSE": (1, 2)}
 ALIGNMENT = 16  # of a buffer's first byte, as the schema demands
 FORMAT_VERSION = 3
 
