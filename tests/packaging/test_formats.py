@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,52 +15,39 @@ import onnx
 import pytest
 import torch
 from onnx import helper
-from torch import nn
 
+from architectures.build import build
+from architectures.describe import describe
 from architectures.layers.table import LAYER_TABLE
 from architectures.onnx_files import read_onnx
 from compress.evaluation.file_formats import FILE_FORMATS
 from compress.evaluation.runtime import Runtime
-from compress.evaluation.runtimes import open_file
+from compress.evaluation.runtimes import open_file, open_here, preferred_backend
+from compress.evaluation.submission import read_submission
 from compress.packaging.export import check_labels, check_same
+from compress.packaging.format_package import FormatPackage
 from compress.packaging.formats.base import export_format, format_module, format_names
 from compress.packaging.onnx_in_torch import OPERATORS, OnnxInTorch
 from compress.pipeline.stages.export import Export
-from compress.quantization.static import Calibration, quantize_static, StaticSettings
+from compress.quantization.static import layers_of
 from metadata.errors import UserError, VerificationError
+from metadata.records import DatasetCard
 from metadata.schemas import Preprocessing
 from tests.helpers.commands import PROJECT
-from tests.helpers.static_int8 import float_file, images, on_onnxruntime
+from tests.helpers.little import Little, little, SHAPE
+from tests.helpers.static_int8 import images, on_onnxruntime
 
-SHAPE = (3, 32, 32)
 QUICK = ["litert", "openvino", "torch_export"]
-
-
-class Little(nn.Module):
-    """A sum, a depthwise convolution, a padded pool, a concatenation and a gate: a few layers that formats differ in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6())
-        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 8, 1), nn.Hardsigmoid())
-        self.pool, self.fc = nn.MaxPool2d(3, 2, padding=1), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.pool(self.stem(x))
-        y = self.depthwise(x) + x
-        return self.fc(torch.cat([y * self.gate(y), x], 1).mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
 def float_model() -> onnx.ModelProto:
-    torch.manual_seed(0)
-    return float_file(Little())[0]
+    return little()
 
 
 @pytest.fixture(scope="module")
-def int8_model(float_model: onnx.ModelProto) -> onnx.ModelProto:
-    return quantize_static(Calibration(float_model, images()), StaticSettings(operators="weighted")).model
+def int8_model() -> onnx.ModelProto:
+    return little(int8=True)
 
 
 def opened(model: onnx.ModelProto, name: str, folder: Path) -> Runtime:
@@ -158,3 +146,34 @@ def test_one_image_and_many_have_the_same_answers(float_model: onnx.ModelProto, 
     for name in QUICK:
         runtime = opened(float_model, name, tmp_path)
         assert np.allclose(np.concatenate([runtime(one[None]) for one in inputs]), runtime(inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_a_package_states_what_its_file_holds(int8: bool, tmp_path: Path) -> None:
+    model = little(int8)
+    card = DatasetCard(name="noise", class_names=[str(index) for index in range(10)], input_shape=SHAPE,
+                       preprocessing=Preprocessing(resize=32, crop=32))
+    described = describe(build(describe(Little(), SHAPE)), SHAPE)
+    layers = {node.name: "int8: static" if int8 else "float32: not quantized" for node in layers_of(little())}
+    measured = {"correct": 1, "images": 2, "accuracy": 0.5, "latency_ms": 1.0, "latency_p5_ms": 1.0, "latency_p95_ms": 1.0}
+    folder = tmp_path / "package"
+
+    def write(layers: dict[str, str]) -> None:
+        FormatPackage(architecture=described, card=card, name="little", measured=measured, format="openvino",
+                      files=export_format("openvino").convert(model), scheme="static_int8" if int8 else "none",
+                      layers=layers).write(folder)
+
+    write(layers)
+    files = read_submission(folder)
+    assert [path.name for path in files.data_files] == ["compressed_little.bin"]
+    assert files.counted["data_beside_the_weights"] == (folder / "compressed_little.bin").stat().st_size
+    runtime = open_here(files, preferred_backend(files), 1)
+    expected = on_onnxruntime(model, precise=True)
+    assert float((torch.from_numpy(runtime(images(4))) - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    card_text = (folder / "README.md").read_text()
+    assert "| format | OpenVINO IR |" in card_text and 'openvino.compile_model("compressed_little.xml"' in card_text
+    shutil.rmtree(folder)
+    write({**layers, "fc": "float32: claimed"})
+    if int8:
+        with pytest.raises(VerificationError, match=r"is not what the layers are \(fc\)"):
+            open_here(read_submission(folder), "openvino", 1)
