@@ -10,7 +10,7 @@ from pathlib import Path
 
 from loaders.files import file_splits
 from loaders.request import Request
-from loaders.sets.image_folder import folder_splits
+from loaders.sets.image_folder import folder_splits, split_folders
 from loaders.splits import Splits, torchvision_root
 from metadata.errors import UserError, first_line
 from metadata.records import dataset_cards
@@ -27,7 +27,7 @@ def oxford_iiit_pet(request: Request) -> Splits:
     """
     preprocessing = dataset_cards()[NAME]["preprocessing"]
     root = torchvision_root(request, NAME)
-    if (root / "train").is_dir():
+    if "train" in split_folders(root):
         return folder_splits(request, NAME, preprocessing)
     folder = root / "oxford-iiit-pet"
     if request.download:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from loaders.request import Request
-from loaders.sets.image_folder import folder_splits
+from loaders.sets.image_folder import folder_splits, split_folders
 from loaders.splits import LabelledPixels, Splits, array_splits, torchvision_root
 from metadata.errors import UserError, first_line
 from metadata.records import dataset_cards
@@ -52,7 +52,7 @@ def _arrays(dataset: Any, classes: int, where: str) -> LabelledPixels:
 def _loader(name: str) -> Callable[[Request], Splits]:
     def load(request: Request) -> Splits:
         known = dataset_cards()[name]
-        if request.root is not None and (request.root / "train").is_dir():
+        if request.root is not None and "train" in split_folders(request.root):
             return folder_splits(request, name, known["preprocessing"], known.get("class_names", ()))
         train = _open(name, request, train=True)
         names = known.get("class_names") or [str(label) for label in train.classes]
