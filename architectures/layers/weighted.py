@@ -56,7 +56,12 @@ class Convolution(Layer):
         return self.groups == self.in_channels > 1
 
     def labels(self, book: LabelBook, inputs: list[Labels], shapes: list[Shape]) -> Labels:
-        """Let each group lose the same channels of its inputs and outputs; a depthwise group goes with its input."""
+        """Let each group lose the same channels of its inputs and outputs; a depthwise group goes with its input.
+
+        A convolution of one image of channels (efficient channel attention) mixes those that stay, as a norm does.
+        """
+        if self.out_channels == inputs[0].shape[1] == 1 < inputs[0].size and self.output_shape(shapes) == shapes[0]:
+            return inputs[0]
         channels = book.constant(inputs[0], (-2, -1))
         if self.depthwise:
             return channels if channels.shape[1] == 1 else channels.repeat(self.out_channels // self.groups, axis=1)

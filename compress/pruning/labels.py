@@ -196,7 +196,8 @@ def find_units(architecture: Architecture, weights: Mapping[str, Tensor]) -> Uni
                                           [shapes[name] for name in layer.inputs])
     book.fix(labels[architecture.layers[-1].name])
     tensors = list({id(array): array for array in labels.values()}.values())
-    while _unite_further(book, book.units(), tensors):
+    weighted = np.concatenate([[0], *(labels[layer.name].ravel() for layer in architecture.layers if layer.weighted)])
+    while _unite_further(book, book.units(), tensors, weighted):
         pass
     units = book.units()
     used = np.unique(np.concatenate([[0], *(units[array].ravel() for array in tensors)]))
@@ -204,34 +205,45 @@ def find_units(architecture: Architecture, weights: Mapping[str, Tensor]) -> Uni
     return Units(of={name: _small(units[array]) for name, array in labels.items()}, shapes=shapes, count=len(used))
 
 
-def _unite_further(book: Labelling, units: Labels, tensors: list[Labels]) -> bool:
+def _unite_further(book: Labelling, units: Labels, tensors: list[Labels], weighted: Labels) -> bool:
     """Unite what must go together besides, and return whether there was anything.
 
-    A tensor whose labels differ along several axes keeps those of one. A unit that is all of a tensor stays.
+    A unit that is all of a tensor stays. A tensor whose labels differ along several axes keeps those of one: first where
+    the channels of weighted layers are among them, for what is left (positions, masks) has to follow.
+
+    Args:
+        book: what goes together so far.
+        units: the unit of each label.
+        tensors: the labels of all tensors.
+        weighted: the labels of the outputs of all weighted layers.
     """
-    changed = False
-    for labels in tensors:
-        own = _small(units[labels])
-        if own.size == 1:
-            if own.any():
-                book.fix(labels)
-                changed = True
-        elif sum(size > 1 for size in own.shape) > 1:
-            axis = _best_axis(own)
-            book.constant(labels, [other for other in range(labels.ndim) if other != axis])
-            changed = True
-    if changed:
-        return True
-    for projection in list(book.projections):
-        whole = units[projection.whole]
-        axes = [axis for axis, size in enumerate(_small(whole).shape) if size > 1]
+    own = [(labels, _small(units[labels])) for labels in tensors]
+    whole = [labels for labels, found in own if found.size == 1 and found.any()]
+    for labels in whole:
+        book.fix(labels)
+    decided = [projection for projection in book.projections if len(_axes(units[projection.whole])) < 2]
+    for projection in decided:
         book.projections.remove(projection)
-        if not axes or axes[0] in projection.repeated:
+        if set(_axes(units[projection.whole])) <= set(projection.repeated):
             book.fix(projection.part)
         else:
             book.unite(projection.part, projection.whole)
-        changed = True
-    return changed
+    if whole or decided:
+        return True
+    of_weights = np.zeros(units.max() + 1, bool)
+    of_weights[units[weighted]] = True
+    of_weights[0] = False
+    open_still = [(labels, found) for labels, found in own if len(_axes(found)) > 1]
+    first = [(labels, found) for labels, found in open_still if of_weights[found].any()]
+    for labels, found in first or open_still:
+        axis = _best_axis(found)
+        book.constant(labels, [other for other in range(labels.ndim) if other != axis])
+    return bool(open_still)
+
+
+def _axes(units: Labels) -> list[int]:
+    """Return the axes along which units differ."""
+    return [axis for axis, size in enumerate(_small(units).shape) if size > 1]
 
 
 def _best_axis(units: Labels) -> int:

@@ -72,7 +72,7 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
     smaller, weights = shrink(architecture, whole.state_dict(), units, removed)
     pruned = build(smaller)
     pruned.load_state_dict(weights)
-    return pruned.eval()
+    return pruned.to(next(whole.parameters()).device).eval()
 
 
 def _targets(groups: list[ChannelGroup], ratio: float, multiple: int, scope: str, widths_now: dict[str, int],

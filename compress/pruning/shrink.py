@@ -37,12 +37,15 @@ def shrink(architecture: Architecture, weights: Mapping[str, Tensor], units: Uni
     """
     kept = {name: kept_indices(own, units.shapes[name], removed) for name, own in units.of.items()}
     layers, state = [], dict(weights)
+    of_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        name, _, own = key.rpartition(".")
+        of_layer.setdefault(name, {})[own] = tensor.detach()
     for layer in architecture.layers:
         options: dict[str, Any] = {}
         if any(removed[units.of[name]].any() for name in (layer.name, *layer.inputs)):
-            own = {key.removeprefix(f"{layer.name}."): tensor.detach() for key, tensor in weights.items()
-                   if key.startswith(f"{layer.name}.")}
-            options, changed = layer.pruned(Kept([kept[name] for name in layer.inputs], kept[layer.name]), own)
+            options, changed = layer.pruned(Kept([kept[name] for name in layer.inputs], kept[layer.name]),
+                                            of_layer.get(layer.name, {}))
             state |= {f"{layer.name}.{key}": tensor.clone(memory_format=torch.contiguous_format)
                       for key, tensor in changed.items()}
         layers.append({**layer.model_dump(by_alias=True), **options, "pruning_info": None})

@@ -11,6 +11,8 @@ from architectures.architecture import Architecture
 from architectures.build import build, check_shapes
 from architectures.describe import Lowered
 
+ATTENTION = ["plain", "rotary", "norm", "fused"]
+
 
 class Sketchbook:
     """Layers that are added one after the other to tensors of 8x8 pixels, or to the tensors that are made of those.
@@ -76,19 +78,33 @@ class Sketchbook:
             return self.add("Sum", [parts], 8, dim=[1])
         return self.attention(source)
 
-    def attention(self, source: str) -> str:
-        """Add attention of two heads between the pixels, with a bias for each head."""
-        count = self.channels[source]
+    def attention(self, source: str, kind: str | None = None) -> str:
+        """Add attention of two heads between the pixels and a token, with what people add to it."""
+        count, places = self.channels[source], 65
         tokens = self.add("Permute", [self.add("Flatten", [source], 0, start_dim=2)], 0, dims=[0, 2, 1])
+        token = self.add("Parameter", ["input"], 0, shape=[1, count])
+        tokens = self.add("Concat", [token, tokens], 0, dim=1)
+        if self.random.random() < 0.5:
+            tokens = self.add("Add", [tokens, self.add("Parameter", ["input"], 0, shape=[places, count])], 0)
         qkv = self.add("Linear", [tokens], 0, in_features=count, out_features=24)
-        heads = self.add("Permute", [self.add("Reshape", [qkv], 0, shape=[64, 3, 2, 4])], 0, dims=[0, 2, 3, 1, 4])
+        heads = self.add("Permute", [self.add("Reshape", [qkv], 0, shape=[places, 3, 2, 4])], 0, dims=[0, 2, 3, 1, 4])
         q, k, v = (self.add("Reshape", [self.add("Slice", [heads], 0, dim=1, start=start, stop=start + 1)], 0,
-                            shape=[2, 64, 4]) for start in range(3))
-        scores = self.add("MatMul", [q, self.add("Permute", [k], 0, dims=[0, 1, 3, 2])], 0)
-        bias = self.add("Parameter", ["input"], 0, shape=[2, 1, 64])
-        weights = self.add("Softmax", [self.add("Add", [scores, bias], 0)], 0, dim=-1)
-        mixed = self.add("Permute", [self.add("MatMul", [weights, v], 0)], 0, dims=[0, 2, 1, 3])
-        joined = self.add("Linear", [self.add("Flatten", [mixed], 0, start_dim=2)], 0, in_features=8, out_features=count)
+                            shape=[2, places, 4]) for start in range(3))
+        kind = kind or self.random.choice(ATTENTION)
+        if kind == "rotary":
+            q, k = (self.add("Multiply", [x, self.add("Buffer", ["input"], 0, shape=[1, places, 4])], 0) for x in (q, k))
+        if kind == "norm":
+            q, k = (self.add("LayerNorm", [x], 0, normalized_shape=[4]) for x in (q, k))
+        bias = self.add("Parameter", ["input"], 0, shape=[2, 1, places])
+        if kind == "fused":
+            wide = self.add("Add", [bias, self.add("Buffer", ["input"], 0, shape=[1, places, 1])], 0)
+            mixed = self.add("ScaledDotProduct", [q, k, v, wide], 0, scale=0.5)
+        else:
+            scores = self.add("MatMul", [q, self.add("Permute", [k], 0, dims=[0, 1, 3, 2])], 0)
+            mixed = self.add("MatMul", [self.add("Softmax", [self.add("Add", [scores, bias], 0)], 0, dim=-1), v], 0)
+        mixed = self.add("Flatten", [self.add("Permute", [mixed], 0, dims=[0, 2, 1, 3])], 0, start_dim=2)
+        joined = self.add("Linear", [mixed], 0, in_features=8, out_features=count)
+        joined = self.add("Slice", [joined], 0, dim=1, start=1, stop=places)
         image = self.add("Reshape", [self.add("Permute", [joined], 0, dims=[0, 2, 1])], count, shape=[count, 8, 8])
         return self.add("Add", [source, image], count)
 
@@ -99,6 +115,11 @@ def random_network(seed: int) -> Lowered:
     x = book.conv("input", 16)
     for _ in range(12):
         x = book.step(x)
+    return finished(book, x, seed)
+
+
+def finished(book: Sketchbook, x: str, seed: int) -> Lowered:
+    """Return the network whose last image is `x`, with a head and with random weights."""
     pooled = book.add("Mean", [x], book.channels[x], dim=[2, 3])
     book.add("Linear", [pooled], 4, in_features=book.channels[x], out_features=4)
     architecture = Architecture.model_validate({
@@ -108,7 +129,7 @@ def random_network(seed: int) -> Lowered:
     torch.manual_seed(seed)
     weights = build(architecture).state_dict()
     for key, tensor in weights.items():
-        if tensor.is_floating_point() and tensor.dim() < 2:
+        if tensor.is_floating_point() and (tensor.dim() < 2 or key.endswith("value")):
             tensor.normal_(0, 0.3)
             if key.endswith("running_var"):
                 tensor.abs_().add_(0.5)
