@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +69,20 @@ def test_a_folder_with_loose_metadata_is_scored(few: Path, evaluate: Evaluate, t
     assert (details["kind"], details["backend"], details["input_layout"]) == ("litert", "litert", "NHWC")
     assert details["input_and_output"] == "int8 and int8" and "ai_edge_litert" in details["versions"]
     assert details["macs"] == 12_501_632 and details["bytes"]["weights"] == 98_496
+
+
+def test_the_runtime_reports_to_nobody() -> None:
+    script = """
+import sys
+calls = []
+sys.addaudithook(lambda event, args: calls.append(event) if event.startswith(("socket.", "urllib.", "http.")) else None)
+from ai_edge_litert.interpreter import Interpreter
+network = Interpreter(sys.argv[1])
+network.allocate_tensors()
+network.invoke()
+assert not calls, calls
+print("quiet")
+"""
+    done = subprocess.run([sys.executable, "-c", script, NETWORKS / "pretrainedResnet_quant.tflite"], capture_output=True,
+                          text=True, check=False)
+    assert done.stdout.strip() == "quiet", done.stderr
