@@ -14,9 +14,9 @@ from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, Shape, place_of
 from metadata.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor, fx
 
-BATCHES = (2, 3)  # the numbers of images that a network is traced for
+BATCHES = (2, 3)  # the numbers of images that a network is traced for: a layer that keeps images apart does so for both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +100,19 @@ def image_dim(node: fx.Node, dim: int) -> int:
         IndexError: there is no such dimension.
     """
     return axes_of(node).dim(dim)
+
+
+def same_for_all(one: Tensor, other: Tensor | None) -> Tensor:
+    """Return a tensor that code made for two images, given that for three: the same, or one with the same row for each.
+
+    Raises:
+        UserError: it depends on the number of images in another way.
+    """
+    import torch
+    if other is not None and one.dtype == other.dtype and one.shape[1:] == other.shape[1:]:
+        if one.shape == other.shape and torch.equal(one, other):
+            return one
+        if one.dim() and (len(one), len(other)) == BATCHES and all(torch.equal(row, one[0]) for row in (*one, *other)):
+            return one[:1]
+    raise UserError(f"the network's code makes a tensor that depends on the number of images, which {NOT_IN_TABLE}; "
+                    f"{AS_TEACHER}")

@@ -17,7 +17,7 @@ from metadata.errors import UserError, first_line
 
 
 def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str], stem: str = "imagenet",
-             **options: Any) -> nn.Module:
+             reparameterize: bool = False, **options: Any) -> nn.Module:
     """Build `torchvision:NAME`, `timm:NAME` or a bare NAME (torchvision's model where both have the name).
 
     Args:
@@ -27,6 +27,8 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
         known: further names to suggest for an unknown one.
         stem: "small" keeps the image's size up to the first stage, by 3x3 convolutions of stride 1 and no max-pool. Only
             ResNets, MobileNets and EfficientNets have such a stem.
+        reparameterize: join the branches of RepVGG, MobileOne, FastViT and the like to the one convolution that they are
+            in evaluation: for a model with trained weights.
         options: keyword arguments of the zoo's own builder.
 
     Raises:
@@ -46,7 +48,23 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
         _use_small_stem(model, name)
     elif stem != "imagenet":
         raise UserError(f"model {name}: stem is 'imagenet' or 'small', got {stem!r}")
-    return model
+    return _joined_branches(model, name) if reparameterize else model
+
+
+def _joined_branches(model: nn.Module, name: str) -> nn.Module:
+    """Return the model with each block's branches joined to one convolution.
+
+    Raises:
+        UserError: the model has no such blocks.
+    """
+    from timm.utils.model import reparameterize_model
+
+    before = sum(1 for _ in model.modules())
+    joined: nn.Module = reparameterize_model(model)
+    if sum(1 for _ in joined.modules()) == before:
+        raise UserError(f"model {name}: reparameterize is for timm's RepVGG, MobileOne, FastViT and the like; this model "
+                        "has no branches to join")
+    return joined
 
 
 def located(name: str, known: Sequence[str] = ()) -> tuple[str, str]:

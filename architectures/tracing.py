@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
+from architectures.axes import BATCHES, same_for_all
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
 from architectures.layers.table import row_of_call, row_of_module
 from metadata.errors import UserError, first_line
 
-BATCHES = (2, 3)  # a layer that keeps images apart does so for both
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
 FLAG = re.compile(r"\b(True|False)\b")
 TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
 LARGE = 2**32  # weights times pixels: from here on torch's meta device is faster, which takes seconds to start
-FACTS = {"shape", "ndim", "dtype", "device", "is_cuda", "is_meta", "requires_grad", "layout", "itemsize"}
+FACTS = {"shape", "ndim", "dtype", "requires_grad", "layout", "itemsize"}
 FACT_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
                 "is_complex", "element_size", "get_device", "type"}
 FACT_FUNCTIONS = {torch.numel, torch.is_floating_point, torch.is_complex}
@@ -48,6 +48,8 @@ class TracedTensor(fx.Proxy):
 
     def __getattr__(self, k: str) -> Any:
         tracer: Any = self.tracer
+        if k in ("device", "is_cuda", "is_meta"):  # the network's: what its code makes there has values
+            return getattr(torch.empty(0, device=tracer.home), k)
         if k in FACTS:
             return getattr(tracer.stand_in(self.node), k)
         if k in ("T", "mT"):
@@ -84,7 +86,9 @@ class ImageTracer(fx.Tracer):
         self._facts: dict[fx.Node, Any] = {}  # shape and type of a tensor, or what else a node gives
         self._shadow: nn.Module | None = None
         pixels = input_shape[1] * input_shape[2]
-        weights = sum(tensor.numel() for tensor in model.state_dict().values())
+        state = model.state_dict().values()
+        self.home = next((tensor.device for tensor in state), torch.device("cpu"))
+        weights = sum(tensor.numel() for tensor in state)
         self.device = torch.device("meta" if weights * pixels > LARGE else "cpu")
 
     # ------------------------------------------------------------------------------------------------- what fx asks for
@@ -242,9 +246,7 @@ class ImageTracer(fx.Tracer):
     def _modules(self) -> nn.Module:
         """Return the network on the device where shapes are computed."""
         if self._shadow is None:
-            first = next(iter(self.model.state_dict().values()), None)
-            here = first is None or first.device == self.device
-            self._shadow = self.model if here else _copied(self.model, self.device)
+            self._shadow = self.model if self.home == self.device else _copied(self.model, self.device)
         return self._shadow
 
     @staticmethod
@@ -294,14 +296,8 @@ def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[f
         if "shape" in node.meta and "shape" in twin.meta:
             node.meta["shapes"] = (node.meta["shape"], twin.meta["shape"])
     for name, tensor in tracer.constants.items():
-        if name not in again.constants or not _equal(tensor, again.constants[name]):
-            raise UserError("the network's code makes a tensor that depends on the number of images, which "
-                            f"{NOT_IN_TABLE}; {AS_TEACHER}")
+        tracer.constants[name] = same_for_all(tensor, again.constants.get(name))
     return graph, tracer.constants
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -34,7 +34,8 @@ def lower_reshape(lowering: Lowering, node: Any) -> str:
     before, after = axes_of(source), axes_of(node)
     have, want = before.image_shape, after.image_shape
     if math.prod(have) != math.prod(want):
-        if len(have) == len(want) == 3 and have == (want[0], 1, 1):  # one number a channel, everywhere in the image
+        grows = [old == 1 or old == new for old, new in zip(have[1:], want[1:], strict=False)]
+        if len(have) == len(want) == 3 and have[0] == want[0] and all(grows):  # the same number along an axis of the image
             return lowering.emit(node, "Upsample", [lowering.source(source)], size=list(want[1:]), mode="nearest")
         raise outside(place_of(node), f"{call_name(node)} that repeats numbers, {list(have)} to {list(want)} for an image,")
     if not (before.in_front and after.in_front):
