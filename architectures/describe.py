@@ -61,6 +61,16 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int], model_type: str |
     Raises:
         UserError: the model cannot be traced, or uses something outside the table; the layer is named.
     """
+    try:
+        return _lowered(model, input_shape, model_type)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the network's own code raises, also when it is copied
+        raise UserError(f"the model cannot be described: {first_line(error) or type(error).__name__}; {AS_TEACHER}"
+                        ) from error
+
+
+def _lowered(model: nn.Module, input_shape: tuple[int, int, int], model_type: str | None) -> Lowered:
     built = isinstance(model, fx.GraphModule) and all(
         "layer" in node.meta for node in model.graph.nodes if node.op not in ("placeholder", "output"))
     if built:
@@ -115,10 +125,10 @@ def _check_same(model: nn.Module, found: Lowered, consumed: set[str]) -> None:
     images = torch.randn(3, *found.architecture.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            expected, got = original(images), rebuilt(images)
+            expected, got = original(images.clone()), rebuilt(images)  # code may change its input in place
     except Exception as error:  # whatever the network's own code raises
         raise UserError(f"the model cannot be described: it does not take a batch of three: {first_line(error)}") from error
-    scale = 1e-4 * float(expected.abs().max())
+    scale = 1e-4 * float(expected.abs().nan_to_num(0, 0, 0).max())
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True):
         raise UserError("the model cannot be described: rebuilt from its layers it computes something else (a reshape, an "
                         "in-place operation or an argument that the layer table does not hold); as a teacher it works")

@@ -1,7 +1,7 @@
 """A traced graph -> layers of the layer table and their weights.
 
-A call that is one layer is told by its row. Calls that move numbers (reshape, chunk, indexing, ...), and calls with weights
-among their arguments, are told here: one call may be several layers, or none.
+A call that is one layer is told by its row. What other calls consist of is told in `architectures.calls`, by handlers that
+enter themselves here: one call may be several layers, or none.
 """
 
 from __future__ import annotations
@@ -215,13 +215,12 @@ class Lowering:
             dims, name = [layer["dims"][dim] for dim in dims], layer["inputs"][0]
         return name if dims == sorted(dims) else self.emit(node, "Permute", [name], dims=dims)
 
-    def aligned(self, sources: Sequence[Any], node: fx.Node, keep: int = 0) -> list[str]:
+    def aligned(self, sources: Sequence[Any], node: fx.Node) -> list[str]:
         """Return the layers of tensors that torch broadcasts to a node's, each with that node's number of dimensions.
 
         Args:
             sources: nodes.
             node: the result.
-            keep: number of last dimensions that do not broadcast (2 for matrix products).
         """
         if not node.meta.get("shapes"):
             return [self.source(source) for source in sources]

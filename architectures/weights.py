@@ -10,8 +10,9 @@ from typing import Any, TYPE_CHECKING
 
 from architectures.architecture import Architecture
 from architectures.archives import check_archive, is_archive
-from architectures.build import build
+from architectures.build import build, check_shapes
 from architectures.counting import check_costs, layer_costs
+from architectures.layers.base import Layer
 from architectures.safetensors_files import read_stored_tensors
 from metadata.errors import VerificationError, first_line
 from metadata.files import check_download, check_is_file
@@ -173,8 +174,24 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
                                     f"{list(want.shape)}")
         if tensor.dtype != want.dtype:
             raise VerificationError(f"{where}: tensor {name} is {tensor.dtype}, expected {want.dtype}")
+    _check_positions(architecture, weights, where)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
+
+
+def _check_positions(architecture: Architecture, weights: dict[str, Tensor], where: str) -> None:
+    """Let each layer check its own tensors; one on the meta device has no values to check."""
+    if not any(type(layer).check_weights is not Layer.check_weights for layer in architecture.layers):
+        return
+    shapes = {"input": architecture.input_shape, **check_shapes(architecture)}
+    for layer in architecture.layers:
+        own = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in weights.items()
+               if name.startswith(f"{layer.name}.") and not tensor.is_meta}
+        try:
+            if own:
+                layer.check_weights(own, [shapes[name] for name in layer.inputs])
+        except ValueError as error:
+            raise VerificationError(f"{where}: layer {layer.name}: {error}") from error
 
 
 def open_model(architecture: Architecture, weights: Path) -> torch.fx.GraphModule:

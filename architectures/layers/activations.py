@@ -9,7 +9,7 @@ import numpy as np
 
 from architectures.layers.base import (
     Layer, OnnxWriter, Operator, Shape, Unchanging, register, traced_tensors, with_channels)
-from metadata.schemas import Size
+from metadata.schemas import Number, Size
 
 if TYPE_CHECKING:
     from torch import fx
@@ -103,7 +103,7 @@ class LeakyReLU(Unchanging):
 
     operators = {"LeakyRelu": Operator("all", passes_factors_on=True)}
 
-    negative_slope: float = 0.01
+    negative_slope: Number = 0.01
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("LeakyRelu", self.name, inputs, alpha=self.negative_slope)

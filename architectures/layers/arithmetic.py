@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
 from architectures.axes import image_dim
 from architectures.layers.base import (
@@ -15,7 +15,7 @@ from architectures.layers.base import (
 from architectures.layers.functions import scale_shift
 from architectures.layers.tensors import Binary, axis
 from metadata.errors import UserError
-from metadata.schemas import Dimension
+from metadata.schemas import Dimension, Number
 
 if TYPE_CHECKING:
     from torch import fx
@@ -56,8 +56,8 @@ class ScaleShift(FunctionLayer):
     operators = {"Mul": Operator("all"), "Add": Operator("sums")}
     owns_output = True
 
-    scale: FiniteFloat = 1.0
-    shift: FiniteFloat = 0.0
+    scale: Number = 1.0
+    shift: Number = 0.0
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return inputs[0]
@@ -133,8 +133,8 @@ class Clamp(Pointwise):
     methods = ("clamp", "clip")
     operators = {"Clip": Operator("weighted")}
 
-    min: FiniteFloat | None = None
-    max: FiniteFloat | None = None
+    min: Number | None = None
+    max: Number | None = None
 
     @model_validator(mode="after")
     def _check_limits(self) -> Clamp:
@@ -342,7 +342,7 @@ class ScaledDotProduct(FunctionLayer):
                  "Mul": Operator("all"), "Add": Operator("sums")}
     owns_output = True
 
-    scale: Annotated[FiniteFloat, Field(gt=0)]
+    scale: Annotated[Number, Field(gt=0)]
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         queries, keys, values, *mask = inputs

@@ -203,6 +203,17 @@ class Layer(Strict, Labelled):
             weights = self.module().state_dict()
         return sum(tensor.numel() for name, tensor in weights.items() if name != "num_batches_tracked")
 
+    def check_weights(self, weights: Mapping[str, Tensor], inputs: list[Shape]) -> None:
+        """Check values that decide what the layer reads.
+
+        Args:
+            weights: the layer's tensors by their names in it.
+            inputs: the shapes of the inputs for one image.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+
     def macs(self, inputs: Sequence[Shape], output_shape: Shape) -> int:
         """Return the multiply-adds for one image, as torch's flop counter counts them.
 

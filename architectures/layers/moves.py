@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TYPE_CHECKING
 
 import numpy as np
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, model_validator
 
 from architectures.layers.base import FunctionLayer, Layer, OnnxWriter, Operator, Shape, register
 from architectures.layers.functions import reshape_images, take_slice
 from architectures.layers.modules import own_modules
 from architectures.layers.tensors import axis
-from metadata.schemas import Size
+from metadata.schemas import Number, Size
 
 if TYPE_CHECKING:
-    from torch import fx
+    from torch import Tensor, fx
 
     from architectures.layers.channels import Kept, LabelBook, Labels
 
@@ -140,7 +140,7 @@ class Pad(Move):
     keeps_sign = keeps_grid = False
 
     pad: Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], Field(min_length=2, max_length=8)]
-    value: FiniteFloat = 0.0
+    value: Number = 0.0
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape = list(inputs[0])
@@ -200,6 +200,11 @@ class Gather(Layer):
 
     def parameters(self) -> int:
         return self.count
+
+    def check_weights(self, weights: Mapping[str, Tensor], inputs: list[Shape]) -> None:
+        size, index = inputs[0][self.dim - 1], weights["index"]
+        if not bool(((index >= 0) & (index < size)).all()):
+            raise ValueError(f"index holds a position outside the {size} of dimension {self.dim}")
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape, at = inputs[0], axis(self.dim, len(inputs[0]))

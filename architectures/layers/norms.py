@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from architectures.layers.base import Layer, OnnxWriter, Operator, Shape, register, with_channels
-from metadata.schemas import Size
+from metadata.schemas import Epsilon, Number, Size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +24,8 @@ class BatchNorm(Layer):
     channel_axis = 1
 
     num_features: Size
-    eps: float = 1e-5
-    momentum: float | None = 0.1
+    eps: Epsilon = 1e-5
+    momentum: Number | None = 0.1
     affine: bool = True
     track_running_stats: Literal[True] = True
     dimensions: ClassVar[tuple[int, ...]]  # that an input has
@@ -73,7 +73,7 @@ class GroupNorm(Layer):
 
     num_groups: Size
     num_channels: Size
-    eps: float = 1e-5
+    eps: Epsilon = 1e-5
     affine: bool = True
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
@@ -113,7 +113,7 @@ class LayerNorm(Layer):
     channel_axis = -1
 
     normalized_shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
-    eps: float = 1e-5
+    eps: Epsilon = 1e-5
     elementwise_affine: bool = True
     bias: bool = True
 

@@ -112,3 +112,27 @@ def test_ten_thousand_layers_are_checked_in_seconds(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         load_model(tmp_path / "w.pth")
     assert time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("index", [[0, 1, 4], [-1, 0, 0], [2**62, 0, 0]])
+def test_positions_outside_the_tensor_are_refused_at_loading(index: list[int], tmp_path: Path) -> None:
+    content = tiny(layers=[
+        layer("conv", "Conv2d", ["input"], in_channels=3, out_channels=4, kernel_size=[1, 1]),
+        layer("some", "Gather", ["conv"], dim=1, count=3), layer("mean", "Mean", ["some"], dim=[2, 3]),
+        layer("fc", "Linear", ["mean"], in_features=3, out_features=4)])
+    (tmp_path / ARCH).write_text(json.dumps(content))
+    weights = {"conv.weight": torch.zeros(4, 3, 1, 1), "conv.bias": torch.zeros(4), "some.index": torch.tensor([3, 0, 1]),
+               "fc.weight": torch.zeros(4, 3), "fc.bias": torch.zeros(4)}
+    torch.save(weights, tmp_path / "w.pth")
+    load_model(tmp_path / "w.pth")
+    torch.save(weights | {"some.index": torch.tensor(index)}, tmp_path / "w.pth")
+    with pytest.raises(VerificationError, match=r"layer some: index holds a position outside the 4 of dimension 1"):
+        load_model(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("Clamp", {"min": 1e39}), ("Pad", {"pad": [0, 1], "value": -1e39}), ("BatchNorm2d", {"num_features": 4, "eps": -1.0}),
+    ("LayerNorm", {"normalized_shape": [6], "eps": -1e-5}), ("LeakyReLU", {"negative_slope": 1e300})])
+def test_numbers_that_float32_does_not_hold_are_refused(kind: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="less than or equal|greater than or equal"):
+        Architecture.model_validate(with_layer(kind, **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -322,6 +323,36 @@ class Optional(nn.Module):
         x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
         x = self.rows(x.flatten(0, 1)).reshape_as(x)
         return (x + self.cache["bias"].mean(0, keepdim=True)).flatten(1)
+
+
+class Changing(Images):
+    """A network that changes the images that it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x.sub_(0.5)
+        return super().forward(x)
+
+
+def test_a_change_of_the_images_in_place_is_no_part_of_the_network() -> None:
+    model = Changing(lambda net, x: x)
+    try:
+        rebuilt = lower(model, SHAPE).build()
+    except UserError as error:
+        assert "in-place" in str(error)
+        return
+    images = torch.randn(2, *SHAPE)
+    assert torch.allclose(rebuilt(images.clone()), model.eval()(images.clone()), atol=1e-5)
+
+
+def test_whatever_stops_the_description_is_one_line() -> None:
+    lazy, normed, huge = nn.LazyLinear(3), Images(lambda net, x: x), Images(lambda net, x: x * 3e38)
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(normed.conv)
+    leaving = Images(lambda net, x: sys.exit(7))
+    for model in (nn.Sequential(nn.Flatten(), lazy), normed, leaving):
+        refusal(model)
+    nn.init.constant_(huge.fc.weight, 3e38)
+    describe(huge, SHAPE)
 
 
 def test_arguments_with_defaults_caches_and_norms_with_activations() -> None:
