@@ -29,3 +29,12 @@ def test_a_network_of_the_zoos_goes_all_the_way(name: str) -> None:
     subject = Examined(name, zoo_networks()[name])
     for check in WHOLE:
         CHECKS[check](subject)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2"])
+def test_padding_of_odd_images_goes_all_the_way(name: str) -> None:
+    """TensorFlow pads one side more than the other: at 97 pixels by other numbers than at 64."""
+    subject = Examined(name, 97)
+    for check in CHECKS.values():
+        check(subject)
