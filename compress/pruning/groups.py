@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from architectures.architecture import Architecture
 from architectures.layers.channels import Labels
+from architectures.layers.weighted import Convolution
 from compress.pruning.importance import CRITERIA
 from compress.pruning.labels import Units
 from compress.pruning.library import tp
@@ -108,7 +109,8 @@ def _couplings(model: fx.GraphModule, architecture: Architecture, units: Units) 
         if functions is None:
             continue
         sides = [(layer.name, functions.prune_out_channels)]
-        if functions.prune_in_channels != functions.prune_out_channels:  # else the inputs' channels are the outputs'
+        own_inputs = not (isinstance(layer, Convolution) and layer.depthwise)  # else the inputs' channels are the outputs'
+        if own_inputs and functions.prune_in_channels != functions.prune_out_channels:
             sides.append((layer.inputs[0], functions.prune_in_channels))
         for name, function in sides:
             own = units.of[name]

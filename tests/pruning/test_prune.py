@@ -99,6 +99,13 @@ def test_a_network_without_hidden_channels_is_refused() -> None:
         prune(model, torch.zeros(1, 3, 16, 16), ratio=0.5, multiple=8, criterion="l2", scope="uniform")
 
 
+def test_a_depthwise_convolution_with_two_outputs_a_channel_is_scored() -> None:
+    model = graph_of(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                                   nn.Flatten(), nn.Linear(32, 5)))
+    small = prune(model, torch.zeros(1, 3, 16, 16), ratio=0.5, multiple=8, criterion="l2", scope="uniform")
+    assert widths(small) == {"0": 8, "1": 16, "5": 5} and small.get_submodule("1").groups == 8
+
+
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "torchvision:regnet_y_400mf"])
 def test_depthwise_and_grouped_convolutions_prune_and_quantize(name: str) -> None:
     model, _ = graph(name, size=64)
