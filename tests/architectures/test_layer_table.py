@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -203,6 +204,11 @@ def test_rows_agree_on_the_operators_that_they_share() -> None:
             assert seen.setdefault(name, operator) == operator, f"{row.__name__}: {name}"
     assert {name for name, operator in seen.items() if operator.quantized == "weighted"} == {
         "Conv", "Gemm", "MatMul", "Relu", "Clip"}
+
+
+def test_the_page_on_networks_names_every_type() -> None:
+    rows = [line for line in (PROJECT / "docs" / "networks.md").read_text().splitlines() if line.startswith("| ")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(LAYER_TABLE)
 
 
 VALUES = torch.linspace(-8, 8, 2 * 4 * 6 * 6)[torch.randperm(288, generator=torch.Generator().manual_seed(2))].reshape(
