@@ -4,7 +4,8 @@ Each file in `architectures/families/` is a family. A family file defines `MODEL
 function that builds the model. `make` also takes the names of torchvision and timm, with their prefix
 (`torchvision:resnet50`, `timm:resnest14d`) or without
 (`resnet50`, `resnet18.a1_in1k`). A bare name is looked up in the families first, then
-in torchvision, then in timm.
+in torchvision, then in timm. `file:my_net.py:MyNet`, `onnx:FILE` and `folder:DIR` are the user's own, see
+`architectures/named.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import architectures.families
+from architectures import named
+from architectures.own_code import own_error
 from metadata.closest import closest, spelled
 from metadata.errors import UserError, first_line
 
@@ -74,6 +77,8 @@ def fitted_options(name: str, options: dict[str, Any], input_shape: Sequence[int
 
     Options that are given take precedence.
     """
+    if named.is_own(name):
+        return named.stated_options(name, input_shape) | options
     takes = inspect.signature(families()[name]).parameters if name in families() else {}
     known = {"input_shape": list(input_shape), "in_channels": input_shape[0]}
     return {key: value for key, value in known.items() if key in takes} | options
@@ -83,10 +88,11 @@ def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int
                   advice: str = "") -> None:
     """Run a module on two images, in train and in eval mode.
 
-    A small network runs on zeros first. The meta device computes nothing, but takes seconds to import torch's compiler.
+    A small network runs on zeros first. The meta device computes nothing, but takes seconds to import torch's compiler. A
+    module with values, such as that of a user's file, runs where it is.
 
     Args:
-        module: on the meta device, where it stays.
+        module: on the meta device, where it stays, or to be thrown away.
         name: what the message calls the module.
         input_shape: (C, H, W).
         num_classes: width of the logits.
@@ -95,15 +101,20 @@ def check_forward(module: nn.Module, name: str, input_shape: tuple[int, int, int
     Raises:
         UserError: the module does not take the images, or its output is not (N, num_classes).
     """
-    if (sum(tensor.numel() for tensor in module.parameters()) * math.prod(input_shape[1:]) <= QUICK_FORWARD
-            and _answers_zeros(module, input_shape, num_classes)):
+    tensors = [*module.parameters(), *module.buffers()]
+    device = "meta" if any(tensor.is_meta for tensor in tensors) or not tensors else "cpu"
+    small = sum(tensor.numel() for tensor in module.parameters()) * math.prod(input_shape[1:]) <= QUICK_FORWARD
+    if device == "meta" and small and _answers_zeros(module, input_shape, num_classes):
         return
     for training in (True, False):
         try:
-            output = module.train(training)(torch.empty(2, *input_shape, device="meta"))
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError, NotImplementedError) as error:
-            raise UserError(f"{name}: it does not take images of shape {list(input_shape)}: {first_line(error)}"
-                            ) from error
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                output = module.train(training)(torch.zeros(2, *input_shape, device=device))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network's own code raises
+            raise UserError(f"{name}: it does not take images of shape {list(input_shape)}: "
+                            f"{own_error(error) or first_line(error)}") from error
         if not isinstance(output, torch.Tensor) or tuple(output.shape) != (2, num_classes):
             raise UserError(f"{name}: expected logits (N, {num_classes}), got "
                             f"{list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__} in "
@@ -134,10 +145,15 @@ def make(name: str, *, num_classes: int, pretrained: bool = False, **options: An
         options: the model's own options.
 
     Raises:
-        UserError: an unknown name or option (with the closest match), or pretrained weights that cannot be fetched.
+        UserError: an unknown name or option (with the closest match), pretrained weights that cannot be fetched, or
+            whatever is wrong with a file of the user's.
     """
     from architectures import timm_bridge
 
+    if named.is_own(name):
+        if pretrained:
+            raise UserError(f"model {name}: a file of one's own has no pretrained weights to fetch; leave pretrained out")
+        return named.make_named(name, num_classes=num_classes, **options)
     own = families()
     if name not in own:
         return timm_bridge.make_zoo(name, num_classes=num_classes, pretrained=pretrained, known=list(own), **options)

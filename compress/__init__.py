@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "run": "compress.api", "plan": "compress.api", "train": "compress.api", "prune": "compress.api",
+    "import_onnx": "compress.api",
     "quantize_dynamic": "compress.quantization.dynamic", "evaluate_submission": "compress.evaluation.evaluate",
     "load_model": "compress.evaluation.runtimes"}
 __all__ = ["__version__", *_MODULES]

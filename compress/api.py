@@ -9,8 +9,10 @@ from typing import Any, Literal
 from rich.console import Console
 from torch import Tensor, fx, nn
 
-from compress.pipeline.config import RunConfig, resolve
-from compress.pipeline.plan import RunPlan, make_plan
+from compress.pipeline import importing
+from compress.pipeline.config import DataConfig, RunConfig, resolve
+from compress.pipeline.importing import Imported
+from compress.pipeline.plan import RunPlan, make_plan, request
 from compress.pipeline.run import RunOutcome, run_pipeline
 from compress.pruning import prune as pruning
 from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS
@@ -19,6 +21,7 @@ from compress.training.flags import resolve_training
 from compress.training.run import run_training
 from compress.training.trackers import Tracker, terminal
 from metadata.errors import UserError
+from metadata.machine import usable_cores
 
 
 def run(recipe: str | Path, *overrides: str, update: bool = False, quiet: bool = False, **settings: Any) -> RunOutcome:
@@ -71,6 +74,30 @@ def train(config: str | Path | None = None, *, quiet: bool = False, **settings: 
     flags += [f"--{key}={value}" for key, value in settings.items() if isinstance(value, str | Path)]
     values = {key: value for key, value in settings.items() if not isinstance(value, str | Path)}
     return run_training(resolve_training(flags, values), _console(quiet))
+
+
+def import_onnx(path: str | Path, out: str | Path, *, data: str | None = None, root: str | Path | None = None,
+                input_shape: tuple[int, int, int] | None = None, **settings: Any) -> Imported:
+    """Make a network of an ONNX classifier, compare it with ONNX Runtime, and write it as a folder; see `docs/doors_in.md`.
+
+        found = compress.import_onnx("theirs.onnx", "theirs", data="image_folder", root="DIR")
+        compress.run("compress_own", teacher={"model": "folder:theirs"}, data={"name": "image_folder", "root": "DIR"})
+
+    Args:
+        path: the file.
+        out: folder to write; it must not exist.
+        data: name of a data set, to compare its images and score the network and the file.
+        root: folder of its files.
+        input_shape: (C, H, W), for a file that leaves the size of its images open.
+        settings: of the data, such as `mean`.
+
+    Raises:
+        UserError: the file cannot be read, has no network in the layer table, or gives other logits than its network.
+    """
+    wanted = None
+    if data is not None:
+        wanted = request(DataConfig.model_validate({"name": data, "root": root, **settings}), 0, usable_cores())
+    return importing.import_onnx(Path(path), Path(out), data=wanted, input_shape=input_shape)
 
 
 def prune(model: nn.Module, example_input: Tensor, *, ratio: float = 0.3, multiple: int = 8, criterion: str = "l2",

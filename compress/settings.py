@@ -8,7 +8,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -188,6 +188,8 @@ def read_argument(kind: Any, text: str, where: str) -> Any:
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
+SomeConfig = TypeVar("SomeConfig", bound="Config")
+
 
 class Config(BaseModel):
     """Base class of all settings. Settings are immutable, and an unknown key is an error. `~` begins a home folder."""
@@ -269,6 +271,20 @@ def read_mapping(name: str, folder: Path, where: str) -> tuple[str, dict[str, An
     if not isinstance(content, dict):
         raise UserError(f"{where} {path}: expected a mapping of keys to values, got {type(content).__name__}")
     return path.stem, content
+
+
+def validated_as(kind: type[SomeConfig], arguments: dict[str, str], where: str) -> SomeConfig:
+    """Return settings that were typed on a command line, by their names.
+
+    Raises:
+        UserError: an unknown key (with the closest match), or a value that is not the setting's.
+    """
+    kinds = kind.kinds()
+    try:
+        return kind.model_validate({key: read_argument(kinds.get(key, Any), value, f"{where}.{key}")
+                                    for key, value in arguments.items()})
+    except ValidationError as error:
+        raise settings_error(where, error, kinds) from error
 
 
 def settings_error(where: str, error: ValidationError, known: Iterable[str]) -> UserError:

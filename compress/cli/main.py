@@ -32,6 +32,7 @@ for verb in (pipeline.run, pipeline.plan, pipeline.recipes, pipeline.stages):
 app.command(context_settings=training.FREE_FLAGS)(training.train)
 app.command(name="mnist_challenge")(_with_homes(training.mnist_challenge))
 app.command()(models.describe)
+app.command(name="import")(_with_homes(models.import_model))
 for verb in (packages.package, packages.export_data, packages.bundle):
     app.command(name=verb.__name__)(_with_homes(verb))
 
@@ -57,7 +58,17 @@ def main() -> NoReturn:
         advice = ("; no half-written file was left; free some space or choose another folder, and the same command "
                   "continues" if full else "")
         _fail(f"{error.filename or 'disk'}: {error.strerror or error}{advice}", 2, debug)
+    except Exception as error:  # at the edge alone: a mistake in the code that file:FILE:CLASS named is the user's
+        if not (text := _of_own_code(error)):
+            raise
+        _fail(text, 2, debug)
     sys.exit(0)
+
+
+def _of_own_code(error: Exception) -> str:
+    """Return what a user's file raised, in one line with its place; "" if the error is the toolkit's."""
+    code = sys.modules.get("architectures.own_code")
+    return code.own_error(error) if code else ""
 
 
 def _fail(text: str, code: int, debug: bool) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The verb that looks at a model: `describe`."""
+"""The verbs that look at a model: `describe`, and `import` for an ONNX file."""
 
 from __future__ import annotations
 
@@ -23,6 +23,60 @@ def describe(model: Annotated[str, typer.Argument(help="a model's name, a stage'
     typer.echo(json.dumps(architecture.to_json(), indent=2))
 
 
+def import_model(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="an ONNX image classifier")],
+                 settings: Annotated[list[str] | None, typer.Argument(
+                     metavar="[KEY=VALUE]...", help="input_shape=3,224,224 for a file that leaves it open; settings of the "
+                                                    "data, such as mean=[0.5,0.5,0.5]")] = None,
+                 out: Annotated[Path | None, typer.Option(help="folder to write, imported_<file> unless given; it must not "
+                                                               "exist")] = None,
+                 data: Annotated[str | None, typer.Option(help="a data set: its images are compared, its test images "
+                                                               "scored")] = None,
+                 root: Annotated[Path | None, typer.Option(help="folder that holds the data set's files")] = None) -> None:
+    """Make a network of an ONNX file: an architecture and weights, compared with ONNX Runtime. Its folder is a model."""
+    from compress.cli.tables import print_imported
+    from compress.pipeline.config import DataConfig
+    from compress.pipeline.importing import import_onnx
+    from compress.pipeline.plan import request
+    from compress.settings import validated_as
+    from compress.training.trackers import Tracker, terminal
+    from metadata.errors import UserError
+    from metadata.machine import usable_cores
+
+    given = dict(_pair(text) for text in settings or [])
+    shape = given.pop("input_shape", None)
+    given |= {key: str(value) for key, value in (("name", data), ("root", root)) if value is not None}
+    if given and data is None:
+        raise UserError(f"{min(given)}: a setting of the data, but no --data names a data set")
+    tracker = Tracker(terminal())
+    with tracker.progress("reading images") as advance:
+        wanted = request(validated_as(DataConfig, given, "data"), 0, usable_cores(), advance) if data else None
+        found = import_onnx(model, out or Path(f"imported_{model.stem}"), data=wanted,
+                            input_shape=None if shape is None else _three_numbers(shape))
+    print_imported(terminal(), model, found)
+
+
+def _pair(option: str) -> tuple[str, str]:
+    from metadata.errors import UserError
+
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise UserError(f"{option!r}: expected key=value, such as width=16")
+    return key.removeprefix("data."), value
+
+
+def _three_numbers(text: str) -> tuple[int, int, int]:
+    """Return a shape (C, H, W) that is written as three numbers."""
+    from metadata.errors import UserError
+
+    try:
+        channels, height, width = (int(part) for part in text.strip("[]").split(","))
+    except ValueError as error:
+        raise UserError(f"input_shape: expected three whole numbers such as 3,224,224, got {text!r}") from error
+    if min(channels, height, width) < 1:
+        raise UserError("input_shape: expected positive whole numbers")
+    return channels, height, width
+
+
 def _stored(folder: Path) -> Architecture:
     """Read the architecture of a stage's folder or of a submission."""
     from architectures.architecture import Architecture
@@ -40,18 +94,17 @@ def _stored(folder: Path) -> Architecture:
 def _named(model: str, options: list[str]) -> Architecture:
     """Make a model of the zoo and describe it."""
     from architectures.describe import describe as describe_module
-    from architectures.zoo import families, make
+    from architectures.named import is_own
+    from architectures.zoo import families, fitted_options, make
     from metadata.errors import UserError
 
     settings = _parse(options)
-    shape_text = str(settings.pop("input_shape", "3,224,224"))
-    try:
-        channels, height, width = (int(part) for part in shape_text.split(","))
-    except ValueError as error:
-        raise UserError(f"input_shape: expected three whole numbers such as 3,224,224, got {shape_text!r}") from error
+    channels, height, width = _three_numbers(str(settings.pop("input_shape", "3,224,224")))
     num_classes = settings.pop("num_classes", 1000)
-    if not isinstance(num_classes, int) or min(num_classes, channels, height, width) < 1:
+    if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError("num_classes and input_shape: expected positive whole numbers")
+    if is_own(model):
+        settings = fitted_options(model, settings, (channels, height, width))
     if model in families() and "input_shape" in inspect.signature(families()[model]).parameters:
         settings["input_shape"] = (channels, height, width)  # a network of linear layers is built for one shape
     return describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
@@ -60,12 +113,9 @@ def _named(model: str, options: list[str]) -> Architecture:
 def _parse(options: list[str]) -> dict[str, Any]:
     """Parse `key=value` options; values are YAML."""
     from compress.settings import read_argument
-    from metadata.errors import UserError
 
     settings: dict[str, Any] = {}
     for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"{option!r}: expected key=value, such as width=16")
+        key, value = _pair(option)
         settings[key] = read_argument(Any, value, repr(option))
     return settings

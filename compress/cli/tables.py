@@ -1,4 +1,4 @@
-"""Tables that the verbs print: the ledger of a run, and the results of a training."""
+"""Tables that the verbs print: the ledger of a run, the results of a training, what an import found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from compress.pipeline.importing import Imported
 from compress.pipeline.report import HEADER, cells
 from metadata.records import LedgerRow
 
@@ -41,3 +42,20 @@ def print_training(console: Console, folder: Path, summary: dict[str, Any]) -> N
     for what, name in (("weights", "weights.pth"), ("metrics", "metrics.csv"), ("curves", "curves.png"),
                        ("summary", "summary.json")):
         console.print(f"{what + ':':12}{folder / name}", highlight=False, soft_wrap=True)
+
+
+def print_imported(console: Console, source: Path, found: Imported) -> None:
+    """Print what became of an ONNX file, and how it was compared."""
+    table = Table(title=f"{source.name} as {found.architecture.model_type}", box=box.SIMPLE_HEAD, pad_edge=False,
+                  show_header=False)
+    shape, classes = found.architecture.input_shape, found.architecture.num_classes
+    rows = [("images", str(list(shape))), ("classes", f"{classes:,}"), ("layers", f"{len(found.architecture.layers):,}"),
+            ("parameters", f"{found.parameters:,}"), ("MACs", f"{found.macs:,}"),
+            ("largest difference from ONNX Runtime", f"{found.difference:.1e} of the largest logit, {found.compared}")]
+    rows += [(f"test accuracy of the {name}", f"{value:.2%}") for name, value in found.accuracy.items()]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    for text in found.notes:
+        console.print(text, highlight=False, soft_wrap=True)
+    console.print(f"model:      folder:{found.folder}", highlight=False, soft_wrap=True)

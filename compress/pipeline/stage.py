@@ -257,6 +257,8 @@ class Sketch:
 
     card: DatasetCard
     seed: int
+    has_teacher: bool = False
+    teacher: tuple[str, dict[str, Any]] | None = None  # name and options, once they were checked
     model: fx.GraphModule | None = None
     is_onnx: bool = False  # the model is an ONNX file at this point
     is_static_int8: bool = False

@@ -17,6 +17,7 @@ from torch import nn
 
 from architectures.counting import count_macs
 from architectures.describe import lower
+from architectures.named import is_own
 from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
 from compress.training.assessment import assess, learned_parameters
@@ -195,6 +196,8 @@ def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
         raise UserError(f"model_options: {min(taken)} is a setting of its own, or comes from the data")
     _, height, width = card.input_shape
     name = own_name(config.model_name)
+    if is_own(name):
+        return fitted_options(name, options, card.input_shape)
     if name in families():
         takes = inspect.signature(families()[name]).parameters
         options = fitted_options(name, options, card.input_shape)

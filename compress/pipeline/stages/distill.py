@@ -9,7 +9,9 @@ from torch import fx
 
 from architectures.architecture import Architecture
 from architectures.describe import carry_over, describe, lower
+from architectures.named import shown
 from architectures.zoo import family_modules, fitted_options, make
+from compress.pipeline.own_models import content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -27,7 +29,8 @@ class Distill(Stage):
 
     history = "knowledge_distillation"
 
-    model: str = Field("slim_resnet18", description="the student by name; it must be traceable, see architectures/")
+    model: str = Field("slim_resnet18", description="the student by name, or file:FILE:CLASS, onnx:FILE, folder:DIR; "
+                                                 "it must be traceable")
     options: dict[str, Any] = Field({}, description="options of the student, such as width or stem")
     temperature: float = Field(4.0, gt=0, description="softens both distributions")
     alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher's loss; the labels' loss has the rest")
@@ -38,6 +41,9 @@ class Distill(Stage):
 
     def modules(self) -> list[str]:
         return family_modules(self.model)
+
+    def reads(self) -> dict[str, Any]:
+        return content_of_model(self.model)
 
     def check(self, sketch: Sketch) -> None:
         sketch.check_training("distill", self.train)
@@ -69,9 +75,10 @@ class Distill(Stage):
             outcome = train(
                 student, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
-            details = {"teacher": model.reference.name, "epochs": self.train.epochs, "optimizer": self.train.optimizer,
-                       "lr": self.train.lr, "batch_size": self.train.batch_size, "temperature": self.temperature,
-                       "alpha": self.alpha, "dataset": context.splits.card.name, "seed": context.seed}
+            details = {"teacher": shown(model.reference.name), "epochs": self.train.epochs,
+                       "optimizer": self.train.optimizer, "lr": self.train.lr, "batch_size": self.train.batch_size,
+                       "temperature": self.temperature, "alpha": self.alpha, "dataset": context.splits.card.name,
+                       "seed": context.seed}
             described = carry_over(describe(student, architecture.input_shape), architecture,
                                    compression_steps=[self.history], training_details=details)
             accuracy = accuracy_of(student, data.validation, data.preprocessing)

@@ -1,4 +1,4 @@
-"""Stage `teacher`: train a model, take one from a zoo, or open a checkpoint."""
+"""Stage `teacher`: train a model, take one from a zoo or a file of one's own, or open a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from torch import nn
 
 from architectures.checkpoints import Checkpoint, class_permutation, open_checkpoint
 from architectures.heads import reorder_classes
+from architectures.named import has_weights, is_own, remarks
+from architectures.onnx_network.runtime import RunOnnxFile
 from architectures.pretrained import pretrained_input, pretrained_warning
 from architectures.zoo import check_forward, family_modules, fitted_options, make, without_values
+from compress.pipeline.own_models import content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -27,7 +30,8 @@ from metadata.records import DatasetCard, ModelReference
 class Teacher(Stage):
     """A trained model of any kind: the project's own, torchvision's or timm's, traceable or not."""
 
-    model: str = Field("slim_resnet18", description="a model of the project, torchvision or timm, by name")
+    model: str = Field("slim_resnet18", description="a model of the project, torchvision or timm, by name, or "
+                                                 "file:FILE:CLASS, onnx:FILE, folder:DIR")
     options: dict[str, Any] = Field({}, description="options of the model, such as width or stem")
     pretrained: bool = Field(False, description="start from the zoo's weights (a download unless they are cached); "
                                                 "a checkpoint takes precedence")
@@ -43,14 +47,22 @@ class Teacher(Stage):
     def modules(self) -> list[str]:
         return family_modules(self.model)
 
+    def reads(self) -> dict[str, Any]:
+        return content_of_model(self.model)
+
     def check(self, sketch: Sketch) -> None:
-        if not (self.checkpoint or self.pretrained or self.train.epochs):
+        sketch.has_teacher = True
+        if not (self.checkpoint or self.pretrained or self.train.epochs or has_weights(self.model)):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
         sketch.check_training("teacher", self.train)
-        with without_values():
-            module = make(self.model, num_classes=sketch.card.num_classes, **self._fitted(sketch.card))
+        options = self._fitted(sketch.card)
+        with without_values(), torch.random.fork_rng(devices=[]):
+            module = make(self.model, num_classes=sketch.card.num_classes, **options)
         check_forward(module, f"teacher {self.model}", sketch.card.input_shape, sketch.card.num_classes,
                       "; for auxiliary heads try teacher.options.aux_logits=false")
+        sketch.teacher = self.model, options
+        if isinstance(module, RunOnnxFile) and (self.train.epochs or self.checkpoint):
+            raise UserError(f"teacher {self.model}: {module.remarks[-1]}; set teacher.train.epochs=0, and no checkpoint")
         notes, warnings = self._try_checkpoint(module, sketch.card)
         sketch.warnings += warnings
         sketch.warnings += self._pretrained_warnings(sketch.card)
@@ -60,11 +72,12 @@ class Teacher(Stage):
                 raise UserError(f"teacher {self.model}: its pretrained weights have {classes} classes, the data has "
                                 f"{sketch.card.num_classes}; set teacher.train.epochs to train a new head, or pass a "
                                 "checkpoint")
-        source = "zoo weights" if self._pretrained else "scratch"
+        source = "zoo weights" if self._pretrained else "its own file" if is_own(self.model) else "scratch"
         if self.checkpoint:
             source = f"checkpoint {self.checkpoint}" + (f" ({'; '.join(notes)})" if notes else "")
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        sketch.lines.append(f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs")
+        text = f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs"
+        sketch.lines.append("; ".join([text, *remarks(module)]))
 
     def run(self, model: None, context: Context) -> TeacherModel:
         card = context.splits.card
@@ -72,6 +85,8 @@ class Teacher(Stage):
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=options)
         with seeded(context.seed, "teacher"):
             module = make(self.model, num_classes=card.num_classes, pretrained=self._pretrained, **options)
+        for text in remarks(module):
+            context.tracker.say(f"  teacher.model {self.model}: {text}")
         for text in self._pretrained_warnings(card):
             context.warn(text)
         if self.checkpoint:

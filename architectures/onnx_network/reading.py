@@ -1,0 +1,161 @@
+"""`read_network`: an ONNX file, checked, as a torch module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from architectures.onnx_data import parse_onnx, read_external_data
+from architectures.onnx_files import OnnxFile, read_onnx
+from architectures.onnx_network import elementwise, moving, pooling, weighted
+from architectures.onnx_network.builder import NetworkBuilder, Traced
+from architectures.onnx_network.constants import fold
+from architectures.onnx_network.graph import NotExpressibleError, OnnxGraph, graph_of
+from architectures.onnx_network.network import OnnxNetwork
+from architectures.onnx_network.patterns import Patterns
+from architectures.onnx_network.registry import OPERATORS
+from metadata.errors import UserError, enough_memory
+
+FILES = (elementwise, moving, pooling, weighted)  # each enters its operators into the registry
+SOFTMAX = {"Softmax", "LogSoftmax"}
+COLOURS = (1, 3, 4)  # channels of images
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxClassifier:
+    """An ONNX file that gives logits: a softmax at its end is left out.
+
+    Args:
+        path: the file.
+        file: what the check of the file found.
+        model: the file's content, with its external data and without a softmax at its end.
+        input_shape: (C, H, W).
+        notes: one line about each change.
+    """
+
+    path: Path
+    file: OnnxFile
+    model: Any
+    input_shape: tuple[int, int, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_classifier(path: Path, input_shape: Sequence[int] | None = None) -> OnnxClassifier:
+    """Check an ONNX file and read it, without running it.
+
+    Args:
+        path: the file.
+        input_shape: (C, H, W) of the images, for a file that leaves their size open; what a file states must agree.
+
+    Raises:
+        UserError: there is no such file, or it is not one that the evaluator would take: see `read_onnx`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    try:
+        with enough_memory(path):
+            shape = _image_shape(path, input_shape)
+            file = read_onnx(path, shape)
+            model = parse_onnx(path)
+            if file.content is not None:
+                read_external_data(path, model)
+    except UserError as error:
+        raise UserError(str(error)) from error  # a file of the user's, not a claim
+    notes = [text for text in [_without_softmax(model)] if text]
+    if file.channels_last:
+        notes.append("the file takes (N, H, W, C), the network takes (N, C, H, W)")
+    if file.batch:
+        notes.append(f"the file takes {file.batch} image{'s' * (file.batch > 1)} a call, the network any number")
+    return OnnxClassifier(path=path, file=file, model=model, input_shape=shape, notes=notes)
+
+
+def read_network(opened: OnnxClassifier) -> OnnxNetwork:
+    """Return a file's network: (N, C, H, W) float32 -> (N, classes) logits, in eval mode.
+
+    Raises:
+        NotExpressibleError: an operator has no form in torch that the layer table may know; the operator is named.
+    """
+    graph = graph_of(opened.model)
+    try:
+        fold(graph)
+        graph.keep_needed()
+        Patterns(graph).join()
+        build = NetworkBuilder(graph, opened.input_shape, opened.file.channels_last, opened.file.batch or 1)
+        network = build.network(_walked(graph, build))
+    except NotExpressibleError as error:
+        raise NotExpressibleError(f"{opened.path}: {error}") from error
+    network.remarks = opened.notes
+    return network
+
+
+def _walked(graph: OnnxGraph, build: NetworkBuilder) -> Traced:
+    for node in graph.nodes:
+        if node.outputs[0] in build.values:  # a node before it took this one in
+            continue
+        if build.known(node):
+            continue
+        function = OPERATORS.get(node.op)
+        if function is None:
+            raise node.refuse("no layer stands for it")
+        try:
+            found = function(node, build)
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, AssertionError) as error:
+            raise node.refuse("its inputs or attributes do not fit it") from error
+        for name, value in zip(node.outputs, found if isinstance(found, list) else [found], strict=False):
+            build.values[name] = value
+    result = build.value(graph.result)
+    if not isinstance(result, Traced):
+        raise NotExpressibleError("its output does not depend on the images")
+    if (result.batch() or (-1, 0)) != (0, 1) or any(size != 1 for size in result.shape[2:]) or len(result.shape) < 2:
+        raise NotExpressibleError(f"its output has the shape {list(result.shape)} for two images, expected (2, classes)")
+    return moving.flat_logits(build, result)
+
+
+def _image_shape(path: Path, wanted: Sequence[int] | None) -> tuple[int, int, int]:
+    """Return (C, H, W): as wanted, or as the file states.
+
+    Raises:
+        UserError: the file leaves a size open, and none is wanted.
+    """
+    if wanted is not None:
+        channels, height, width = wanted
+        return channels, height, width
+    graph = parse_onnx(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    image = next((value for value in graph.input if value.name not in weights), None)
+    stated = [dim.dim_value for dim in image.type.tensor_type.shape.dim] if image is not None else []
+    if len(stated) != 4:
+        raise UserError(f"{path}: expected one input of (N, C, H, W) or (N, H, W, C), got {len(stated)} dimensions")
+    _, first, second, third = stated
+    if third in COLOURS and first not in COLOURS:
+        first, second, third = third, first, second
+    if min(first, second, third) < 1:
+        sizes = ", ".join(str(size or "?") for size in stated[1:])
+        raise UserError(f"{path}: the file leaves the size of its images open ({sizes}); give input_shape, such as "
+                        "3,224,224")
+    return first, second, third
+
+
+def _without_softmax(model: Any) -> str:
+    """Remove a softmax at the end of a graph. Return the note, "" where there is none."""
+    graph = model.graph
+    writers = {name: node for node in graph.node for name in node.output}
+    name, removed = graph.output[0].name, []
+    while (node := writers.get(name)) is not None and node.op_type in SOFTMAX | {"Identity"} and len(node.output) == 1:
+        if sum(name in other.input for other in graph.node):  # something else reads the probabilities
+            break
+        removed.append(node)
+        name = node.input[0]
+    kinds = [node.op_type for node in removed if node.op_type in SOFTMAX]
+    if not kinds or name not in writers:
+        return ""
+    axes = [attribute.i for node in removed for attribute in node.attribute if attribute.name == "axis"]
+    if any(axis not in (1, -1) for axis in axes):
+        return ""
+    kept = [node for node in graph.node if not any(node is other for other in removed)]
+    del graph.node[:]
+    graph.node.extend(kept)
+    graph.output[0].name = name
+    return f"the {kinds[-1]} at the end is left out: the network gives logits; the classes and their order stay"
