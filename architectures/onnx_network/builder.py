@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from architectures.onnx_network.batch import batch_axis, with_images
 from architectures.onnx_network.constants import evaluate
 from architectures.onnx_network.graph import Array, OnnxGraph, OnnxNode
-from architectures.onnx_network.network import Call, Function, Images, OnnxNetwork, Slot, Stored
+from architectures.onnx_network.network import Call, Function, Images, OnnxNetwork, Slot, Stored, expanded
 
 COUNTS = (2, 3)
+# Functions that operators call, after which a trace names its calls, and the name of the images.
+CALLED = re.compile(
+    r"abs|adaptive_(avg|max)_pool2d|add|amax|amin|avg_pool2d|cat|ceil|celu|clamp|cos|einsum|elu|erf|exp|expand|flatten|floor|gelu|"
+    r"getitem|hardsigmoid|hardswish|images|index_select|input|leaky_relu|local_response_norm|log|log_softmax|matmul|max_pool2d|"
+    r"mean|mish|mul|normalize|pad|permute|pow|reciprocal|relu6?|reshape|round|select|selu|sigmoid|silu|sin|softmax|softplus|"
+    r"softsign|split|sqrt|sub|sum|tanh|truediv|vector_norm")
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*([./][A-Za-z0-9_]+)*")
 # Names that exporters make up, some after torch's functions.
 ANONYMOUS = re.compile(
@@ -51,12 +57,12 @@ class Traced:
     Args:
         slot: where a forward pass keeps it.
         probes: tensors of its shapes for two and for three images, without values.
-        outside: how much of the size that holds the images lies outside of them; 1 unless a reshape put them inside.
+        front: the same numbers with the images first, where they are not first here; see `layout.py`.
     """
 
     slot: int
     probes: tuple[Tensor, Tensor]
-    outside: int = 1
+    front: Front | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +72,24 @@ class Traced:
     def batch(self) -> tuple[int, int] | None:
         """Return the axis that holds the images, and its size for one image."""
         return batch_axis(self.probes[0].shape, self.probes[1].shape)
+
+
+@dataclass(frozen=True)
+class Front:
+    """A value with the images first, and where its axes are in the value that the file has.
+
+    Args:
+        value: of the shape (N, ...).
+        groups: for each axis in the file the axes of `value` that it consists of, outermost first; 0 is the images.
+    """
+
+    value: Traced
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the images lie inside of an axis, with something else outside of them."""
+        return any(0 in group[1:] for group in self.groups)
 
 
 Value = Known | Traced
@@ -94,7 +118,7 @@ class NetworkBuilder:
         self.writers, self.readers = graph.writers(), graph.readers()
         first, second = (torch.empty(count, *input_shape, device="meta") for count in COUNTS)
         images = Traced(slot=0, probes=(first, second))
-        self.values[graph.source] = self.permute(images, (0, 2, 3, 1)) if channels_last else images
+        self.values[graph.source] = self.permuted_call(images, (0, 2, 3, 1)) if channels_last else images
 
     # ---------------------------------------------------------------------------------------------- reading inputs
 
@@ -154,6 +178,8 @@ class NetworkBuilder:
     def _add(self, target: Function | str, probe: Function, args: tuple[Any, ...], kwargs: dict[str, Any],
              like: bool) -> Traced:
         sources = [value for value in _flat(args) if isinstance(value, Traced)]
+        if target is not torch.reshape and any(source.front and source.front.inside for source in sources):
+            raise ValueError("the images lie inside of an axis")
         if like:
             probes = sources[0].probes
         else:
@@ -161,12 +187,7 @@ class NetworkBuilder:
                 probes = tuple(probe(*self._probe(args, at), **kwargs) for at in range(2))
         self.slots += 1
         self.calls.append(Call(target=target, args=_slotted(args), kwargs=kwargs, output=self.slots))
-        outside = 1
-        for source in sources:
-            if source.outside > 1 and isinstance(probes[0], Tensor) and source.batch() == batch_axis(
-                    probes[0].shape, probes[1].shape):
-                outside = source.outside
-        return Traced(slot=self.slots, probes=probes, outside=outside)
+        return Traced(slot=self.slots, probes=probes)
 
     def _probe(self, value: Any, at: int) -> Any:
         if isinstance(value, Traced):
@@ -246,9 +267,9 @@ class NetworkBuilder:
         if isinstance(stored, float):
             name = self.free_name("constant")
             self.tensors[name], self.learned[name], stored = as_tensor(one), False, Stored(name)
-        return self.call(torch.Tensor.expand, stored, with_images(known.arrays[0].shape, axis, times))
+        return self.call(expanded, stored, with_images(known.arrays[0].shape, axis, times))
 
-    def permute(self, source: Traced, order: Sequence[int]) -> Traced:
+    def permuted_call(self, source: Traced, order: Sequence[int]) -> Traced:
         """Add a permutation of axes; two that follow each other are one, and one that changes nothing is none."""
         if source.slot in self.permuted:
             source, before = self.permuted[source.slot]
@@ -256,7 +277,6 @@ class NetworkBuilder:
         if list(order) == list(range(len(order))):
             return source
         found = self.call(torch.permute, source, tuple(order))
-        found = replace(found, outside=source.outside)
         self.permuted[found.slot] = source, tuple(order)
         return found
 
@@ -289,6 +309,8 @@ class NetworkBuilder:
             if ".".join(parts[:at]) in taken:
                 parts = [*parts[:at - 1], "_".join(parts[at - 1:])]
                 break
+        if CALLED.fullmatch(wanted):
+            parts = [f"{parts[0]}_layer"]  # a trace names calls after their functions
         name, number = ".".join(parts), 1
         while name in taken or any(other.startswith(f"{name}.") for other in taken):
             number += 1

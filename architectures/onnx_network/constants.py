@@ -284,8 +284,9 @@ def _erf(values: Array) -> Any:
 
 
 def _where(node: OnnxNode, inputs: Inputs) -> Any:
-    sized(np.broadcast_shapes(*(array.shape for array in inputs)))
-    return np.where(*inputs).astype(inputs[1].dtype)
+    condition, first, second = inputs
+    sized(np.broadcast_shapes(condition.shape, first.shape, second.shape))
+    return np.asarray(np.where(condition, first, second)).astype(first.dtype)
 
 
 def _softmax(node: OnnxNode, inputs: Inputs) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator as python
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from architectures.onnx_network.batch import scaled, with_images
 from architectures.onnx_network.builder import COUNTS, Known, NetworkBuilder, Traced
 from architectures.onnx_network.constants import listed, reshaped, slices, split_sizes
 from architectures.onnx_network.graph import OnnxNode
-from architectures.onnx_network.network import Images, Stored
+from architectures.onnx_network.layout import outside_of_images, permute, reshape_to
+from architectures.onnx_network.network import Images, Stored, expanded
 from architectures.onnx_network.registry import operator
 
 
@@ -68,7 +68,7 @@ def squeeze(node: OnnxNode, build: NetworkBuilder) -> Traced:
 def transpose(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a permutation; several in a row are one."""
     images = build.images(node)
-    return build.permute(images, node.number("perm", list(range(len(images.shape)))[::-1]))
+    return permute(build, images, node.number("perm", list(range(len(images.shape)))[::-1]))
 
 
 @operator("Concat")
@@ -90,7 +90,7 @@ def concatenation(node: OnnxNode, build: NetworkBuilder) -> Traced:
             sizes: list[int | Images] = list(value.arrays[0].shape)
             if batch and batch[0] != at and sizes[batch[0]] == batch[1] * build.file_batch:
                 sizes = with_images(value.arrays[0].shape, *batch)
-                part = build.call(torch.Tensor.expand, part, sizes)
+                part = build.call(expanded, part, sizes)
         parts.append(part)
     return parts[0] if len(parts) == 1 else build.call(torch.cat, parts, dim=at)
 
@@ -109,7 +109,7 @@ def expansion(node: OnnxNode, build: NetworkBuilder) -> Traced:
     if whole == images.shape:
         return images
     at = batch[0] + len(whole) - len(images.shape) if batch else -1
-    return build.call(torch.Tensor.expand, images, with_images(whole, at, batch[1] if batch else 1))
+    return build.call(expanded, images, with_images(whole, at, batch[1] if batch else 1))
 
 
 @operator("Tile")
@@ -215,11 +215,11 @@ def blocks(node: OnnxNode, build: NetworkBuilder) -> Traced:
     _, channels, height, width = images.shape
     if node.op == "SpaceToDepth":
         parts = _per_image(build, images, [channels, height // size, size, width // size, size])
-        moved = build.permute(parts, (0, 3, 5, 1, 2, 4))
+        moved = permute(build, parts, (0, 3, 5, 1, 2, 4))
         return _per_image(build, moved, [channels * size * size, height // size, width // size])
     few, depth_first = channels // size**2, node.number("mode", "DCR") == "DCR"
     parts = _per_image(build, images, [*([size, size, few] if depth_first else [few, size, size]), height, width])
-    moved = build.permute(parts, (0, 3, 4, 1, 5, 2) if depth_first else (0, 1, 4, 2, 5, 3))
+    moved = permute(build, parts, (0, 3, 4, 1, 5, 2) if depth_first else (0, 1, 4, 2, 5, 3))
     return _per_image(build, moved, [few, height * size, width * size])
 
 
@@ -272,13 +272,7 @@ def _to_fixed(build: NetworkBuilder, images: Traced, target: list[int], allow_ze
     whole = reshaped(shape, target, allow_zero)
     if not batch:
         return build.call(torch.reshape, images, whole)
-    axis, times, outside = scaled(whole, math.prod(shape[:batch[0]]) * images.outside, build.file_batch)
-    if axis == batch[0] == 0 and outside == 1 and times == batch[1] == 1 and len(whole) == 2:
-        return _flat(build, images)
-    if list(whole) == shape and axis == batch[0]:
-        return images
-    found = build.call(torch.reshape, images, with_images(whole, axis, times))
-    return replace(found, outside=outside)
+    return _placed(build, images, whole, *scaled(whole, outside_of_images(images), build.file_batch))
 
 
 def _to_sizes(node: OnnxNode, build: NetworkBuilder, images: Traced, shapes: Sequence[Sequence[int]]) -> Traced:
@@ -288,14 +282,20 @@ def _to_sizes(node: OnnxNode, build: NetworkBuilder, images: Traced, shapes: Seq
     if len(differing) != 1 or batch is None or shapes[0][differing[0]] % COUNTS[0]:
         raise node.refuse(f"shapes {[list(shape) for shape in shapes]} for two and three images")
     axis = differing[0]
-    times = shapes[0][axis] // COUNTS[0]
-    outside = math.prod(images.shape[:batch[0]]) * images.outside // math.prod(shapes[0][:axis])
-    if tuple(shapes[0]) == images.shape and axis == batch[0]:
+    outside = outside_of_images(images) // math.prod(shapes[0][:axis])
+    return _placed(build, images, shapes[0], axis, shapes[0][axis] // COUNTS[0], max(1, outside))
+
+
+def _placed(build: NetworkBuilder, images: Traced, sizes: Sequence[int], axis: int, times: int, outside: int) -> Traced:
+    """Reshape, or do nothing where the sizes and the place of the images are the same; join all of an image by flatten."""
+    batch, first = images.batch(), images.front is None
+    wanted = [size for at, size in enumerate(sizes) if at != axis]
+    if first and batch == (axis, times) and outside == 1 and wanted == [
+            size for at, size in enumerate(images.shape) if at != axis]:
         return images
-    if axis == batch[0] == 0 and outside == 1 and times == batch[1] == 1 and len(shapes[0]) == 2:
+    if first and batch == (0, 1) and (axis, times) == (0, 1) and len(sizes) == 2:
         return _flat(build, images)
-    found = build.call(torch.reshape, images, with_images(shapes[0], axis, times))
-    return replace(found, outside=max(1, outside))
+    return reshape_to(build, images, sizes, axis, times, outside)
 
 
 def _flat(build: NetworkBuilder, images: Traced) -> Traced:

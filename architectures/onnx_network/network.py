@@ -6,7 +6,7 @@ function. The number of images in a batch is free, whatever the file fixes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,11 @@ class Call:
     kwargs: dict[str, Any]
     output: int
     last: tuple[int, ...] = ()
+
+
+def expanded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return a tensor whose axes of one are repeated to the sizes; a method, so that a trace sees it."""
+    return tensor.expand(*sizes)
 
 
 class OnnxNetwork(nn.Module):

@@ -75,8 +75,9 @@ def reduction(node: OnnxNode, build: NetworkBuilder) -> Traced:
         return build.call(F.adaptive_avg_pool2d, images, (1, 1))
     if node.op == "ReduceL2":
         return build.call(torch.linalg.vector_norm, images, dim=over, keepdim=keep)
-    function = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax, "ReduceMin": torch.amin}[node.op]
-    return build.call(function, images, dim=over, keepdim=keep)
+    functions: dict[str, Any] = {"ReduceMean": torch.mean, "ReduceSum": torch.sum, "ReduceMax": torch.amax,
+                                 "ReduceMin": torch.amin}
+    return build.call(functions[node.op], images, dim=over, keepdim=keep)
 
 
 @operator("LRN")

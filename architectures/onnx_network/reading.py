@@ -144,8 +144,8 @@ def _without_softmax(model: Any) -> str:
     writers = {name: node for node in graph.node for name in node.output}
     name, removed = graph.output[0].name, []
     while (node := writers.get(name)) is not None and node.op_type in SOFTMAX | {"Identity"} and len(node.output) == 1:
-        if sum(name in other.input for other in graph.node):  # something else reads the probabilities
-            break
+        if any(name in other.input and not any(other is gone for gone in removed) for other in graph.node):
+            break  # something else reads the probabilities
         removed.append(node)
         name = node.input[0]
     kinds = [node.op_type for node in removed if node.op_type in SOFTMAX]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from architectures.onnx_network.builder import Known, NetworkBuilder, Traced
 from architectures.onnx_network.graph import Array, OnnxNode
+from architectures.onnx_network.layout import along_last
 from architectures.onnx_network.registry import operator
 
 
@@ -78,12 +79,15 @@ def layer_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
     at = node.number("axis", -1) % len(images.shape)
     shape = images.shape[at:]
     scales = {"weight": weight, "bias": bias}
-    whole = {name: None if array is None else np.broadcast_to(array, shape) for name, array in scales.items()}
+    whole: dict[str, Array | None] = {name: None if array is None else np.broadcast_to(array, shape)
+                                      for name, array in scales.items()}
     if weight is None and bias is not None:
         whole["weight"] = np.ones(shape, np.float32)
-    return build.layer(node, nn.LayerNorm, whole, images, like=True, normalized_shape=shape,
-                       eps=_float(node.number("epsilon", 1e-5)), elementwise_affine=whole["weight"] is not None,
-                       bias=bias is not None)
+    options: dict[str, Any] = {"normalized_shape": shape, "eps": _float(node.number("epsilon", 1e-5)),
+                               "elementwise_affine": whole["weight"] is not None, "bias": bias is not None}
+    if len(shape) > 1:
+        return build.layer(node, nn.LayerNorm, whole, images, like=True, **options)
+    return along_last(build, images, lambda first: build.layer(node, nn.LayerNorm, whole, first, like=True, **options))
 
 
 @operator("GroupNormalization")
@@ -118,8 +122,9 @@ def parametric_relu(node: OnnxNode, build: NetworkBuilder) -> Traced:
 def _linear(node: OnnxNode, build: NetworkBuilder, images: Traced, weight: Array, bias: Array | None) -> Traced:
     bias = None if bias is None else np.broadcast_to(bias.reshape(-1), (weight.shape[0],))
     bias, last = _added(node, build, bias, weight.shape[0], channels_at=-1)
-    found = build.layer(node, nn.Linear, {"weight": weight, "bias": bias}, images, in_features=weight.shape[1],
-                        out_features=weight.shape[0], bias=bias is not None, named_by=_name_of(last, node))
+    found = along_last(build, images, lambda first: build.layer(
+        node, nn.Linear, {"weight": weight, "bias": bias}, first, in_features=weight.shape[1],
+        out_features=weight.shape[0], bias=bias is not None, named_by=_name_of(last, node)))
     return _instead(last, build, found)
 
 
