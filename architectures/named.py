@@ -29,7 +29,7 @@ def has_weights(name: str) -> bool:
     return is_own(name)
 
 
-def shown(name: str) -> str:
+def without_place(name: str) -> str:
     """Return a name for records that leave the machine: without the folders of the file."""
     if not is_own(name):
         return name

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from architectures.onnx_network.network import Images
+from architectures.onnx_network.network import ImageCount
 
 Sizes = tuple[int, ...]
 Lying = tuple[int, int, int]  # axis, that size for one image, and how much of it lies outside of the images
@@ -33,7 +33,7 @@ def batch_axis(two: Sequence[int], three: Sequence[int]) -> tuple[int, int] | No
     return axis, two[axis] // 2
 
 
-def scaled(target: Sequence[int], outside: int, batch: int) -> Lying:
+def place_images(target: Sequence[int], outside: int, batch: int) -> Lying:
     """Return where the images lie after a reshape that the file states for a fixed number of images.
 
     Args:
@@ -63,6 +63,6 @@ def scaled(target: Sequence[int], outside: int, batch: int) -> Lying:
     raise ValueError(f"no size of {list(target)} can hold the images")
 
 
-def with_images(target: Sequence[int], axis: int, times: int) -> list[int | Images]:
+def with_images(target: Sequence[int], axis: int, times: int) -> list[int | ImageCount]:
     """Return a shape in which one size is the number of images, times a number."""
-    return [Images(times) if at == axis else size for at, size in enumerate(target)]
+    return [ImageCount(times) if at == axis else size for at, size in enumerate(target)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from architectures.onnx_network.batch import batch_axis, with_images
 from architectures.onnx_network.constants import evaluate
 from architectures.onnx_network.graph import Array, OnnxGraph, OnnxNode
-from architectures.onnx_network.network import Call, Function, Images, OnnxNetwork, Slot, Stored, expanded
+from architectures.onnx_network.network import Call, Function, ImageCount, OnnxNetwork, Slot, KeptTensor, expand_to
 
 COUNTS = (2, 3)
 # Functions that operators call, after which a trace names its calls, and the name of the images.
@@ -169,7 +169,7 @@ class NetworkBuilder:
 
         Args:
             target: a function.
-            args: `Traced`, `Stored` and `Images` stand for values.
+            args: `Traced`, `KeptTensor` and `ImageCount` stand for values.
             like: the result has the shape of the first argument, so that nothing needs to run.
             kwargs: passed as they are.
         """
@@ -192,9 +192,9 @@ class NetworkBuilder:
     def _probe(self, value: Any, at: int) -> Any:
         if isinstance(value, Traced):
             return value.probes[at]
-        if isinstance(value, Images):
+        if isinstance(value, ImageCount):
             return COUNTS[at] * value.times
-        if isinstance(value, Stored):
+        if isinstance(value, KeptTensor):
             return self.tensors[value.name].to("meta")
         if isinstance(value, list | tuple):
             return type(value)(self._probe(entry, at) for entry in value)
@@ -232,10 +232,12 @@ class NetworkBuilder:
         self.modules[name] = module
         return self._add(name, module, (source,), {}, like)
 
-    def data(self, node: OnnxNode, known: Known) -> Stored | Traced | float:
+    def data(self, node: OnnxNode, known: Known, learned: bool = False) -> KeptTensor | Traced | float:
         """Return a constant as an argument: one number, a parameter where the file stores the tensor by name, or a buffer.
 
-        What grows with the images is kept for one image and expanded.
+        With `learned` a float is a parameter whatever its name.
+
+        What grows with the images is kept for one image and expand_to.
         """
         array = known.arrays[0]
         if array.dtype.kind not in "fiub":
@@ -245,12 +247,13 @@ class NetworkBuilder:
         if array.size == 1 and array.dtype.kind in "fiu":
             return float(array.reshape(-1)[0])
         if id(array) not in self.stored:
-            learned = bool(known.name) and array.dtype.kind == "f" and not ANONYMOUS.match(known.name)
+            named = bool(known.name) and not ANONYMOUS.match(known.name)
+            learned = array.dtype.kind == "f" and (named or learned)
             anonymous = f"{_path(node.scope)}.constant" if node.scope else "constant"
-            name = self.free_name(_path(known.name) if learned else anonymous)
+            name = self.free_name(_path(known.name) if named else anonymous)
             self.tensors[name], self.learned[name] = as_tensor(array), learned
             self.stored[id(array)] = name
-        return Stored(self.stored[id(array)])
+        return KeptTensor(self.stored[id(array)])
 
     def _expanded(self, node: OnnxNode, known: Known) -> Traced:
         try:
@@ -263,11 +266,11 @@ class NetworkBuilder:
         one = np.take(known.arrays[0], [0], axis)
         if times != 1 or not all((array == one).all() for array in known.arrays):
             raise node.refuse("a constant depends on the number of images")
-        stored = self.data(node, Known(arrays=(one, one), name=known.name))
+        stored = self.data(node, Known(arrays=(one, one), name=known.name), learned=True)
         if isinstance(stored, float):
             name = self.free_name("constant")
-            self.tensors[name], self.learned[name], stored = as_tensor(one), False, Stored(name)
-        return self.call(expanded, stored, with_images(known.arrays[0].shape, axis, times))
+            self.tensors[name], self.learned[name], stored = as_tensor(one), True, KeptTensor(name)
+        return self.call(expand_to, stored, with_images(known.arrays[0].shape, axis, times))
 
     def permuted_call(self, source: Traced, order: Sequence[int]) -> Traced:
         """Add a permutation of axes; two that follow each other are one, and one that changes nothing is none."""
@@ -322,7 +325,7 @@ class NetworkBuilder:
         kept = _needed(self.calls, result.slot)
         network = OnnxNetwork(kept, result.slot, result.shape[1]).eval()
         used = {call.target for call in kept if isinstance(call.target, str)}
-        used |= {value.name for call in kept for value in _flat(call.args) if isinstance(value, Stored)}
+        used |= {value.name for call in kept for value in _flat(call.args) if isinstance(value, KeptTensor)}
         for name, module in self.modules.items():
             if name in used:
                 learned = {key for key, _ in module.named_parameters()}

@@ -94,7 +94,7 @@ def reshaped(shape: Sequence[int], target: Sequence[int], allow_zero: bool = Fal
     return tuple(full)
 
 
-def slices(node: OnnxNode, inputs: Inputs, rank: int) -> list[tuple[int, slice]]:
+def cuts_of(node: OnnxNode, inputs: Inputs, rank: int) -> list[tuple[int, slice]]:
     """Return the dimensions that a Slice cuts, and how."""
     starts, ends = listed(node, inputs, "starts", 1), listed(node, inputs, "ends", 2)
     axes, steps = listed(node, inputs, "axes", 3), listed(node, inputs, "steps", 4)
@@ -179,7 +179,7 @@ def _gather(node: OnnxNode, inputs: Inputs) -> Any:
 
 def _slice(node: OnnxNode, inputs: Inputs) -> Any:
     cuts = [slice(None)] * inputs[0].ndim
-    for at, cut in slices(node, inputs, inputs[0].ndim):
+    for at, cut in cuts_of(node, inputs, inputs[0].ndim):
         cuts[at] = cut
     return inputs[0][tuple(cuts)]
 

@@ -22,7 +22,7 @@ SLOPE = 1 / 6  # of torch's hard sigmoid
 
 @operator("Relu", "Sigmoid", "Tanh", "Erf", "Exp", "Log", "Sqrt", "Abs", "Reciprocal", "Softplus", "Softsign", "HardSwish",
           "Mish", "Silu", "Floor", "Ceil", "Round", "Sin", "Cos")
-def activation(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_activation(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a function of one tensor without options."""
     functions: dict[str, Callable[..., Any]] = {
         "Relu": F.relu, "Softplus": F.softplus, "Softsign": F.softsign, "HardSwish": F.hardswish, "Mish": F.mish,
@@ -31,7 +31,7 @@ def activation(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("LeakyRelu", "Elu", "Celu", "Gelu")
-def sloped(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_sloped(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write an activation with an option."""
     images = build.images(node)
     if node.op == "LeakyRelu":
@@ -43,7 +43,7 @@ def sloped(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Selu")
-def scaled_elu(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_scaled_elu(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a SELU with the paper's two numbers."""
     if any(abs(node.number(key, value) - value) > 1e-4 for key, value in (("alpha", 1.67326), ("gamma", 1.0507))):
         raise node.refuse("other numbers than torch's")
@@ -51,7 +51,7 @@ def scaled_elu(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("HardSigmoid")
-def hard_sigmoid(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_hard_sigmoid(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a hard sigmoid, or with another slope than torch's what it is made of."""
     images, slope, shift = build.images(node), node.number("alpha", 0.2), node.number("beta", 0.5)
     if math.isclose(slope, SLOPE, rel_tol=1e-3) and math.isclose(shift, 0.5, rel_tol=1e-6):
@@ -61,7 +61,7 @@ def hard_sigmoid(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Clip")
-def clip(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_clip(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a ReLU6, a ReLU or a clamp."""
     images = build.images(node)
     low, high = limits(node, build.constants(node))
@@ -75,7 +75,7 @@ def clip(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Softmax", "LogSoftmax")
-def softmax(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_softmax(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a softmax over one axis. Before opset 13 it goes over all axes from the one named on."""
     images = build.images(node)
     at = node.number("axis", -1 if node.opset >= 13 else 1) % len(images.shape)
@@ -88,7 +88,7 @@ def softmax(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Identity", "Dropout")
-def unchanged(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_unchanged(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write nothing: the operator does nothing in evaluation."""
     if node.op == "Dropout" and node.has(2) and bool(build.constant(node, 2)):
         raise node.refuse("a dropout in training mode")
@@ -96,7 +96,7 @@ def unchanged(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Cast")
-def cast(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_cast(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write nothing between floats: the network computes in float32."""
     if node.number("to", 1) not in FLOATS:
         raise node.refuse("values of images become whole numbers")
@@ -104,13 +104,13 @@ def cast(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Neg")
-def negative(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_negative(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a product with -1."""
     return build.call(python.mul, build.images(node), -1.0, like=True)
 
 
 @operator("Add", "Mul", "Sum")
-def commutative(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_commutative(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write sums or products of two tensors each, constants behind."""
     function = python.mul if node.op == "Mul" else python.add
     values = sorted((build.value(name) for name in node.inputs), key=lambda value: isinstance(value, Known))
@@ -122,7 +122,7 @@ def commutative(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Sub")
-def difference(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_difference(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a difference. A constant behind is added with the other sign, and one before is added to the negative."""
     first, second = (build.value(name) for name in node.inputs)
     if isinstance(second, Known):
@@ -133,7 +133,7 @@ def difference(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Div")
-def quotient(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_quotient(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a quotient. A constant below is a factor."""
     first, second = (build.value(name) for name in node.inputs)
     if isinstance(second, Known):
@@ -144,7 +144,7 @@ def quotient(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Pow")
-def power(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_power(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a power with a fixed exponent, a square as a product."""
     images, exponent = build.images(node), build.constant(node, 1)
     if exponent is None or exponent.size != 1:
@@ -156,7 +156,7 @@ def power(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Min", "Max")
-def extreme(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_extreme(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a clamp with one number."""
     values = sorted((build.value(name) for name in node.inputs), key=lambda value: isinstance(value, Known))
     first, *others = values

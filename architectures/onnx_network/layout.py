@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from architectures.onnx_network.builder import Front, NetworkBuilder, Traced
-from architectures.onnx_network.network import Images
+from architectures.onnx_network.network import ImageCount
 
 Groups = Sequence[Sequence[int]]
 
@@ -26,8 +26,8 @@ def front_of(build: NetworkBuilder, images: Traced) -> Front:
     assert batch is not None
     axis, times = batch
     if times > 1:  # N * times becomes two axes
-        sizes: list[int | Images] = list(images.shape)
-        sizes[axis:axis + 1] = [Images(), times]
+        sizes: list[int | ImageCount] = list(images.shape)
+        sizes[axis:axis + 1] = [ImageCount(), times]
         images = build.call(torch.reshape, images, sizes)
     rank = len(images.shape)
     order = [axis, *(at for at in range(rank) if at != axis)]
@@ -52,13 +52,16 @@ def in_file(build: NetworkBuilder, value: Traced, groups: Groups) -> Traced:
 
 def permute(build: NetworkBuilder, images: Traced, order: Sequence[int]) -> Traced:
     """Return a value with its axes in another order."""
-    if images.front is None and order[0] == 0:
+    first = front_of(build, images) if images.front or order[0] != 0 else None
+    if first is None:
         return build.permuted_call(images, order)
-    first = front_of(build, images)
     groups = [first.groups[axis] for axis in order]
     places = [0, *(place for group in groups for place in group if place)]
     value = build.permuted_call(first.value, places)
-    return in_file(build, value, [[places.index(place) for place in group] for group in groups])
+    moved = tuple(tuple(places.index(place) for place in group) for group in groups)
+    if images.front is None and moved[0][0] != 0:
+        return replace(build.permuted_call(images, order), front=Front(value, moved))
+    return in_file(build, value, moved)
 
 
 def reshape_to(build: NetworkBuilder, images: Traced, sizes: Sequence[int], axis: int, times: int, outside: int) -> Traced:
@@ -71,7 +74,7 @@ def reshape_to(build: NetworkBuilder, images: Traced, sizes: Sequence[int], axis
         axis, times, outside: see `architectures/onnx_network/batch.py`.
     """
     if images.front is None and (images.batch() or (-1, 0))[0] == 0 and axis == 0 and outside == 1:
-        return build.call(torch.reshape, images, [Images(times), *sizes[1:]])
+        return build.call(torch.reshape, images, [ImageCount(times), *sizes[1:]])
     first = front_of(build, images).value
     digits: list[int] = []
     groups: list[list[int]] = []
@@ -86,7 +89,7 @@ def reshape_to(build: NetworkBuilder, images: Traced, sizes: Sequence[int], axis
                 group.append(len(digits))
         groups.append(group)
     if list(first.shape[1:]) != digits:
-        first = build.call(torch.reshape, first, [Images(), *digits])
+        first = build.call(torch.reshape, first, [ImageCount(), *digits])
     return in_file(build, first, groups)
 
 
@@ -106,6 +109,6 @@ def along_last(build: NetworkBuilder, images: Traced, layer: Callable[[Traced], 
     return in_file(build, layer(first.value), first.groups)
 
 
-def _size(value: Traced, group: Sequence[int]) -> int | Images:
+def _size(value: Traced, group: Sequence[int]) -> int | ImageCount:
     product = math.prod(value.shape[place] for place in group if place)
-    return Images(product) if 0 in group else product
+    return ImageCount(product) if 0 in group else product

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from architectures.onnx_network.batch import scaled, with_images
+from architectures.onnx_network.batch import place_images, with_images
 from architectures.onnx_network.builder import COUNTS, Known, NetworkBuilder, Traced
-from architectures.onnx_network.constants import listed, reshaped, slices, split_sizes
+from architectures.onnx_network.constants import listed, reshaped, cuts_of, split_sizes
 from architectures.onnx_network.graph import OnnxNode
 from architectures.onnx_network.layout import outside_of_images, permute, reshape_to
-from architectures.onnx_network.network import Images, Stored, expanded
+from architectures.onnx_network.network import ImageCount, KeptTensor, expand_to
 from architectures.onnx_network.registry import operator
 
 
 @operator("Reshape")
-def reshape(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_reshape(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a reshape for any number of images, see `architectures/onnx_network/batch.py`."""
     images, target = build.images(node), build.value(node.inputs[1])
     if not isinstance(target, Known):
@@ -38,7 +38,7 @@ def reshape(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Flatten")
-def flatten(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_flatten(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's flatten behind the batch, another one as a reshape."""
     images = build.images(node)
     at = node.number("axis", 1)
@@ -49,7 +49,7 @@ def flatten(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Squeeze", "Unsqueeze")
-def squeeze(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_squeeze(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a reshape that leaves out or adds axes of size one. The batch is no such axis, even where the file fixes it."""
     images = build.images(node)
     axes, shape = listed(node, build.constants(node), "axes", 1), _in_file(build, images)
@@ -65,15 +65,15 @@ def squeeze(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Transpose")
-def transpose(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_transpose(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a permutation; several in a row are one."""
     images = build.images(node)
     return permute(build, images, node.number("perm", list(range(len(images.shape)))[::-1]))
 
 
 @operator("Concat")
-def concatenation(node: OnnxNode, build: NetworkBuilder) -> Traced:
-    """Write a concatenation; constants among the parts are expanded to the number of images."""
+def read_concatenation(node: OnnxNode, build: NetworkBuilder) -> Traced:
+    """Write a concatenation; constants among the parts are expand_to to the number of images."""
     values = [build.value(name) for name in node.inputs]
     like = next(value for value in values if isinstance(value, Traced))
     rank = len(like.shape)
@@ -83,20 +83,20 @@ def concatenation(node: OnnxNode, build: NetworkBuilder) -> Traced:
         if isinstance(value, Traced):
             parts.append(value)
             continue
-        part = build.data(node, value)
+        part = build.data(node, value, learned=True)
         if isinstance(part, float):
             raise node.refuse("one number among the parts")
-        if isinstance(part, Stored):
-            sizes: list[int | Images] = list(value.arrays[0].shape)
+        if isinstance(part, KeptTensor):
+            sizes: list[int | ImageCount] = list(value.arrays[0].shape)
             if batch and batch[0] != at and sizes[batch[0]] == batch[1] * build.file_batch:
                 sizes = with_images(value.arrays[0].shape, *batch)
-                part = build.call(expanded, part, sizes)
+                part = build.call(expand_to, part, sizes)
         parts.append(part)
     return parts[0] if len(parts) == 1 else build.call(torch.cat, parts, dim=at)
 
 
 @operator("Expand")
-def expansion(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_expansion(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write an expand, or nothing where the tensor has the sizes already."""
     images, target = build.images(node), build.value(node.inputs[1])
     if not isinstance(target, Known):
@@ -109,11 +109,11 @@ def expansion(node: OnnxNode, build: NetworkBuilder) -> Traced:
     if whole == images.shape:
         return images
     at = batch[0] + len(whole) - len(images.shape) if batch else -1
-    return build.call(expanded, images, with_images(whole, at, batch[1] if batch else 1))
+    return build.call(expand_to, images, with_images(whole, at, batch[1] if batch else 1))
 
 
 @operator("Tile")
-def tiling(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_tiling(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write nothing where nothing is repeated."""
     times = build.constant(node, 1)
     if times is None or any(times != 1):
@@ -122,7 +122,7 @@ def tiling(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Slice")
-def cutting(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_cutting(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a slice of each axis that is not taken whole."""
     images = build.images(node)
     rank, batch = len(images.shape), images.batch()
@@ -146,7 +146,7 @@ def cutting(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Split")
-def splitting(node: OnnxNode, build: NetworkBuilder) -> list[Traced]:
+def read_splitting(node: OnnxNode, build: NetworkBuilder) -> list[Traced]:
     """Write a split, and a call for each of its parts."""
     images = build.images(node)
     at = node.number("axis", 0) % len(images.shape)
@@ -158,7 +158,7 @@ def splitting(node: OnnxNode, build: NetworkBuilder) -> list[Traced]:
 
 
 @operator("Gather")
-def gathering(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_gathering(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a selection by number, a slice, or a gather with stored numbers."""
     images, numbers = build.images(node), build.value(node.inputs[1])
     at = node.number("axis", 0) % len(images.shape)
@@ -166,6 +166,9 @@ def gathering(node: OnnxNode, build: NetworkBuilder) -> Traced:
             np.array_equal(array.reshape(-1), np.arange(probe.numel()))
             for array, probe in zip(numbers.arrays, images.probes, strict=True)):
         return _to_sizes(node, build, images, [array.shape for array in numbers.arrays])  # torch's as_strided, in order
+    if isinstance(numbers, Known) and numbers.fixed and len(images.shape) == 1 and np.array_equal(
+            numbers.arrays[0].reshape(-1), np.arange(math.prod(_in_file(build, images)))):
+        return _to_fixed(build, images, list(numbers.arrays[0].shape), True)
     return _gathered(node, build, images, at)
 
 
@@ -187,7 +190,7 @@ def _gathered(node: OnnxNode, build: NetworkBuilder, images: Traced, at: int) ->
 
 
 @operator("Pad")
-def padding(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_padding(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a constant padding of the last axes."""
     images, given = build.images(node), build.constants(node)
     rank = len(images.shape)
@@ -209,7 +212,7 @@ def padding(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("DepthToSpace", "SpaceToDepth")
-def blocks(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_blocks(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a reshape, a permutation and a reshape."""
     images, size = build.images(node), node.number("blocksize", 1)
     _, channels, height, width = images.shape
@@ -224,7 +227,7 @@ def blocks(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Einsum")
-def einsum(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_einsum(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's einsum; the equation names the axes in the same way."""
     values = [build.value(name) for name in node.inputs]
     tensors = [build.data(node, value) if isinstance(value, Known) else value for value in values]
@@ -232,7 +235,7 @@ def einsum(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Where")
-def choice(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_choice(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write nothing where a constant condition chooses one of the tensors everywhere."""
     condition = build.constant(node, 0)
     for at, chosen in ((1, True), (2, False)):
@@ -254,7 +257,7 @@ def _slices(node: OnnxNode, build: NetworkBuilder, rank: int) -> list[tuple[int,
         if isinstance(value, Traced):
             raise node.refuse("ends that are computed from the images")
         inputs.append(value.arrays[0] if value else None)
-    return slices(node, inputs, rank)
+    return cuts_of(node, inputs, rank)
 
 
 def _in_file(build: NetworkBuilder, images: Traced) -> list[int]:
@@ -272,7 +275,7 @@ def _to_fixed(build: NetworkBuilder, images: Traced, target: list[int], allow_ze
     whole = reshaped(shape, target, allow_zero)
     if not batch:
         return build.call(torch.reshape, images, whole)
-    return _placed(build, images, whole, *scaled(whole, outside_of_images(images), build.file_batch))
+    return _placed(build, images, whole, *place_images(whole, outside_of_images(images), build.file_batch))
 
 
 def _to_sizes(node: OnnxNode, build: NetworkBuilder, images: Traced, shapes: Sequence[Sequence[int]]) -> Traced:
@@ -303,4 +306,4 @@ def _flat(build: NetworkBuilder, images: Traced) -> Traced:
 
 
 def _per_image(build: NetworkBuilder, images: Traced, shape: list[int]) -> Traced:
-    return build.call(torch.reshape, images, [Images(), *shape])
+    return build.call(torch.reshape, images, [ImageCount(), *shape])

@@ -16,7 +16,7 @@ Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageCount:
     """Stands for a size that is the number of images, times a number, among the arguments of a call."""
 
     times: int = 1
@@ -30,7 +30,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Stored:
+class KeptTensor:
     """Stands for a parameter or a buffer of the network, by its name."""
 
     name: str
@@ -42,7 +42,7 @@ class Call:
 
     Args:
         target: a function, or the name of a module of the network.
-        args: positional arguments; `Images`, `Slot` and `Stored` stand for what is known only in a forward pass.
+        args: positional arguments; `ImageCount`, `Slot` and `KeptTensor` stand for what is known only in a forward pass.
         kwargs: named arguments, as they are.
         output: the slot of the result.
         last: slots that no later call reads.
@@ -55,7 +55,7 @@ class Call:
     last: tuple[int, ...] = ()
 
 
-def expanded(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+def expand_to(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return a tensor whose axes of one are repeated to the sizes; a method, so that a trace sees it."""
     return tensor.expand(*sizes)
 
@@ -90,9 +90,9 @@ class OnnxNetwork(nn.Module):
         """Return an argument with the values of this forward pass."""
         if isinstance(value, Slot):
             return values[value.number]
-        if isinstance(value, Images):
+        if isinstance(value, ImageCount):
             return count * value.times if value.times != 1 else count
-        if isinstance(value, Stored):
+        if isinstance(value, KeptTensor):
             owner, _, name = value.name.rpartition(".")
             return getattr(self.get_submodule(owner), name)
         if isinstance(value, list | tuple):

@@ -18,7 +18,7 @@ LEAST = float(np.finfo(np.float32).min)  # a window is never all padding
 
 
 @operator("MaxPool", "AveragePool")
-def pooling(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_pooling(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's pooling, with a Pad before it where the sides differ."""
     images = build.images(node)
     kernel = tuple(node.number("kernel_shape", ()))
@@ -50,7 +50,7 @@ def pooling(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("GlobalAveragePool", "GlobalMaxPool")
-def whole(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_whole(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a pooling to one pixel."""
     images = build.images(node)
     if len(images.shape) != 4:
@@ -60,7 +60,7 @@ def whole(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
-def reduction(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_reduction(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a reduction over named axes; a mean over both sides of an image is a pooling."""
     images = build.images(node)
     rank, axes = len(images.shape), listed(node, build.constants(node), "axes", 1)
@@ -81,7 +81,7 @@ def reduction(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("LRN")
-def local_response(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_local_response(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's local response normalization, whose window is the same where its size is odd."""
     size = node.number("size", 1)
     if size % 2 == 0:
@@ -91,7 +91,7 @@ def local_response(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Normalize")
-def unit_length(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_unit_length(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's normalize; the operator is a pattern of `architectures/onnx_network/patterns.py`."""
     return build.call(F.normalize, build.images(node), like=True, dim=node.number("axis", -1),
                       eps=float(node.number("epsilon", 1e-12)))

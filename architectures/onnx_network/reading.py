@@ -142,7 +142,8 @@ def _without_softmax(model: Any) -> str:
     """Remove a softmax at the end of a graph. Return the note, "" where there is none."""
     graph = model.graph
     writers = {name: node for node in graph.node for name in node.output}
-    name, removed = graph.output[0].name, []
+    name: str = graph.output[0].name
+    removed: list[Any] = []
     while (node := writers.get(name)) is not None and node.op_type in SOFTMAX | {"Identity"} and len(node.output) == 1:
         if any(name in other.input and not any(other is gone for gone in removed) for other in graph.node):
             break  # something else reads the probabilities

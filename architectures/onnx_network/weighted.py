@@ -16,7 +16,7 @@ from architectures.onnx_network.registry import operator
 
 
 @operator("Conv")
-def convolution(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_convolution(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a Conv2d, with a bias that an Add behind it holds, and a Pad before it where the sides differ."""
     images, weight, bias = build.images(node), build.constant(node, 1), build.constant(node, 2)
     if weight is None or weight.ndim != 4 or len(images.shape) != 4:
@@ -37,7 +37,7 @@ def convolution(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("Gemm")
-def general_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_general_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a Linear; alpha and beta go into its weights."""
     images, weight = build.images(node), build.constant(node, 1)
     if weight is None or node.number("transA", 0) or len(images.shape) != 2:
@@ -50,7 +50,7 @@ def general_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("MatMul")
-def matrix_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_matrix_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a Linear where the second factor is a stored matrix, else a product of tensors."""
     first, second = build.value(node.inputs[0]), build.value(node.inputs[1])
     if isinstance(first, Traced) and isinstance(second, Known) and second.fixed and second.arrays[0].ndim == 2:
@@ -60,7 +60,7 @@ def matrix_product(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("BatchNormalization")
-def batch_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_batch_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a batch norm with the stored statistics."""
     images = build.images(node)
     names = ("weight", "bias", "running_mean", "running_var")
@@ -73,7 +73,7 @@ def batch_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("LayerNormalization")
-def layer_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_layer_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a LayerNorm over the last axes."""
     images, weight, bias = build.images(node), build.constant(node, 1), build.constant(node, 2)
     at = node.number("axis", -1) % len(images.shape)
@@ -91,7 +91,7 @@ def layer_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("GroupNormalization")
-def group_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_group_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a GroupNorm. Before opset 21 the scales are those of groups, after it those of channels."""
     images, groups = build.images(node), node.number("num_groups", 1)
     weights = {"weight": build.constant(node, 1), "bias": build.constant(node, 2)}
@@ -102,7 +102,7 @@ def group_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("InstanceNormalization")
-def instance_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_instance_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a GroupNorm with one channel a group."""
     images = build.images(node)
     weights = {"weight": build.constant(node, 1), "bias": build.constant(node, 2)}
@@ -111,7 +111,7 @@ def instance_normalization(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 
 @operator("PRelu")
-def parametric_relu(node: OnnxNode, build: NetworkBuilder) -> Traced:
+def read_parametric_relu(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write a PReLU with one slope, or one a channel."""
     images, slope = build.images(node), build.constant(node, 1)
     if slope is None or slope.size not in (1, images.shape[1]) or (slope.size > 1 and slope.shape[0] == 1):

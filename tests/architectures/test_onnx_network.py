@@ -13,7 +13,7 @@ from torch import nn
 
 from architectures.describe import lower
 from architectures.layers.base import Layer
-from architectures.onnx_network.batch import scaled
+from architectures.onnx_network.batch import place_images
 from architectures.onnx_network.graph import NotExpressibleError
 from architectures.onnx_network.reading import open_classifier, read_network
 from architectures.onnx_network.runtime import TOLERANCE, largest_difference
@@ -163,7 +163,7 @@ def test_a_batch_of_one_in_every_reshape(tmp_path: Path) -> None:
     ([3, 2, 5], 3, 2, (1, 1, 1))])
 def test_where_the_images_go_in_a_fixed_reshape(target: list[int], outside: int, batch: int,
                                                 where: tuple[int, int, int]) -> None:
-    assert scaled(target, outside, batch) == where
+    assert place_images(target, outside, batch) == where
 
 
 @pytest.mark.parametrize("last", ["Softmax", "LogSoftmax"])

@@ -9,7 +9,7 @@ from torch import fx
 
 from architectures.architecture import Architecture
 from architectures.describe import carry_over, describe, lower
-from architectures.named import shown
+from architectures.named import without_place
 from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.own_models import content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
@@ -75,7 +75,7 @@ class Distill(Stage):
             outcome = train(
                 student, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
-            details = {"teacher": shown(model.reference.name), "epochs": self.train.epochs,
+            details = {"teacher": without_place(model.reference.name), "epochs": self.train.epochs,
                        "optimizer": self.train.optimizer, "lr": self.train.lr, "batch_size": self.train.batch_size,
                        "temperature": self.temperature, "alpha": self.alpha, "dataset": context.splits.card.name,
                        "seed": context.seed}
