@@ -6,7 +6,6 @@ nothing is computed. Everything else, sizes above all, is known by its value.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,23 +17,11 @@ from torch import Tensor, nn
 from architectures.onnx_network.batch import batch_axis, with_images
 from architectures.onnx_network.constants import evaluate
 from architectures.onnx_network.graph import Array, OnnxGraph, OnnxNode
+from architectures.onnx_network.naming import ANONYMOUS, CALLED, dotted_path, layer_name
 from architectures.onnx_network.network import Call, Function, ImageCount, OnnxNetwork, Slot, KeptTensor, expand_to
 
 COUNTS = (2, 3)
-# Functions that operators call, after which a trace names its calls, and the name of the images.
-CALLED = re.compile(
-    r"abs|adaptive_(avg|max)_pool2d|add|amax|amin|avg_pool2d|cat|ceil|celu|clamp|cos|einsum|elu|erf|exp|expand|flatten|floor|gelu|"
-    r"getitem|hardsigmoid|hardswish|images|index_select|input|leaky_relu|local_response_norm|log|log_softmax|matmul|max_pool2d|"
-    r"mean|mish|mul|normalize|pad|permute|pow|reciprocal|relu6?|reshape|round|select|selu|sigmoid|silu|sin|softmax|softplus|"
-    r"softsign|split|sqrt|sub|sum|tanh|truediv|vector_norm")
-PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*([./][A-Za-z0-9_]+)*")
-# Names that exporters make up, some after torch's functions.
-ANONYMOUS = re.compile(
-    r"onnx::|\d+$|val_\d|const|Constant|_v_\d|p2o\.|[a-z]+(_[a-z]+)*_\d+$|(add|addmm|arange|cat|clamp|clone|copy|div|eq|exp|"
-    r"expand|full|index|linear|masked_fill|mm|mul|ne|permute|relu|reshape|select|sigmoid|slice|slice_scatter|sub|transpose|"
-    r"unsqueeze|view|where)$")
-WEIGHTS = re.compile(r"(.+)[./](weight|w_0|kernel|gamma|bias|b_0)")
-WRAPPERS = {"StatefulPartitionedCall", "PartitionedCall", "functional", "model", "sequential"}  # of Keras' names
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +202,7 @@ class NetworkBuilder:
         """
         names = [stored.name for entry in (*node.inputs[1:], named_by) if entry
                  and isinstance(stored := self.value(entry), Known)]
-        name = self.free_name(_layer_name(node, names))
+        name = self.free_name(layer_name(node, names))
         with torch.device("meta"):
             module = make(**options).eval()
         wanted = module.state_dict()
@@ -249,8 +236,8 @@ class NetworkBuilder:
         if id(array) not in self.stored:
             named = bool(known.name) and not ANONYMOUS.match(known.name)
             learned = array.dtype.kind == "f" and (named or learned)
-            anonymous = f"{_path(node.scope)}.constant" if node.scope else "constant"
-            name = self.free_name(_path(known.name) if named else anonymous)
+            anonymous = f"{dotted_path(node.scope)}.constant" if node.scope else "constant"
+            name = self.free_name(dotted_path(known.name) if named else anonymous)
             self.tensors[name], self.learned[name] = as_tensor(array), learned
             self.stored[id(array)] = name
         return KeptTensor(self.stored[id(array)])
@@ -381,21 +368,3 @@ def _slotted(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_slotted(entry) for entry in value)
     return value
-
-
-def _layer_name(node: OnnxNode, weights: Sequence[str]) -> str:
-    """Return a name for a layer: its module's where torch says it, its weights' without the last part, or the node's."""
-    for weight in weights:
-        found = WEIGHTS.fullmatch(weight)  # equal tensors are stored once, by the name of the first
-        if found and PLAIN.match(weight) and not ANONYMOUS.match(weight) and found[1].startswith(node.scope):
-            return _path(found[1])
-    if node.scope:
-        return _path(node.scope)
-    parts = [part for part in node.name.split("/")[:-1] if part and part not in WRAPPERS]
-    return _path(".".join(parts)) if parts else node.op.lower()
-
-
-def _path(name: str) -> str:
-    """Return a name as the dotted name of a module or tensor."""
-    parts = [re.sub(r"[^A-Za-z0-9_]", "_", part).strip("_") for part in re.split(r"[./:]+", name)]
-    return ".".join(part for part in parts if part)[:150].strip(".") or "layer"

@@ -1,0 +1,93 @@
+"""Export torchvision's classifiers by torch's own exporter, read the files back, and compare with ONNX Runtime.
+
+    python -m benchmarks.onnx_round_trip [NAME...] [--out benchmarks/results/onnx_round_trip.json]
+
+Each file is read as a network, lowered to layers of the layer table and rebuilt from them; its logits for one, two and
+three images are compared with ONNX Runtime's. Weights are random: heads that torchvision sets to zero are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from architectures.describe import lower
+from architectures.onnx_network.reading import open_classifier, read_network
+from architectures.onnx_network.runtime import TOLERANCE, largest_difference
+from metadata.errors import UserError
+from metadata.files import write_json
+from metadata.machine import machine, versions
+
+MOST_PARAMETERS = 150_000_000
+LARGE = ("convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")  # above it
+
+
+def classifiers() -> list[str]:
+    """Return the names of torchvision's classifiers below 150 M parameters."""
+    from torchvision import models
+    return [name for name in models.list_models(module=models) if name not in LARGE]
+
+
+def fresh(name: str) -> nn.Module:
+    """Return a classifier with random weights, none of them all zero."""
+    from torchvision import models
+    options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
+    model: nn.Module = models.get_model(name, weights=None, **options).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def export_by_torch(model: nn.Module, path: Path, side: int, dynamo: bool = False) -> None:
+    """Write an ONNX file by torch's exporter, for a batch of one."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(model, (torch.randn(1, 3, side, side),), path, dynamo=dynamo,
+                          **({"external_data": False, "verbose": False} if dynamo else {}))
+
+
+def round_trip(name: str, folder: Path, dynamo: bool = False) -> dict[str, Any]:
+    """Return what became of a classifier: the largest difference from ONNX Runtime, or the reason that it failed."""
+    path, started = folder / f"{name}.onnx", time.perf_counter()
+    export_by_torch(fresh(name), path, 299 if name == "inception_v3" else 224, dynamo)
+    exported = time.perf_counter()
+    row: dict[str, Any] = {"model": name, "export_seconds": round(exported - started, 1)}
+    try:
+        opened = open_classifier(path)
+        lowered = lower(read_network(opened), opened.input_shape)
+        row |= {"layers": len(lowered.architecture.layers), "difference": largest_difference(lowered.build(), opened)}
+        row["right"] = row["difference"] <= TOLERANCE
+    except UserError as error:
+        row |= {"right": False, "reason": str(error).replace(str(folder), "")}
+    path.unlink()
+    return {**row, "read_seconds": round(time.perf_counter() - exported, 1)}
+
+
+def main() -> None:
+    """Run the round trip for the named classifiers, or for all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--dynamo", action="store_true", help="torch's newer exporter; needs onnxscript")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.names or classifiers():
+            rows.append(round_trip(name, Path(folder), arguments.dynamo))
+            print(rows[-1], flush=True)
+    print(f"{sum(row['right'] for row in rows)} of {len(rows)} come back")
+    if arguments.out:
+        write_json(arguments.out, {"schema": 1, "dynamo": arguments.dynamo, "rows": rows, "machine": machine(),
+                                   "versions": versions()})
+
+
+if __name__ == "__main__":
+    main()
