@@ -49,9 +49,9 @@ def fresh(name: str) -> nn.Module:
 
 def export_by_torch(model: nn.Module, path: Path, side: int, dynamo: bool = False) -> None:
     """Write an ONNX file by torch's exporter, for a batch of one."""
+    options: dict[str, Any] = {"external_data": False, "verbose": False} if dynamo else {}
     with warnings.catch_warnings(action="ignore"):
-        torch.onnx.export(model, (torch.randn(1, 3, side, side),), path, dynamo=dynamo,
-                          **({"external_data": False, "verbose": False} if dynamo else {}))
+        torch.onnx.export(model, (torch.randn(1, 3, side, side),), path, dynamo=dynamo, **options)
 
 
 def round_trip(name: str, folder: Path, dynamo: bool = False) -> dict[str, Any]:
