@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, TYPE_CHECKING
+from typing import Annotated, Any, ClassVar, TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -186,8 +186,20 @@ class Softmax(Unchanging):
 class Reduction(FunctionLayer):
     """One number for all those along some dimensions."""
 
+    place_of_dim: ClassVar[int] = 1  # among a call's arguments; keepdim comes next
+
     dim: Annotated[list[Dimension], Field(min_length=1, max_length=8)]
     keepdim: bool = False
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        source: Any = node.args[0]
+        dim = traced_argument(node, cls.place_of_dim, "dim", None)
+        if dim is None:
+            raise UserError(f"layer {place_of(node)}: a {cls.__name__.lower()} over the batch is not in the layer table; "
+                            "name the dimensions")
+        return [source], {"dim": [image_dim(source, each) for each in ([dim] if isinstance(dim, int) else dim)],
+                          "keepdim": traced_argument(node, cls.place_of_dim + 1, "keepdim", False)}
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         shape = inputs[0]
@@ -201,12 +213,8 @@ class Reduction(FunctionLayer):
         labels = book.reduced(inputs[0], over)
         return labels if self.keepdim else labels.squeeze(over)
 
-    @classmethod
-    def _dims(cls, source: Any, dim: Any, node: fx.Node) -> list[int]:
-        if dim is None:
-            raise UserError(f"layer {place_of(node)}: a {cls.__name__.lower()} over the batch is not in the layer table; "
-                            "name the dimensions")
-        return [image_dim(source, each) for each in ([dim] if isinstance(dim, int) else dim)]
+    def expression(self, inputs: list[str], module: str) -> str:
+        return f"{inputs[0]}.{self.methods[0]}({self.dim}, keepdim={self.keepdim})"
 
 
 @register
@@ -218,18 +226,9 @@ class Sum(Reduction):
     operators = {"ReduceSum": Operator()}
     keeps_sign = owns_output = True
 
-    @classmethod
-    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        source: Any = node.args[0]
-        return [source], {"dim": cls._dims(source, traced_argument(node, 1, "dim", None), node),
-                          "keepdim": traced_argument(node, 2, "keepdim", False)}
-
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         axes = writer.constant(f"{self.name}.axes", self.dim, np.int64)
         return writer.node("ReduceSum", self.name, [*inputs, axes], keepdims=int(self.keepdim))
-
-    def expression(self, inputs: list[str], module: str) -> str:
-        return f"{inputs[0]}.sum({self.dim}, keepdim={self.keepdim})"
 
 
 @register
@@ -241,17 +240,8 @@ class Maximum(Reduction):
     operators = {"ReduceMax": Operator()}
     keeps_sign = keeps_grid = owns_output = True
 
-    @classmethod
-    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        source: Any = node.args[0]
-        return [source], {"dim": cls._dims(source, traced_argument(node, 1, "dim", None), node),
-                          "keepdim": traced_argument(node, 2, "keepdim", False)}
-
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("ReduceMax", self.name, inputs, axes=self.dim, keepdims=int(self.keepdim))
-
-    def expression(self, inputs: list[str], module: str) -> str:
-        return f"{inputs[0]}.amax({self.dim}, keepdim={self.keepdim})"
 
 
 @register
@@ -261,14 +251,13 @@ class Norm(Reduction):
     functions = ("torch.linalg.vector_norm",)
     operators = {"ReduceL2": Operator()}
     nonnegative = owns_output = True
+    place_of_dim = 2
 
     @classmethod
     def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         if traced_argument(node, 1, "ord", 2) not in (2, 2.0):
             raise ValueError(node)
-        source: Any = node.args[0]
-        return [source], {"dim": cls._dims(source, traced_argument(node, 2, "dim", None), node),
-                          "keepdim": traced_argument(node, 3, "keepdim", False)}
+        return super().from_call(node)
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("ReduceL2", self.name, inputs, axes=self.dim, keepdims=int(self.keepdim))

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from architectures.onnx_data import data_files
 from compress.evaluation.executorch_runtime import ExecutorchRuntime
 from compress.evaluation.litert_runtime import LitertRuntime
-from architectures.onnx_data import data_files
 from compress.evaluation.onnx_runtimes import OnnxRuntime, OpenvinoRuntime
-from compress.evaluation.openvino_runtime import numbers_beside, OpenvinoIrRuntime
+from compress.evaluation.openvino_runtime import OpenvinoIrRuntime, numbers_beside
 from compress.evaluation.runtime import FileRuntime
 from compress.evaluation.submission_files import SubmissionFiles
 from compress.evaluation.torch_program_runtime import TorchProgramRuntime

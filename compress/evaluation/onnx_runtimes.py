@@ -68,30 +68,57 @@ def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
     return options
 
 
-class OpenvinoRuntime(OnnxFileRuntime):
-    """An ONNX file on OpenVINO's CPU plugin, compiled for each number of images in a call: fixed shapes are faster."""
+class OnOpenvino(FileRuntime):
+    """The part of OpenVINO's runtimes that compiles a model for each number of images in a call: fixed shapes are faster.
+
+    Attributes:
+        path: the file, for messages.
+        threads: of one inference.
+        shape: of an image in the file's layout.
+        compiled: by the number of images.
+    """
 
     module = package = "openvino"
 
-    def __init__(self, files: SubmissionFiles, threads: int) -> None:
-        super().__init__("openvino", files)
+    def prepare(self, files: SubmissionFiles, threads: int, channels_last: bool) -> None:
+        """Set the attributes, before anything is compiled."""
         channels, height, width = files.input_shape
-        self.threads, self.path = threads, files.weights
-        self.content = self.file.content or files.weights.read_bytes()  # the file may be gone at a later call
-        self.shape = (height, width, channels) if self.file.channels_last else files.input_shape
+        self.path, self.threads = files.weights, threads
+        self.shape = (height, width, channels) if channels_last else files.input_shape
         self.compiled: dict[int, Any] = {}
-        self._compile(self.file.batch or 1)
 
-    def _compile(self, images: int) -> Any:
+    def model(self) -> Any:
+        """Return a new OpenVINO model, or the bytes of an ONNX file."""
+        raise NotImplementedError
+
+    def compile(self, images: int) -> Any:
+        """Compile the model for a number of images in a call.
+
+        Raises:
+            VerificationError: OpenVINO cannot load it.
+        """
         try:
-            self.compiled[images] = compile_for_openvino(self.content, [images, *self.shape], self.threads)
+            self.compiled[images] = compile_for_openvino(self.model(), [images, *self.shape], self.threads)
         except RuntimeError as error:
             raise VerificationError(f"{self.path}: OpenVINO cannot load it: {first_line(error)}") from error
         return self.compiled[images]
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
-        model = self.compiled.get(len(inputs)) or self._compile(len(inputs))
+        model = self.compiled.get(len(inputs)) or self.compile(len(inputs))
         return next(iter(model(inputs).values()))
+
+
+class OpenvinoRuntime(OnOpenvino, OnnxFileRuntime):
+    """An ONNX file on OpenVINO's CPU plugin."""
+
+    def __init__(self, files: SubmissionFiles, threads: int) -> None:
+        OnnxFileRuntime.__init__(self, "openvino", files)
+        self.prepare(files, threads, self.file.channels_last)
+        self.content = self.file.content or files.weights.read_bytes()  # the file may be gone at a later call
+        self.compile(self.file.batch or 1)
+
+    def model(self) -> bytes:
+        return self.content
 
 
 def compile_for_openvino(model: Any, shape: Sequence[int], threads: int, **options: Any) -> Any:

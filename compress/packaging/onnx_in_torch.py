@@ -4,6 +4,9 @@
 operator. Int8 stays int8: a QuantizeLinear or DequantizeLinear becomes the operator of `quantized_decomposed` that torch's
 own quantization writes, and that ExecuTorch's and torch's backends turn into integer arithmetic. They look for a pattern in
 which every reader of a quantized tensor dequantizes it by itself, so the module dequantizes at each reading.
+
+ONNX files of other tools are read by `architectures.onnx_network`, which finds layers again and computes in float; here
+every node stays what it is.
 """
 
 from __future__ import annotations
