@@ -14,7 +14,7 @@ LARGEST = 150_000_000  # parameters of torchvision's classifiers that are listed
 # Side of the images in pixels. Convolutional networks get small ones, as far as their strides allow.
 TORCHVISION_SIZES = {64: ("densenet", "efficientnet", "mnasnet", "mobilenet", "regnet", "resn", "shufflenet", "squeezenet",
                           "wide_resnet", "convnext"),
-                     96: ("alexnet", "googlenet"), 128: ("inception",), 224: ("vgg", "maxvit", "vit", "swin")}
+                     96: ("googlenet",), 128: ("inception",), 224: ("alexnet", "vgg", "maxvit", "vit", "swin")}
 
 TIMM_SIZES: dict[int, tuple[str, ...]] = {
     64: (
