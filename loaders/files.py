@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Collection:
     Args:
         classes: the names of the classes, in the order of their indices.
         train: the pictures to train on, and those to hold out of.
-        test: the test split; None holds it out of train.
+        test: the test split; without it `validation` is the test split, and without both it is held out of train.
         validation: the validation split; None holds it out of train.
         where: the file or folder that lists them, for messages.
         warnings: of the listing.
@@ -56,8 +56,10 @@ def collected_splits(request: Request, name: str, found: Collection) -> Splits:
         UserError: fewer than two classes, a class without training images, a class that train lacks, names that cannot be
             folders, a fraction out of range, or a damaged image.
     """
-    classes, warnings = _folder_names(found.classes, found.where), list(found.warnings)
-    _check_classes(found, classes)
+    if found.test is None and found.validation is not None:  # as in a folder of splits
+        found = replace(found, test=found.validation, validation=None)
+    classes = _folder_names(found.classes, found.where)
+    warnings = [*found.warnings, *_missing_classes(found, classes)]
     if not 0 < request.test_fraction < 1:
         raise UserError(f"data.test_fraction {request.test_fraction}: expected a fraction of the images, above 0 and "
                         "below 1")
@@ -116,8 +118,12 @@ def _folder_names(classes: Sequence[str], where: str) -> list[str]:
     return names
 
 
-def _check_classes(found: Collection, classes: Sequence[str]) -> None:
-    """Raise UserError where fewer than two classes have images, or train lacks one; add a warning for another split."""
+def _missing_classes(found: Collection, classes: Sequence[str]) -> list[str]:
+    """Return a warning for each split but train that lacks classes.
+
+    Raises:
+        UserError: a split is empty, train lacks a class, or there is one class only.
+    """
     counts = {split: Counter(label for _, label in files) for split, files in (
         ("train", found.train), ("test", found.test), ("validation", found.validation)) if files is not None}
     for split, count in counts.items():
@@ -129,10 +135,9 @@ def _check_classes(found: Collection, classes: Sequence[str]) -> None:
                         f"{some_of(lacking, 5)}; add images, or leave the class out")
     if len(classes) < 2:
         raise UserError(f"{found.where}: one class only, {some_of(classes)!r}; expected two or more")
-    for split, count in counts.items():
-        if lacking := [name for label, name in enumerate(classes) if label not in count]:
-            found.warnings.append(f"{found.where}: no {split} images of {len(lacking)} of the {len(classes)} classes: "
-                                  f"{some_of(lacking, 5)}; add images, or the accuracy says nothing about them")
+    return [f"{found.where}: no {split} images of {len(lacking)} of the {len(classes)} classes: {some_of(lacking, 5)}; add "
+            "images, or the accuracy says nothing about them" for split, count in counts.items()
+            if (lacking := [name for label, name in enumerate(classes) if label not in count])]
 
 
 def file_splits(request: Request, name: str, preprocessing: dict[str, Any], classes: list[str], train: Pictures,

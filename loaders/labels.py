@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from loaders.listing import SPLITS
-from metadata.errors import UserError
+from metadata.errors import UserError, some_of
 
 WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 MOST_CLASSES = 2**20
@@ -40,6 +40,28 @@ def numbered(labels: Iterable[str | int], where: str) -> list[str]:
         if int(one) == int(other):
             raise UserError(f"{where}: the labels {one!r} and {other!r} are one number; write it in one way")
     return ordered
+
+
+def splits_of(paths: Sequence[Path], root: Path, what: str) -> list[str]:
+    """Return the split that each file's name says; all are of train where no name says one.
+
+    Args:
+        paths: the files.
+        root: where they lie; folders above it say nothing.
+        what: a file in one word, for messages.
+
+    Raises:
+        UserError: some names say a split and others do not, or none is of the split train.
+    """
+    found = [split_in(path, root) for path in paths]
+    if None in found and len(set(found)) > 1:
+        raise UserError(f"{paths[found.index(None)]}: its name says no split (train, validation, test), as others do; "
+                        "rename it, or move it away")
+    splits = [split or "train" for split in found]
+    if "train" not in splits:
+        raise UserError(f"data.root {root}: no {what} of the split train (found: "
+                        f"{some_of([path.name for path in paths], 5)})")
+    return splits
 
 
 def split_in(path: PurePath, root: Path) -> str | None:

@@ -61,8 +61,6 @@ def csv_table(request: Request) -> Splits:
     warnings: list[str] = []
     found = _pictures({split or "train": listed for split, listed in rows.items()}, index, base, request.skip_unreadable,
                       warnings)
-    if "test" not in found and "validation" in found:
-        found["test"] = found.pop("validation")  # as in a folder
     return collected_splits(request, NAME, Collection(
         classes=classes, train=found["train"], test=found.get("test"), validation=found.get("validation"), where=where,
         warnings=warnings))

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from loaders.files import Collection, collected_splits
-from loaders.labels import MOST_CLASSES, numbered, split_in
+from loaders.labels import MOST_CLASSES, numbered, splits_of
 from loaders.packed import MOST_BYTES, Packed, Spool
 from loaders.request import Request
 from loaders.splits import Splits
@@ -36,7 +36,6 @@ class Table:
 
     Args:
         path: of the file.
-        split: that its name says, or None.
         image: the column of pictures.
         label: the column of labels.
         names: of the classes by label, if they are stated.
@@ -45,7 +44,6 @@ class Table:
     """
 
     path: Path
-    split: str | None
     image: str
     label: str
     names: list[str] | None
@@ -69,26 +67,17 @@ def parquet(request: Request) -> Splits:
     if not paths:
         raise UserError(f"data.root {root}: expected Parquet files such as {root}/data/train-00000-of-00001.parquet")
     card = _card_names(root)
-    tables = [_opened(path, root, request.columns, card) for path in paths]
+    tables = [_opened(path, request.columns, card) for path in paths]
     first = tables[0]
     for table in tables:
         if (table.image, table.label, table.names) != (first.image, first.label, first.names):
             raise UserError(f"{table.path}: other columns or classes than in {first.path}; pass data.root with the folder "
                             "of one configuration")
-    splits = {table.split for table in tables}
-    if None in splits and len(splits) > 1:
-        odd = next(table.path for table in tables if table.split is None)
-        raise UserError(f"{odd}: its name says no split (train, validation, test), as others do; rename it, or move it "
-                        "away")
+    splits = splits_of(paths, root, "file")
     spool = Spool(sum(sum(table.group_bytes) for table in tables))
     listed: dict[str, list[tuple[Packed, Any]]] = {}
-    for table in tables:
-        listed.setdefault(table.split or "train", []).extend(_rows(table, spool))
-    if "train" not in listed:
-        raise UserError(f"data.root {root}: no file of the split train (found: "
-                        f"{some_of([path.name for path in paths], 5)})")
-    if "test" not in listed and "validation" in listed:
-        listed["test"] = listed.pop("validation")  # as in a folder
+    for table, split in zip(tables, splits, strict=True):
+        listed.setdefault(split, []).extend(_rows(table, spool))
     names = first.names or numbered((label for rows in listed.values() for _, label in rows), str(root))
     index = {name: number for number, name in enumerate(names)}
     found = {split: [(picture, label if first.names else index[str(label)]) for picture, label in rows]
@@ -114,7 +103,7 @@ def _files(root: Path) -> list[Path]:
                   if not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
-def _opened(path: Path, root: Path, columns: list[str], card: Mapping[str, list[str]]) -> Table:
+def _opened(path: Path, columns: list[str], card: Mapping[str, list[str]]) -> Table:
     """Return what a file's footer says."""
     arrow = _arrow()
     try:
@@ -135,8 +124,7 @@ def _opened(path: Path, root: Path, columns: list[str], card: Mapping[str, list[
     if not (arrow.types.is_integer(kind) or texts):
         raise UserError(f"{path}: the labels in {label} are {kind}, expected integers, or text; pass "
                         "data.columns=IMAGE,LABEL")
-    return Table(path=path, split=split_in(path, root), image=image, label=label, names=names, rows=footer.num_rows,
-                 group_bytes=group_bytes)
+    return Table(path=path, image=image, label=label, names=names, rows=footer.num_rows, group_bytes=group_bytes)
 
 
 def _group_bytes(group: Any) -> int:

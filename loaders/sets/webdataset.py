@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loaders.files import Collection, collected_splits
-from loaders.labels import numbered, split_in
+from loaders.labels import numbered, splits_of
 from loaders.listing import IMAGE_SUFFIXES, SYSTEM
 from loaders.packed import MOST_BYTES, Packed
 from loaders.request import Request
@@ -45,19 +45,9 @@ def webdataset(request: Request) -> Splits:
     shards = _shards(root)
     base = root if root.is_dir() else Path(*root.parts[:next(
         (place for place, part in enumerate(root.parts) if any(sign in part for sign in "*?[{")), len(root.parts) - 1)])
-    listed: dict[str | None, list[tuple[Packed, str]]] = {}
-    for shard in shards:
-        listed.setdefault(split_in(shard, base), []).extend(_samples(shard))
-    if None in listed and len(listed) > 1:
-        odd = next(shard for shard in shards if split_in(shard, base) is None)
-        raise UserError(f"{odd}: its name says no split (train, validation, test), as others do; rename it, or leave it "
-                        "out")
-    splits = {split or "train": samples for split, samples in listed.items()}
-    if "train" not in splits:
-        raise UserError(f"data.root {root}: no tar of the split train (found: "
-                        f"{some_of([shard.name for shard in shards], 5)})")
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")  # as in a folder
+    splits: dict[str, list[tuple[Packed, str]]] = {}
+    for shard, split in zip(shards, splits_of(shards, base, "tar"), strict=True):
+        splits.setdefault(split, []).extend(_samples(shard))
     classes = numbered((label for samples in splits.values() for _, label in samples), str(root))
     index = {name: number for number, name in enumerate(classes)}
     found = {split: [(picture, index[label]) for picture, label in samples] for split, samples in splits.items()}

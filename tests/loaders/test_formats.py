@@ -195,6 +195,18 @@ def test_columns_and_root_of_a_table(folder: Path, tmp_path: Path) -> None:
     assert load(replace(request, test_fraction=0.5, columns=["file", "label"])).card.content != expected
 
 
+def test_a_class_without_test_images_is_named_and_a_validation_split_alone_is_the_test_split(folder: Path,
+                                                                                               tmp_path: Path) -> None:
+    for path in (folder / "test" / "class_002").iterdir():
+        path.unlink()
+    table = write_csv(folder, tmp_path / "set") / "labels.csv"
+    for split in ("test", "val"):
+        table.write_text(table.read_text().replace(",test", f",{split}"))
+        splits = opened(table.parent)
+        assert any("no test images of 1 of the 3 classes: class_002" in text for text in splits.warnings)
+        assert set(splits.open_test().labels.tolist()) == {0, 1} and len(splits.validation)
+
+
 def test_the_commands_take_the_formats(folder: Path, tmp_path: Path, compress: Compress) -> None:
     """`export_data` writes the split that a pipeline tests on; `train` and a recipe name their own settings."""
     root = write_flat(folder, tmp_path / "set")
