@@ -26,10 +26,10 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]
 Padding = Annotated[tuple[Annotated[int, Field(ge=0, le=2**16)], Annotated[int, Field(ge=0, le=2**16)]],
                     BeforeValidator(_pair)]
+MAX_FLOAT32 = 3.4028234663852886e38
+Number = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
+Epsilon = Annotated[float, Field(ge=0, le=MAX_FLOAT32)]
 # A dimension of a tensor, counted from the start or from the end.
-# Numbers that float32 holds.
-Number = Annotated[float, Field(ge=-3.4028234e38, le=3.4028234e38)]
-Epsilon = Annotated[float, Field(ge=0, le=3.4028234e38)]
 Dimension = Annotated[int, Field(ge=-8, le=7)]
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 MAX_LAYERS = 10_000
