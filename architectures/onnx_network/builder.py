@@ -224,7 +224,7 @@ class NetworkBuilder:
 
         With `learned` a float is a parameter whatever its name.
 
-        What grows with the images is kept for one image and expand_to.
+        What grows with the images is kept for one image and expanded.
         """
         array = known.arrays[0]
         if array.dtype.kind not in "fiub":

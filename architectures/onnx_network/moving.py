@@ -73,7 +73,7 @@ def read_transpose(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 @operator("Concat")
 def read_concatenation(node: OnnxNode, build: NetworkBuilder) -> Traced:
-    """Write a concatenation; constants among the parts are expand_to to the number of images."""
+    """Write a concatenation; constants among the parts are expanded to the number of images."""
     values = [build.value(name) for name in node.inputs]
     like = next(value for value in values if isinstance(value, Traced))
     rank = len(like.shape)

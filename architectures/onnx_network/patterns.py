@@ -113,7 +113,7 @@ def _last(seen: Patterns, node: OnnxNode) -> bool:
 
 
 def _unit_length(seen: Patterns, node: OnnxNode) -> OnnxNode | None:
-    """x / max(|x|, eps), where the length may be expand_to before."""
+    """x / max(|x|, eps), where the length may be expanded before."""
     below = seen.writer(node.inputs[1], "Expand", "Clip", "Max")
     if below is not None and below.op == "Expand":
         below = seen.writer(below.inputs[0], "Clip", "Max")

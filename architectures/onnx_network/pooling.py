@@ -80,6 +80,29 @@ def read_reduction(node: OnnxNode, build: NetworkBuilder) -> Traced:
     return build.call(functions[node.op], images, dim=over, keepdim=keep)
 
 
+@operator("Resize")
+def read_resizing(node: OnnxNode, build: NetworkBuilder) -> Traced:
+    """Write torch's interpolation of images to whole multiples of their sides: the nearest pixel, or bilinear."""
+    images, at = build.images(node), 1 if node.opset < 11 else 2
+    scales, sizes = build.constant(node, at), build.constant(node, 3)
+    if len(images.shape) != 4 or (scales is None or scales.size != 4) == (sizes is None or sizes.size != 4):
+        raise node.refuse("only images of known scale are resized here")
+    if scales is None or scales.size != 4:
+        assert sizes is not None
+        scales = sizes[2:] / images.shape[2:]  # the first two are those of the batch and the channels
+    else:
+        scales = scales[2:] if (scales[:2] == 1).all() else np.zeros(2)
+    kind = (node.number("mode", "nearest"), node.number("coordinate_transformation_mode",
+                                                        "asymmetric" if node.opset < 11 else "half_pixel"))
+    floor = node.opset < 11 or node.number("nearest_mode", "round_prefer_floor") == "floor"
+    bilinear = kind in (("linear", "half_pixel"), ("linear", "pytorch_half_pixel"))
+    if (scales < 1).any() or (scales % 1).any() or node.number("antialias", 0) or not (
+            bilinear or (kind == ("nearest", "asymmetric") and floor)):
+        raise node.refuse("only whole factors, to the nearest pixel before or between pixels' centres, have a layer")
+    size = tuple(int(side * scale) for side, scale in zip(images.shape[2:], scales, strict=True))
+    return build.call(F.interpolate, images, size=size, mode="bilinear" if bilinear else "nearest")
+
+
 @operator("LRN")
 def read_local_response(node: OnnxNode, build: NetworkBuilder) -> Traced:
     """Write torch's local response normalization, whose window is the same where its size is odd."""

@@ -196,10 +196,27 @@ def test_a_size_that_the_file_leaves_open_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_what_has_no_form_is_named(tmp_path: Path) -> None:
-    nodes, head = with_head([STEM, node("Resize", "stem - sizes", "out")], "out", 8)
-    path = written(tmp_path / "resized.onnx", nodes, {**STEM_WEIGHT, "sizes": np.array([1, 1, 2, 2], np.float32), **head})
-    with pytest.raises(NotExpressibleError, match="operator Resize of node 'node_out': no layer stands for it"):
+    nodes, head = with_head([STEM, node("CumSum", "stem axis", "out")], "out", 8)
+    path = written(tmp_path / "sums.onnx", nodes, {**STEM_WEIGHT, "axis": np.array(1), **head})
+    with pytest.raises(NotExpressibleError, match="operator CumSum of node 'node_out': no layer stands for it"):
         read_network(open_classifier(path))
+
+
+@pytest.mark.parametrize(("opset", "attributes", "fits"), [
+    (10, {}, True), (17, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, True),
+    (17, {"mode": "linear"}, True), (17, {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, False),
+    (17, {}, False)])
+def test_images_are_resized_where_a_layer_does_the_same(opset: int, attributes: dict[str, str], fits: bool,
+                                                        tmp_path: Path) -> None:
+    nodes, head = with_head([STEM, node("Resize", f"stem {'- ' * (opset > 10)}scales", "out", **attributes),
+                             node("MaxPool", "out", "last", kernel_shape=[3, 3], strides=[2, 2])], "last", 8)
+    path = written(tmp_path / "resized.onnx", nodes, {
+        **STEM_WEIGHT, "scales": np.array([1, 1, 2, 3], np.float32), **head}, opset=opset)
+    if fits:
+        assert "Upsample" in types(read_back(path))
+    else:
+        with pytest.raises(NotExpressibleError, match="operator Resize of node 'node_out': only whole factors"):
+            read_network(open_classifier(path))
 
 
 def hostile(kind: str, folder: Path) -> Path:
