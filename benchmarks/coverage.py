@@ -1,6 +1,6 @@
 """Which networks of torchvision and timm the toolkit takes all the way, beside torch-pruning alone.
 
-    python -m benchmarks.coverage [NAME ...] [--limit 600] [--again failed] [--sides ours torch-pruning]
+    python -m benchmarks.coverage [NAME ...] [--limit 600] [--again failed] [--sides ours torch-pruning] [--without_int8]
 
 Write benchmarks/results/coverage.json and coverage.md. Networks that the file has already are left alone, so that the
 command can be interrupted; `--again failed` repeats those with a failed check, `--again all` every one. Each network and
@@ -34,7 +34,7 @@ CHECKS = {"describe": "described", "rebuild": "rebuilt", "count": "parameters, M
 WHOLE = ("describe", "rebuild", "count", "prune", "onnx", "pruned onnx")  # what a network must pass to count as covered
 
 
-def child(name: str, side: str, answer: Connection) -> None:
+def child(name: str, side: str, int8: bool, answer: Connection) -> None:
     """Examine one network by one side, and send the result."""
     import torch
 
@@ -42,14 +42,15 @@ def child(name: str, side: str, answer: Connection) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    answer.send((examine if side == "ours" else torch_pruning_alone)(name, zoo_networks()[name]))
+    pixels = zoo_networks()[name]
+    answer.send(examine(name, pixels, int8) if side == "ours" else torch_pruning_alone(name, pixels))
 
 
-def examined(name: str, side: str, limit: float) -> dict[str, Any]:
+def examined(name: str, side: str, limit: float, int8: bool) -> dict[str, Any]:
     """Return one side's row of a network: its checks with seconds, or why there are none."""
     started = time.monotonic()
     here, there = SERVER.Pipe(duplex=False)
-    process = SERVER.Process(target=child, args=(name, side, there))
+    process = SERVER.Process(target=child, args=(name, side, int8, there))
     process.start()
     there.close()
     row: dict[str, Any] = {"checks": {}}
@@ -119,6 +120,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds for a side of a network")
     parser.add_argument("--again", choices=("failed", "all", "none"), default="none")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--without_int8", action="store_true", help="leave out the two checks that take longest")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     record: dict[str, Any] = {"schema": 1, "networks": {}}
@@ -132,7 +134,7 @@ def main() -> int:
         row = record["networks"].setdefault(name, {"pixels": pixels})
         for side in arguments.sides:
             if wanted(row, side, arguments.again):
-                row[side] = examined(name, side, arguments.limit)
+                row[side] = examined(name, side, arguments.limit, not arguments.without_int8)
                 failed = [check for check, result in row[side]["checks"].items() if not result["passed"]]
                 outcome = row[side].get("error") or ", ".join(failed) or "passed"
                 print(f"{name}, {side}: {outcome} ({row[side]['seconds']} s)", flush=True)

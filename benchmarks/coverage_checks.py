@@ -126,11 +126,13 @@ CHECKS: dict[str, Callable[[Examined], str]] = {
     "int8 static": Examined.static}
 
 
-def examine(name: str, size: int) -> dict[str, dict[str, Any]]:
-    """Return for each check whether a network passes it, what was found, and the seconds."""
+def examine(name: str, size: int, int8: bool = True) -> dict[str, dict[str, Any]]:
+    """Return for each check whether a network passes it, what was found, and the seconds; `int8`: with those of int8."""
     subject = Examined(name, size)
     found: dict[str, dict[str, Any]] = {}
     for check, function in CHECKS.items():
+        if check.startswith("int8") and not int8:
+            continue
         started = time.perf_counter()
         try:
             passed, text = True, function(subject)
