@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,27 @@ _CONTRIBUTED = """
 ONNX_OPERATORS = {"": _OPERATORS.split(), "ai.onnx": _OPERATORS.split(), "com.microsoft": _CONTRIBUTED.split()}
 _CONSTANTS = ("value_int", "value_ints", "value_float", "value_floats")
 MAX_LRN_SIZE = 4096  # the kernel's memory grows with it
+# What finding shapes out from numbers that the file computes may take. It is done in a process of its own: onnx turns a
+# row of a million numbers into as many objects, so that a few nodes can ask for any amount of time and memory.
+MAX_PROPAGATION_SECONDS = 60
+MAX_PROPAGATION_BYTES = 2**32
+_LARGE = 2**12  # numbers of a weight; no shape is that long
+_PROPAGATE = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
+except (ImportError, ValueError, OSError):
+    pass
+import onnx
+model = onnx.load_from_string(sys.stdin.buffer.read())
+try:
+    found = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+except (onnx.shape_inference.InferenceError, ValueError) as error:
+    sys.exit(str(error).strip().splitlines()[0])
+sys.stdout.buffer.write(found.SerializeToString())
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,9 +201,51 @@ def _infer_shapes(path: Path, model: Any, image: Any, input_shape: Sequence[int]
     del model.graph.value_info[:]
     try:
         onnx.checker.check_model(model)
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise VerificationError(f"{path}: not a valid ONNX graph: {first_line(error)}") from error
+    shapes = _checked_shapes(path, model, inferred)
+    if all(name in shapes for node in model.graph.node for name in node.output if name):
+        return shapes
+    return _checked_shapes(path, model, _propagated(path, model).graph)
+
+
+def _propagated(path: Path, model: Any) -> Any:
+    """Return the model with the shapes that follow from numbers that the file computes, such as sizes and their products.
+
+    Raises:
+        VerificationError: they contradict each other, or take too much time or memory.
+    """
+    import onnx
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    light.graph.name = model.graph.name
+    for key in ("node", "input", "output"):
+        getattr(light.graph, key).extend(getattr(model.graph, key))
+    declared = {value.name for value in model.graph.input}
+    for tensor in model.graph.initializer:
+        if math.prod(tensor.dims) < _LARGE:
+            light.graph.initializer.append(tensor)
+        elif tensor.name not in declared:
+            light.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    absurd = VerificationError(f"{path}: the shapes of its tensors take more than {MAX_PROPAGATION_SECONDS} s or "
+                               f"{MAX_PROPAGATION_BYTES >> 30} GB to find out; export it with fixed sizes")
+    command = [sys.executable, "-I", "-c", _PROPAGATE, json.dumps([place for place in sys.path if place]),
+               str(MAX_PROPAGATION_BYTES)]
+    try:
+        done = subprocess.run(command, input=light.SerializeToString(), capture_output=True, check=False,
+                              timeout=MAX_PROPAGATION_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise absurd from error
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode == 1 and len(said) == 1 and "bad_alloc" not in said[0]:
+        raise VerificationError(f"{path}: not a valid ONNX graph: {said[0]}")
+    if done.returncode:
+        raise absurd
+    return onnx.load_from_string(done.stdout)
+
+
+def _checked_shapes(path: Path, model: Any, inferred: Any) -> dict[str, list[int]]:
+    """Return the shapes that are known in a graph. Raise VerificationError for sizes over the limits."""
     shapes, total = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}, 0
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         dims = value.type.tensor_type.shape.dim

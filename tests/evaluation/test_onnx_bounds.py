@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from architectures import onnx_files
 from architectures.onnx_costs import onnx_macs, onnx_work
 from architectures.onnx_files import read_onnx
 from metadata.errors import VerificationError
@@ -67,6 +68,37 @@ def test_nodes_that_never_end_are_refused(what: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError, match=r"over the limits? of"):
         read_onnx(built(tmp_path / "slow", what, VAST, WINDOW), (3, SIDE, SIDE))
     assert time.process_time() - start < 5
+
+
+# Rows of numbers, from one number: onnx makes an object of each when it follows what a file computes.
+ROWS: dict[str, list[Any]] = {
+    "a range of stated length": [node("Range", "nought vast step", "line"), node("Cast", "line", "values", to=1)],
+    "a row of computed length": [
+        node("Mul", "some vasts", "more"), node("ConstantOfShape", "more", "line"), node("Cast", "line", "values", to=1)],
+    "a row joined with itself": [
+        node("Unsqueeze", "vast axis", "row0"),
+        *(node("Concat", f"row{n} row{n}", f"row{n + 1}", axis=0) for n in range(45)),
+        node("Cast", "row45", "values", to=1)],
+    "a row of computed length, joined with itself": [
+        node("Mul", "some some", "count"), node("ConstantOfShape", "count", "row0"),
+        *(node("Concat", f"row{n} row{n}", f"row{n + 1}", axis=0) for n in range(16)),
+        node("Cast", "row16", "values", to=1)]}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_rows_that_a_file_computes_are_bounded(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "MAX_PROPAGATION_SECONDS", 1)
+    monkeypatch.setattr(onnx_files, "MAX_PROPAGATION_BYTES", 2**30)
+    model = network(["N", 3, SIDE, SIDE], [
+        *ROWS[what], node("ReduceSum", "values", "sum"), node("Add", "x sum", "image")])
+    model.opset_import[0].version = 17  # onnx follows more operators in newer versions
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(values), name) for name, values in {
+        "nought": np.int64(0), "vast": np.int64(2**40), "step": np.int64(1), "axis": [0], "some": [20], "vasts": [2**22],
+    }.items())
+    start = time.monotonic()
+    with pytest.raises(VerificationError, match=r"over the limits of|or 1 GB to find out") as caught:
+        read_onnx(fold(tmp_path, model) / "model.onnx", (3, SIDE, SIDE))
+    assert time.monotonic() - start < 10 and "\n" not in str(caught.value), caught.value
 
 
 ABSURD = [0, -1, 2**31, 2**62, -2**63]
