@@ -46,7 +46,8 @@ def decode_image(path: Path | PackedPicture, preprocessing: Preprocessing) -> np
             image = _eight_bits(image, path) if image.mode.startswith(("I", "F")) else image
             image = image if image.mode == preprocessing.mode else image.convert(preprocessing.mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image, or cut short: {first_line(error)}") from error
+        why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{path}: not a readable image, or cut short: {why}") from error
     if preprocessing.covered and (size := size_covering(image.size, preprocessing.covered)) != image.size:
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     if preprocessing.window:

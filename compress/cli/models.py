@@ -107,7 +107,10 @@ def _named(model: str, options: list[str]) -> Architecture:
         settings = fitted_options(model, settings, (channels, height, width))
     if model in families() and "input_shape" in inspect.signature(families()[model]).parameters:
         settings["input_shape"] = (channels, height, width)  # a network of linear layers is built for one shape
-    return describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
+    architecture = describe_module(make(model, num_classes=num_classes, **settings), (channels, height, width))
+    if architecture.num_classes != num_classes:  # a class of one's own may take no number
+        raise UserError(f"model {model}: it has {architecture.num_classes:,} classes, num_classes says {num_classes:,}")
+    return architecture
 
 
 def _parse(options: list[str]) -> dict[str, Any]:

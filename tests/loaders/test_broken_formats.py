@@ -301,7 +301,7 @@ def test_pictures_of_all_kinds_and_broken_ones(name: str, tmp_path: Path) -> Non
     for content in (b"no picture", broken.read_bytes()[:120], bomb(tmp_path / "bomb.png")):
         broken.write_bytes(content)
         root = FORMATS[name](folder, tmp_path / f"broken {len(content)}")
-        assert_refused("not a readable image, or cut short: ", root, name)
+        assert_refused("not a readable image, or cut short: (?!.*BytesIO)", root, name)
         skipped = opened(root, name, skip_unreadable=True)
         assert any("1 unreadable images were skipped" in text for text in skipped.warnings)
 

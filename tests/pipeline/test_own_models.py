@@ -131,6 +131,8 @@ def test_two_folders_have_neighbours_of_one_name(own: Path, tmp_path: Path) -> N
 def test_a_plan_names_the_line_of_a_network_that_fails(own: Path, alone: Path, compress: Compress) -> None:
     done = compress("plan", alone, f"teacher.model=file:{own}:Broken", "teacher.options={}")
     assert_one_line_error(done, "my_net.py, line 27: AttributeError", "has no attribute 'heads'")
+    assert_one_line_error(compress("describe", f"file:{own}:Wrong", "num_classes=4", "input_shape=3,8,8"),
+                          "it has 7 classes, num_classes says 4")
     done = compress("plan", alone, f"teacher.model=file:{own}:Wrong", "teacher.options={}")
     assert_one_line_error(done, "expected logits (N, 4), got [2, 7]")
 
