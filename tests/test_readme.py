@@ -18,8 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from architectures.zoo import make
 from tests.helpers.commands import PROJECT, SMALL, Compress
 from tests.helpers.folders import draw_folder
+from tests.helpers.onnx_graphs import drawn as numbers, node, with_head, written
 from tests.helpers.sharing import shared_folder
 from tests.helpers.walls import WEAK_FLAGS
 
@@ -59,6 +61,12 @@ stages:
   - prune: {multiple: 4, allow_slower: true}
   - package
 """
+MY_NET = """from torch import nn
+
+class MyNet(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+"""
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -87,6 +95,16 @@ def write_law(path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text("N,D,epochs,dataset,status,final_test_loss_avg_last5\n" + "".join(
         f"{n},{d},20,cifar10,done,{loss:.5f}\n" for n, d, loss in rows))
+
+
+def write_own_models(folder: Path) -> None:
+    """Write a network of one's own with its weights, and somebody's ONNX file, both for the classes of DIR."""
+    (folder / "my_net.py").write_text(MY_NET)
+    torch.save(make(f"file:{folder / 'my_net.py'}:MyNet", num_classes=100).state_dict(), folder / "mine.pth")
+    stem = [node("Conv", "x stem", "features", strides=[4, 4]), node("Relu", "features", "rectified")]
+    nodes, constants = with_head(stem, "rectified", 16)
+    constants |= {"stem": numbers(16, 3, 3, 3), "head.weight": numbers(100, 16), "head.bias": numbers(100)}
+    written(folder / "theirs.onnx", nodes, constants, image=("n", 3, 224, 224), output=("n", 100))
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +139,8 @@ def prepared(command: str, workspace: Path, request: pytest.FixtureRequest) -> l
     """The words of a command, with files of the project by their full path and what makes it short appended."""
     words = [str(PROJECT / word) if word.endswith(".py") and (PROJECT / word).is_file() else word
              for word in shlex.split(command)]
+    if "theirs.onnx" in command or "my_net.py" in command:
+        write_own_models(workspace)
     if "MNIST" in words:
         words[words.index("MNIST")] = str(request.getfixturevalue("real_mnist"))
     if "final_data.csv" in command:
