@@ -174,22 +174,26 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
                                     f"{list(want.shape)}")
         if tensor.dtype != want.dtype:
             raise VerificationError(f"{where}: tensor {name} is {tensor.dtype}, expected {want.dtype}")
-    _check_positions(architecture, weights, where)
+    check_positions(architecture, weights, where)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
 
-def _check_positions(architecture: Architecture, weights: dict[str, Tensor], where: str) -> None:
+def check_positions(architecture: Architecture, weights: dict[str, Tensor], where: str) -> None:
     """Let each layer check its own tensors; one on the meta device has no values to check."""
-    if not any(type(layer).check_weights is not Layer.check_weights for layer in architecture.layers):
+    checking = [layer for layer in architecture.layers if type(layer).check_weights is not Layer.check_weights]
+    if not checking:
         return
+    own: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        layer_name, _, key = name.rpartition(".")
+        if not tensor.is_meta:
+            own.setdefault(layer_name, {})[key] = tensor
     shapes = {"input": architecture.input_shape, **check_shapes(architecture)}
-    for layer in architecture.layers:
-        own = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in weights.items()
-               if name.startswith(f"{layer.name}.") and not tensor.is_meta}
+    for layer in checking:
         try:
-            if own:
-                layer.check_weights(own, [shapes[name] for name in layer.inputs])
+            if layer.name in own:
+                layer.check_weights(own[layer.name], [shapes[name] for name in layer.inputs])
         except ValueError as error:
             raise VerificationError(f"{where}: layer {layer.name}: {error}") from error
 

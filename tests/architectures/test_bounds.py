@@ -14,6 +14,7 @@ from architectures.architecture import Architecture
 from architectures.counting import MAX_LAYER_WORK, MAX_WORK, layer_costs
 from architectures.describe import describe
 from architectures.layers.table import LAYER_TABLE
+from architectures.weights import check_positions
 from architectures.zoo import make
 from compress.evaluation.runtimes import load_model
 from metadata.errors import UserError, VerificationError
@@ -52,6 +53,19 @@ def test_absurd_numbers_of_every_layer_are_verification_errors(kind: str, tmp_pa
         with pytest.raises(VerificationError) as error:  # at the latest because most of the weights are missing
             load_model(tmp_path / "w.pth")
         assert time.process_time() - start < 2 and "\n" not in str(error.value), options
+
+
+def test_checking_the_weights_of_many_layers_takes_no_more_than_building_them(tmp_path: Path) -> None:
+    """Each layer looks at its own tensors alone: thousands of layers over thousands of tensors would take minutes."""
+    count = 3000
+    layers = [layer(f"g{at}", "Gather", [f"g{at - 1}" if at else "input"], dim=1, count=3) for at in range(count)]
+    architecture = Architecture.model_validate(tiny(layers=[
+        *layers, layer("mean", "Mean", [f"g{count - 1}"], dim=[2, 3]),
+        layer("fc", "Linear", ["mean"], in_features=3, out_features=4)]))
+    weights = {f"g{at}.index": torch.arange(3) for at in range(count)}
+    start = time.process_time()
+    check_positions(architecture, weights, "w.pth")
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(("kind", "options", "channels"), [
