@@ -49,7 +49,7 @@ def test_another_number_of_classes_gets_a_fresh_head() -> None:
     found, again = states
     head = found["classifier.weight"]
     assert head.shape == (10, 1280) and torch.equal(head, again["classifier.weight"])
-    assert 0.02 < float(head.abs().max()) <= 1280**-0.5  # timm's own range for ten classes, 0.32, destroys the body
+    assert 0.02 < float(head.abs().max()) <= 1280**-0.5  # timm's own range for ten classes is 0.32
     assert all(torch.equal(found[key], tensor) for key, tensor in renamed(stored, found).items()
                if not key.startswith("classifier."))
 
