@@ -121,7 +121,8 @@ def _check_same(model: nn.Module, found: Lowered, consumed: set[str]) -> None:
     if unused := list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused)):
         raise UserError(f"the model cannot be described: {some_of(unused)} {'has' if len(unused) == 1 else 'have'} weights "
                         f"that its forward pass does not use; remove what is not used; {AS_TEACHER}")
-    original, rebuilt = copy.deepcopy(model).cpu().eval(), found.build()
+    with torch.random.fork_rng(devices=[]):  # building draws weights
+        original, rebuilt = copy.deepcopy(model).cpu().eval(), found.build()
     images = torch.randn(3, *found.architecture.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What a stage's identity holds of a model in the user's own files: their content, wherever they lie."""
+"""A stage's student, which may be in the user's own files: the network, and the content that its identity holds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import ast
 import contextlib
 from pathlib import Path
 
+from torch import fx, nn
+
+from architectures.architecture import Architecture
+from architectures.describe import lower
 from architectures.named import FILE, files_of
 from compress.pipeline.identity import code_hash
 from metadata.errors import UserError
 from metadata.files import sha256
+from metadata.records import DatasetCard
 
 
 def content_of_model(name: str) -> dict[str, str]:
@@ -57,3 +62,16 @@ def _files(folder: Path, parts: list[str]) -> list[Path]:
         path = folder.joinpath(*parts[:count])
         found += [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
     return found
+
+
+def as_student(module: nn.Module, card: DatasetCard, name: str) -> tuple[Architecture, fx.GraphModule]:
+    """Return a module as a graph of the layer table, with its weights, in eval mode.
+
+    Raises:
+        UserError: the layer table does not hold it, or its logits are not one for each class of the data.
+    """
+    found = lower(module.eval(), card.input_shape)
+    if found.architecture.num_classes != card.num_classes:
+        raise UserError(f"student {name}: expected logits (N, {card.num_classes}), got (N, "
+                        f"{found.architecture.num_classes}); build it for the {card.num_classes} classes of the data")
+    return found.architecture, found.build()

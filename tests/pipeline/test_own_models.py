@@ -137,6 +137,12 @@ def test_a_plan_names_the_line_of_a_network_that_fails(own: Path, alone: Path, c
     assert_one_line_error(done, "expected logits (N, 4), got [2, 7]")
 
 
+def test_a_student_of_another_number_of_classes_is_refused_when_planning(
+        own: Path, tiny_recipe: Path, compress: Compress) -> None:
+    done = compress("plan", tiny_recipe, f"distill.model=file:{own}:Wrong", "distill.options={}")
+    assert_one_line_error(done, f"student file:{own}:Wrong: expected logits (N, 4), got (N, 7)")
+
+
 def test_a_run_with_ones_own_teacher_and_student_continues_and_notices_a_changed_file(
         own: Path, two_stages: Path, tmp_path: Path, compress: Compress) -> None:
     name = f"file:{own}:MyNet"

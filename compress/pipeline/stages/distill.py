@@ -8,10 +8,10 @@ from pydantic import Field
 from torch import fx
 
 from architectures.architecture import Architecture
-from architectures.describe import carry_over, describe, lower
+from architectures.describe import carry_over, describe
 from architectures.named import without_place
 from architectures.zoo import family_modules, fitted_options, make
-from compress.pipeline.own_models import content_of_model
+from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
@@ -102,5 +102,5 @@ class Distill(Stage):
         with seeded(seed, "student"):
             module = make(self.model, num_classes=card.num_classes,
                           **fitted_options(self.model, self.options, card.input_shape))
-        lowered = lower(module, card.input_shape)
-        return lowered.architecture, lowered.build().train()
+        architecture, student = as_student(module, card, self.model)
+        return architecture, student.train()

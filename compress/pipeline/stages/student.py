@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import Field
-from torch import fx, nn
+from torch import nn
 
-from architectures.architecture import Architecture
-from architectures.describe import lower
 from architectures.named import has_weights
 from architectures.zoo import family_modules, fitted_options, make
-from compress.pipeline.own_models import content_of_model
+from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.data import seeded
 from metadata.errors import UserError
@@ -43,7 +41,7 @@ class Student(Stage):
         with seeded(sketch.seed, "student"):
             module = self._make(sketch.card) if self.model else make(
                 sketch.teacher[0], num_classes=sketch.card.num_classes, **sketch.teacher[1])  # type: ignore[index]
-        architecture, sketch.model = _as_graph(module, sketch.card)
+        architecture, sketch.model = as_student(module, sketch.card, self.model or "the teacher")
         sketch.lines.append(f"{self.model or 'the teacher'} as it is, {len(architecture.layers)} layers")
 
     def run(self, model: TeacherModel | None, context: Context) -> TorchModel:
@@ -54,16 +52,10 @@ class Student(Stage):
         else:
             assert model is not None
             module = model.module.cpu()
-        architecture, student = _as_graph(module, card)
+        architecture, student = as_student(module, card, self.model or "the teacher")
         return TorchModel(student, architecture)
 
     def _make(self, card: DatasetCard) -> nn.Module:
         assert self.model is not None
         return make(self.model, num_classes=card.num_classes, pretrained=self.pretrained,
                     **fitted_options(self.model, self.options, card.input_shape))
-
-
-def _as_graph(module: nn.Module, card: DatasetCard) -> tuple[Architecture, fx.GraphModule]:
-    """Return a module as a graph of the layer table, with its weights."""
-    found = lower(module.eval(), card.input_shape)
-    return found.architecture, found.build()
