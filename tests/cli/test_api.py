@@ -20,7 +20,7 @@ from compress.pruning.groups import widths
 from metadata.errors import UserError
 from tests.helpers.commands import PROJECT, SMALL
 
-VERBS = ["evaluate_submission", "load_model", "plan", "prune", "quantize_dynamic", "run", "train"]
+VERBS = ["evaluate_submission", "import_onnx", "load_model", "plan", "prune", "quantize_dynamic", "run", "train"]
 LIGHT = "import compress, sys; print({*sys.argv[1:]} <= {*dir(compress)}, 'torch' in sys.modules, 'rich' in sys.modules)"
 
 
