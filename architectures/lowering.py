@@ -152,9 +152,8 @@ class Lowering:
         """Return a Parameter or Buffer with the values of a tensor of the network's own; one size may be -1."""
         target = str(node.target)
         if (target, shape) not in self._stored:
-            tensor = self.tensor(node)
             kind = "Parameter" if isinstance(self._attribute(target), nn.Parameter) else "Buffer"
-            values = tensor.detach().float().reshape(shape)
+            values = self.tensor(node).float().reshape(shape)
             name = self.emit(node, kind, ["input"], name=target.lstrip("_"), shape=list(values.shape))
             self.weights[f"{name}.value"] = values
             self._stored[target, shape] = name

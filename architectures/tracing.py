@@ -197,7 +197,7 @@ class ImageTracer(fx.Tracer):
             self._facts[each] = self._fact(each)
             if each is node:
                 break
-        return _revived(self._facts[node], lambda fact: fact)
+        return self._facts[node]
 
     def measure(self, graph: fx.Graph) -> None:
         """Put each tensor's shape into its node's `meta["shape"]`, and those of its parts into `meta["parts"]`."""

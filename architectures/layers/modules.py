@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any, TYPE_CHECKING
+
+from architectures.layers.base import Layer
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,3 +82,16 @@ def own_modules() -> OwnModules:
             return input * (kept.bernoulli_(1 - self.p) / max(1 - self.p, 1e-12))
 
     return OwnModules(Parameter=Parameter, Buffer=Buffer, Gather=Gather, StochasticDepth=StochasticDepth)
+
+
+class OwnModule(Layer):
+    """A layer whose module is the one of `own_modules` with the type's name."""
+
+    @classmethod
+    def module_class(cls) -> Callable[..., Any]:
+        kind: Callable[..., Any] = getattr(own_modules(), cls.__name__)
+        return kind
+
+    @classmethod
+    def definitions(cls) -> tuple[Callable[..., Any], ...]:
+        return (cls.module_class(),)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from architectures.layers.base import FunctionLayer, Layer, OnnxWriter, Operator, Shape, register
+from architectures.layers.base import FunctionLayer, OnnxWriter, Operator, Shape, register
 from architectures.layers.functions import reshape_images, take_slice
-from architectures.layers.modules import own_modules
+from architectures.layers.modules import OwnModule
 from architectures.layers.tensors import axis
 from metadata.schemas import Number, Size
 
@@ -181,7 +181,7 @@ class Pad(Move):
 
 
 @register
-class Gather(Layer):
+class Gather(OwnModule):
     """Positions along a dimension, in an order that the weights hold."""
 
     operators = {"Gather": Operator()}
@@ -189,14 +189,6 @@ class Gather(Layer):
 
     dim: Positive
     count: Size
-
-    @classmethod
-    def module_class(cls) -> Callable[..., Any]:
-        return own_modules().Gather
-
-    @classmethod
-    def definitions(cls) -> tuple[Callable[..., Any], ...]:
-        return (cls.module_class(),)
 
     def parameters(self) -> int:
         return self.count
@@ -224,22 +216,10 @@ class Gather(Layer):
         return writer.node("Gather", self.name, [*inputs, index], axis=self.dim)
 
 
-class Stored(Layer):
+class Stored(OwnModule):
     """A tensor of the network's own, the same for every image: (N, *shape). Its input says how many images there are."""
 
     shape: Annotated[list[Size], Field(max_length=8)]
-
-    @classmethod
-    def module_class(cls) -> Callable[..., Any]:
-        kind: Callable[..., Any] = getattr(own_modules(), cls.__name__)
-        return kind
-
-    @classmethod
-    def definitions(cls) -> tuple[Callable[..., Any], ...]:
-        return (cls.module_class(),)
-
-    def options(self) -> dict[str, Any]:
-        return {"shape": self.shape}
 
     def parameters(self) -> int:
         return math.prod(self.shape)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, TYPE_CHECKING
 
 from architectures.layers.base import Unchanging, register, traced_argument
-from architectures.layers.modules import own_modules
+from architectures.layers.modules import OwnModule
 from metadata.schemas import Fraction
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Dropout(Unchanging):
 
 
 @register
-class StochasticDepth(Unchanging):
+class StochasticDepth(OwnModule, Unchanging):
     """A residual branch that is dropped for some images (mode "row") or for all ("batch")."""
 
     identity = keeps_grid = True
@@ -36,14 +35,6 @@ class StochasticDepth(Unchanging):
 
     p: Fraction = 0.0
     mode: Literal["row", "batch"] = "row"
-
-    @classmethod
-    def module_class(cls) -> Callable[..., Any]:
-        return own_modules().StochasticDepth
-
-    @classmethod
-    def definitions(cls) -> tuple[Callable[..., Any], ...]:
-        return (cls.module_class(),)
 
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
