@@ -3,7 +3,7 @@
     python -m benchmarks.onnx_round_trip [NAME...] [--out benchmarks/results/onnx_round_trip.json]
 
 Each file is read as a network, lowered to layers of the layer table and rebuilt from them; its logits for one, two and
-three images are compared with ONNX Runtime's. Weights are random: heads that torchvision sets to zero are drawn.
+three images are compared with ONNX Runtime's. Weights are random (`benchmarks/zoo_networks.py`).
 """
 
 from __future__ import annotations
@@ -21,30 +21,10 @@ from torch import nn
 from architectures.describe import lower
 from architectures.onnx_network.reading import open_classifier, read_network
 from architectures.onnx_network.runtime import TOLERANCE, largest_difference
+from benchmarks.zoo_networks import made, torchvision_networks, zoo_networks
 from metadata.errors import UserError
 from metadata.files import write_json
 from metadata.machine import machine, versions
-
-MOST_PARAMETERS = 150_000_000
-LARGE = ("convnext_large", "regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32")  # above it
-
-
-def classifiers() -> list[str]:
-    """Return the names of torchvision's classifiers below 150 M parameters."""
-    from torchvision import models
-    return [name for name in models.list_models(module=models) if name not in LARGE]
-
-
-def fresh(name: str) -> nn.Module:
-    """Return a classifier with random weights, none of them all zero."""
-    from torchvision import models
-    options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    torch.manual_seed(0)
-    model: nn.Module = models.get_model(name, weights=None, **options).eval()
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model
 
 
 def export_by_torch(model: nn.Module, path: Path, side: int, dynamo: bool = False) -> None:
@@ -56,8 +36,8 @@ def export_by_torch(model: nn.Module, path: Path, side: int, dynamo: bool = Fals
 
 def round_trip(name: str, folder: Path, dynamo: bool = False) -> dict[str, Any]:
     """Return what became of a classifier: the largest difference from ONNX Runtime, or the reason that it failed."""
-    path, started = folder / f"{name}.onnx", time.perf_counter()
-    export_by_torch(fresh(name), path, 299 if name == "inception_v3" else 224, dynamo)
+    path, started = folder / f"{name.partition(':')[2]}.onnx", time.perf_counter()
+    export_by_torch(made(name), path, zoo_networks()[name], dynamo)
     exported = time.perf_counter()
     row: dict[str, Any] = {"model": name, "export_seconds": round(exported - started, 1)}
     try:
@@ -80,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in arguments.names or classifiers():
+        for name in arguments.names or torchvision_networks():
             rows.append(round_trip(name, Path(folder), arguments.dynamo))
             print(rows[-1], flush=True)
     print(f"{sum(row['right'] for row in rows)} of {len(rows)} come back")

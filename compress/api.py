@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from compress.pipeline import importing
 from compress.pipeline.config import DataConfig, RunConfig, resolve
 from compress.pipeline.importing import Imported
-from compress.pipeline.plan import RunPlan, make_plan, request
+from compress.pipeline.plan import RunPlan, make_plan
 from compress.pipeline.run import RunOutcome, run_pipeline
 from compress.pruning import prune as pruning
 from compress.pruning.importance import CRITERIA, NEEDS_GRADIENTS
@@ -96,7 +96,7 @@ def import_onnx(path: str | Path, out: str | Path, *, data: str | None = None, r
     """
     wanted = None
     if data is not None:
-        wanted = request(DataConfig.model_validate({"name": data, "root": root, **settings}), 0, usable_cores())
+        wanted = DataConfig.model_validate({"name": data, "root": root, **settings}).request(workers=usable_cores())
     return importing.import_onnx(Path(path), Path(out), data=wanted, input_shape=input_shape)
 
 

@@ -117,20 +117,24 @@ def _image_shape(path: Path, wanted: Sequence[int] | None) -> tuple[int, int, in
     """Return (C, H, W): as wanted, or as the file states.
 
     Raises:
-        UserError: the file leaves a size open, and none is wanted.
+        UserError: the file states another size than the one wanted, or leaves a size open and none is wanted.
     """
-    if wanted is not None:
-        channels, height, width = wanted
-        return channels, height, width
     graph = parse_onnx(path).graph
     weights = {tensor.name for tensor in graph.initializer}
     image = next((value for value in graph.input if value.name not in weights), None)
     stated = [dim.dim_value for dim in image.type.tensor_type.shape.dim] if image is not None else []
-    if len(stated) != 4:
+    if len(stated) != 4 and wanted is None:
         raise UserError(f"{path}: expected one input of (N, C, H, W) or (N, H, W, C), got {len(stated)} dimensions")
-    _, first, second, third = stated
+    _, first, second, third = stated if len(stated) == 4 else (0,) * 4  # the checks of the file say what is wrong with it
     if third in COLOURS and first not in COLOURS:
         first, second, third = third, first, second
+    if wanted is not None:
+        channels, height, width = wanted
+        if first == channels and all((second, third)) and [second, third] != [height, width]:
+            size = second if second == third else f"[{second},{third}]"
+            raise UserError(f"{path}: the file takes images of {second}x{third} pixels, not of {height}x{width}; state "
+                            f"that size (in a recipe data.image_size={size}), or export the file with a free size")
+        return channels, height, width
     if min(first, second, third) < 1:
         sizes = ", ".join(str(size or "?") for size in stated[1:])
         raise UserError(f"{path}: the file leaves the size of its images open ({sizes}); give input_shape, such as "

@@ -36,7 +36,6 @@ def import_model(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", hel
     from compress.cli.tables import print_imported
     from compress.pipeline.config import DataConfig
     from compress.pipeline.importing import import_onnx
-    from compress.pipeline.plan import request
     from compress.settings import validated_as
     from compress.training.trackers import Tracker, terminal
     from metadata.errors import UserError
@@ -49,7 +48,8 @@ def import_model(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", hel
         raise UserError(f"{min(given)}: a setting of the data, but no --data names a data set")
     tracker = Tracker(terminal())
     with tracker.progress("reading images") as advance:
-        wanted = request(validated_as(DataConfig, given, "data"), 0, usable_cores(), advance) if data else None
+        wanted = None if data is None else validated_as(DataConfig, given, "data").request(
+            workers=usable_cores(), on_progress=advance)
         found = import_onnx(model, out or Path(f"imported_{model.stem}"), data=wanted,
                             input_shape=None if shape is None else _three_numbers(shape))
     print_imported(terminal(), model, found)

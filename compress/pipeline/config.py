@@ -9,42 +9,26 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError
 
 from compress.settings import Config, Plain, RECIPES, read_argument, read_as, read_mapping, settings_error
+from compress.training.data_settings import DataSettings
 from compress.training.settings import TrainingSettings
+from loaders.request import Request
 from metadata.closest import closest
 from metadata.errors import UserError
-from metadata.schemas import Interpolation, Sides
 
 
-class DataConfig(Config):
+class DataConfig(DataSettings):
     """The data of a run."""
 
     name: str = Field("digits", description="a set of loaders/; image_folder recognizes the format of any images")
     root: Path | None = Field(None, description="where the set is: a folder, a CSV, tars, torchvision's files")
-    download: bool = Field(False, description="let torchvision fetch a missing set")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the training images held out, class by "
                                        "class; 0 only for data that have a validation folder")
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images held out for testing, by the hash of "
-                                 "their content, where data have no test split")
-    image_root: Path | None = Field(None, description="folder that the paths of a CSV are relative to; that of the CSV "
-                                    "unless given")
-    columns: list[str] = Field([], description="a table's columns of images and labels, and perhaps of splits, by name or "
-                               "by number from 1, such as file,species; found by themselves unless given")
-    num_classes: int | None = Field(None, description="refuse data with another number of classes")
-    channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
-    image_size: Sides | None = Field(None, description="pixels of both sides of the input, or [height, width]; the set's "
-                                     "own unless given")
-    resize: Sides | None = Field(None, description="pixels of the shorter side, or [height, width] to cover; the set's own "
-                                 "unless given")
-    crop: Sides | None = Field(None, description="pixels of the central square, or [height, width]; the set's own unless "
-                               "given")
-    interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
-    exif_orientation: bool | None = Field(None, description="turn pictures as their EXIF data say; true unless given")
-    mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
-    std: list[float] | None = Field(None, description="per channel; the set's own unless given")
-    skip_unreadable: bool = Field(False, description="leave damaged images out and report their number")
-    memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more are streamed from disk")
 
-    WHERE: ClassVar = frozenset({"root", "image_root", "download", "num_classes", "skip_unreadable", "memory_limit_gb"})
+    WHERE: ClassVar = DataSettings.WHERE | {"root"}
+
+    def request(self, **others: Any) -> Request:
+        """Return the settings as the loaders take them; `others` are such as `seed` and `workers`."""
+        return super().request(name=self.name, root=self.root, validation_fraction=self.validation_fraction, **others)
 
 
 class RunConfig(Config):

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from compress.pipeline.config import DataConfig, RunConfig
+from compress.pipeline.config import RunConfig
 from compress.pipeline.identity import StageIdentity, identities
 from compress.pipeline.stage import KINDS, Sketch, Stage, signature, stage_class
 from compress.settings import settings_error
 from compress.training.trackers import Tracker
 from loaders.catalog import load
 from loaders.content import read_hashes
-from loaders.request import FileHashes, Request
+from loaders.request import FileHashes
 from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.machine import usable_cores
-from metadata.schemas import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
     stages = parse_stages(config)
     with tracker.progress("reading images") as advance:
         hashes = read_hashes(config.run_dir / config.name)
-        splits = load(replace(request(config.data, config.seed, threads(config), advance), hashes=hashes))
+        splits = load(config.data.request(seed=config.seed, workers=threads(config), on_progress=advance, hashes=hashes))
     if not len(splits.validation):
         raise UserError(f"data.validation_fraction {config.data.validation_fraction:g}: nothing is held out, and a "
                         "pipeline measures and chooses by validation images; give a fraction such as 0.05, or an image "
@@ -101,16 +100,6 @@ def make_plan(config: RunConfig, tracker: Tracker) -> RunPlan:
         raise UserError("; ".join(problems))
     return RunPlan(config=config, stages=stages, splits=splits, sketch=sketch, hashes=hashes,
                    identities=identities(stages, splits.card, config))
-
-
-def request(data: DataConfig, seed: int, workers: int, on_progress: Any = None) -> Request:
-    """Return the data settings as the loaders take them."""
-    preprocessing = {key: getattr(data, key) for key in Preprocessing.model_fields if getattr(data, key, None) is not None}
-    return Request(name=data.name, root=data.root, download=data.download, validation_fraction=data.validation_fraction,
-                   seed=seed, num_classes=data.num_classes, preprocessing=preprocessing,
-                   skip_unreadable=data.skip_unreadable, memory_limit_gb=data.memory_limit_gb, workers=workers,
-                   on_progress=on_progress, channels=data.channels, image_size=data.image_size,
-                   test_fraction=data.test_fraction, image_root=data.image_root, columns=data.columns)
 
 
 def threads(config: RunConfig) -> int:

@@ -143,9 +143,11 @@ def _scores(importance: Any, group: list[Any], name: str, criterion: str) -> Ten
     Raises:
         UserError: the criterion cannot score the group.
     """
+    if criterion == "fpgm":  # torch-pruning's fails on the inputs of grouped convolutions; their outputs are scored
+        group = [item for item in group if item.dep.pruning_fn != tp.prune_conv_in_channels or item.dep.layer.groups == 1]
     try:
         scores = importance(group)
-    except (RuntimeError, IndexError) as error:  # torch-pruning's FPGM, for one, cannot score grouped convolutions
+    except (RuntimeError, IndexError) as error:  # of torch-pruning's own
         raise UserError(f"layer {name}: prune.criterion {criterion} cannot score its group of layers "
                         f"({first_line(error)}); choose another") from error
     if scores is None:

@@ -10,42 +10,24 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from compress.settings import RECIPES, read_argument, read_as, read_mapping, settings_error
+from compress.training.data_settings import DataSettings
 from compress.training.settings import TrainingSettings
+from loaders.catalog import set_name
+from loaders.request import Request
 from metadata.closest import closest
 from metadata.errors import UserError
-from metadata.schemas import Interpolation, Sides
 
 TRAINING_RECIPES = RECIPES / "training"
 
 
-class TrainingRun(TrainingSettings):
+class TrainingRun(DataSettings, TrainingSettings):
     """One training, resolved: the data, the model, the machine, and how to train."""
 
     dataset: str = Field("cifar10", description="a set of loaders/; image_folder recognizes the format of any images")
     data_root: Path | None = Field(None, description="where the set is: a folder, a CSV, tars, torchvision's files")
-    download: bool = Field(False, description="let torchvision fetch a missing set")
-    num_classes: int | None = Field(None, ge=1, description="refuse data with another number of classes")
-    image_size: Sides | None = Field(None, description="pixels of both sides of the input, or [height, width]; the set's "
-                                     "own unless given")
-    channels: Literal[1, 3] | None = Field(None, description="3: gray as RGB, 1: RGB as gray; the set's own unless given")
-    resize: Sides | None = Field(None, description="pixels of the shorter side, or [height, width] to cover; the set's own "
-                                 "unless given")
-    crop: Sides | None = Field(None, description="pixels of the central square, or [height, width]; the set's own unless "
-                               "given")
-    interpolation: Interpolation | None = Field(None, description="of the resize; the set's own unless given")
-    mean: list[float] | None = Field(None, description="per channel; the set's own unless given")
-    std: list[float] | None = Field(None, description="per channel; the set's own unless given")
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images held out for testing, by the hash of "
-                                 "their content, where data have no test split")
-    image_root: Path | None = Field(None, description="folder that the paths of a CSV are relative to; that of the CSV "
-                                    "unless given")
-    columns: list[str] = Field([], description="a table's columns of images and labels, and perhaps of splits, by name or "
-                               "by number from 1, such as file,species; found by themselves unless given")
     num_workers: int = Field(2, ge=1, le=256, description="threads or processes that decode images")
     validation_fraction: float = Field(0.1, ge=0, lt=1, validation_alias="val_fraction", description="share of the "
                                        "training images held out, class by class; 0: none")
-    memory_limit_gb: float = Field(4.0, gt=0, description="splits that decode to more are streamed from disk")
-    skip_unreadable: bool = Field(False, description="leave damaged images out and report their number")
     model_name: str = Field("resnet18", description="a model of the project, of torchvision or of timm")
     model_options: dict[str, Any] = Field({}, description="options of the model, such as {width: 32}")
     stem: Literal["auto", "imagenet", "small"] = Field(
@@ -60,14 +42,18 @@ class TrainingRun(TrainingSettings):
     use_wandb: bool = Field(False, description="log to Weights & Biases too; offline unless you are logged in")
     wandb_project: str = Field("compress", pattern=r"^[^/\\#?%:]{1,128}$", description="project of Weights & Biases")
 
-    WHERE: ClassVar = TrainingSettings.WHERE | {
-        "log_dir", "threads", "device", "num_workers", "use_tensorboard", "use_wandb", "wandb_project", "download",
-        "data_root", "image_root", "num_classes", "skip_unreadable", "memory_limit_gb"}
+    WHERE: ClassVar = DataSettings.WHERE | TrainingSettings.WHERE | {
+        "log_dir", "threads", "device", "num_workers", "use_tensorboard", "use_wandb", "wandb_project", "data_root"}
 
     @property
     def training(self) -> TrainingSettings:
         """How to train, without the rest of the run."""
         return TrainingSettings(**{key: getattr(self, key) for key in TrainingSettings.model_fields})
+
+    def request(self, **others: Any) -> Request:
+        """Return the settings of the data as the loaders take them; `others` are such as `hashes`."""
+        return super().request(name=set_name(self.dataset), root=self.data_root, seed=self.seed, workers=self.num_workers,
+                               validation_fraction=self.validation_fraction, **others)
 
     @model_validator(mode="after")
     def _check_what_is_monitored(self) -> TrainingRun:
@@ -136,8 +122,8 @@ def validated(content: dict[str, Any], where: str) -> TrainingRun:
 
 def help_lines() -> Iterable[str]:
     """Return a line for each key, and for each other name of a key, for --help."""
-    own = [key for key in TrainingRun.model_fields if key not in TrainingSettings.model_fields]
-    for key in (*own, *TrainingSettings.model_fields):
+    own = [key for key in TrainingRun.model_fields if key not in DataSettings.model_fields | TrainingSettings.model_fields]
+    for key in (*own, *DataSettings.model_fields, *TrainingSettings.model_fields):
         info = TrainingRun.model_fields[key]
         default = info.get_default(call_default_factory=True)
         other = f" (also --{info.validation_alias})" if info.validation_alias else ""

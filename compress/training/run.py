@@ -30,11 +30,11 @@ from compress.training.loggers import Curves, Logger, TensorBoard, WeightsAndBia
 from compress.training.loop import Trained, train
 from compress.training.malloc import keep_freed_memory
 from compress.training.precision import autocast_dtype, usable
-from compress.training.trackers import Advance, Tracker
-from loaders.catalog import load, set_name
+from compress.training.trackers import Tracker
+from loaders.catalog import load
 from loaders.content import HASHES, Content, content_changes, read_hashes, write_hashes
 from loaders.images import center_crop, normalize
-from loaders.request import FileHashes, Request
+from loaders.request import FileHashes
 from loaders.splits import Splits
 from metadata.errors import UserError, some_of
 from metadata.files import write_json
@@ -42,7 +42,6 @@ from metadata.formats import write_tensors
 from metadata.locks import locked, remove_leftovers
 from metadata.machine import machine, usable_cores, versions
 from metadata.records import DatasetCard
-from metadata.schemas import Preprocessing
 
 SETTINGS, SUMMARY, CHECKPOINT = "config.json", "summary.json", "checkpoint.pth"
 SMALL_IMAGE = 64  # pixels up to which `stem: auto` takes the small stem
@@ -149,7 +148,7 @@ def prepare_training(config: TrainingRun, tracker: Tracker, hashes: FileHashes,
         UserError: the data is missing, the model is unknown, or their shapes do not fit.
     """
     with tracker.progress("reading images") as advance:
-        request = _request(config, hashes, advance)
+        request = config.request(hashes=hashes, on_progress=advance)
         splits = load(request)
         card = splits.card
         options = _options(config, card)
@@ -174,19 +173,6 @@ def prepare_training(config: TrainingRun, tracker: Tracker, hashes: FileHashes,
         images = center_crop(splits.train.images.batch(some), splits.card.input_shape[1:])
         look(normalize(images, splits.card.preprocessing))
     return splits, model, options
-
-
-def _request(config: TrainingRun, hashes: FileHashes, on_progress: Advance) -> Request:
-    """Return the data settings as the loaders take them."""
-    return Request(
-        name=set_name(config.dataset), root=config.data_root, download=config.download,
-        validation_fraction=config.validation_fraction, seed=config.seed,
-        num_classes=config.num_classes, memory_limit_gb=config.memory_limit_gb, workers=config.num_workers,
-        skip_unreadable=config.skip_unreadable, on_progress=on_progress, image_size=config.image_size,
-        channels=config.channels, hashes=hashes, test_fraction=config.test_fraction, image_root=config.image_root,
-        columns=config.columns,
-        preprocessing={key: getattr(config, key) for key in Preprocessing.model_fields
-                       if getattr(config, key, None) is not None})
 
 
 def _options(config: TrainingRun, card: DatasetCard) -> dict[str, Any]:
@@ -293,7 +279,7 @@ def _check_finished(config: TrainingRun, tracker: Tracker) -> None:
         return
     hashes = read_hashes(config.log_dir)
     with flags_named(), tracker.progress("reading images") as advance:
-        request = replace(_request(config, hashes, advance), memory_limit_gb=UNDECODED_GB)
+        request = replace(config.request(hashes=hashes, on_progress=advance), memory_limit_gb=UNDECODED_GB)
         content = load(request).card.content
     write_hashes(config.log_dir, hashes)
     _check_data(config.log_dir, content, "the finished training", tracker)

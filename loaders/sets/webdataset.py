@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import re
 import tarfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -61,9 +63,12 @@ def expanded(pattern: str) -> list[str]:
     Raises:
         UserError: more files than a data set has.
     """
-    found, waiting = list[str](), [pattern]
+    too_many = UserError(f"data.root {pattern}: more than {MOST_SHARDS:,} files")
+    if math.prod(match[1].count(",") + 1 for match in CHOICE.finditer(pattern)) > MOST_SHARDS:
+        raise too_many
+    found, waiting = list[str](), deque([pattern])
     while waiting:
-        text = waiting.pop(0)
+        text = waiting.popleft()
         if match := RANGE.search(text):
             first, last = int(match[1]), int(match[2])
             if not 0 <= last - first < MOST_SHARDS:
@@ -77,7 +82,7 @@ def expanded(pattern: str) -> list[str]:
             continue
         waiting += [text[:match.start()] + part + text[match.end():] for part in texts]
         if len(waiting) + len(found) > MOST_SHARDS:
-            raise UserError(f"data.root {pattern}: more than {MOST_SHARDS:,} files")
+            raise too_many
     return found
 
 

@@ -195,6 +195,18 @@ def test_a_size_that_the_file_leaves_open_is_asked_for(tmp_path: Path) -> None:
     assert types(read_back(path, input_shape=(3, 6, 7)))[0] == "Conv2d"
 
 
+@pytest.mark.parametrize(("sizes", "wanted", "said"), [
+    (("n", 3, 6, 7), (3, 8, 8), r"takes images of 6x7 pixels, not of 8x8; .*data\.image_size=\[6,7\]"),
+    ((1, 6, 6, 3), (3, 8, 8), r"takes images of 6x6 pixels, not of 8x8; .*data\.image_size=6\)")])
+def test_images_of_another_size_than_the_file_states(sizes: tuple[Any, ...], wanted: tuple[int, int, int], said: str,
+                                                     tmp_path: Path) -> None:
+    turned = [node("Transpose", "x", "turned", perm=[0, 3, 1, 2])] if sizes[-1] == 3 else []
+    nodes, head = with_head([*turned, node("Conv", f"{'turned' if turned else 'x'} stem.weight", "stem")], "stem", 8)
+    path = written(tmp_path / "stated.onnx", nodes, {**STEM_WEIGHT, **head}, image=sizes, output=(sizes[0], 4))
+    with pytest.raises(UserError, match=said):
+        open_classifier(path, wanted)
+
+
 def test_what_has_no_form_is_named(tmp_path: Path) -> None:
     nodes, head = with_head([STEM, node("CumSum", "stem axis", "out")], "out", 8)
     path = written(tmp_path / "sums.onnx", nodes, {**STEM_WEIGHT, "axis": np.array(1), **head})

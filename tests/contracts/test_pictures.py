@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
 from compress.pipeline.config import DataConfig, RunConfig
-from compress.pipeline.plan import make_plan, request
+from compress.pipeline.plan import make_plan
 from compress.training.flags import resolve_training
 from compress.training.run import prepare_training
 from compress.training.trackers import Tracker, terminal
@@ -153,7 +153,7 @@ def test_files_and_arrays_are_resized_with_the_filter_that_was_asked_for(interpo
     assert np.array_equal(decode_image(tmp_path / "one.png", settings), expected.transpose(2, 0, 1))
 
     data = DataConfig(name="digits", channels=1, image_size=12, interpolation=interpolation.upper())  # type: ignore[arg-type]
-    digits, plain = load(request(data, 0, 1)), load(Request(name="digits", channels=1, workers=1))
+    digits, plain = load(data.request()), load(Request(name="digits", channels=1, workers=1))
     assert digits.card.preprocessing.interpolation == interpolation
     one, whole = (split.train.images.batch(torch.arange(1))[0, 0].numpy() for split in (digits, plain))
     assert np.array_equal(one, np.asarray(Image.fromarray(whole).resize((12, 12), Image.Resampling[interpolation.upper()])))
@@ -186,6 +186,6 @@ def test_a_grey_folder_makes_a_plan_of_one_channel(tmp_path: Path) -> None:
 def test_settings_of_the_data_reach_the_card(tmp_path: Path) -> None:
     root = draw_folder(tmp_path, 2, 3)
     data = DataConfig(name="image_folder", root=root, resize=12, crop=12, interpolation="bicubic", exif_orientation=False)
-    preprocessing = load(request(data, 0, 1)).card.preprocessing
+    preprocessing = load(data.request()).card.preprocessing
     assert (preprocessing.interpolation, preprocessing.exif_orientation) == ("bicubic", False)
-    assert load(request(data.model_copy(update={"exif_orientation": None}), 0, 1)).card.preprocessing.exif_orientation
+    assert load(data.model_copy(update={"exif_orientation": None}).request()).card.preprocessing.exif_orientation

@@ -102,6 +102,8 @@ def test_labels_of_webdataset_in_json_and_shards_by_pattern(folder: Path, tmp_pa
     for pattern in ("{train,test}-{0000..0001}.tar", "*-000?.tar"):
         assert opened(tmp_path / "set" / pattern).card.content == whole.card.content
     half = opened(tmp_path / "set" / "train-{0000..0001}.tar")
+    with pytest.raises(UserError, match=r"more than 100,000 files"):
+        opened(tmp_path / ("{a,b}" * 40 + ".tar"))
     assert "there is no test split" in half.warnings[1] and "of 24 images are held out" in half.warnings[1]
     with pytest.raises(UserError, match=r"there is no file .*train-0002\.tar"):
         opened(tmp_path / "set" / "{train,test}-{0000..0002}.tar")

@@ -106,6 +106,14 @@ def test_a_depthwise_convolution_with_two_outputs_a_channel_is_scored() -> None:
     assert widths(small) == {"0": 8, "1": 16, "5": 5} and small.get_submodule("1").groups == 8
 
 
+@pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - {"bn_scale"} - NEEDS_GRADIENTS))
+def test_grouped_convolutions_are_scored_by_every_criterion(criterion: str) -> None:
+    model = graph_of(nn.Sequential(nn.Conv2d(3, 32, 3), nn.PReLU(32), nn.Conv2d(32, 32, 3, groups=2), nn.ReLU(),
+                                   nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)))
+    small = prune(model, torch.zeros(1, 3, 16, 16), ratio=0.5, multiple=8, criterion=criterion, scope="uniform")
+    assert widths(small) == {"0": 16, "2": 16, "6": 5} and small.get_submodule("2").groups == 2
+
+
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v2", "torchvision:regnet_y_400mf"])
 def test_depthwise_and_grouped_convolutions_prune_and_quantize(name: str) -> None:
     model, _ = graph(name, size=64)
