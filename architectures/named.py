@@ -83,16 +83,12 @@ def stated_options(name: str, input_shape: Sequence[int]) -> dict[str, Any]:
 def _from_onnx(name: str, num_classes: int, input_shape: Sequence[int] | None = None, runtime: bool = False) -> nn.Module:
     import torch
 
-    from architectures.onnx_network.graph import NotExpressibleError
-    from architectures.onnx_network.reading import open_classifier, read_network
-    from architectures.onnx_network.runtime import RunOnnxFile
+    from architectures.onnx_network.reading import open_classifier
+    from architectures.onnx_network.runtime import RunOnnxFile, proven_network
 
     with torch.device("cpu"):
         opened = open_classifier(_path(name), input_shape)
-        try:
-            module = RunOnnxFile(opened, "as asked for (runtime: true)") if runtime else read_network(opened)
-        except NotExpressibleError as error:
-            module = RunOnnxFile(opened, str(error))
+        module = RunOnnxFile(opened, "as asked for (runtime: true)") if runtime else proven_network(opened)
     if module.classes != num_classes:
         raise UserError(f"model {name}: the file has {module.classes:,} classes, expected {num_classes:,}")
     return module

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from architectures.agreement import relative_difference
 from architectures.architecture import Architecture
 from architectures.build import build
 from architectures.counting import architecture_macs, count_macs
@@ -41,7 +42,7 @@ def difference(expected: Tensor, got: Tensor) -> float:
     """Return the largest difference of two batches of logits, relative to the largest logit."""
     assert expected.shape == got.shape, f"expected logits {list(expected.shape)}, got {list(got.shape)}"
     assert bool(torch.isfinite(expected).all()), "the network's own logits are not finite"
-    return float((expected - got).abs().max() / expected.abs().max().clamp(min=1e-12))
+    return relative_difference(expected, got)
 
 
 class Examined:

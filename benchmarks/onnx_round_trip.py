@@ -20,7 +20,7 @@ from torch import nn
 
 from architectures.describe import lower
 from architectures.onnx_network.reading import open_classifier, read_network
-from architectures.onnx_network.runtime import TOLERANCE, largest_difference
+from architectures.onnx_network.runtime import TOLERANCE, difference_from_file
 from benchmarks.zoo_networks import made, torchvision_networks, zoo_networks
 from metadata.errors import UserError
 from metadata.files import write_json
@@ -43,7 +43,7 @@ def round_trip(name: str, folder: Path, dynamo: bool = False) -> dict[str, Any]:
     try:
         opened = open_classifier(path)
         lowered = lower(read_network(opened), opened.input_shape)
-        row |= {"layers": len(lowered.architecture.layers), "difference": largest_difference(lowered.build(), opened)}
+        row |= {"layers": len(lowered.architecture.layers), "difference": difference_from_file(lowered.build(), opened)}
         row["right"] = row["difference"] <= TOLERANCE
     except UserError as error:
         row |= {"right": False, "reason": str(error).replace(str(folder), "")}

@@ -290,9 +290,12 @@ def _where(node: OnnxNode, inputs: Inputs) -> Any:
 
 
 def _softmax(node: OnnxNode, inputs: Inputs) -> Any:
-    at = node.number("axis", -1)
-    powers = np.exp(inputs[0] - inputs[0].max(at, keepdims=True))
-    return powers / powers.sum(at, keepdims=True)
+    """Before opset 13 it goes over all axes from the one named on."""
+    values = inputs[0]
+    at = node.number("axis", -1 if node.opset >= 13 else 1) % values.ndim
+    over = at if node.opset >= 13 else tuple(range(at, values.ndim))
+    powers = np.exp(values - values.max(over, keepdims=True))
+    return powers / powers.sum(over, keepdims=True)
 
 
 FUNCTIONS: dict[str, Callable[[OnnxNode, Inputs], Any]] = {

@@ -76,13 +76,16 @@ def read_clip(node: OnnxNode, build: NetworkBuilder) -> Traced:
 
 @operator("Softmax", "LogSoftmax")
 def read_softmax(node: OnnxNode, build: NetworkBuilder) -> Traced:
-    """Write a softmax over one axis. Before opset 13 it goes over all axes from the one named on."""
+    """Write a softmax over one axis. Before opset 13 it goes over all axes from that one on: one may be longer than 1."""
     images = build.images(node)
     at = node.number("axis", -1 if node.opset >= 13 else 1) % len(images.shape)
-    if node.opset < 13 and math.prod(images.shape[at + 1:]) != 1:
-        if at < len(images.shape) - 1 and images.shape[at] != 1:
+    if node.opset < 13:
+        long = [axis for axis in range(at, len(images.shape)) if images.shape[axis] != 1]
+        if len(long) > 1:
             raise node.refuse("a softmax over several axes")
-        at = len(images.shape) - 1
+        at = long[0] if long else at
+    if at == (images.batch() or (-1, 0))[0]:
+        raise node.refuse("a softmax over all images")
     function = F.softmax if node.op == "Softmax" else F.log_softmax
     return build.call(function, images, like=True, dim=at)
 

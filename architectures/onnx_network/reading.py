@@ -13,13 +13,13 @@ from architectures.onnx_network import elementwise, moving, pooling, weighted
 from architectures.onnx_network.builder import NetworkBuilder, Traced
 from architectures.onnx_network.constants import fold
 from architectures.onnx_network.graph import NotExpressibleError, OnnxGraph, graph_of
+from architectures.onnx_network.last_softmax import without_softmax
 from architectures.onnx_network.network import OnnxNetwork
 from architectures.onnx_network.patterns import Patterns
 from architectures.onnx_network.registry import OPERATORS
 from metadata.errors import UserError, enough_memory
 
 FILES = (elementwise, moving, pooling, weighted)  # each enters its operators into the registry
-SOFTMAX = {"Softmax", "LogSoftmax"}
 COLOURS = (1, 3, 4)  # channels of images
 
 
@@ -63,7 +63,7 @@ def open_classifier(path: Path, input_shape: Sequence[int] | None = None) -> Onn
                 read_external_data(path, model)
     except UserError as error:
         raise UserError(str(error)) from error  # a file of the user's, not a claim
-    notes = [text for text in [_without_softmax(model)] if text]
+    notes = [text for text in [without_softmax(model)] if text]
     if file.channels_last:
         notes.append("the file takes (N, H, W, C), the network takes (N, C, H, W)")
     if file.batch:
@@ -140,27 +140,3 @@ def _image_shape(path: Path, wanted: Sequence[int] | None) -> tuple[int, int, in
         raise UserError(f"{path}: the file leaves the size of its images open ({sizes}); give input_shape, such as "
                         "3,224,224")
     return first, second, third
-
-
-def _without_softmax(model: Any) -> str:
-    """Remove a softmax at the end of a graph. Return the note, "" where there is none."""
-    graph = model.graph
-    writers = {name: node for node in graph.node for name in node.output}
-    name: str = graph.output[0].name
-    removed: list[Any] = []
-    while (node := writers.get(name)) is not None and node.op_type in SOFTMAX | {"Identity"} and len(node.output) == 1:
-        if any(name in other.input and not any(other is gone for gone in removed) for other in graph.node):
-            break  # something else reads the probabilities
-        removed.append(node)
-        name = node.input[0]
-    kinds = [node.op_type for node in removed if node.op_type in SOFTMAX]
-    if not kinds or name not in writers:
-        return ""
-    axes = [attribute.i for node in removed for attribute in node.attribute if attribute.name == "axis"]
-    if any(axis not in (1, -1) for axis in axes):
-        return ""
-    kept = [node for node in graph.node if not any(node is other for other in removed)]
-    del graph.node[:]
-    graph.node.extend(kept)
-    graph.output[0].name = name
-    return f"the {kinds[-1]} at the end is left out: the network gives logits; the classes and their order stay"

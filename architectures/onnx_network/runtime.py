@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from architectures.onnx_network.reading import OnnxClassifier
+from architectures.agreement import relative_difference
+from architectures.onnx_network.graph import NotExpressibleError
+from architectures.onnx_network.network import OnnxNetwork
+from architectures.onnx_network.reading import OnnxClassifier, read_network
 from metadata.errors import UserError, first_line
 
 COUNTS = (1, 2, 3)  # images in a batch that a network is compared for
 TOLERANCE = 1e-5  # of the largest logit
+PROBABILITIES = ("its answers are not below zero and sum to 1 for random images: they seem to be probabilities, and are "
+                 "taken as logits; export it without what makes them")
 
 
 class _Session:
@@ -50,7 +55,7 @@ class RunOnnxFile(nn.Module):
     The file's stored numbers are buffers, so that they are counted and saved; the runtime reads the file itself.
 
     Args:
-        opened: the file.
+        opened: the file; where its answers seem to be probabilities, a note is added that says so.
         why: the reason that it is not a network of torch, for a line to the user.
     """
 
@@ -58,14 +63,18 @@ class RunOnnxFile(nn.Module):
         super().__init__()
         from onnx import numpy_helper
         self.running = _Session(opened)
-        self.remarks = [*opened.notes, f"ONNX Runtime runs it, on the CPU and without training: {why}"]
         for number, tensor in enumerate(opened.model.graph.initializer):
             values = torch.from_numpy(np.array(numpy_helper.to_array(tensor)))
             self.register_buffer(f"stored_{number}", values)
         if not opened.model.graph.initializer:
             self.register_buffer("stored_0", torch.zeros(0))
         with torch.no_grad():
-            self.classes: int = self(torch.zeros(1, *opened.input_shape)).shape[1]
+            logits = self(_random_images(opened, max(COUNTS)))
+        self.classes: int = logits.shape[1]
+        if (PROBABILITIES not in opened.notes and bool((logits >= 0).all())
+                and torch.allclose(logits.sum(1), logits.new_ones(1))):
+            opened.notes.append(PROBABILITIES)
+        self.remarks = [*opened.notes, f"ONNX Runtime runs it, on the CPU and without training: {why}"]
 
     def forward(self, images: Tensor) -> Tensor:
         file = self.running.file
@@ -80,8 +89,25 @@ class RunOnnxFile(nn.Module):
         return torch.from_numpy(np.concatenate(parts)[:len(images)]).float().to(images.device)
 
 
-def largest_difference(network: nn.Module, opened: OnnxClassifier, images: Tensor | None = None,
-                       counts: Sequence[int] = COUNTS) -> float:
+def proven_network(opened: OnnxClassifier) -> OnnxNetwork | RunOnnxFile:
+    """Return a file's network, whose logits are ONNX Runtime's; else the file on ONNX Runtime, the reason as last remark.
+
+    Raises:
+        UserError: onnxruntime is not installed, or cannot run the file.
+    """
+    try:
+        network = read_network(opened)
+    except NotExpressibleError as error:
+        return RunOnnxFile(opened, str(error))
+    difference = difference_from_file(network, opened)
+    if difference <= TOLERANCE:
+        return network
+    return RunOnnxFile(opened, f"{opened.path}: the network that was read has other logits than the file: they differ by "
+                               f"{difference:.1e} of the largest, more than {TOLERANCE:.0e}")
+
+
+def difference_from_file(network: nn.Module, opened: OnnxClassifier, images: Tensor | None = None,
+                         counts: Sequence[int] = COUNTS) -> float:
     """Return how far a network's logits are from those of ONNX Runtime, relative to the largest logit.
 
     Args:
@@ -91,7 +117,7 @@ def largest_difference(network: nn.Module, opened: OnnxClassifier, images: Tenso
         counts: the numbers of images in a batch that are tried, each on the first images.
     """
     if images is None:
-        images = torch.randn(max(counts), *opened.input_shape, generator=torch.Generator().manual_seed(0))
+        images = _random_images(opened, max(counts))
     runtime, worst = RunOnnxFile(opened), 0.0
     with torch.no_grad():
         for count in counts:
@@ -99,6 +125,9 @@ def largest_difference(network: nn.Module, opened: OnnxClassifier, images: Tenso
             if expected.shape != got.shape:
                 raise UserError(f"{opened.path}: {count} images give logits {list(got.shape)}, ONNX Runtime gives "
                                 f"{list(expected.shape)}")
-            scale = float(expected.abs().max()) or 1.0
-            worst = max(worst, float((expected - got).abs().max()) / scale)
+            worst = max(worst, relative_difference(expected, got))
     return worst
+
+
+def _random_images(opened: OnnxClassifier, count: int) -> Tensor:
+    return torch.randn(count, *opened.input_shape, generator=torch.Generator().manual_seed(0))

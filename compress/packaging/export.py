@@ -10,6 +10,7 @@ since 13, HardSwish since 14), so that older runtimes read the file too. GELU, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
+from architectures.agreement import largest_difference
 from architectures.architecture import Architecture
 from architectures.build import check_shapes
 from architectures.describe import carry_over, describe
@@ -129,13 +131,13 @@ def check_same(expected: Tensor, got: Tensor, tolerance: float = 1e-3, title: st
     Raises:
         VerificationError: the logits differ by more; the message has the numbers.
     """
-    difference = float((expected - got).abs().max())
-    scale = max(float(expected.abs().max()), 1e-6)
+    difference, scale = largest_difference(expected, got)
+    scale = max(scale, 1e-6)
     first, other = expected.argmax(1), got.argmax(1)
     rows = torch.arange(len(expected))
     margin = expected[rows, first] - expected[rows, other]
     changed = int((margin > tolerance * scale).sum())
-    if not bool(torch.isfinite(expected).all() and torch.isfinite(got).all()) or difference > tolerance * scale or changed:
+    if not math.isfinite(difference) or difference > tolerance * scale or changed:
         raise VerificationError(f"export: the {title} file is not the network: logits differ by up to {difference:.3g} "
                                 f"(largest logit {scale:.3g}), {changed} of {len(expected)} images get another class")
     return {"images": len(expected), "largest_difference": difference, "largest_logit": scale,
@@ -160,6 +162,5 @@ def check_labels(expected: Tensor, got: Tensor, share: float, title: str) -> dic
                                 f"integers give, expected {share:.1%}: its runtime rounds or saturates otherwise, and "
                                 "classes of this network lie that close together; train longer, take weights that cannot "
                                 "saturate (quantize_static.weights=pair), or another format")
-    difference = float((expected - got).abs().max())
-    return {"images": len(expected), "same_class": same, "largest_difference": difference,
-            "largest_logit": float(expected.abs().max())}
+    difference, largest = largest_difference(expected, got)
+    return {"images": len(expected), "same_class": same, "largest_difference": difference, "largest_logit": largest}

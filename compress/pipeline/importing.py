@@ -15,7 +15,7 @@ from architectures.counting import architecture_macs, count_parameters
 from architectures.describe import lower
 from architectures.onnx_network.graph import NotExpressibleError
 from architectures.onnx_network.reading import OnnxClassifier, open_classifier, read_network
-from architectures.onnx_network.runtime import COUNTS, RunOnnxFile, TOLERANCE, largest_difference
+from architectures.onnx_network.runtime import COUNTS, RunOnnxFile, TOLERANCE, difference_from_file
 from compress.evaluation.measure import measure_accuracy
 from compress.pipeline.stage import ARCHITECTURE, WEIGHTS
 from loaders.catalog import load
@@ -82,7 +82,7 @@ def import_onnx(path: Path, out: Path, *, data: Request | None = None,
                         f"{splits.card.num_classes:,}")
     images = None if splits is None else _images(splits)
     counts = COUNTS if images is None else (*(count for count in COUNTS if count < len(images)), len(images))
-    difference = largest_difference(network, opened, images, counts)
+    difference = difference_from_file(network, opened, images, counts)
     if difference > TOLERANCE:
         raise UserError(f"{path}: the network's logits are not the file's: they differ by {difference:.1e} of the largest, "
                         f"more than {TOLERANCE:.0e}; as a teacher it works: teacher.model=onnx:{path}")
