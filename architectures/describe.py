@@ -7,6 +7,7 @@ table say which modules, functions and methods they stand for; `architectures.ca
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,10 @@ def _lowered(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     if not isinstance(output, fx.Node):
         raise UserError("the model's output must be one tensor of logits, got a structure")
     layers = lowering.used(output)
+    images = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0))
+    expected = _logits(model, images)
+    classes = expected.shape[1]
     try:
-        classes = _output_width(model, input_shape)
         architecture = Architecture.model_validate({
             "schema": 1, "model_type": model_type or type(model).__name__, "num_classes": classes,
             "input_shape": input_shape, "output_shape": [classes], "layers": layers})
@@ -104,31 +107,31 @@ def _lowered(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     weights = {key: tensor for key, tensor in lowering.weights.items() if key.rpartition(".")[0] in named}
     found = Lowered(architecture, weights)
     if not built:
-        _check_same(model, found, lowering.consumed)
+        _check_used(model, lowering.consumed)
+        _check_same(expected, found, images)
         check_one_graph(model, graph, input_shape)
     return found
 
 
-def _check_same(model: nn.Module, found: Lowered, consumed: set[str]) -> None:
-    """Compare the rebuilt model with the original on three random images: lowering must not lose an argument.
-
-    Raises:
-        UserError: the two compute different outputs, or the model has weights that its forward pass does not use.
-    """
+def _check_used(model: nn.Module, consumed: set[str]) -> None:
+    """Raise UserError if the model has weights that its forward pass does not use."""
     unused = [name for name, _ in model.named_parameters() if name not in consumed]
-    unused += [name for name, _ in model.named_buffers() if name not in consumed and name in model.state_dict()
+    saved = model.state_dict().keys()
+    unused += [name for name, _ in model.named_buffers() if name not in consumed and name in saved
                and row_of_module(model.get_submodule(name.rpartition(".")[0])) is not None]
     if unused := list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused)):
         raise UserError(f"the model cannot be described: {some_of(unused)} {'has' if len(unused) == 1 else 'have'} weights "
                         f"that its forward pass does not use; remove what is not used; {AS_TEACHER}")
-    with torch.random.fork_rng(devices=[]):  # building draws weights
-        original, rebuilt = copy.deepcopy(model).cpu().eval(), found.build()
-    images = torch.randn(3, *found.architecture.input_shape, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            expected, got = original(images.clone()), rebuilt(images)  # code may change its input in place
-    except Exception as error:  # whatever the network's own code raises
-        raise UserError(f"the model cannot be described: it does not take a batch of three: {first_line(error)}") from error
+
+
+def _check_same(expected: Tensor, found: Lowered, images: Tensor) -> None:
+    """Compare the rebuilt model with the original's logits: lowering must not lose an argument.
+
+    Raises:
+        UserError: the two compute different outputs.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # building draws weights
+        got = found.build()(images)
     scale = 1e-4 * float(expected.abs().nan_to_num(0, 0, 0).max())
     if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True):
         raise UserError("the model cannot be described: rebuilt from its layers it computes something else (a reshape, an "
@@ -153,15 +156,23 @@ def carry_over(architecture: Architecture, previous: Architecture, **changes: An
     return architecture.model_copy(update={"layers": layers, **history, **changes})
 
 
-def _output_width(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the number of logits for an image of zeros. The meta device would take longer: it imports torch's compiler."""
-    shadow = copy.deepcopy(model).eval()
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return a model's logits for three images, on the CPU.
+
+    Raises:
+        UserError: the model does not take them, or gives something else.
+    """
+    original = copy.deepcopy(model).cpu().eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = shadow(torch.zeros(1, *input_shape, device=device))
+            logits = original(images.clone())  # code may change its input in place
     except Exception as error:  # whatever the network's own code raises
-        raise UserError(f"the model does not take images of shape {list(input_shape)}: {first_line(error)}") from error
-    if output.dim() != 2:
-        raise UserError(f"the model's output must be logits (N, classes), got shape {list(output.shape)}")
-    return int(output.shape[1])
+        what = f"the model does not take images of shape {list(images.shape[1:])}"
+        with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            original(images[:1].clone())
+            what = "the model cannot be described: it does not take a batch of three"
+        raise UserError(f"{what}: {first_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UserError("the model's output must be logits (N, classes), got "
+                        f"{f'shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}")
+    return logits

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from architectures.axes import axes_of
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, outside, place_of
 from architectures.layers.table import row_of_call, row_of_module
+from architectures.stand_ins import attribute_at
 from metadata.errors import UserError
 
 Handler = Callable[["Lowering", Any], str]
@@ -64,6 +65,7 @@ class Lowering:
     layers: list[dict[str, Any]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     consumed: set[str] = field(default_factory=set)
+    _given: set[str] = field(default_factory=set)  # parameters that a call was given as its weights
     _taken: set[str] = field(default_factory=lambda: {"input"})
     _stored: dict[tuple[str, tuple[int, ...]], str] = field(default_factory=dict)
 
@@ -160,12 +162,7 @@ class Lowering:
         return self._stored[target, shape]
 
     def _attribute(self, target: str) -> Any:
-        if target in self.constants:
-            return self.constants[target]
-        value: Any = self.model
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value
+        return self.constants[target] if target in self.constants else attribute_at(self.model, target)
 
     def tensor(self, node: fx.Node) -> Tensor:
         """Return the value of a node that is the same for all images.
@@ -199,6 +196,12 @@ class Lowering:
                 name = f"{name}.{call_name(node)}"  # such as a norm that holds its activation
         layer = self.emit(node, kind, inputs, name=name, **options)
         for key, value in tensors.items():
+            if isinstance(value, fx.Node) and value.op == "get_attr" and isinstance(
+                    self._attribute(str(value.target)), nn.Parameter):
+                if str(value.target) in self._given:
+                    raise UserError(f"layer {place_of(node)}: the weights {value.target} are used twice; layers that share "
+                                    f"weights are not in the layer table; {AS_TEACHER}")
+                self._given.add(str(value.target))
             if value is not None:
                 self.weights[f"{layer}.{key}"] = self.tensor(value) if isinstance(value, fx.Node) else value
         return layer

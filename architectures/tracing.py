@@ -8,7 +8,6 @@ The code that is traced is a user's. Whatever it raises becomes one line that na
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import re
@@ -25,13 +24,13 @@ from torch.fx import _symbolic_trace
 from architectures.axes import BATCHES, same_for_all
 from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
 from architectures.layers.table import row_of_call, row_of_module
+from architectures.stand_ins import CPU, StandIns, sharing_copy, solid
 from metadata.errors import UserError, first_line
 
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
 FLAG = re.compile(r"\b(True|False)\b")
 TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
-LARGE = 2**32  # weights times pixels: from here on torch's meta device is faster, which takes seconds to start
 FACTS = {"shape", "ndim", "dtype", "requires_grad", "layout", "itemsize"}
 FACT_METHODS = {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point",
                 "is_complex", "element_size", "get_device", "type"}
@@ -49,9 +48,9 @@ class TracedTensor(fx.Proxy):
     def __getattr__(self, k: str) -> Any:
         tracer: Any = self.tracer
         if k in ("device", "is_cuda", "is_meta"):  # the network's: what its code makes there has values
-            return getattr(torch.empty(0, device=tracer.home), k)
+            return getattr(torch.empty(0, device=tracer.stand_ins.home), k)
         if k in FACTS:
-            return getattr(tracer.stand_in(self.node), k)
+            return getattr(tracer.stand_ins.of(self.node), k)
         if k in ("T", "mT"):
             return tracer.create_proxy("call_function", torch.transpose, (self, -2, -1), {})
         return self if k == "data" else super().__getattr__(k)
@@ -78,18 +77,9 @@ class ImageTracer(fx.Tracer):
 
     def __init__(self, model: nn.Module, count: int, input_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.model, self.count, self.input_shape = model, count, input_shape
         self.constants: dict[str, Tensor] = {}  # tensors that the network's code made, by the name of their node's target
-        self.asked = False  # whether any shape was asked for
-        self._running = False
-        self._measured = 0
-        self._facts: dict[fx.Node, Any] = {}  # shape and type of a tensor, or what else a node gives
-        self._shadow: nn.Module | None = None
-        pixels = input_shape[1] * input_shape[2]
-        state = model.state_dict().values()
-        self.home = next((tensor.device for tensor in state), torch.device("cpu"))
-        weights = sum(tensor.numel() for tensor in state)
-        self.device = torch.device("meta" if weights * pixels > LARGE else "cpu")
+        self.stand_ins = StandIns(model, count, input_shape, self.constants)
+        self._paths = {id(tensor): (name, tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
     # ------------------------------------------------------------------------------------------------- what fx asks for
 
@@ -133,22 +123,22 @@ class ImageTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any,
                      **options: Any) -> Any:
         if kind == "call_method" and target in FACT_METHODS and (target != "type" or len(args) == 1):
-            return getattr(self.stand_in(args[0].node), target)(*args[1:], **kwargs)
+            return getattr(self.stand_ins.of(args[0].node), target)(*args[1:], **kwargs)
         if kind == "call_function" and target in FACT_FUNCTIONS:
-            return target(self.stand_in(args[0].node))
+            return target(self.stand_ins.of(args[0].node))
         if (kind == "call_method" and target in FRESH) or (kind == "call_function" and target in FRESH_LIKE):
-            like = self._solid(self.stand_in(args[0].node), torch.device("cpu"))
+            like = solid(self.stand_ins.of(args[0].node), CPU)
             made = getattr(like, target) if kind == "call_method" else lambda *rest, **more: target(like, *rest, **more)
             return made(*args[1:], **{key: value for key, value in kwargs.items() if key != "device"})
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
         if getattr(target, "__name__", target) in SEVERAL and kind in ("call_function", "call_method"):
             return tuple(self.create_proxy("call_function", operator.getitem, (proxy, index), {})
-                         for index in range(len(self.stand_in(proxy.node))))
+                         for index in range(len(self.stand_ins.of(proxy.node))))
         return proxy
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...],
                     kwargs: dict[str, Any]) -> Any:
-        if self._running:
+        if self.stand_ins.running:
             return forward(*args, **kwargs)
         try:
             if type(m) is nn.MultiheadAttention:
@@ -160,7 +150,21 @@ class ImageTracer(fx.Tracer):
             raise _cannot_trace(self.path_of_module(m), m, error) from error
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        """Return an attribute that the network's code reads; a parameter as a node, which fx would search for."""
+        if self.stand_ins.running:
+            return attr_val
+        if not isinstance(attr_val, nn.Parameter) or id(attr_val) not in self._paths:
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        path, _ = self._paths[id(attr_val)]
+        if path not in parameter_proxy_cache:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument of a call as the graph holds it; a buffer as a node, which fx would search for."""
+        if isinstance(a, Tensor) and id(a) in self._paths:
+            return self.create_node("get_attr", self._paths[id(a)][0], (), {})
+        return super().create_arg(a)
 
     def _attention(self, module: nn.MultiheadAttention, query: Any, key: Any, value: Any, **options: Any) -> Any:
         """Return what the module computes, in operations of the layer table; the attention's weights are not asked for."""
@@ -178,103 +182,15 @@ class ImageTracer(fx.Tracer):
         count, length, width = x.shape
         heads = functional.linear(x, weight, bias).reshape(count, length, 3, module.num_heads, module.head_dim)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).reshape(count, length, width)
+        if module.dropout:  # of the shares, in training
+            shares = (queries * module.head_dim**-0.5 @ keys.transpose(-2, -1)).softmax(-1)
+            mixed = functional.dropout(shares, module.dropout, module.training) @ values
+        else:
+            mixed = functional.scaled_dot_product_attention(queries, keys, values)
+        mixed = mixed.transpose(1, 2).reshape(count, length, width)
         out = module.out_proj
         output = functional.linear(mixed, out.weight, out.bias)
         return (output if module.batch_first else output.transpose(0, 1)), None
-
-    # ------------------------------------------------------------------------------------------------- shapes on demand
-
-    def stand_in(self, node: fx.Node) -> Any:
-        """Return a tensor of the shape and type of the node's, with other values, or what else the node gives.
-
-        Raises:
-            UserError: the network does not take such images.
-        """
-        self.asked = True
-        for each in list(node.graph.nodes)[self._measured:] if node not in self._facts else ():
-            self._measured += 1
-            self._facts[each] = self._fact(each)
-            if each is node:
-                break
-        return self._facts[node]
-
-    def measure(self, graph: fx.Graph) -> None:
-        """Put each tensor's shape into its node's `meta["shape"]`, and those of its parts into `meta["parts"]`."""
-        for node in graph.nodes:
-            if node.op == "output":
-                continue
-            if node not in self._facts:
-                self._facts[node] = self._fact(node)
-            fact = self._facts[node]
-            if isinstance(fact, Tensor):
-                node.meta["shape"] = tuple(fact.shape)
-            elif isinstance(fact, (tuple, list)):
-                node.meta["parts"] = [tuple(part.shape) for part in fact if isinstance(part, Tensor)]
-
-    def _fact(self, node: fx.Node) -> Any:
-        """Run one node on stand-ins. What it gives is kept without its values: an expanded zero takes no memory."""
-        if node.op == "placeholder":
-            return torch.zeros((), device=self.device).expand(self.count, *self.input_shape)
-        if node.op == "get_attr":
-            tensor = self.constants.get(str(node.target))
-            if tensor is None:
-                self._running = True  # fx would record that the attribute is read
-                tensor = _attribute(self.root, str(node.target))
-                self._running = False
-            return torch.zeros((), dtype=tensor.dtype, device=self.device).expand(tensor.shape)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: _revived(
-            self._facts[source], lambda fact: self._solid(fact, self.device)))
-        self._running = True
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                if node.op == "call_module":
-                    value = self._modules().get_submodule(str(node.target))(*args, **kwargs)
-                elif node.op == "call_method":
-                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except UserError:
-            raise
-        except Exception as error:  # whatever the network's own code raises
-            raise UserError(f"the model does not take {self.count} images of shape {list(self.input_shape)}: layer "
-                            f"{place_of(node)}: {first_line(error)}") from error
-        finally:
-            self._running = False
-        return _revived(value, lambda tensor: torch.zeros((), dtype=tensor.dtype, device=self.device).expand(tensor.shape))
-
-    def _modules(self) -> nn.Module:
-        """Return the network on the device where shapes are computed."""
-        if self._shadow is None:
-            self._shadow = self.model if self.home == self.device else _copied(self.model, self.device)
-        return self._shadow
-
-    @staticmethod
-    def _solid(tensor: Tensor, device: torch.device) -> Tensor:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
-
-
-def _revived(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a value whose tensors, also those in a tuple or list, are changed."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-        return tuple(_revived(part, change) for part in value)
-    return value
-
-
-def _copied(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """Return a copy of a network that shares its parameters, or has parameters without values on the meta device."""
-    memo: dict[int, Any] = {id(each): nn.Parameter(each.detach().to(device), each.requires_grad) if device else each
-                            for each in model.parameters()}
-    copied = copy.deepcopy(model, memo)
-    return copied.to(device) if device else copied
-
-
-def _attribute(root: Any, target: str) -> Any:
-    for part in target.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[fx.Graph, dict[str, Tensor]]:
@@ -286,11 +202,11 @@ def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[f
         UserError: the network cannot be traced; the layer and the line are named.
     """
     tracer, graph = _traced(model, BATCHES[0], input_shape)
-    if not tracer.asked and all(map(_is_plain, graph.nodes)):
+    if not tracer.stand_ins.asked and all(map(_is_plain, graph.nodes)):
         return graph, tracer.constants
-    tracer.measure(graph)
+    tracer.stand_ins.measure(graph)
     again, other = _traced(model, BATCHES[1], input_shape)
-    again.measure(other)
+    again.stand_ins.measure(other)
     _check_calls(graph, other, "does something else for three images than for two", numbers_may_differ=True)
     for node, twin in zip(graph.nodes, other.nodes, strict=True):
         if "shape" in node.meta and "shape" in twin.meta:
@@ -347,7 +263,7 @@ def _name(node: fx.Node) -> str:
 def _traced(model: nn.Module, count: int, input_shape: tuple[int, int, int],
             training: bool = False) -> tuple[ImageTracer, fx.Graph]:
     """Trace a copy that shares the parameters: code may keep what it was given, and that is no tensor here."""
-    model = _copied(model).train(training)
+    model = sharing_copy(model).train(training)
     tracer = ImageTracer(model, count, input_shape)
     try:
         graph = tracer.trace(model)

@@ -17,9 +17,17 @@ from architectures.lowering import Lowering, call_name, handles, image_shape
 # ------------------------------------------------------------------------------------------------------ other shapes
 
 
-@handles("contiguous", "clone", "to", "float", "type_as", "detach", "alias", "requires_grad", "positive")
+@handles("contiguous", "clone", "to", "float", "type_as", "alias", "requires_grad", "positive")
 def lower_nothing(lowering: Lowering, node: Any) -> str:
     """A call that changes no number."""
+    return lowering.source(node.args[0])
+
+
+@handles("detach")
+def lower_detach(lowering: Lowering, node: Any) -> str:
+    """A call that changes no number, but keeps gradients from what comes before it."""
+    if node.args[0].meta["of_images"]:
+        raise outside(place_of(node), "detach of a tensor that depends on the images: it would train otherwise, and")
     return lowering.source(node.args[0])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, TYPE_CHECKING
 
-from architectures.layers.base import Unchanging, register, traced_argument
+from architectures.layers.base import Unchanging, outside, register, traced_argument
 from architectures.layers.modules import OwnModule
 from metadata.schemas import Fraction
 
@@ -39,6 +39,8 @@ class StochasticDepth(OwnModule, Unchanging):
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
         if hasattr(module, "drop_prob"):  # timm's
-            probability: Any = module.drop_prob
-            return {"p": float(probability or 0.0)}
+            probability, scales = float(module.drop_prob or 0.0), bool(getattr(module, "scale_by_keep", True))  # type: ignore[arg-type]
+            if probability and not scales:
+                raise outside(name, "stochastic depth that does not scale the branches that are kept (scale_by_keep=False)")
+            return {"p": probability}
         return super().from_module(module, name)

@@ -1,0 +1,79 @@
+"""What lowering must not lose: weights that are shared, what acts in training alone, and shapes on either device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import architectures.stand_ins
+from architectures.describe import describe, lower
+from architectures.zoo import make
+from metadata.errors import UserError
+
+
+class Shared(nn.Module):
+    """One matrix twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(27, 27))
+        self.head = nn.Linear(27, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = nn.functional.linear(x.flatten(1), self.w).relu()
+        return self.head(nn.functional.linear(rows, self.w))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """One attention over the rows of an image."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1, 2)
+        return self.head(self.attention(rows, rows, rows)[0].mean(1))  # type: ignore[no-any-return]
+
+
+class Detached(nn.Module):
+    """A branch that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).detach().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_weights_that_two_calls_are_given_are_refused() -> None:
+    with pytest.raises(UserError, match="the weights w are used twice; layers that share weights are not in the layer table"):
+        describe(Shared(), (3, 3, 3))
+
+
+def test_dropout_of_attention_acts_in_training_and_in_training_alone() -> None:
+    model = Attention(0.5).eval()
+    lowered = lower(model, (3, 4, 8))
+    assert [layer.type for layer in lowered.architecture.layers].count("Dropout") == 1
+    rebuilt, images = lowered.build(), torch.randn(2, 3, 4, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(rebuilt(images), model(images))
+        assert not torch.equal(rebuilt.train()(images), rebuilt(images))
+    plain = [layer.type for layer in describe(Attention(0.0).eval(), (3, 4, 8)).layers]
+    assert "ScaledDotProduct" in plain and "Dropout" not in plain
+
+
+def test_a_branch_without_gradients_is_refused() -> None:
+    with pytest.raises(UserError, match="detach of a tensor that depends on the images"):
+        describe(Detached(), (3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:convnext_atto"])
+def test_the_device_that_shapes_are_computed_on_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name, num_classes=4).eval()
+    on_cpu = describe(model, (3, 64, 64))
+    monkeypatch.setattr(architectures.stand_ins, "AFFORDED", 0)
+    assert describe(model, (3, 64, 64)) == on_cpu
