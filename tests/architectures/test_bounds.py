@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from architectures.architecture import Architecture
-from architectures.counting import MAX_LAYER_WORK, MAX_WORK, layer_costs
+from architectures.build import build
+from architectures.counting import MAX_LAYER_WORK, MAX_WORK, check_costs, layer_costs
 from architectures.describe import describe
 from architectures.layers.table import LAYER_TABLE
 from architectures.weights import check_positions
 from architectures.zoo import make
 from compress.evaluation.runtimes import load_model
-from metadata.errors import UserError, VerificationError
+from metadata.errors import UserError, VerificationError, describe_validation_error
 from tests.architectures.test_layer_table import OPTIONS
 from tests.helpers.architectures import layer, tiny
 
@@ -45,14 +47,33 @@ def variants(kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", LAYER_TABLE)
-def test_absurd_numbers_of_every_layer_are_verification_errors(kind: str, tmp_path: Path) -> None:
-    torch.save({"conv.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "w.pth")
+def test_absurd_numbers_of_every_layer_are_refused_or_built(kind: str) -> None:
+    """As `load_model` does it before it opens the weights, without the files."""
     for options in variants(kind):
+        start, said = time.process_time(), ""
+        try:
+            architecture = Architecture.model_validate(with_layer(kind, **options))
+            costs = layer_costs(architecture)
+            work = {name: cost.work for name, cost in costs.items()}
+            check_costs("here", sum(cost.macs for cost in costs.values()), work)
+            with torch.device("meta"):
+                build(architecture)
+        except ValidationError as error:
+            said = describe_validation_error(error)
+        except VerificationError as error:
+            said = str(error)
+        assert time.process_time() - start < 2 and "\n" not in said, options
+
+
+@pytest.mark.parametrize("kind", LAYER_TABLE)
+def test_an_absurd_number_of_every_option_in_a_file_is_a_verification_error(kind: str, tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(4, 3, 3, 3)}, tmp_path / "w.pth")
+    for position, name in enumerate(LAYER_TABLE[kind].option_names()):
+        options = {**OPTIONS.get(kind, {}), name: ABSURD[position % len(ABSURD)]}
         (tmp_path / ARCH).write_text(json.dumps(with_layer(kind, **options)))
-        start = time.process_time()
         with pytest.raises(VerificationError) as error:  # at the latest because most of the weights are missing
             load_model(tmp_path / "w.pth")
-        assert time.process_time() - start < 2 and "\n" not in str(error.value), options
+        assert "\n" not in str(error.value), options
 
 
 def test_checking_the_weights_of_many_layers_takes_no_more_than_building_them(tmp_path: Path) -> None:

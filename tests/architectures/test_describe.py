@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable
 
@@ -141,10 +142,8 @@ def windows(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("middle", "said"), [
-    (lambda net, x: x.view(1, -1), "cannot be described"), (lambda net, x: x.view(-1, 8, 8), "must be logits"),
-    (lambda net, x: x.flatten(0), "must be logits"), (lambda net, x: x.view(7, -1), "shape"),
+    (lambda net, x: x.view(7, -1), "shape '[7, -1]' is invalid"),
     (lambda net, x: x / len(x), "does something else for three images than for two"),
-    (lambda net, x: x + torch.arange(float(len(x))).view(-1, 1, 1, 1), "depends on the number of images"),
     (lambda net, x: x.roll(1, 0), "it works along the images"), (lambda net, x: x[0:1] + x, "it works along the images"),
     (lambda net, x: x.softmax(0), "it works along the images"),
     (lambda net, x: x - x.mean(0, keepdim=True), "along the images"),
@@ -152,7 +151,8 @@ def windows(x: Tensor) -> Tensor:
     (lambda net, x: torch.cat([x, x])[:4], "images"), (lambda net, x: x.repeat(1, 2, 1, 1), "repeats numbers"),
     (lambda net, x: x if x.sum() > 0 else -x, "control flow"), (lambda net, x: x[x > 0], "gt"),
     (lambda net, x: torch.cat([x] * x.shape[1]), "along the images"), (lambda net, x: torch.cat(tensors=x, dim=1), "cat"),
-    (lambda net, x: torch.cat([x, torch.ones(1, 4, 8, 8)], 1), "cat"), (lambda net, x: x.cumsum(1), "cumsum"),
+    (lambda net, x: torch.cat([x, torch.ones(1, 4, 8, 8)], 1), "Sizes of tensors must match"),
+    (lambda net, x: x.cumsum(1), "cumsum"),
     (lambda net, x: {"logits": x}["other"], "other"), (lambda net, x: net.missing(x), "missing"),
     (lambda net, x: x.mean(), "mean"), (lambda net, x: torch.add(x, x, alpha=2), "Add has no option alpha=2"),
     (lambda net, x: x.add(x, alpha=2), "Add has no option alpha=2"), (lambda net, x: x * float("nan"), "nan"),
@@ -160,9 +160,19 @@ def windows(x: Tensor) -> Tensor:
 ])
 def test_what_is_refused_names_the_line(middle: Middle, said: str) -> None:
     text = refusal(Net(middle))
-    assert said in text
-    assert "must be logits" in text or "cannot be described" in text or (
-        "layer " in text and "test_describe.py, line " in text) or "depends on the number" in text
+    named = re.search(r"layer .*\(test_describe\.py, line (\d+)\): (.*)", text)
+    assert named and said in named[2], text
+    assert int(named[1]) in (middle.__code__.co_firstlineno, Net.forward.__code__.co_firstlineno + 1), text
+
+
+@pytest.mark.parametrize(("middle", "said"), [
+    (lambda net, x: x.view(1, -1), "the output's shape is [256, 1], declared is [256]"),
+    (lambda net, x: x.view(-1, 8, 8), "must be logits (N, classes), got shape [4, 8, 8]"),
+    (lambda net, x: x.flatten(0), "must be logits (N, classes), got shape [256]"),
+    (lambda net, x: x + torch.arange(float(len(x))).view(-1, 1, 1, 1), "a tensor that depends on the number of images"),
+])
+def test_what_is_refused_as_a_whole_says_why(middle: Middle, said: str) -> None:
+    assert said in refusal(Net(middle))
 
 
 def test_modules_that_are_not_used_are_named() -> None:
@@ -222,20 +232,15 @@ def test_no_line_outside_the_network_is_named() -> None:
     assert refusal(Two()) == "input y: a student takes one tensor, this model takes more"
 
 
-@pytest.mark.parametrize(("condition", "said"), [
-    ("x.shape[0] == 1", "it does not take a batch of three"), ("x.shape[2] == 9", "does not take images of shape"),
-    ("x.dim() == 5", "does not take images of shape"), ("len(x.shape) == 3", "cannot be traced")])
-def test_an_assertion_on_a_shape_that_does_not_hold_is_one_line(condition: str, said: str) -> None:
-    refusal(asserting(condition))
+@pytest.mark.parametrize("condition", ["x.shape[0] == 1", "x.shape[2] == 9", "x.dim() == 5", "len(x.shape) == 3"])
+def test_an_assertion_on_a_shape_that_does_not_hold_is_one_line(condition: str) -> None:
+    assert "cannot be traced (network.py, line 3): torch.Size([2, 3, 8, 8])" in refusal(asserting(condition))
 
 
 @pytest.mark.parametrize("condition", ["x.shape[2] == 8", "x.dim() == 4", "x.size(1) > 1 and x.size(2) == 8"])
-def test_an_assertion_on_a_shape_never_breaks(condition: str) -> None:
-    """Whether Python's bytecode shows the assertion to the tracer depends on Python's version."""
-    try:
-        assert_described(asserting(condition))
-    except UserError as error:
-        assert "cannot be traced (network.py, line 3)" in str(error)
+def test_an_assertion_on_a_shape_that_holds_changes_nothing(condition: str) -> None:
+    """Shapes are numbers while a network is traced, so that no version of Python treats their assertions apart."""
+    assert_described(asserting(condition))
 
 
 def asserting(condition: str) -> nn.Module:
@@ -274,9 +279,10 @@ PIECES: list[Middle] = [
 ]
 
 
-def test_random_networks_are_described_exactly_or_refused_in_one_line() -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_networks_are_described_exactly_or_refused_in_one_line(count: int) -> None:
     draw, described = random.Random(0), 0
-    for _ in range(300):
+    for _ in range(count):
         pieces = draw.choices(PIECES, k=draw.randint(1, 4))
 
         class Random(nn.Module):
@@ -296,7 +302,7 @@ def test_random_networks_are_described_exactly_or_refused_in_one_line() -> None:
             described += 1
         except UserError as error:
             assert "\n" not in str(error)
-    assert described > 50
+    assert count / 6 < described < count
 
 
 class Optional(nn.Module):
@@ -333,15 +339,8 @@ class Changing(Images):
         return super().forward(x)
 
 
-def test_a_change_of_the_images_in_place_is_no_part_of_the_network() -> None:
-    model = Changing(lambda net, x: x)
-    try:
-        rebuilt = lower(model, SHAPE).build()
-    except UserError as error:
-        assert "in-place" in str(error)
-        return
-    images = torch.randn(2, *SHAPE)
-    assert torch.allclose(rebuilt(images.clone()), model.eval()(images.clone()), atol=1e-5)
+def test_a_change_of_the_images_in_place_is_refused() -> None:
+    assert "it computes something else (a reshape, an in-place operation" in refusal(Changing(lambda net, x: x))
 
 
 def test_whatever_stops_the_description_is_one_line() -> None:

@@ -10,6 +10,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.densenet import DenseNet
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.maxvit import MaxVit
+from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.shufflenetv2 import ShuffleNetV2
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 from torchvision.models.vision_transformer import VisionTransformer
@@ -23,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "efficientnet": lambda: EfficientNet([MBConvConfig(1, 3, 1, 16, 16, 1, 1, 1), MBConvConfig(4, 3, 2, 16, 24, 2, 1, 1)],
                                          0.2, num_classes=5),
     "maxvit": lambda: MaxVit((SIZE, SIZE), 16, 4, [16, 32], [1, 1], 8, 0.0, num_classes=5),
+    "regnet": lambda: RegNet(BlockParams([1, 1], [32, 64], [16, 16], [1.0, 1.0], [2, 2], 0.5), num_classes=5),
     "shufflenet": lambda: ShuffleNetV2([2, 2, 1], [16, 16, 32, 64, 64], num_classes=5),
     "swin": lambda: SwinTransformer([2, 2], 24, [2, 1], [3, 6], [4, 4], num_classes=5),
     "swin_v2": lambda: SwinTransformer([2, 2], 24, [2, 1], [3, 6], [4, 4], num_classes=5, block=SwinTransformerBlockV2,
