@@ -29,6 +29,7 @@ from metadata.errors import UserError, first_line
 
 # Other names that torch takes for an argument, after numpy's.
 NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x1": "input", "x2": "other"}
+STATED_PLACE = "place_in_file"  # a local variable of a forward pass that walks through calls: which of them this is
 FLAG = re.compile(r"\b(True|False)\b")
 TORCH = str(Path(torch.__file__).parent / "_")[:-1]  # with the separator: torchvision's folder begins with the same name
 FACTS = {"shape", "ndim", "dtype", "requires_grad", "layout", "itemsize"}
@@ -288,6 +289,8 @@ def _place(frames: Iterable[tuple[FrameType, int]]) -> str:
         if file == __file__ and function == "_traced":  # what lies outside called `lower`
             break
         if file != __file__ and not file.startswith(TORCH):
+            if stated := frame.f_locals.get(STATED_PLACE):
+                return f" ({stated})"
             return f" ({Path(file).name}, line {number})"
     return ""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TYPE_CHECKING
 import numpy as np
 
 from architectures.layers.base import (
-    Layer, OnnxWriter, Operator, Shape, Unchanging, register, traced_tensors, with_channels)
+    Layer, OnnxWriter, Operator, Shape, Unchanging, register, traced_argument, traced_tensors, with_channels)
 from metadata.schemas import Number, Size
 
 if TYPE_CHECKING:
@@ -101,9 +101,14 @@ class Tanh(Unchanging):
 class LeakyReLU(Unchanging):
     """`torch.nn.LeakyReLU`."""
 
+    functions = ("torch.nn.functional.leaky_relu",)
     operators = {"LeakyRelu": Operator("all", passes_factors_on=True)}
 
     negative_slope: Number = 0.01
+
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [node.args[0]], {"negative_slope": traced_argument(node, 1, "negative_slope", 0.01)}
 
     def to_onnx(self, writer: OnnxWriter, inputs: list[str], shape: tuple[int, ...]) -> str:
         return writer.node("LeakyRelu", self.name, inputs, alpha=self.negative_slope)

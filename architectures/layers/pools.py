@@ -159,6 +159,10 @@ class AdaptivePool(Windows):
 
     output_size: Pair
 
+    @classmethod
+    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        return [node.args[0]], {"output_size": traced_argument(node, 1, "output_size", 1)}
+
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return *images(inputs[0])[:-2], *self.output_size
 
@@ -187,15 +191,12 @@ class AdaptiveAvgPool2d(AdaptivePool):
     operators = {"GlobalAveragePool": Operator("sums", passes_factors_on=True),
                  "AveragePool": Operator("sums", passes_factors_on=True)}
 
-    @classmethod
-    def from_call(cls, node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
-        return [node.args[0]], {"output_size": traced_argument(node, 1, "output_size", 1)}
-
 
 @register
 class AdaptiveMaxPool2d(AdaptivePool):
     """`torch.nn.AdaptiveMaxPool2d`."""
 
+    functions = ("torch.nn.functional.adaptive_max_pool2d",)
     operators = {"GlobalMaxPool": Operator(passes_factors_on=True), "MaxPool": Operator("sums", passes_factors_on=True)}
     keeps_grid = True
 

@@ -46,11 +46,28 @@ def row_of_module(module: nn.Module | None) -> type[Layer] | None:
 
 
 def row_of_call(target: Any, is_method: bool) -> type[Layer] | None:
-    """Return the row that a function, or a method of a tensor by its name, means in a traced graph."""
+    """Return the row that a function, or a method of a tensor by its name, means in a traced graph.
+
+    A call in place means what it computes; `describe` compares what it gives where the old value is read again.
+    """
+    target = _plain(target)
     for row in LAYER_TABLE.values():
         if target in row.methods if is_method else any(target == resolved(name) for name in row.functions):
             return row
     return None
+
+
+def _plain(target: Any) -> Any:
+    """Return the function or the method's name without the underscore of those that work in place."""
+    name = target if isinstance(target, str) else str(getattr(target, "__name__", ""))
+    if not name.endswith("_") or name.startswith("_"):
+        return target
+    if isinstance(target, str):
+        return name[:-1]
+    import torch
+    places = (torch.nn.functional, torch)
+    known = any(getattr(place, name, None) is target for place in places)
+    return next((getattr(place, name[:-1]) for place in places if known and hasattr(place, name[:-1])), target)
 
 
 def row_of_node(node: fx.Node, modules: Mapping[str, nn.Module]) -> type[Layer]:

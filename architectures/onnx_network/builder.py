@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.onnx_network.batch import batch_axis, with_images
-from architectures.onnx_network.constants import evaluate
+from architectures.onnx_network.constants import count, evaluate
 from architectures.onnx_network.graph import Array, OnnxGraph, OnnxNode
 from architectures.onnx_network.naming import ANONYMOUS, CALLED, dotted_path, layer_name
 from architectures.onnx_network.network import Call, Function, ImageCount, OnnxNetwork, Slot, KeptTensor, expand_to
@@ -101,6 +101,7 @@ class NetworkBuilder:
         self.stored: dict[int, str] = {}
         self.permuted: dict[int, tuple[Traced, tuple[int, ...]]] = {}  # results of permute: what was permuted, and how
         self.slots = 1
+        self.place = ""  # of the node that is walked
         self.values: dict[str, Value] = {}
         self.writers, self.readers = graph.writers(), graph.readers()
         first, second = (torch.empty(count, *input_shape, device="meta") for count in COUNTS)
@@ -173,7 +174,7 @@ class NetworkBuilder:
             with torch.no_grad():
                 probes = tuple(probe(*self._probe(args, at), **kwargs) for at in range(2))
         self.slots += 1
-        self.calls.append(Call(target=target, args=_slotted(args), kwargs=kwargs, output=self.slots))
+        self.calls.append(Call(target=target, args=_slotted(args), kwargs=kwargs, output=self.slots, place=self.place))
         return Traced(slot=self.slots, probes=probes)
 
     def _probe(self, value: Any, at: int) -> Any:
@@ -285,6 +286,8 @@ class NetworkBuilder:
         given = [value for value in inputs if isinstance(value, Known)]
         sides = [evaluate(node, [value.arrays[at] if isinstance(value, Known) else None for value in inputs])
                  for at in range(1 if all(value.fixed for value in given) else 2)]
+        for side in sides:
+            count(self.graph, node, side)
         floats = {value.name for value in given if value.arrays[0].dtype.kind == "f" and value.arrays[0].size > 1}
         origin = floats.pop() if len(floats) == 1 else ""
         for name, first, second in zip(node.outputs, sides[0], sides[-1], strict=False):

@@ -29,8 +29,13 @@ def evaluate(node: OnnxNode, inputs: Inputs) -> list[Array]:
     if function is None:
         raise node.refuse("it is computed from constants, and is not among the operators for that")
     try:
+        for array in inputs:
+            if array is not None and array.size == 0:  # stored in no bytes, and of any shape
+                sized(array.shape)
         with np.errstate(all="ignore"):
             found = function(node, inputs)
+    except MemoryError as error:
+        raise node.refuse("it is computed from constants, and takes more memory than there is") from error
     except (ValueError, TypeError, LookupError, OverflowError, ZeroDivisionError, AttributeError) as error:
         raise node.refuse("its constants do not fit it") from error
     return [np.asarray(array) for array in (found if isinstance(found, list) else [found])]
@@ -38,7 +43,7 @@ def evaluate(node: OnnxNode, inputs: Inputs) -> list[Array]:
 
 def fold(graph: OnnxGraph) -> None:
     """Compute what depends on constants alone, once, and leave those nodes out."""
-    kept, total = [], 0
+    kept = []
     for node in graph.nodes:
         given = [name for name in node.inputs if name]
         if node.op != "Shape" and any(name not in graph.constants for name in given):
@@ -48,15 +53,24 @@ def fold(graph: OnnxGraph) -> None:
             kept.append(node)
             continue
         found = evaluate(node, [graph.constants.get(name) if name else None for name in node.inputs])
-        total += sum(array.size for array in found)
-        if total > MOST_CONSTANTS:
-            raise node.refuse(f"{total:,} numbers are computed from constants, over the limit of {MOST_CONSTANTS:,}")
+        count(graph, node, found)
         graph.constants |= dict(zip(node.outputs, found, strict=False))
         floats = {graph.origins.get(name, name) for name in given if graph.constants[name].dtype.kind == "f"
                   and graph.constants[name].size > 1}
         if len(floats) == 1 and node.op != "Constant":
             graph.origins |= dict.fromkeys(node.outputs, floats.pop())
     graph.nodes = kept
+
+
+def count(graph: OnnxGraph, node: OnnxNode, found: Sequence[Array]) -> None:
+    """Add what a node has computed to what the graph has.
+
+    Raises:
+        NotExpressibleError: it is too much in all.
+    """
+    graph.computed += sum(array.size for array in found)
+    if graph.computed > MOST_CONSTANTS:
+        raise node.refuse(f"{graph.computed:,} numbers are computed from constants, over the limit of {MOST_CONSTANTS:,}")
 
 
 def listed(node: OnnxNode, inputs: Sequence[Any], key: str, position: int) -> list[int] | None:
@@ -73,9 +87,10 @@ def sized(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape that may be allocated.
 
     Raises:
-        ValueError: it has more numbers than any activation may have, or a negative size.
+        ValueError: it has more numbers than any activation may have, also along the axes beside an empty one, or a
+            negative size.
     """
-    if min(shape, default=1) < 0 or math.prod(shape) > MAX_ACTIVATION_ELEMENTS:
+    if min(shape, default=1) < 0 or math.prod(max(size, 1) for size in shape) > MAX_ACTIVATION_ELEMENTS:
         raise ValueError(f"a shape of {list(shape)}")
     return tuple(int(size) for size in shape)
 
@@ -113,6 +128,8 @@ def split_sizes(node: OnnxNode, inputs: Inputs, size: int) -> list[int]:
     if given is not None:
         return given
     parts = int(node.number("num_outputs", len(node.outputs)))
+    if parts != len(node.outputs):
+        raise ValueError(f"{parts} parts")
     each = -(-size // parts)
     return [min(each, size - each * number) for number in range(parts)]
 
@@ -177,6 +194,20 @@ def _gather(node: OnnxNode, inputs: Inputs) -> Any:
     return np.take(data, indices, axis=at)
 
 
+def _gather_nd(node: OnnxNode, inputs: Inputs) -> Any:
+    data, indices = inputs
+    if node.number("batch_dims", 0):
+        raise ValueError("batch_dims")
+    sized([*indices.shape[:-1], *data.shape[indices.shape[-1]:]])
+    return data[tuple(np.moveaxis(indices, -1, 0))]
+
+
+def _concatenate(node: OnnxNode, inputs: Inputs) -> Any:
+    at, first = node.number("axis", 0) % inputs[0].ndim, inputs[0].shape
+    sized([*first[:at], sum(array.shape[at] for array in inputs), *first[at + 1:]])
+    return np.concatenate(inputs, at)
+
+
 def _slice(node: OnnxNode, inputs: Inputs) -> Any:
     cuts = [slice(None)] * inputs[0].ndim
     for at, cut in cuts_of(node, inputs, inputs[0].ndim):
@@ -234,6 +265,7 @@ def _dequantize(node: OnnxNode, inputs: Inputs) -> Any:
         scale, zero = scale.reshape(shape), zero.reshape(shape)
     elif scale.size == 1:
         scale, zero = scale.reshape(()), zero.reshape(())
+    sized(np.broadcast_shapes(data.shape, scale.shape, zero.shape))
     return ((data.astype(np.int32) - zero.astype(np.int32)) * scale).astype(np.float32)
 
 
@@ -249,6 +281,7 @@ def _gemm(node: OnnxNode, inputs: Inputs) -> Any:
     sized([first.shape[0], second.shape[1]])
     found = node.number("alpha", 1.0) * (first @ second)
     if len(inputs) > 2 and inputs[2] is not None:
+        sized(np.broadcast_shapes(found.shape, inputs[2].shape))
         found = found + node.number("beta", 1.0) * inputs[2]
     return found.astype(first.dtype)
 
@@ -307,8 +340,7 @@ FUNCTIONS: dict[str, Callable[[OnnxNode, Inputs], Any]] = {
     "Reshape": lambda node, inputs: inputs[0].reshape(reshaped(inputs[0].shape, inputs[1].tolist(),
                                                                bool(node.number("allowzero", 0)))),
     "Flatten": lambda node, inputs: inputs[0].reshape(math.prod(inputs[0].shape[:node.number("axis", 1)]), -1),
-    "Concat": lambda node, inputs: np.concatenate(inputs, node.number("axis", 0)),
-    "GatherND": lambda node, inputs: inputs[0][tuple(np.moveaxis(inputs[1], -1, 0))],
+    "Concat": _concatenate, "GatherND": _gather_nd,
     "CumSum": lambda node, inputs: np.cumsum(inputs[0], int(inputs[1])).astype(inputs[0].dtype),
     "Add": _binary(np.add), "Sub": _binary(np.subtract), "Mul": _binary(np.multiply), "Div": _binary(_divide),
     "Mod": _binary(lambda a, b: np.fmod(a, b) if a.dtype.kind == "f" else np.mod(a, b)),

@@ -52,10 +52,14 @@ class OnnxNode:
         """Return an attribute, or the default."""
         return self.attributes.get(key, default)
 
+    @property
+    def place(self) -> str:
+        """The operator and the name of the node, for messages."""
+        return f"operator {self.op}" + (f" of node {self.name[:NAMED]!r}" if self.name else "")
+
     def refuse(self, why: str) -> NotExpressibleError:
         """Return the error for this node, to be raised."""
-        called = f" of node {self.name[:NAMED]!r}" if self.name else ""
-        return NotExpressibleError(f"operator {self.op}{called}: {why}")
+        return NotExpressibleError(f"{self.place}: {why}")
 
 
 @dataclass(kw_only=True)
@@ -68,6 +72,7 @@ class OnnxGraph:
         source: name of the images' tensor.
         result: name of the output's tensor.
         origins: for a constant that was computed from one stored tensor, the stored tensor's name.
+        computed: the numbers that were computed from constants so far.
     """
 
     nodes: list[OnnxNode]
@@ -75,6 +80,7 @@ class OnnxGraph:
     source: str
     result: str
     origins: dict[str, str] = field(default_factory=dict)
+    computed: int = 0
 
     def writers(self) -> dict[str, OnnxNode]:
         """Return the node that writes each tensor."""

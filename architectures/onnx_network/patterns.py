@@ -95,7 +95,7 @@ def _layer_norm(seen: Patterns, node: OnnxNode) -> OnnxNode | None:
     same = all(found is not None and found.inputs == centred.inputs for found in squared)
     if not same or (square.op == "Pow" and seen.number(square.inputs[1]) != 2):
         return None
-    if not (_last(seen, mean) and _last(seen, variance)):
+    if not (seen.over_last(mean) and seen.over_last(variance)):
         return None
     inputs, last = [centred.inputs[0]], node
     for op in ("Mul", "Add"):
@@ -106,10 +106,6 @@ def _layer_norm(seen: Patterns, node: OnnxNode) -> OnnxNode | None:
             break
         inputs, last = [*inputs, name], reader
     return _node(node, "LayerNormalization", inputs, last.outputs[0], axis=-1, epsilon=eps)
-
-
-def _last(seen: Patterns, node: OnnxNode) -> bool:
-    return seen.over_last(node)
 
 
 def _unit_length(seen: Patterns, node: OnnxNode) -> OnnxNode | None:

@@ -17,7 +17,7 @@ from architectures.onnx_network.last_softmax import without_softmax
 from architectures.onnx_network.network import OnnxNetwork
 from architectures.onnx_network.patterns import Patterns
 from architectures.onnx_network.registry import OPERATORS
-from metadata.errors import UserError, enough_memory
+from metadata.errors import UserError, VerificationError, enough_memory
 
 FILES = (elementwise, moving, pooling, weighted)  # each enters its operators into the registry
 COLOURS = (1, 3, 4)  # channels of images
@@ -76,16 +76,20 @@ def read_network(opened: OnnxClassifier) -> OnnxNetwork:
 
     Raises:
         NotExpressibleError: an operator has no form in torch that the layer table may know; the operator is named.
+        UserError: reading it takes more memory than there is.
     """
-    graph = graph_of(opened.model)
     try:
-        fold(graph)
-        graph.keep_needed()
-        Patterns(graph).join()
-        build = NetworkBuilder(graph, opened.input_shape, opened.file.channels_last, opened.file.batch or 1)
-        network = build.network(_walked(graph, build))
+        with enough_memory(opened.path):
+            graph = graph_of(opened.model)
+            fold(graph)
+            graph.keep_needed()
+            Patterns(graph).join()
+            build = NetworkBuilder(graph, opened.input_shape, opened.file.channels_last, opened.file.batch or 1)
+            network = build.network(_walked(graph, build))
     except NotExpressibleError as error:
         raise NotExpressibleError(f"{opened.path}: {error}") from error
+    except VerificationError as error:
+        raise UserError(str(error)) from error  # a file of the user's, not a claim
     network.remarks = opened.notes
     return network
 
@@ -96,7 +100,7 @@ def _walked(graph: OnnxGraph, build: NetworkBuilder) -> Traced:
             continue
         if build.known(node):
             continue
-        function = OPERATORS.get(node.op)
+        function, build.place = OPERATORS.get(node.op), node.place
         if function is None:
             raise node.refuse("no layer stands for it")
         try:

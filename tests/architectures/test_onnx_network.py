@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import sys
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,17 @@ import torch
 from torch import nn
 
 from architectures.describe import lower
-from architectures.layers.base import Layer
-from architectures.named import remarks
+from architectures.layers.table import LAYER_TABLE
+from architectures.onnx_network import constants as folding
 from architectures.onnx_network.batch import place_images
 from architectures.onnx_network.graph import NotExpressibleError
 from architectures.onnx_network.reading import open_classifier, read_network
-from architectures.onnx_network.network import OnnxNetwork
 from architectures.onnx_network.registry import OPERATORS
-from architectures.onnx_network.runtime import PROBABILITIES, RunOnnxFile, TOLERANCE, difference_from_file
-from architectures.zoo import make
+from architectures.onnx_network.runtime import TOLERANCE, difference_from_file
+from compress.packaging.export import export
 from metadata.errors import UserError
-from tests.helpers.onnx_graphs import drawn, node, with_head, written
-
-STEM = node("Conv", "x stem.weight", "stem", pads=[1, 1, 1, 1])
-STEM_WEIGHT = {"stem.weight": drawn(8, 3, 3, 3)}
-
-
-def read_back(path: Path, **options: Any) -> list[Layer]:
-    """Read a file, compare the network and the one rebuilt from its layers with ONNX Runtime, return the layers."""
-    opened = open_classifier(path, **options)
-    network = read_network(opened)
-    assert difference_from_file(network, opened) < TOLERANCE
-    lowered = lower(network, opened.input_shape)
-    assert difference_from_file(lowered.build(), opened) < TOLERANCE
-    return lowered.architecture.layers
-
-
-def types(layers: list[Layer]) -> list[str]:
-    return [layer.type for layer in layers]
+from tests.helpers.onnx_graphs import STEM, STEM_WEIGHT, drawn, node, read_back, types, with_head, written
+from tests.packaging.test_export import Everything, trained
 
 
 @pytest.mark.parametrize("opset", [9, 11, 13, 17, 21])
@@ -172,97 +154,6 @@ def test_where_the_images_go_in_a_fixed_reshape(target: list[int], outside: int,
     assert place_images(target, outside, batch) == where
 
 
-@pytest.mark.parametrize(("axis", "shape", "fits"), [
-    (1, [0, 1, 1, -1], True), (1, [0, 1, -1, 1], True), (2, [0, 2, -1, 1], True), (1, [0, 2, -1], False),
-    (1, [0, 1, 4, -1], False)])
-def test_an_old_softmax_goes_over_all_axes_from_one_on(axis: int, shape: list[int], fits: bool, tmp_path: Path) -> None:
-    nodes = [STEM, node("Reshape", "stem shape", "cut"), node("Softmax", "cut", "soft", axis=axis),
-             node("Reshape", "soft images", "out")]
-    nodes, head = with_head(nodes, "out", 8)
-    constants = {**STEM_WEIGHT, "shape": np.array(shape), "images": np.array([0, 8, 8, 8]), **head}
-    path = written(tmp_path / "old.onnx", nodes, constants, opset=11)
-    if fits:
-        assert "Softmax" in types(read_back(path))
-    else:
-        with pytest.raises(NotExpressibleError, match="operator Softmax of node 'node_soft': a softmax over several axes"):
-            read_network(open_classifier(path))
-
-
-@pytest.mark.parametrize("wrong", ["values", "nan"])
-def test_a_network_that_is_not_the_file_runs_on_onnx_runtime(wrong: str, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes, head = with_head([STEM, node("Relu", "stem", "on")], "on", 8)
-    path = written(tmp_path / "net.onnx", nodes, {**STEM_WEIGHT, **head})
-    assert isinstance(make(f"onnx:{path}", num_classes=4), OnnxNetwork)
-    read = OPERATORS["Relu"]
-    monkeypatch.setitem(OPERATORS, "Relu", lambda node, build: build.call(
-        torch.mul, read(node, build), 1.29 if wrong == "values" else float("nan"), like=True))
-    module = make(f"onnx:{path}", num_classes=4)
-    assert isinstance(module, RunOnnxFile)
-    assert re.search(r"other logits than the file: they differ by (\d\.\de-01|inf) of the largest", remarks(module)[-1])
-
-
-def test_without_onnx_runtime_a_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes, head = with_head([STEM], "stem", 8)
-    path = written(tmp_path / "net.onnx", nodes, {**STEM_WEIGHT, **head})
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="needs the package onnxruntime; pip install onnxruntime") as raised:
-        make(f"onnx:{path}", num_classes=4)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("opset", [11, 17])
-@pytest.mark.parametrize("behind", ["Flatten", "Reshape", "Squeeze", "nothing"])
-def test_a_softmax_before_nodes_that_change_the_shape_alone_is_left_out(behind: str, opset: int, tmp_path: Path) -> None:
-    constants = {**STEM_WEIGHT, "head.weight": drawn(4, 8, 1, 1), "list": np.array([0, -1]), "axes": np.array([2, 3])}
-    squeeze = node("Squeeze", "soft axes", "y") if opset >= 13 else node("Squeeze", "soft", "y", axes=[2, 3])
-    last = {"Flatten": [node("Flatten", "soft", "y")], "Reshape": [node("Reshape", "soft list", "y")],
-            "Squeeze": [squeeze], "nothing": []}[behind]
-    nodes = [STEM, node("GlobalAveragePool", "stem", "pooled"), node("Conv", "pooled head.weight", "logits"),
-             node("Softmax", "logits", "soft" if last else "y", axis=1), *last]
-    path = written(tmp_path / "soft.onnx", nodes, constants, opset=opset,
-                   output=("n", 4) if last else ("n", 4, 1, 1))
-    opened = open_classifier(path)
-    assert len(opened.notes) == 1 and "the Softmax at the end is left out" in opened.notes[0]
-    assert "Softmax" not in types(read_back(path))
-
-
-@pytest.mark.parametrize("shape", [[0, 2, 4], [0, 4, 1, 1]])
-def test_a_softmax_that_does_not_go_over_the_classes_stays(shape: list[int], tmp_path: Path) -> None:
-    """Two heads in one file, or over an axis of one: without it the answers would be others."""
-    nodes = [STEM, node("GlobalAveragePool", "stem", "pooled"), node("Conv", "pooled head.weight", "logits"),
-             node("Reshape", "logits shape", "heads"), node("Softmax", "heads", "soft", axis=-1),
-             node("Flatten", "soft", "y")]
-    classes = abs(int(np.prod(shape[1:])))
-    path = written(tmp_path / "heads.onnx", nodes, {**STEM_WEIGHT, "head.weight": drawn(classes, 8, 1, 1),
-                                                    "shape": np.array(shape)}, output=("n", classes))
-    opened = open_classifier(path)
-    assert opened.notes == [] and any(entry.op_type == "Softmax" for entry in opened.model.graph.node)
-
-
-def test_answers_that_seem_to_be_probabilities_are_remarked(tmp_path: Path) -> None:
-    """A softmax that a file spells out in its parts is not found."""
-    nodes, head = with_head([STEM], "stem", 8)
-    nodes[-1].output[0], nodes[-1].name = "logits", "head"
-    nodes += [node("Exp", "logits", "powers"), node("ReduceSum", "powers axes", "sum", keepdims=1),
-              node("Div", "powers sum", "y")]
-    module = make(f"onnx:{written(tmp_path / 'soft.onnx', nodes, {**STEM_WEIGHT, **head, 'axes': np.array([1])})}",
-                  num_classes=4)
-    assert isinstance(module, OnnxNetwork) and remarks(module) == [PROBABILITIES]
-
-
-@pytest.mark.parametrize("last", ["Softmax", "LogSoftmax"])
-def test_a_softmax_at_the_end_is_left_out_and_said(last: str, tmp_path: Path) -> None:
-    nodes, head = with_head([STEM], "stem", 8)
-    nodes[-1].output[0], nodes[-1].name = "logits", "head"
-    nodes += [node(last, "logits", "probabilities", axis=1), node("Identity", "probabilities", "y")]
-    opened = open_classifier(written(tmp_path / "soft.onnx", nodes, {**STEM_WEIGHT, **head}))
-    assert opened.notes == [f"the {last} at the end is left out: the network gives logits; the classes and their order "
-                            "stay"]
-    assert not any("oftmax" in entry.op_type for entry in opened.model.graph.node)
-    assert difference_from_file(read_network(opened), opened) < TOLERANCE
-
-
 def test_a_file_that_takes_channels_last(tmp_path: Path) -> None:
     nodes, head = with_head([node("Transpose", "x", "turned", perm=[0, 3, 1, 2]),
                              node("Conv", "turned stem.weight", "stem", auto_pad="SAME_UPPER", strides=[2, 2])], "stem", 8)
@@ -318,7 +209,7 @@ def test_images_are_resized_where_a_layer_does_the_same(opset: int, attributes: 
 
 def hostile(kind: str, folder: Path) -> Path:
     """A file that asks for more than an image classifier does."""
-    nodes, constants = with_head([STEM], "stem", 8)
+    nodes, constants = with_head([copy.deepcopy(STEM)], "stem", 8)  # it is changed below
     constants |= STEM_WEIGHT
     if kind == "custom":
         nodes[0] = node("Conv", "x stem.weight", "stem", pads=[1, 1, 1, 1], domain="my.own")
@@ -333,6 +224,21 @@ def hostile(kind: str, folder: Path) -> Path:
                  node("Cast", "sum", "number", to=1), node("Add", "x number", "more"), *nodes]
         nodes[4].input[0] = "more"
         constants |= {"zero": np.array(0), "end": np.array(2**45), "one": np.array(1)}
+    elif kind in ("joined", "gathered", "many", "empty"):  # the large tensor's shape is hidden from ONNX's inference
+        start = [node("Exp", "fourteen", "large"), node("Cast", "large", "size", to=7),
+                 node("ConstantOfShape", "size", "vast")]
+        more = {
+            "joined": [node("Concat", " ".join(["vast"] * 300), "sums", axis=0)],
+            "gathered": [node("Cast", "vast", "zeros", to=7), node("Unsqueeze", "zeros last", "places"),
+                         node("GatherND", "rows places", "sums")],
+            "many": [node("ConstantOfShape", "size", f"vast{number}") for number in range(9)] + [
+                node("Concat", "vast vast", "sums", axis=0)],
+            "empty": [node("ReduceSum", "none last", "sums", keepdims=0)]}[kind]
+        end = [node("ReduceSum", "sums", "sum", keepdims=0), node("Add", "x sum", "more")]
+        nodes = [*start, *more, *end, *nodes]
+        nodes[len(start + more + end)].input[0] = "more"
+        constants |= {"fourteen": np.array([14], np.float32), "last": np.array([1]), "rows": drawn(2, 4096),
+                      "none": np.zeros((2**40, 0), np.float32)}
     path = written(folder / f"{kind}.onnx", nodes, constants)
     if kind == "outside":
         import onnx
@@ -346,11 +252,78 @@ def hostile(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "words"), [("custom", "operator 'Conv' of node"), ("hidden", "constants do not fit it"),
-                                             ("range", "over the limits"), ("outside", "secret.bin")])
-def test_hostile_files_end_in_one_line_before_anything_is_allocated(kind: str, words: str, tmp_path: Path) -> None:
+                                             ("range", "over the limits"), ("outside", "secret.bin"),
+                                             ("joined", "Concat of node 'node_sums': its constants do not fit it"),
+                                             ("gathered", "GatherND of node 'node_sums': its constants do not fit it"),
+                                             ("many", "numbers are computed from constants, over the limit"),
+                                             ("empty", "over the limits")])
+def test_hostile_files_end_in_one_line_before_anything_is_allocated(kind: str, words: str, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "MOST_CONSTANTS", 2**23)
     with pytest.raises(UserError, match=words) as raised:
         read_network(open_classifier(hostile(kind, tmp_path)))
     assert "\n" not in str(raised.value) and raised.value.exit_code == 2
+
+
+def test_every_operator_that_our_own_export_writes_comes_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    written_ops: set[str] = set()
+    for number, module in enumerate((Everything(), whole)):
+        exported, _ = export(*trained(module))
+        written_ops |= {entry.op_type for entry in exported.graph.node}
+        path = tmp_path / f"{number}.onnx"
+        path.write_bytes(exported.SerializeToString())
+        layers = read_back(path)
+    assert written_ops == {name for row in LAYER_TABLE.values() if not row.int8 for name in row.operators}
+    assert types(layers) == ["Conv2d", "AdaptiveMaxPool2d", "Flatten", "Linear"]
+
+
+def test_an_operator_that_is_read_and_has_no_layer_is_named(tmp_path: Path) -> None:
+    nodes, head = with_head([STEM, node("Elu", "stem", "out", name="block/Elu_3")], "out", 8)
+    opened = open_classifier(written(tmp_path / "elu.onnx", nodes, {**STEM_WEIGHT, **head}))
+    network = read_network(opened)
+    assert difference_from_file(network, opened) < TOLERANCE
+    with pytest.raises(UserError, match=r"layer elu \(operator Elu of node 'block/Elu_3'\): elu"):
+        lower(network, opened.input_shape)
+
+
+def test_more_memory_than_there_is_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, head = with_head([STEM, node("Neg", "shift", "other"), node("Add", "stem other", "out")], "out", 8)
+    path = written(tmp_path / "net.onnx", nodes, {**STEM_WEIGHT, "shift": drawn(8, 1, 1), **head})
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setitem(folding.FUNCTIONS, "Neg", out_of_memory)
+        with pytest.raises(NotExpressibleError, match=r"operator Neg of node 'node_other': .* more memory than there is"):
+            read_network(open_classifier(path))
+    monkeypatch.setitem(OPERATORS, "Conv", out_of_memory)
+    with pytest.raises(UserError, match="takes more memory than there is") as raised:
+        read_network(open_classifier(path))
+    assert type(raised.value) is UserError
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_batch_norms_come_back(folded: bool, tmp_path: Path) -> None:
+    """A norm of its own, and one whose scale is in the convolution's weights and whose shift is its bias."""
+    norm = {"norm.weight": drawn(8) + 1, "norm.bias": drawn(8), "norm.mean": drawn(8), "norm.var": drawn(8) ** 2 + 0.5}
+    weights, middle = {**STEM_WEIGHT, **norm}, [STEM, node("BatchNormalization", " ".join(["stem", *norm]), "out",
+                                                           epsilon=1e-3, momentum=0.9)]
+    if folded:
+        factor = norm["norm.weight"] / np.sqrt(norm["norm.var"] + 1e-3)
+        weights = {"stem.weight": STEM_WEIGHT["stem.weight"] * factor[:, None, None, None],
+                   "stem.bias": norm["norm.bias"] - norm["norm.mean"] * factor}
+        middle = [node("Conv", "x stem.weight stem.bias", "out", pads=[1, 1, 1, 1])]
+    nodes, head = with_head([*middle, node("Relu", "out", "on")], "on", 8)
+    path = written(tmp_path / "norm.onnx", nodes, {**weights, **head})
+    layers = read_back(path)
+    assert types(layers)[:3] == (["Conv2d", "ReLU", "AdaptiveAvgPool2d"] if folded else ["Conv2d", "BatchNorm2d", "ReLU"])
+    if not folded:
+        assert layers[1].options()["eps"] == 1e-3 and layers[1].name == "norm"
+        stored = read_network(open_classifier(path)).state_dict()
+        assert torch.equal(stored["norm.running_mean"], torch.from_numpy(norm["norm.mean"]))
 
 
 class Squeezed(nn.Module):

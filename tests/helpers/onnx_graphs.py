@@ -10,6 +10,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from architectures.describe import lower
+from architectures.layers.base import Layer
+from architectures.onnx_network.reading import open_classifier, read_network
+from architectures.onnx_network.runtime import TOLERANCE, difference_from_file
+
 
 def drawn(*shape: int, seed: int = 0, scale: float = 0.3) -> np.ndarray:
     """Random numbers of a shape."""
@@ -40,3 +45,22 @@ def with_head(nodes: Sequence[onnx.NodeProto], features: str, channels: int) -> 
     head = [node("GlobalAveragePool", features, "pooled"), node("Flatten", "pooled", "flat"),
             node("Gemm", "flat head.weight head.bias", "y", transB=1)]
     return [*nodes, *head], {"head.weight": drawn(4, channels), "head.bias": drawn(4)}
+
+
+STEM = node("Conv", "x stem.weight", "stem", pads=[1, 1, 1, 1])
+STEM_WEIGHT = {"stem.weight": drawn(8, 3, 3, 3)}
+
+
+def read_back(path: Path, **options: Any) -> list[Layer]:
+    """Read a file, compare the network and the one rebuilt from its layers with ONNX Runtime, return the layers."""
+    opened = open_classifier(path, **options)
+    network = read_network(opened)
+    assert difference_from_file(network, opened) < TOLERANCE
+    lowered = lower(network, opened.input_shape)
+    assert difference_from_file(lowered.build(), opened) < TOLERANCE
+    return lowered.architecture.layers
+
+
+def types(layers: list[Layer]) -> list[str]:
+    """The types of layers, in order."""
+    return [layer.type for layer in layers]
