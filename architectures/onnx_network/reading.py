@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,17 +53,12 @@ def open_classifier(path: Path, input_shape: Sequence[int] | None = None) -> Onn
     Raises:
         UserError: there is no such file, or it is not one that the evaluator would take: see `read_onnx`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    try:
-        with enough_memory(path):
-            shape = _image_shape(path, input_shape)
-            file = read_onnx(path, shape)
-            model = parse_onnx(path)
-            if file.content is not None:
-                read_external_data(path, model)
-    except UserError as error:
-        raise UserError(str(error)) from error  # a file of the user's, not a claim
+    shape = _image_shape(path, input_shape)
+    with _of_the_users(path):
+        file = read_onnx(path, shape)
+        model = parse_onnx(path)
+        if file.content is not None:
+            read_external_data(path, model)
     notes = [text for text in [without_softmax(model)] if text]
     if file.channels_last:
         notes.append("the file takes (N, H, W, C), the network takes (N, C, H, W)")
@@ -79,7 +75,7 @@ def read_network(opened: OnnxClassifier) -> OnnxNetwork:
         UserError: reading it takes more memory than there is.
     """
     try:
-        with enough_memory(opened.path):
+        with _of_the_users(opened.path):
             graph = graph_of(opened.model)
             fold(graph)
             graph.keep_needed()
@@ -88,8 +84,6 @@ def read_network(opened: OnnxClassifier) -> OnnxNetwork:
             network = build.network(_walked(graph, build))
     except NotExpressibleError as error:
         raise NotExpressibleError(f"{opened.path}: {error}") from error
-    except VerificationError as error:
-        raise UserError(str(error)) from error  # a file of the user's, not a claim
     network.remarks = opened.notes
     return network
 
@@ -117,21 +111,45 @@ def _walked(graph: OnnxGraph, build: NetworkBuilder) -> Traced:
     return moving.flat_logits(build, result)
 
 
+@contextlib.contextmanager
+def _of_the_users(path: Path) -> Iterator[None]:
+    """Let what is wrong with a file be a mistake, and not a claim that does not hold."""
+    try:
+        with enough_memory(path):
+            yield
+    except VerificationError as error:
+        raise UserError(str(error)) from error
+
+
+def stated_sizes(path: Path) -> tuple[int, int, int] | None:
+    """Return (C, H, W) as an ONNX file's input states it, 0 where it leaves a size open; None where it has not four axes.
+
+    Raises:
+        UserError: there is no such file, or it is no ONNX file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    with _of_the_users(path):
+        graph = parse_onnx(path).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    image = next((value for value in graph.input if value.name not in weights), None)
+    stated = [dim.dim_value for dim in image.type.tensor_type.shape.dim] if image is not None else []
+    if len(stated) != 4:
+        return None
+    _, first, second, third = stated
+    return (third, first, second) if third in COLOURS and first not in COLOURS else (first, second, third)
+
+
 def _image_shape(path: Path, wanted: Sequence[int] | None) -> tuple[int, int, int]:
     """Return (C, H, W): as wanted, or as the file states.
 
     Raises:
         UserError: the file states another size than the one wanted, or leaves a size open and none is wanted.
     """
-    graph = parse_onnx(path).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    image = next((value for value in graph.input if value.name not in weights), None)
-    stated = [dim.dim_value for dim in image.type.tensor_type.shape.dim] if image is not None else []
-    if len(stated) != 4 and wanted is None:
-        raise UserError(f"{path}: expected one input of (N, C, H, W) or (N, H, W, C), got {len(stated)} dimensions")
-    _, first, second, third = stated if len(stated) == 4 else (0,) * 4  # the checks of the file say what is wrong with it
-    if third in COLOURS and first not in COLOURS:
-        first, second, third = third, first, second
+    sizes = stated_sizes(path)
+    if sizes is None and wanted is None:
+        raise UserError(f"{path}: expected one input of images, (N, C, H, W) or (N, H, W, C)")
+    first, second, third = sizes or (0, 0, 0)  # the checks of the file say what is wrong with it
     if wanted is not None:
         channels, height, width = wanted
         if first == channels and all((second, third)) and [second, third] != [height, width]:
@@ -140,7 +158,7 @@ def _image_shape(path: Path, wanted: Sequence[int] | None) -> tuple[int, int, in
                             f"that size (in a recipe data.image_size={size}), or export the file with a free size")
         return channels, height, width
     if min(first, second, third) < 1:
-        sizes = ", ".join(str(size or "?") for size in stated[1:])
-        raise UserError(f"{path}: the file leaves the size of its images open ({sizes}); give input_shape, such as "
+        shown = ", ".join(str(size or "?") for size in (first, second, third))
+        raise UserError(f"{path}: the file leaves the size of its images open ({shown}); give input_shape, such as "
                         "3,224,224")
     return first, second, third

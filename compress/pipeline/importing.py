@@ -14,7 +14,7 @@ from architectures.architecture import Architecture
 from architectures.counting import architecture_macs, count_parameters
 from architectures.describe import lower
 from architectures.onnx_network.graph import NotExpressibleError
-from architectures.onnx_network.reading import OnnxClassifier, open_classifier, read_network
+from architectures.onnx_network.reading import OnnxClassifier, open_classifier, read_network, stated_sizes
 from architectures.onnx_network.runtime import COUNTS, RunOnnxFile, TOLERANCE, difference_from_file
 from compress.evaluation.measure import measure_accuracy
 from compress.pipeline.stage import ARCHITECTURE, WEIGHTS
@@ -25,6 +25,7 @@ from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.files import sha256, write_json
 from metadata.formats import write_tensors
+from metadata.locks import appearing
 
 CARD, RECORD = "card.json", "import.json"
 COMPARED = 32  # images of a data set that are compared
@@ -71,8 +72,11 @@ def import_onnx(path: Path, out: Path, *, data: Request | None = None,
     """
     if out.exists():
         raise UserError(f"--out {out}: already there; nothing was written")
+    sizes = tuple(input_shape) if input_shape else stated_sizes(path)
+    splits = load(_of_size(data, sizes)) if data else None
+    if splits is not None and sizes is not None and 0 in sizes:
+        input_shape = splits.card.input_shape
     opened = open_classifier(path, input_shape)
-    splits = load(_of_size(data, opened.input_shape)) if data else None
     architecture, network = _expressed(opened)
     if splits is not None and splits.card.input_shape != opened.input_shape:
         raise UserError(f"{path}: the file takes images of shape {list(opened.input_shape)}, the data gives "
@@ -92,15 +96,17 @@ def import_onnx(path: Path, out: Path, *, data: Request | None = None,
     found = Imported(folder=out, architecture=architecture, parameters=count_parameters(network),
                      macs=architecture_macs(architecture), difference=difference, compared=compared, accuracy=accuracy,
                      notes=opened.notes)
-    _write(found, opened, network, splits)
+    with appearing(out) as folder:
+        _write(folder, found, opened, network, splits)
     return found
 
 
-def _of_size(data: Request, input_shape: tuple[int, int, int]) -> Request:
-    """Return the request with images of the file's shape, where it does not say another."""
-    channels, height, width = input_shape
-    sized = data.image_size or any(key in data.preprocessing for key in ("resize", "crop"))
-    return replace(data, channels=data.channels or channels, image_size=data.image_size if sized else (height, width))
+def _of_size(data: Request, sizes: Sequence[int] | None) -> Request:
+    """Return the request with images of the file's (C, H, W), where it does not say another; 0 is a size left open."""
+    channels, height, width = sizes or (0, 0, 0)
+    sized = data.image_size or any(key in data.preprocessing for key in ("resize", "crop")) or not (height and width)
+    return replace(data, channels=data.channels or channels or None,
+                   image_size=data.image_size if sized else (height, width))
 
 
 def _expressed(opened: OnnxClassifier) -> tuple[Architecture, nn.Module]:
@@ -136,16 +142,15 @@ def _accuracy(splits: Splits, models: dict[str, nn.Module]) -> dict[str, float]:
     return found
 
 
-def _write(found: Imported, opened: OnnxClassifier, network: nn.Module, splits: Splits | None) -> None:
-    found.folder.mkdir(parents=True)
-    write_json(found.folder / ARCHITECTURE, found.architecture.to_json())
-    write_tensors(found.folder / WEIGHTS, {name: tensor.detach().contiguous()
+def _write(folder: Path, found: Imported, opened: OnnxClassifier, network: nn.Module, splits: Splits | None) -> None:
+    write_json(folder / ARCHITECTURE, found.architecture.to_json())
+    write_tensors(folder / WEIGHTS, {name: tensor.detach().contiguous()
                                            for name, tensor in network.state_dict().items()})
     if splits is not None:
-        write_json(found.folder / CARD, splits.card.model_dump(mode="json"))
+        write_json(folder / CARD, splits.card.model_dump(mode="json"))
     record: dict[str, Any] = {
         "schema": 1, "source": opened.path.name, "sha256": sha256(opened.path), "producer": opened.model.producer_name,
         "opset": max((entry.version for entry in opened.model.opset_import), default=0), "notes": found.notes,
         "input_shape": list(opened.input_shape), "num_classes": found.architecture.num_classes,
         "difference": found.difference, "compared": found.compared, "accuracy": found.accuracy}
-    write_json(found.folder / RECORD, record)
+    write_json(folder / RECORD, record)

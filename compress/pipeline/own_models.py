@@ -11,6 +11,7 @@ from torch import fx, nn
 from architectures.architecture import Architecture
 from architectures.describe import lower
 from architectures.named import FILE, files_of
+from architectures.onnx_network.runtime import RunOnnxFile
 from compress.pipeline.identity import code_hash
 from metadata.errors import UserError
 from metadata.files import sha256
@@ -68,8 +69,11 @@ def as_student(module: nn.Module, card: DatasetCard, name: str) -> tuple[Archite
     """Return a module as a graph of the layer table, with its weights, in eval mode.
 
     Raises:
-        UserError: the layer table does not hold it, or its logits are not one for each class of the data.
+        UserError: the layer table does not hold it (the operator of an ONNX file is named), or its logits are not one for
+            each class of the data.
     """
+    if isinstance(module, RunOnnxFile):
+        raise UserError(f"student {name}: it is no network of layers; {module.remarks[-1]}; as a teacher it works")
     found = lower(module.eval(), card.input_shape)
     if found.architecture.num_classes != card.num_classes:
         raise UserError(f"student {name}: expected logits (N, {card.num_classes}), got (N, "

@@ -17,7 +17,8 @@ from torch import nn
 
 from architectures.counting import count_macs
 from architectures.describe import lower
-from architectures.named import is_own
+from architectures.named import is_own, remarks
+from architectures.onnx_network.runtime import RunOnnxFile
 from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
 from compress.training.assessment import assess, learned_parameters
@@ -167,6 +168,10 @@ def prepare_training(config: TrainingRun, tracker: Tracker, hashes: FileHashes,
             tracker.warn(text + (" --channels=3" if splits.card.input_shape != card.input_shape else ""))
     with seeded(config.seed, "model"):
         model = make(own_name(config.model_name), num_classes=card.num_classes, pretrained=config.pretrained, **options)
+    if isinstance(model, RunOnnxFile) and config.epochs:
+        raise UserError(f"model_name {config.model_name}: {model.remarks[-1]}; such a file cannot be trained")
+    for text in remarks(model):
+        tracker.say(f"model_name {config.model_name}: {text}")
     look = getattr(model, "initialize_from", None)  # of networks whose first weights depend on their images
     if look and not config.pretrained:
         some = torch.arange(0, len(splits.train), max(1, len(splits.train) // LOOKED_AT))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from rich.console import Console
@@ -13,9 +15,12 @@ from rich.console import Console
 from architectures.named import remarks, without_place
 from architectures.onnx_network.runtime import RunOnnxFile
 from architectures.zoo import make
+from compress.pipeline import importing
 from compress.pipeline.config import resolve
 from compress.pipeline.own_models import content_of_model
 from compress.pipeline.run import run_pipeline
+from compress.training.flags import TrainingRun
+from compress.training.run import run_training
 from metadata.errors import UserError
 from tests.helpers.commands import Compress, assert_one_line_error
 from tests.helpers.onnx_graphs import drawn, node, with_head, written
@@ -205,6 +210,74 @@ def test_what_has_no_layer_is_a_teacher_on_onnx_runtime(tmp_path: Path, alone: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_without_layers_is_no_student_and_its_operator_is_named(tmp_path: Path, tiny_recipe: Path,
+                                                                      compress: Compress) -> None:
+    path = soft_file(tmp_path, resize=True)
+    done = compress("plan", tiny_recipe, f"distill.model=onnx:{path}", "distill.options={}")
+    assert_one_line_error(done, f"student onnx:{path}: it is no network of layers", "operator Resize of node 'node_out'")
+
+
+def test_remarks_are_shown_wherever_a_file_becomes_a_model(tmp_path: Path, tiny_recipe: Path, two_stages: Path,
+                                                         compress: Compress) -> None:
+    name, said = f"onnx:{soft_file(tmp_path)}", "the Softmax at the end is left out"
+    recipe = tmp_path / "student.yaml"
+    recipe.write_text(tiny_recipe.read_text().split("stages:")[0] + f"stages:\n  - student: {{model: '{name}'}}\n")
+    for command, shown in (("plan", f"{name} as it is, "), ("run", f"student.model {name}: {said}")):
+        done = compress(command, recipe, f"run_dir={tmp_path / 'runs'}")
+        text = "".join(done.stdout.split())
+        assert done.returncode == 0 and "".join(shown.split()) in text and "".join(said.split()) in text, done.stderr
+    overrides = [f"run_dir={tmp_path / 'runs'}", f"distill.model={name}", "distill.options={}", "distill.train.epochs=1",
+                 "teacher.train.epochs=1"]
+    assert said in " ".join(compress("plan", two_stages, *overrides).stdout.split())
+    console = Console(file=io.StringIO(), width=1000)
+    run_pipeline(resolve(str(two_stages), overrides), console)
+    assert f"distill.model {name}, student: {said}" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_training_a_file_shows_its_remarks_or_names_its_operator(tmp_path: Path) -> None:
+    def trained(path: Path) -> str:
+        console = Console(file=io.StringIO(), width=1000)
+        run_training(TrainingRun(model_name=f"onnx:{path}", dataset="digits", channels=1, epochs=1,
+                                 log_dir=tmp_path / "log"), console)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    last = [node("Softmax", "logits", "y", axis=1)]
+    assert "theirs.onnx: the Softmax at the end is left out" in trained(of_digits(tmp_path / "theirs.onnx", (8, 8), last))
+    shutil.rmtree(tmp_path / "log")
+    path = of_digits(tmp_path / "largest.onnx", (8, 8), [node("Max", "logits logits", "y")])
+    with pytest.raises(UserError, match="operator Max of node 'node_y': the larger or smaller of two tensors; such a"):
+        trained(path)
+
+
+def of_digits(path: Path, sizes: tuple[int | str, int | str], last: list[onnx.NodeProto] | None = None) -> Path:
+    """A classifier of gray images of ten digits."""
+    nodes, _ = with_head([node("Conv", "x stem.weight", "stem", pads=[1, 1, 1, 1])], "stem", 8)
+    if last:
+        nodes[-1].output[0], nodes[-1].name = "logits", "head"
+    return written(path, [*nodes, *(last or [])], {
+        "stem.weight": drawn(8, 1, 3, 3), "head.weight": drawn(10, 8), "head.bias": drawn(10)},
+        image=(1, 1, *sizes), output=(1, 10))
+
+
+def test_import_takes_the_size_of_the_data_where_the_file_leaves_it_open(tmp_path: Path, compress: Compress) -> None:
+    path, out = of_digits(tmp_path / "free.onnx", ("h", "w")), tmp_path / "free"
+    done = compress("import", path, "--out", out, "--data", "digits")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "import.json").read_text())["input_shape"] == [1, 8, 8]
+    assert not list(tmp_path.glob(".*.part"))
+    assert_one_line_error(compress("import", path, "--out", tmp_path / "x"), "leaves the size of its images open (1, ?, ?)")
+
+
+def test_an_import_that_is_interrupted_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(importing, "write_tensors", broken)
+    with pytest.raises(OSError, match="no space left"):
+        importing.import_onnx(soft_file(tmp_path), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.onnx"]
+
+
 def test_import_writes_a_folder_that_is_a_model(tmp_path: Path, compress: Compress) -> None:
     path, out = soft_file(tmp_path), tmp_path / "theirs"
     done = compress("import", path, "--out", out)
@@ -221,9 +294,7 @@ def test_import_writes_a_folder_that_is_a_model(tmp_path: Path, compress: Compre
 
 
 def test_import_with_data_compares_its_images_and_scores_both(tmp_path: Path, compress: Compress) -> None:
-    nodes, _ = with_head([node("Conv", "x stem.weight", "stem", pads=[1, 1, 1, 1])], "stem", 8)
-    path = written(tmp_path / "ten.onnx", nodes, {"stem.weight": drawn(8, 1, 3, 3), "head.weight": drawn(10, 8),
-                                                  "head.bias": drawn(10)}, image=(1, 1, 8, 8), output=(1, 10))
+    path = of_digits(tmp_path / "ten.onnx", (8, 8))
     done = compress("import", path, "--out", tmp_path / "ten", "--data", "digits")
     assert done.returncode == 0 and "images of digits" in done.stdout, done.stderr
     accuracy = json.loads((tmp_path / "ten" / "import.json").read_text())["accuracy"]

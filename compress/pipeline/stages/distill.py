@@ -9,7 +9,7 @@ from torch import fx
 
 from architectures.architecture import Architecture
 from architectures.describe import carry_over, describe
-from architectures.named import without_place
+from architectures.named import remarks, without_place
 from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
@@ -50,11 +50,11 @@ class Distill(Stage):
         if self.cache_views and (self.train.mixup or self.train.views):
             raise UserError("distill.cache_views: the teacher's outputs are kept by image and augmentation, so that "
                             "train.mixup and train.views must be 0; set cache_views 0 for them")
-        architecture, student = self._student(sketch.card, sketch.seed)
+        architecture, student, notes = self._student(sketch.card, sketch.seed)
         sketch.model = student.eval()
         control = ", and a control without the teacher" if self.control else ""
-        sketch.lines.append(f"{architecture.model_type} with {len(architecture.layers)} layers, {self.train.epochs} "
-                            f"epochs{control}")
+        text = f"{architecture.model_type} with {len(architecture.layers)} layers, {self.train.epochs} epochs{control}"
+        sketch.lines.append("; ".join([text, *notes]))
 
     def run(self, model: TeacherModel, context: Context) -> TorchModel:
         data = context.data(self.train)
@@ -71,7 +71,9 @@ class Distill(Stage):
             targets = cache
 
         def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
-            architecture, student = self._student(context.splits.card, context.seed)
+            architecture, student, notes = self._student(context.splits.card, context.seed)
+            for text in notes:
+                context.tracker.say(f"  distill.model {self.model}, {label}: {text}")
             outcome = train(
                 student, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
@@ -97,10 +99,10 @@ class Distill(Stage):
                              f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
         return student
 
-    def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule]:
-        """Return the untrained student as a graph; its weights depend on the seed alone."""
+    def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule, list[str]]:
+        """Return the untrained student as a graph, and remarks on it; its weights depend on the seed alone."""
         with seeded(seed, "student"):
             module = make(self.model, num_classes=card.num_classes,
                           **fitted_options(self.model, self.options, card.input_shape))
         architecture, student = as_student(module, card, self.model)
-        return architecture, student.train()
+        return architecture, student.train(), remarks(module)

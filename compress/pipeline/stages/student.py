@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 from torch import nn
 
-from architectures.named import has_weights
+from architectures.named import has_weights, remarks
 from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
@@ -42,13 +42,16 @@ class Student(Stage):
             module = self._make(sketch.card) if self.model else make(
                 sketch.teacher[0], num_classes=sketch.card.num_classes, **sketch.teacher[1])  # type: ignore[index]
         architecture, sketch.model = as_student(module, sketch.card, self.model or "the teacher")
-        sketch.lines.append(f"{self.model or 'the teacher'} as it is, {len(architecture.layers)} layers")
+        text = f"{self.model or 'the teacher'} as it is, {len(architecture.layers)} layers"
+        sketch.lines.append("; ".join([text, *(remarks(module) if self.model else [])]))  # the teacher's stage says its own
 
     def run(self, model: TeacherModel | None, context: Context) -> TorchModel:
         card = context.splits.card
         if self.model:
             with seeded(context.seed, "student"):
                 module = self._make(card)
+            for text in remarks(module):
+                context.tracker.say(f"  student.model {self.model}: {text}")
         else:
             assert model is not None
             module = model.module.cpu()
