@@ -21,6 +21,8 @@ from architectures.build import build, check_shapes
 from architectures.layers.base import AS_TEACHER, Layer
 from architectures.layers.table import row_of_module
 from architectures.lowering import Lowering, marked
+from architectures.own_code import own_error
+from architectures.source import class_name
 from architectures.tracing import check_one_graph, traced_graph
 from metadata.errors import UserError, VerificationError, describe_validation_error, first_line, some_of
 from metadata.schemas import PruningInfo
@@ -57,7 +59,7 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int], model_type: str |
     Args:
         model: maps (N, *input_shape) float32 to (N, classes); the model stays as it is.
         input_shape: (C, H, W).
-        model_type: the architecture's name; the module's class name unless given.
+        model_type: the architecture's name; the module's class name unless given. A word of Python gets an ending.
 
     Raises:
         UserError: the model cannot be traced, or uses something outside the table; the layer is named.
@@ -67,8 +69,8 @@ def lower(model: nn.Module, input_shape: tuple[int, int, int], model_type: str |
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever the network's own code raises, also when it is copied
-        raise UserError(f"the model cannot be described: {first_line(error) or type(error).__name__}; {AS_TEACHER}"
-                        ) from error
+        said = own_error(error) or first_line(error) or type(error).__name__
+        raise UserError(f"the model cannot be described: {said}; {AS_TEACHER}") from error
 
 
 def _lowered(model: nn.Module, input_shape: tuple[int, int, int], model_type: str | None) -> Lowered:
@@ -91,12 +93,12 @@ def _lowered(model: nn.Module, input_shape: tuple[int, int, int], model_type: st
     if not isinstance(output, fx.Node):
         raise UserError("the model's output must be one tensor of logits, got a structure")
     layers = lowering.used(output)
-    images = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1 if built else 3, *input_shape, generator=torch.Generator().manual_seed(0))
     expected = _logits(model, images)
     classes = expected.shape[1]
     try:
         architecture = Architecture.model_validate({
-            "schema": 1, "model_type": model_type or type(model).__name__, "num_classes": classes,
+            "schema": 1, "model_type": class_name(model_type or type(model).__name__), "num_classes": classes,
             "input_shape": input_shape, "output_shape": [classes], "layers": layers})
         if not built:
             check_shapes(architecture)
@@ -132,8 +134,7 @@ def _check_same(expected: Tensor, found: Lowered, images: Tensor) -> None:
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):  # building draws weights
         got = found.build()(images)
-    scale = 1e-4 * float(expected.abs().nan_to_num(0, 0, 0).max())
-    if expected.shape != got.shape or not torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True):
+    if not _same(expected, got):
         raise UserError("the model cannot be described: rebuilt from its layers it computes something else (a reshape, an "
                         "in-place operation or an argument that the layer table does not hold); as a teacher it works")
 
@@ -157,15 +158,16 @@ def carry_over(architecture: Architecture, previous: Architecture, **changes: An
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return a model's logits for three images, on the CPU.
+    """Return a model's logits, on the CPU.
 
     Raises:
-        UserError: the model does not take them, or gives something else.
+        UserError: the model does not take the images, gives something else, or gives the first other logits alone.
     """
     original = copy.deepcopy(model).cpu().eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = original(images.clone())  # code may change its input in place
+            again = original(images[:1].clone()) if len(images) > 1 else logits
     except Exception as error:  # whatever the network's own code raises
         what = f"the model does not take images of shape {list(images.shape[1:])}"
         with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -175,4 +177,13 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UserError("the model's output must be logits (N, classes), got "
                         f"{f'shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}")
+    if not _same(logits[:1], again):
+        raise UserError("the model cannot be described: its answer to an image is another one alone and in the next call: "
+                        "its code keeps a state, draws random numbers in evaluation, or mixes the images of a batch")
     return logits
+
+
+def _same(expected: Tensor, got: Tensor) -> bool:
+    """Return whether logits are equal but for the rounding of float32."""
+    scale = 1e-4 * float(expected.abs().nan_to_num(0, 0, 0).max())
+    return expected.shape == got.shape and torch.allclose(expected, got, rtol=1e-3, atol=scale, equal_nan=True)

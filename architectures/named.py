@@ -17,6 +17,7 @@ from metadata.schemas import ARCHITECTURE_FILE
 FILE, ONNX, FOLDER = own_code.PREFIX, "onnx:", "folder:"
 PREFIXES = {FILE: "file:FILE:CLASS", ONNX: "onnx:FILE", FOLDER: "folder:DIR"}
 DESCRIPTIONS = (ARCHITECTURE_FILE, "architecture.json")
+LAYERS = "layers.pth"  # weights by the layers' names, beside those by the names of a zoo's network
 
 
 def is_own(name: str) -> bool:
@@ -120,9 +121,11 @@ def _stored(name: str) -> tuple[Path, Path]:
     """
     folder = _path(name)
     description = next((folder / file for file in DESCRIPTIONS if (folder / file).is_file()), None)
-    weights = sorted(folder.glob("*.pth"))
+    weights = [folder / LAYERS] if (folder / LAYERS).is_file() else sorted(
+        path for path in folder.glob("*") if path.suffix in (".pth", ".safetensors"))
     if description is None or len(weights) != 1:
-        raise UserError(f"model {name}: expected a folder with {' or '.join(DESCRIPTIONS)} and one .pth file")
+        raise UserError(f"model {name}: expected a folder with {' or '.join(DESCRIPTIONS)} and one .pth or .safetensors "
+                        "file")
     return description, weights[0]
 
 

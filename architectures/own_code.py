@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from metadata.closest import closest
 from metadata.errors import UserError, first_line
@@ -70,6 +71,8 @@ def make_own(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         module = builder(**given)
     if not isinstance(module, nn.Module):
         raise UserError(f"model {name}: expected a torch.nn.Module, got {type(module).__name__}")
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        raise UserError(f"model {name}: it has lazy layers, whose sizes the first images decide; state their sizes")
     return module
 
 
@@ -93,10 +96,17 @@ def theirs(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        what = "the file ends the program; guard what it runs with if __name__ == '__main__'" if isinstance(
-            error, SystemExit) else f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"model {name}: {own_place(error) or path.name}: {what}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's own code raises
+        raise UserError(f"model {name}: {own_place(error) or path.name}: {_what(error)}") from error
+
+
+def _what(error: BaseException) -> str:
+    """Return what a user's code raised, in one line."""
+    if isinstance(error, SystemExit):
+        return "the file ends the program; guard what it runs with if __name__ == '__main__'"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def own_place(error: BaseException) -> str:
@@ -113,7 +123,7 @@ def own_place(error: BaseException) -> str:
 def own_error(error: BaseException) -> str:
     """Return what a user's code raised, in one line with its place; "" if something else raised it."""
     place = own_place(error)
-    return f"{place}: {type(error).__name__}: {first_line(error)}" if place else ""
+    return f"{place}: {_what(error)}" if place else ""
 
 
 def _builder(name: str) -> Callable[..., Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import keyword
 import re
 import textwrap
 from collections.abc import Callable
@@ -11,8 +13,18 @@ from typing import Any
 from architectures.architecture import Architecture
 from architectures.layers.base import FunctionLayer, Layer
 from architectures.layers.table import LAYER_TABLE
+from metadata.errors import UserError
 
 Tree = dict[str, Any]  # module name -> Layer or a subtree
+# What a class in model.py must not be called: words of Python, and names that model.py and a package's example use.
+RESERVED = frozenset({
+    *keyword.kwlist, *dir(builtins), "torch", "nn", "F", "Tensor", "math", "json", "sys", "main", "Path", "FOLDER",
+    "Preprocessing", "PyTorchModelHubMixin", "load_model", "read_images"})
+
+
+def class_name(name: str) -> str:
+    """Return a name that model.py can give its class: the name itself, with "Network" behind it where it is taken."""
+    return f"{name}Network" if name in RESERVED else name
 
 
 def source(architecture: Architecture, weights_file: str) -> str:
@@ -21,8 +33,14 @@ def source(architecture: Architecture, weights_file: str) -> str:
     Args:
         architecture: the network.
         weights_file: name of the state dict, for the usage line.
+
+    Raises:
+        UserError: the architecture's name cannot be that of a class.
     """
     kind = architecture.model_type
+    if kind != class_name(kind):
+        raise UserError(f"model_type {kind!r}: a class in model.py cannot have this name; rename it in the architecture, "
+                        f"such as {class_name(kind)}")
     definitions = _definitions({layer.type for layer in architecture.layers})
     parts = [f'''"""{kind}, compressed: {", ".join(architecture.compression_steps) or "as trained"}. Needs torch only.
 

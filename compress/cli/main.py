@@ -58,14 +58,16 @@ def main() -> NoReturn:
         advice = ("; no half-written file was left; free some space or choose another folder, and the same command "
                   "continues" if full else "")
         _fail(f"{error.filename or 'disk'}: {error.strerror or error}{advice}", 2, debug)
-    except Exception as error:  # at the edge alone: a mistake in the code that file:FILE:CLASS named is the user's
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # at the edge alone: a mistake in the code that file:FILE:CLASS named is the user's
         if not (text := _of_own_code(error)):
             raise
         _fail(text, 2, debug)
     sys.exit(0)
 
 
-def _of_own_code(error: Exception) -> str:
+def _of_own_code(error: BaseException) -> str:
     """Return what a user's file raised, in one line with its place; "" if the error is the toolkit's."""
     code = sys.modules.get("architectures.own_code")
     return code.own_error(error) if code else ""

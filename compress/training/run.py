@@ -17,7 +17,7 @@ from torch import nn
 
 from architectures.counting import count_macs
 from architectures.describe import lower
-from architectures.named import is_own, remarks
+from architectures.named import LAYERS, is_own, remarks
 from architectures.onnx_network.runtime import RunOnnxFile
 from architectures.pretrained import pretrained_warning
 from architectures.zoo import check_forward, families, fitted_options, make, own_name, without_values
@@ -334,8 +334,9 @@ def _conclude(config: TrainingRun, splits: Splits, model: nn.Module, options: di
     write_tensors(folder / "weights.pth", {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
     with suppress(UserError):  # a network outside the layer table can be a teacher by its name, options and weights
         lowered = lower(model, card.input_shape)
-        if lowered.weights.keys() == model.state_dict().keys():  # so can one whose layers name their weights differently
-            write_json(folder / "architecture.json", lowered.architecture.to_json())
+        if lowered.weights.keys() != model.state_dict().keys():
+            write_tensors(folder / LAYERS, {name: tensor.detach().contiguous() for name, tensor in lowered.weights.items()})
+        write_json(folder / "architecture.json", lowered.architecture.to_json())
     write_json(folder / "card.json", card.model_dump(mode="json"))
     summary = {
         "schema": 1, "model": {"name": own_name(config.model_name), "options": options, "num_classes": card.num_classes},

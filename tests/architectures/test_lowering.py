@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import architectures.stand_ins
 from architectures.describe import describe, lower
+from architectures.source import source
 from architectures.zoo import make
 from metadata.errors import UserError
 
@@ -50,7 +51,7 @@ class Detached(nn.Module):
 
 
 def test_weights_that_two_calls_are_given_are_refused() -> None:
-    with pytest.raises(UserError, match="the weights w are used twice; layers that share weights are not in the layer table"):
+    with pytest.raises(UserError, match="the weights w are used twice; layers that share weights are not in the layer"):
         describe(Shared(), (3, 3, 3))
 
 
@@ -69,6 +70,31 @@ def test_dropout_of_attention_acts_in_training_and_in_training_alone() -> None:
 def test_a_branch_without_gradients_is_refused() -> None:
     with pytest.raises(UserError, match="detach of a tensor that depends on the images"):
         describe(Detached(), (3, 8, 8))
+
+
+def test_an_answer_that_depends_on_earlier_calls_is_refused() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.head = 0, nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(x.flatten(1) * self.calls)  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match="its code keeps a state"):
+        describe(Counts(), (3, 2, 2))
+
+
+@pytest.mark.parametrize(("name", "called"), [("class", "classNetwork"), ("nn", "nnNetwork"), ("Path", "PathNetwork"),
+                                              ("super", "superNetwork"), ("Net", "Net")])
+def test_names_that_a_class_cannot_have_get_an_ending(name: str, called: str) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+    architecture = describe(model, (3, 2, 2), name)
+    assert architecture.model_type == called and f"class {called}(nn.Module)" in source(architecture, "w.pth")
+    if name != called:
+        with pytest.raises(UserError, match=f"model_type '{name}': .* such as {called}"):
+            source(architecture.model_copy(update={"model_type": name}), "w.pth")
 
 
 @pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:convnext_atto"])
