@@ -174,9 +174,9 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             original(images[:1].clone())
             what = "the model cannot be described: it does not take a batch of three"
         raise UserError(f"{what}: {first_line(error)}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UserError("the model's output must be logits (N, classes), got "
-                        f"{f'shape {list(logits.shape)}' if isinstance(logits, Tensor) else type(logits).__name__}")
+    shape = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        raise UserError(f"the model's output must be logits (N, classes), got {shape} for {len(images)} images")
     if not _same(logits[:1], again):
         raise UserError("the model cannot be described: its answer to an image is another one alone and in the next call: "
                         "its code keeps a state, draws random numbers in evaluation, or mixes the images of a batch")

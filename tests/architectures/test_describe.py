@@ -166,9 +166,9 @@ def test_what_is_refused_names_the_line(middle: Middle, said: str) -> None:
 
 
 @pytest.mark.parametrize(("middle", "said"), [
-    (lambda net, x: x.view(1, -1), "the output's shape is [256, 1], declared is [256]"),
-    (lambda net, x: x.view(-1, 8, 8), "must be logits (N, classes), got shape [4, 8, 8]"),
-    (lambda net, x: x.flatten(0), "must be logits (N, classes), got shape [256]"),
+    (lambda net, x: x.view(1, -1), "must be logits (N, classes), got shape [1, 768] for 3 images"),
+    (lambda net, x: x.view(-1, 8, 8), "must be logits (N, classes), got shape [12, 8, 8]"),
+    (lambda net, x: x.flatten(0), "must be logits (N, classes), got shape [768]"),
     (lambda net, x: x + torch.arange(float(len(x))).view(-1, 1, 1, 1), "a tensor that depends on the number of images"),
 ])
 def test_what_is_refused_as_a_whole_says_why(middle: Middle, said: str) -> None:
