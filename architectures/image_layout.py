@@ -1,9 +1,11 @@
-"""(N, C, H, W) or (N, H, W, C): which of the two the input of somebody's model file is."""
+"""(N, C, H, W) or (N, H, W, C), and how many images: which of these the input of somebody's model file takes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from metadata.errors import VerificationError
 
@@ -33,3 +35,24 @@ def takes_channels_last(path: Path, dims: Sequence[int], input_shape: Sequence[i
                                 f"and the preprocessing makes {list(shapes[layout])}")
     raise VerificationError(f"{path}: the input takes images of shape [{got}], the preprocessing makes {list(input_shape)} "
                             "(C, H, W); state an input_shape and a preprocessing (resize, crop) that fit the file")
+
+
+def answered_in_batches(run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, channels_last: bool, batch: int | None,
+                        ) -> np.ndarray:
+    """Return a model file's answers to any number of images: in the file's own layout, as many at once as it takes.
+
+    Args:
+        run: the file, on as many images as it takes.
+        images: (N, C, H, W).
+        channels_last: whether the file takes (N, H, W, C).
+        batch: the only number of images that the file takes, or None where it takes any; missing ones are zeros.
+    """
+    if channels_last:
+        images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    batch = batch or len(images)
+    if batch == len(images):
+        return run(images)
+    missing = -len(images) % batch if len(images) else batch
+    filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
+    parts = [run(filled[start:start + batch]) for start in range(0, len(filled), batch)]
+    return np.concatenate(parts)[:len(images)]

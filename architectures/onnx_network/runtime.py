@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from architectures.agreement import relative_difference
+from architectures.image_layout import answered_in_batches
 from architectures.onnx_network.graph import NotExpressibleError
 from architectures.onnx_network.network import OnnxNetwork
 from architectures.onnx_network.reading import OnnxClassifier, read_network
+from architectures.onnx_sessions import onnxruntime_options
 from metadata.errors import UserError, first_line
 
 COUNTS = (1, 2, 3)  # images in a batch that a network is compared for
@@ -29,8 +31,7 @@ class _Session:
             import onnxruntime
         except ImportError as error:
             raise UserError(f"{opened.path}: running it needs the package onnxruntime; pip install onnxruntime") from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+        options = onnxruntime_options(torch.get_num_threads(), opened.file.may_saturate)
         try:
             self.session = onnxruntime.InferenceSession(opened.model.SerializeToString(), options, ["CPUExecutionProvider"])
         except Exception as error:  # the runtime's classes of errors have no common base
@@ -78,15 +79,9 @@ class RunOnnxFile(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         file = self.running.file
-        inputs = images.detach().cpu().float().numpy()
-        if file.channels_last:
-            inputs = inputs.transpose(0, 2, 3, 1)
-        inputs = np.ascontiguousarray(inputs)
-        batch = file.batch or len(inputs)
-        if missing := -len(inputs) % batch:
-            inputs = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
-        parts = [self.running.run(inputs[start:start + batch]) for start in range(0, len(inputs), batch)]
-        return torch.from_numpy(np.concatenate(parts)[:len(images)]).float().to(images.device)
+        inputs = np.ascontiguousarray(images.detach().cpu().float().numpy())
+        logits = answered_in_batches(self.running.run, inputs, file.channels_last, file.batch)
+        return torch.from_numpy(logits).float().to(images.device)
 
 
 def proven_network(opened: OnnxClassifier) -> OnnxNetwork | RunOnnxFile:

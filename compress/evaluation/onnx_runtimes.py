@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from architectures.onnx_files import read_onnx
+from architectures.onnx_sessions import onnxruntime_options
 from compress.evaluation.runtime import FileRuntime
 from compress.evaluation.submission_files import SubmissionFiles, check_claims, check_int8_layers
 from metadata.errors import UserError, VerificationError, first_line
-from metadata.machine import machine
 
 
 class OnnxFileRuntime(FileRuntime):
@@ -48,24 +48,6 @@ class OnnxRuntime(OnnxFileRuntime):
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
         return self.session.run(None, {self.file.input_name: inputs})[0]  # type: ignore[no-any-return]
-
-
-def onnxruntime_options(threads: int, may_saturate: bool) -> Any:
-    """Return ONNX Runtime's session options: the number of threads, no log, and exact integer products on every CPU.
-
-    On CPUs without VNNI instructions the fast kernel saturates in 16 bits with some weights. For a file with such weights
-    an option selects the exact kernel there, which takes up to twice as long.
-
-    Args:
-        threads: of one inference.
-        may_saturate: see `architectures.onnx_files.may_saturate`.
-    """
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
-    if may_saturate and not {"avx512_vnni", "avx_vnni"} & set(machine()["flags"]):
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
 
 
 class OnOpenvino(FileRuntime):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from architectures.image_layout import answered_in_batches
 from compress.evaluation.submission_files import SubmissionFiles
 
 
@@ -73,15 +74,7 @@ class FileRuntime(Runtime):
                 "its latency is that of the whole call; export with a batch of any size, or of 1")
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        if self.channels_last:
-            images = np.ascontiguousarray(images.transpose(0, 2, 3, 1))
-        batch = self.batch or len(images)
-        if batch == len(images):
-            return self.run(images)
-        missing = -len(images) % batch if len(images) else batch
-        filled = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)]) if missing else images
-        parts = [self.run(filled[start:start + batch]) for start in range(0, len(filled), batch)]
-        return np.concatenate(parts)[:len(images)]
+        return answered_in_batches(self.run, images, self.channels_last, self.batch)
 
     def run(self, inputs: np.ndarray) -> np.ndarray:
         """Return the logits of as many images as the file takes, in the file's layout."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from architectures.onnx_files import may_saturate
-from compress.evaluation.onnx_runtimes import onnxruntime_options
+from architectures.onnx_sessions import onnxruntime_options
 from metadata.errors import UserError
 
 BINS = 2048

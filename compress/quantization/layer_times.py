@@ -13,7 +13,8 @@ import onnx
 import onnxruntime
 
 from architectures.onnx_files import may_saturate
-from compress.evaluation.onnx_runtimes import compile_for_openvino, onnxruntime_options
+from architectures.onnx_sessions import onnxruntime_options
+from compress.evaluation.onnx_runtimes import compile_for_openvino
 from compress.quantization.calibration import Images
 from compress.quantization.static import layers_and_products
 

@@ -110,3 +110,18 @@ def test_a_softmax_at_the_end_is_left_out_and_said(last: str, tmp_path: Path) ->
                             "stay"]
     assert not any("oftmax" in entry.op_type for entry in opened.model.graph.node)
     assert difference_from_file(read_network(opened), opened) < TOLERANCE
+
+
+def test_a_quantized_file_is_run_with_exact_integer_sums(tmp_path: Path) -> None:
+    """On CPUs without VNNI the fast kernel's sums of two products end at 32,767; the evaluator asks for the others."""
+    nodes = [node("QuantizeLinear", "x one zero", "levels"), node("DequantizeLinear", "levels one zero", "steps"),
+             node("DequantizeLinear", "weight one none", "wide"), node("Conv", "steps wide", "sums"),
+             node("QuantizeLinear", "sums large zero", "out"), node("DequantizeLinear", "out large zero", "features"),
+             node("GlobalAveragePool", "features", "pooled"), node("Flatten", "pooled", "y")]
+    path = written(tmp_path / "int8.onnx", nodes, {
+        "one": np.float32(1), "large": np.float32(2**12), "zero": np.uint8(0), "none": np.int8(0),
+        "weight": np.full((8, 4, 1, 1), 127, np.int8)}, image=("n", 4, 8, 8), output=("n", 8))
+    module = make(f"onnx:{path}", num_classes=8)
+    assert isinstance(module, RunOnnxFile) and module.running.file.may_saturate
+    expected = np.round(255 * 127 * 4 / 2**12) * 2**12
+    assert torch.equal(module(torch.full((2, 4, 8, 8), 255.0)), torch.full((2, 8), float(expected)))

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from architectures.onnx_files import may_saturate
-from compress.evaluation.onnx_runtimes import onnxruntime_options
+from architectures.onnx_sessions import onnxruntime_options
 from tests.helpers.qdq import qdq, run
 
 
