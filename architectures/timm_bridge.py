@@ -40,7 +40,7 @@ def make_zoo(name: str, *, num_classes: int, pretrained: bool, known: list[str],
             model = _torchvision(bare, num_classes, pretrained, options)
         else:
             model = _timm(name, bare, num_classes, pretrained and name not in PACKAGES, options)
-    except (TypeError, ValueError, AssertionError, LookupError) as error:  # how a zoo refuses an option
+    except (TypeError, ValueError, AssertionError, LookupError, RuntimeError) as error:  # how a zoo refuses an option
         raise UserError(f"model {name}: its builder refuses the options {options}: {first_line(error)}") from error
     if pretrained and name in PACKAGES:
         load_package(model, name)

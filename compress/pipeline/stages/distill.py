@@ -100,7 +100,7 @@ class Distill(Stage):
         return student
 
     def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule, list[str]]:
-        """Return the untrained student as a graph, and remarks on it; its weights depend on the seed alone."""
+        """Return the untrained student as a graph, and remarks on it; fresh weights depend on the seed alone."""
         with seeded(seed, "student"):
             module = make(self.model, num_classes=card.num_classes,
                           **fitted_options(self.model, self.options, card.input_shape))

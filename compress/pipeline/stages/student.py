@@ -39,7 +39,7 @@ class Student(Stage):
             raise UserError(f"student.model {self.model}: it would be untrained; set pretrained: true, name a file or "
                             "folder, or train it by the stage distill")
         with seeded(sketch.seed, "student"):
-            module = self._make(sketch.card) if self.model else make(
+            module = self._make(sketch.card, pretrained=False) if self.model else make(
                 sketch.teacher[0], num_classes=sketch.card.num_classes, **sketch.teacher[1])  # type: ignore[index]
         architecture, sketch.model = as_student(module, sketch.card, self.model or "the teacher")
         text = f"{self.model or 'the teacher'} as it is, {len(architecture.layers)} layers"
@@ -49,7 +49,7 @@ class Student(Stage):
         card = context.splits.card
         if self.model:
             with seeded(context.seed, "student"):
-                module = self._make(card)
+                module = self._make(card, self.pretrained)
             for text in remarks(module):
                 context.tracker.say(f"  student.model {self.model}: {text}")
         else:
@@ -58,7 +58,7 @@ class Student(Stage):
         architecture, student = as_student(module, card, self.model or "the teacher")
         return TorchModel(student, architecture)
 
-    def _make(self, card: DatasetCard) -> nn.Module:
+    def _make(self, card: DatasetCard, pretrained: bool) -> nn.Module:
         assert self.model is not None
-        return make(self.model, num_classes=card.num_classes, pretrained=self.pretrained,
+        return make(self.model, num_classes=card.num_classes, pretrained=pretrained,
                     **fitted_options(self.model, self.options, card.input_shape))
