@@ -53,7 +53,7 @@ def fold(graph: OnnxGraph) -> None:
             kept.append(node)
             continue
         found = evaluate(node, [graph.constants.get(name) if name else None for name in node.inputs])
-        count(graph, node, found)
+        check_total(graph, node, found)
         graph.constants |= dict(zip(node.outputs, found, strict=False))
         floats = {graph.origins.get(name, name) for name in given if graph.constants[name].dtype.kind == "f"
                   and graph.constants[name].size > 1}
@@ -62,7 +62,7 @@ def fold(graph: OnnxGraph) -> None:
     graph.nodes = kept
 
 
-def count(graph: OnnxGraph, node: OnnxNode, found: Sequence[Array]) -> None:
+def check_total(graph: OnnxGraph, node: OnnxNode, found: Sequence[Array]) -> None:
     """Add what a node has computed to what the graph has.
 
     Raises:
