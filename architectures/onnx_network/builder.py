@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.onnx_network.batch import batch_axis, with_images
-from architectures.onnx_network.constants import count, evaluate
+from architectures.onnx_network.constants import check_total, evaluate
 from architectures.onnx_network.graph import Array, OnnxGraph, OnnxNode
 from architectures.onnx_network.naming import ANONYMOUS, CALLED, dotted_path, layer_name
 from architectures.onnx_network.network import Call, Function, ImageCount, OnnxNetwork, Slot, KeptTensor, expand_to
@@ -287,7 +287,7 @@ class NetworkBuilder:
         sides = [evaluate(node, [value.arrays[at] if isinstance(value, Known) else None for value in inputs])
                  for at in range(1 if all(value.fixed for value in given) else 2)]
         for side in sides:
-            count(self.graph, node, side)
+            check_total(self.graph, node, side)
         floats = {value.name for value in given if value.arrays[0].dtype.kind == "f" and value.arrays[0].size > 1}
         origin = floats.pop() if len(floats) == 1 else ""
         for name, first, second in zip(node.outputs, sides[0], sides[-1], strict=False):
