@@ -161,13 +161,13 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Return a model's logits, on the CPU.
 
     Raises:
-        UserError: the model does not take the images, gives something else, or gives the first other logits alone.
+        UserError: the model does not take the images, gives something else, or gives other logits in the next call.
     """
     original = copy.deepcopy(model).cpu().eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = original(images.clone())  # code may change its input in place
-            again = original(images[:1].clone()) if len(images) > 1 else logits
+            again = original(images.clone()) if len(images) > 1 else logits
     except Exception as error:  # whatever the network's own code raises
         what = f"the model does not take images of shape {list(images.shape[1:])}"
         with suppress(Exception), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -177,9 +177,9 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     shape = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         raise UserError(f"the model's output must be logits (N, classes), got {shape} for {len(images)} images")
-    if not _same(logits[:1], again):
-        raise UserError("the model cannot be described: its answer to an image is another one alone and in the next call: "
-                        "its code keeps a state, draws random numbers in evaluation, or mixes the images of a batch")
+    if not _same(logits, again):
+        raise UserError("the model cannot be described: the next call with the same images has another answer: its code keeps "
+                        "a state, or draws random numbers in evaluation")
     return logits
 
 
