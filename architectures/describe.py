@@ -178,8 +178,8 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(images):
         raise UserError(f"the model's output must be logits (N, classes), got {shape} for {len(images)} images")
     if not _same(logits, again):
-        raise UserError("the model cannot be described: the next call with the same images has another answer: its code keeps "
-                        "a state, or draws random numbers in evaluation")
+        raise UserError("the model cannot be described: the next call with the same images has another answer: its code "
+                        "keeps a state, or draws random numbers in evaluation")
     return logits
 
 
