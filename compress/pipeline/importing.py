@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from architectures.architecture import Architecture
 from architectures.counting import architecture_macs, count_parameters
 from architectures.describe import lower
+from architectures.layers.base import AS_TEACHER
 from architectures.onnx_network.graph import NotExpressibleError
 from architectures.onnx_network.reading import OnnxClassifier, open_classifier, read_network, stated_sizes
 from architectures.onnx_network.runtime import COUNTS, RunOnnxFile, TOLERANCE, difference_from_file
@@ -116,6 +117,7 @@ def _expressed(opened: OnnxClassifier) -> tuple[Architecture, nn.Module]:
         found = lower(network, opened.input_shape, model_type=_type_name(opened.path))
     except UserError as error:
         text = str(error) if isinstance(error, NotExpressibleError) else f"{opened.path}: {error}"
+        text = text.removesuffix(f"; {AS_TEACHER}")
         raise UserError(f"{text}; as a teacher it works: teacher.model=onnx:{opened.path}") from error
     return found.architecture, found.build()
 

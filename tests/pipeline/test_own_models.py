@@ -278,6 +278,14 @@ def test_an_import_that_is_interrupted_leaves_no_folder(tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.onnx"]
 
 
+def test_import_names_an_operator_that_torch_has_and_the_layer_table_has_not(tmp_path: Path, compress: Compress) -> None:
+    nodes, head = with_head([node("Conv", "x stem.weight", "stem"), node("Elu", "stem", "out")], "out", 8)
+    path = written(tmp_path / "elu.onnx", nodes, {"stem.weight": drawn(8, 3, 3, 3), **head})
+    done = compress("import", path, "--out", tmp_path / "out")
+    assert_one_line_error(done, "elu (operator Elu of node 'node_out')", "as a teacher it works")
+    assert done.stderr.count("teacher it works") == 1 and "can still be used" not in done.stderr
+
+
 def test_import_writes_a_folder_that_is_a_model(tmp_path: Path, compress: Compress) -> None:
     path, out = soft_file(tmp_path), tmp_path / "theirs"
     done = compress("import", path, "--out", out)
