@@ -5,26 +5,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from benchmarks.coverage import WHOLE
 from benchmarks.coverage_checks import CHECKS, Examined
 from benchmarks.zoo_networks import zoo_networks
-from tests.helpers.marks import slow_but
 
-QUICK = ["timm:convnext_atto", "timm:dla46x_c", "timm:lcnet_050", "timm:regnetx_002", "timm:resnest14d", "timm:resnet10t",
-         "timm:resnet18", "timm:tinynet_e", "torchvision:mobilenet_v3_small", "torchvision:shufflenet_v2_x0_5"]
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_small_networks_are_described_and_rebuilt(name: str) -> None:
-    """The cheap half of the contract, for one small network of a family each."""
-    subject = Examined(name, zoo_networks()[name])
-    for check in ("describe", "rebuild", "count"):
-        CHECKS[check](subject)
+# One small network of a family each; the attention of one of them is a transformer's.
+QUICK = ["timm:convnext_atto", "timm:deit_tiny_patch16_224", "timm:lcnet_050", "timm:resnet10t",
+         "timm:tf_mobilenetv3_small_minimal_100", "timm:tinynet_e", "torchvision:mobilenet_v3_small",
+         "torchvision:mnasnet0_5", "torchvision:shufflenet_v2_x0_5", "torchvision:squeezenet1_1"]
+FAILING: dict[str, str] = {}  # networks that fail a check, and why
 
 
-@pytest.mark.parametrize("name", slow_but(zoo_networks(), ["timm:resnet10t"]))
+def cases() -> list[Any]:
+    """Return the networks as parameters: slow but for the quick ones, and failing where that is known."""
+    assert FAILING.keys() <= zoo_networks().keys() - set(QUICK)
+    return [pytest.param(name, marks=[*([] if name in QUICK else [pytest.mark.slow]),
+                                      *([pytest.mark.xfail(strict=True, reason=FAILING[name])] if name in FAILING else [])])
+            for name in zoo_networks()]
+
+
+@pytest.mark.parametrize("name", cases())
 def test_a_network_of_the_zoos_goes_all_the_way(name: str) -> None:
     subject = Examined(name, zoo_networks()[name])
     for check in WHOLE:

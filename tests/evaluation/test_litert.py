@@ -6,11 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.mlperf_tiny import scored
 from compress.evaluation.litert_files import read_litert
 from compress.evaluation.runtimes import open_file
 from compress.evaluation.submission import read_submission
@@ -86,3 +88,15 @@ print("quiet")
     done = subprocess.run([sys.executable, "-c", script, NETWORKS / "pretrainedResnet_quant.tflite"], capture_output=True,
                           text=True, check=False)
     assert done.stdout.strip() == "quiet", done.stderr
+
+
+@pytest.mark.slow
+def test_the_int8_networks_have_as_many_images_right_as_ever(tmp_path: Path) -> None:
+    packed = NETWORKS.parent / "cifar10.tar.xz"
+    if not packed.is_file():
+        pytest.skip("needs CIFAR-10 in ../shared/data")
+    with tarfile.open(packed) as tar:
+        tar.extractall(tmp_path, [member for member in tar if member.name.startswith("cifar10/test/")], filter="data")
+    for name, correct in (("pretrainedResnet_quant.tflite", 8_697), ("pretrainedResnet_large_int8.tflite", 9_131)):
+        row = scored(NETWORKS / name, tmp_path / "cifar10" / "test")
+        assert (row["correct"], row["images"]) == (correct, 10_000), name

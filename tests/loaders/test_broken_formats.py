@@ -43,6 +43,19 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
                      tmp_path_factory.mktemp("table") / "set")
 
 
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_webdataset(draw_folder(tmp_path_factory.mktemp("tars") / "folder", 2, 6),
+                            tmp_path_factory.mktemp("tars") / "set")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("pyarrow")
+    return write_parquet(draw_folder(tmp_path_factory.mktemp("tables") / "folder", 2, 3),
+                         tmp_path_factory.mktemp("tables") / "set")
+
+
 def plus(row: str) -> Callable[[str], bytes]:
     return lambda text: (text + row + "\n").encode()
 
@@ -187,8 +200,8 @@ TARS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", TARS)
-def test_broken_tars(case: str, tmp_path: Path) -> None:
-    root = write_webdataset(draw_folder(tmp_path / "folder", 2, 6), tmp_path / "set")
+def test_broken_tars(case: str, tars: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tars, tmp_path / "set"))
     change, said = TARS[case]
     for path in root.glob("*.tar"):
         change(path)
@@ -247,9 +260,8 @@ PARQUET: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PARQUET)
-def test_broken_parquet_files(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    root = write_parquet(draw_folder(tmp_path / "folder", 2, 3), tmp_path / "set")
+def test_broken_parquet_files(case: str, tables: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tables, tmp_path / "set"))
     change, said = PARQUET[case]
     for path in root.glob("data/*"):
         change(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import shutil
 import subprocess
@@ -40,31 +41,35 @@ from tests.helpers.static_int8 import images, on_onnxruntime
 QUICK = ["litert", "openvino", "torch_export"]
 
 
-@pytest.fixture(scope="module")
-def float_model() -> onnx.ModelProto:
-    return little()
+@functools.cache
+def network(int8: bool) -> onnx.ModelProto:
+    return little(int8)
 
 
-@pytest.fixture(scope="module")
-def int8_model() -> onnx.ModelProto:
-    return little(int8=True)
+@functools.cache
+def converted(name: str, int8: bool) -> dict[str, bytes]:
+    """The network in a format: suffix -> file."""
+    return export_format(name).convert(network(int8))
 
 
-def opened(model: onnx.ModelProto, name: str, folder: Path) -> Runtime:
-    """The model in a format, on the evaluator's runtime."""
-    kind = export_format(name)
-    for suffix, content in kind.convert(model).items():
+def opened(name: str, int8: bool, folder: Path) -> Runtime:
+    """The network in a format, on the evaluator's runtime."""
+    for suffix, content in converted(name, int8).items():
         (folder / f"model{suffix}").write_bytes(content)
-    return open_file(folder / f"model{kind.suffix}", SHAPE, Preprocessing())
+    return open_file(folder / f"model{export_format(name).suffix}", SHAPE, Preprocessing())
+
+
+@pytest.fixture
+def float_model() -> onnx.ModelProto:
+    return network(False)
 
 
 @pytest.mark.parametrize("name", [*QUICK, pytest.param("executorch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_each_format_answers_as_its_onnx_file(name: str, int8: bool, float_model: onnx.ModelProto,
-                                              int8_model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_each_format_answers_as_its_onnx_file(name: str, int8: bool, tmp_path: Path) -> None:
     pytest.importorskip(FILE_FORMATS[name].runtimes[name].module)
-    model = int8_model if int8 else float_model
-    runtime = opened(model, name, tmp_path)
+    model = network(int8)
+    runtime = opened(name, int8, tmp_path)
     inputs = images(4)
     expected, got = on_onnxruntime(model, precise=True), torch.from_numpy(runtime(inputs))
     if int8:
@@ -142,26 +147,26 @@ print("quiet")
     assert done.stdout.strip() == "quiet", done.stderr
 
 
-def test_one_image_and_many_have_the_same_answers(float_model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_one_image_and_many_have_the_same_answers(tmp_path: Path) -> None:
     inputs = images(5)
     for name in QUICK:
-        runtime = opened(float_model, name, tmp_path)
+        runtime = opened(name, False, tmp_path)
         assert np.allclose(np.concatenate([runtime(one[None]) for one in inputs]), runtime(inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 def test_a_package_states_what_its_file_holds(int8: bool, tmp_path: Path) -> None:
-    model = little(int8)
+    model = network(int8)
     card = DatasetCard(name="noise", class_names=[str(index) for index in range(10)], input_shape=SHAPE,
                        preprocessing=Preprocessing(resize=32, crop=32))
     described = describe(build(describe(Little(), SHAPE)), SHAPE)
-    layers = {node.name: "int8: static" if int8 else "float32: not quantized" for node in layers_of(little())}
+    layers = {node.name: "int8: static" if int8 else "float32: not quantized" for node in layers_of(network(False))}
     measured = {"correct": 1, "images": 2, "accuracy": 0.5, "latency_ms": 1.0, "latency_p5_ms": 1.0, "latency_p95_ms": 1.0}
     folder = tmp_path / "package"
 
     def write(layers: dict[str, str]) -> None:
         FormatPackage(architecture=described, card=card, name="little", measured=measured, format="openvino",
-                      files=export_format("openvino").convert(model), scheme="static_int8" if int8 else "none",
+                      files=converted("openvino", int8), scheme="static_int8" if int8 else "none",
                       layers=layers).write(folder)
 
     write(layers)

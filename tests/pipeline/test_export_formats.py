@@ -80,10 +80,22 @@ def test_int8_keeps_the_format_and_another_export_changes_it(name: str, ending, 
 
 
 @pytest.mark.parametrize(("stages", "parts"), [
-    ("  - export: {format: tflite}\n", ("format", "'litert'", "'openvino'")),
+    ("  - export: {format: tflite}\n", ("format", "'litert'", "'openvino'")),  # the names that there are
     ("  - export\n  - export\n", ("export.format onnx: the model has this format already",)),
     ("  - quantize_dynamic\n  - export: {format: openvino}\n", ("the model is int8 by then",)),
     ("  - export: {format: openvino}\n  - package: {layout: hub}\n", ("package.layout hub", "toolkit layout")),
     ("  - package: {layout: hub, license: my own}\n", ("license", "my own"))])
 def test_a_plan_refuses(stages: str, parts: tuple[str, ...], ending) -> None:  # type: ignore[no-untyped-def]
     assert_one_line_error(ending(stages, verb="plan"), *parts)
+
+
+def test_what_a_runtime_cannot_do_is_said_in_the_plan(two_stages: Path, tmp_path: Path, compress: Compress) -> None:
+    pytest.importorskip(FILE_FORMATS["litert"].runtimes["litert"].module)
+    (tmp_path / "dilated.py").write_text(
+        "from torch import nn\n\n\ndef net(num_classes):\n    return nn.Sequential(\n"
+        "        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2, dilation=2), nn.Flatten(), nn.Linear(32, num_classes))\n")
+    student = [f"distill.model=file:{tmp_path / 'dilated.py'}:net", "distill.options={}"]
+    two_stages.write_text(two_stages.read_text() + "  - export: {format: onnx}\n")
+    assert compress("plan", two_stages, *student).returncode == 0
+    assert_one_line_error(compress("plan", two_stages, *student, "export.format=litert"),
+                          "export.format litert: node 1: MaxPool: with dilation", "keep export.format onnx")
