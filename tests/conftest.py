@@ -29,6 +29,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Take back the threads that a run inside this process took: the next tests would fight with them for the cores."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def compress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Compress:
     """Run the command line inside this process, which spares each call the seconds of importing torch."""

@@ -65,3 +65,11 @@ def two_stages(tiny_recipe: Path, tmp_path: Path) -> Path:
     recipe = tmp_path / "two_stages.yaml"
     recipe.write_text(tiny_recipe.read_text().split("  - prune")[0])
     return recipe
+
+
+@pytest.fixture
+def alone(tiny_recipe: Path, tmp_path: Path) -> Path:
+    """The recipe's teacher and nothing behind it."""
+    recipe = tmp_path / "alone.yaml"
+    recipe.write_text(tiny_recipe.read_text().split("  - distill")[0])
+    return recipe

@@ -74,14 +74,6 @@ def own(tmp_path: Path) -> Path:
     return tmp_path / "my_net.py"
 
 
-@pytest.fixture
-def alone(tiny_recipe: Path, tmp_path: Path) -> Path:
-    """The recipe's teacher and nothing behind it."""
-    recipe = tmp_path / "alone.yaml"
-    recipe.write_text(tiny_recipe.read_text().split("  - distill")[0])
-    return recipe
-
-
 def test_a_class_and_a_function_of_ones_own_file(own: Path) -> None:
     assert make(f"file:{own}:MyNet", num_classes=5, width=6).head.weight.shape == (5, 6)
     assert make(f"file:{own}:build", num_classes=5).head.weight.shape == (5, 4)

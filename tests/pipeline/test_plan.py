@@ -19,8 +19,11 @@ from tests.helpers.folders import draw_folder
 from tests.helpers.commands import Compress, SMALL, assert_one_line_error
 
 
-NARROW = ["teacher.options.width=8", "distill.options.width=8"]
-NETWORKS = "{teacher: {options: {width: 8, stem: small}}}, {distill: {options: {width: 8, stem: small}}}"
+NARROW = ["teacher.options.width=8", "distill.options.width=8", "threads=1"]
+SHORT = "{model: scaling_cnn, options: {width: 16, depth: 1}}"
+NETWORKS = f"{{teacher: {SHORT}}}, {{distill: {SHORT}}}"
+FEW_LAYERS = [f"{stage}.{setting}" for stage in ("teacher", "distill")
+              for setting in ("model=scaling_cnn", "options={width: 16, depth: 1}")] + ["threads=1"]
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [
@@ -57,8 +60,8 @@ def test_mistakes_get_one_line_and_leave_nothing(arguments: list[str], parts: li
                                                  tmp_path: Path) -> None:
     if arguments[-1] == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    narrow = NARROW if arguments[0] == "slim_resnet18_digits" else []  # none of these mistakes depends on a width
-    done = compress("run", arguments[0], *narrow, *arguments[1:], f"run_dir={tmp_path / 'runs'}")
+    few = FEW_LAYERS if arguments[0] == "slim_resnet18_digits" else []  # none of these mistakes depends on the networks
+    done = compress("run", arguments[0], *few, *arguments[1:], f"run_dir={tmp_path / 'runs'}")
     assert_one_line_error(done, *parts)
     assert list(tmp_path.iterdir()) == []
 

@@ -27,14 +27,6 @@ from tests.helpers.commands import Compress, assert_one_line_error
 CLASSES = [f"class_{number:03d}" for number in range(4)]
 
 
-@pytest.fixture
-def alone(tiny_recipe: Path, tmp_path: Path) -> Path:
-    """The recipe's teacher and nothing behind it."""
-    recipe = tmp_path / "alone.yaml"
-    recipe.write_text(tiny_recipe.read_text().split("  - distill")[0])
-    return recipe
-
-
 def permuted(weights: dict[str, Any], order: list[int]) -> dict[str, Any]:
     return {name: tensor[order] if name.startswith("fc.") else tensor for name, tensor in weights.items()}
 
