@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 # Where Pillow keeps an orientation in `Image.info`; a TIFF has none there, because Pillow turns it while it reads.
 _TAGGED = frozenset({"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"})
 _ORIENTATION = 0x0112
+# Of a resize. Networks for photos take 224 to 1,024 pixels, and crop 7/8 or all of the resize.
+MAX_SIDE = 4096
+MAX_RESIZE_TO_CROP = 8
+MAX_PIXELS = 2**28  # of a resized picture; one of 60,000 x 1 pixels would grow to 15 million x 256
 
 
 class PackedPicture(Protocol):
@@ -35,7 +39,8 @@ def decode_image(path: Path | PackedPicture, preprocessing: Preprocessing) -> np
     bits are scaled to 8 (see `_eight_bits`).
 
     Raises:
-        UserError: the file is not an image, is truncated, has values out of range, or is smaller than the crop.
+        UserError: the file is not an image, is truncated, has values out of range, is smaller than the crop, or too long to
+            resize.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
     try:
@@ -49,6 +54,9 @@ def decode_image(path: Path | PackedPicture, preprocessing: Preprocessing) -> np
         why = "no format that Pillow knows" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(f"{path}: not a readable image, or cut short: {why}") from error
     if preprocessing.covered and (size := size_covering(image.size, preprocessing.covered)) != image.size:
+        if size[0] * size[1] > MAX_PIXELS:
+            raise UserError(f"{path}: the image is {image.width}x{image.height}, so the resize would give {size[0]:,} x "
+                            f"{size[1]:,} pixels, over the limit of {MAX_PIXELS:,}; cut it, or leave it out")
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
     if preprocessing.window:
         (width, height), (high, wide) = image.size, preprocessing.window
@@ -66,6 +74,20 @@ def size_covering(size: tuple[int, int], covered: tuple[int, int]) -> tuple[int,
     if high * width >= wide * height:
         return high * width // height, high
     return wide, wide * height // width
+
+
+def oversized(resize: tuple[int, int] | None, crop: tuple[int, int] | None) -> str:
+    """Return in which way a resize to cover (height, width) is over the limits, or "" where it is not."""
+    if not resize or all(side <= min(MAX_SIDE, MAX_RESIZE_TO_CROP * least)
+                         for side, least in zip(resize, crop or resize, strict=True)):
+        return ""
+    return (f"a resize to {sides_text(resize)} pixels is over the limit, {MAX_SIDE:,} pixels and {MAX_RESIZE_TO_CROP} "
+            f"times the crop ({sides_text(crop) if crop else None})")
+
+
+def sides_text(sides: tuple[int, int]) -> str:
+    """Return (height, width) as messages write it: one number where both are the same."""
+    return f"{sides[0]:,}" if sides[0] == sides[1] else f"{sides[0]:,}x{sides[1]:,}"
 
 
 def is_colour(path: Path | PackedPicture) -> bool:

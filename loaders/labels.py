@@ -10,13 +10,16 @@ from pathlib import Path, PurePath
 from loaders.listing import SPLITS
 from metadata.errors import UserError, some_of
 
-WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+WHOLE = re.compile(r"([+-]?[0-9]{1,18})(\.0{0,18})?")  # 10, or 10.0 as pandas writes a column with gaps
+DECIMAL = re.compile(r"[+-]?[0-9]+\.[0-9]*")
 MOST_CLASSES = 2**20
 WORD = re.compile(r"[A-Za-z]+")
 
 
 def numbered(labels: Iterable[str | int], where: str) -> list[str]:
     """Return the classes of labels in the order of their indices: numbers by value, names by the alphabet.
+
+    Decimals that are whole, such as 10.0, are numbers; versions such as 1.0 and 1.5 are names.
 
     Raises:
         UserError: a negative number, names between numbers, or more classes than a network has outputs.
@@ -27,19 +30,24 @@ def numbered(labels: Iterable[str | int], where: str) -> list[str]:
     texts = {str(label) for label in distinct}
     if not all(WHOLE.fullmatch(text) for text in texts):
         numbers = [text for text in texts if WHOLE.fullmatch(text)]
-        if numbers and 2 * len(numbers) > len(texts):
+        decimals = all(DECIMAL.fullmatch(text) for text in texts)
+        if numbers and not decimals and 2 * len(numbers) > len(texts):
             odd = min(texts - set(numbers))
             raise UserError(f"{where}: the label {odd[:40]!r} is no number, as {len(numbers)} of the {len(texts)} "
                             "different labels are; correct it")
         return sorted(texts)
-    ordered = sorted(texts, key=lambda text: (int(text), text))
-    if int(ordered[0]) < 0:
+    ordered = sorted(texts, key=lambda text: (_value(text), text))
+    if _value(ordered[0]) < 0:
         raise UserError(f"{where}: the label {ordered[0]} is out of range: expected 0 or more; -1 often marks images "
                         "without a label, which must be left out")
     for one, other in itertools.pairwise(ordered):
-        if int(one) == int(other):
+        if _value(one) == _value(other):
             raise UserError(f"{where}: the labels {one!r} and {other!r} are one number; write it in one way")
     return ordered
+
+
+def _value(whole: str) -> int:
+    return int(whole.partition(".")[0])
 
 
 def splits_of(paths: Sequence[Path], root: Path, what: str) -> list[str]:

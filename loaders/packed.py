@@ -23,7 +23,8 @@ SUFFIXES = {"AVIF": ".avif", "BMP": ".bmp", "GIF": ".gif", "JPEG": ".jpg", "JPEG
 class Spool:
     """A temporary file without a name, which vanishes with the last process that reads it, however that process ends.
 
-    It holds pictures as they are stored, not decoded, one after the other.
+    It holds pictures as they are stored, not decoded, one after the other, and at most twice what their files state (and
+    `MOST_BYTES` more): a file of some hundred bytes can state little and hold a disk full of pictures.
     """
 
     def __init__(self, needed: int) -> None:
@@ -34,11 +35,14 @@ class Spool:
                             "of a larger disk")
         with tempfile.TemporaryFile() as file:
             self.descriptor = os.dup(file.fileno())
-        self.length = 0
+        self.length, self.limit = 0, 2 * needed + MOST_BYTES
 
     def add(self, content: bytes) -> int:
-        """Append a picture and return its place."""
+        """Append a picture and return its place. Raise UserError if the pictures exceed the limit, or the disk is full."""
         place = self.length
+        if place + len(content) > self.limit:
+            raise UserError(f"the pictures take over {self.limit:,} bytes, far more than their files state; write the set "
+                            "again, without compression")
         try:
             written = 0
             while written < len(content):
@@ -57,12 +61,12 @@ class Spool:
             os.close(self.descriptor)
 
     def __reduce__(self) -> Any:  # for the processes of a DataLoader that are not forked
-        return _reopened, (reduction.DupFd(self.descriptor), self.length)
+        return _reopened, (reduction.DupFd(self.descriptor), self.length, self.limit)
 
 
-def _reopened(descriptor: Any, length: int) -> Spool:
+def _reopened(descriptor: Any, length: int, limit: int) -> Spool:
     spool = Spool.__new__(Spool)
-    spool.descriptor, spool.length = descriptor.detach(), length
+    spool.descriptor, spool.length, spool.limit = descriptor.detach(), length, limit
     return spool
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loaders.arrays import ArrayImages, Images, ResizedImages, in_memory, prefetched
 from loaders.content import array_content, content_hash
+from loaders.images import MAX_SIDE, oversized, sides_text
 from loaders.packed import Packed, Picture
 from loaders.request import Request
 from metadata.errors import UserError, describe_validation_error
@@ -169,7 +170,8 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
         size: the side of square images that come as arrays; only `image_size` resizes them.
 
     Raises:
-        UserError: a value out of range, a number of means other than that of the channels, or another size for arrays.
+        UserError: a value out of range, a number of means other than that of the channels, a size over the limit, or
+            another size for arrays.
     """
     if request.channels not in (None, 1, 3):
         raise UserError(f"data.channels {request.channels}: expected 1 or 3")
@@ -186,6 +188,12 @@ def preprocessing_for(request: Request, defaults: dict[str, Any], size: int | No
         settings = Preprocessing.model_validate({**own, **request.preprocessing})
     except ValidationError as error:
         raise UserError(f"data: {describe_validation_error(error)}") from error
+    # The evaluator has these limits too, so that a run does not end with a model that it refuses.
+    if over := oversized(settings.covered, settings.window):
+        raise UserError(f"data.image_size, data.resize, data.crop: {over}; state smaller ones")
+    if settings.window and max(settings.window) > MAX_SIDE:
+        raise UserError(f"data.image_size, data.crop: a crop of {sides_text(settings.window)} pixels is over the limit, "
+                        f"{MAX_SIDE:,} pixels; state a smaller one")
     if request.image_size is not None and settings.window != height_and_width(request.image_size):
         raise UserError(f"data.image_size {_spelled(request.image_size)}, data.crop {_spelled(settings.crop)}: both set "
                         "the size of the input of the model; pass one of them")

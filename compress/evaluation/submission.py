@@ -15,7 +15,7 @@ from compress.evaluation.extras import STANDALONE, toolkit
 from compress.evaluation.file_formats import FILE_FORMATS
 from compress.evaluation.submission_files import SubmissionFiles, check_claims
 from compress.evaluation.survey import MAX_FILE_BYTES, Survey, survey_folder
-from loaders.images import size_covering
+from loaders.images import oversized, sides_text, size_covering
 from metadata.errors import UserError, VerificationError
 from metadata.files import read_json
 from metadata.schemas import METADATA_FILE, ModelMetadata, Preprocessing
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 ORIGINAL_METADATA_FILES = (METADATA_FILE, "metadata.json")
-# Pixels of the shorter side after the resize. Networks for photos take 224 to 1,024, and crop 7/8 or all of the resize.
-MAX_RESIZE = 4096
-MAX_RESIZE_TO_CROP = 8
 
 
 def read_submission(folder: str | Path) -> SubmissionFiles:
@@ -130,22 +127,16 @@ def check_served(where: str, shape: tuple[int, int, int], stated: Preprocessing)
     """
     resize, crop, channels = stated.covered, stated.window, len(stated.mean)
     if resize and crop and (crop[0] > resize[0] or crop[1] > resize[1]):
-        raise VerificationError(f"{where}: a crop of {_shown(crop)} does not fit into a resize of {_shown(resize)}")
-    if resize and any(side > min(MAX_RESIZE, MAX_RESIZE_TO_CROP * least)
-                      for side, least in zip(resize, crop or resize, strict=True)):
-        raise VerificationError(f"{where}: a resize to {_shown(resize)} pixels is over the limit, {MAX_RESIZE:,} pixels "
-                                f"and {MAX_RESIZE_TO_CROP} times the crop ({_shown(crop) if crop else None})")
+        raise VerificationError(f"{where}: a crop of {sides_text(crop)} does not fit into a resize of {sides_text(resize)}")
+    if over := oversized(resize, crop):
+        raise VerificationError(f"{where}: {over}")
     size = crop or shape[1:]
     covers = not resize or size_covering((size[1], size[0]), resize) == (size[1], size[0])
     if shape != (channels, *size) or not (crop or covers):
         gives = (f"{crop[0]}x{crop[1]} pixels" if crop else f"images whose shorter side is {stated.resize}"
-                 if isinstance(stated.resize, int) else f"images that just cover {_shown(resize or size)} pixels")
+                 if isinstance(stated.resize, int) else f"images that just cover {sides_text(resize or size)} pixels")
         raise VerificationError(f"{where}: input_shape is {list(shape)}, the preprocessing gives {channels} channels of "
                                 f"{gives}")
-
-
-def _shown(sides: tuple[int, int]) -> str:
-    return f"{sides[0]:,}" if sides[0] == sides[1] else f"{sides[0]:,}x{sides[1]:,}"
 
 
 def open_submission(files: SubmissionFiles) -> nn.Module:

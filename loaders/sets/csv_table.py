@@ -70,7 +70,8 @@ def _tables(root: Path) -> dict[str | None, Path]:
     """Return the CSV files by split; None: a file for all."""
     if root.is_file():
         return {None: root}
-    paths = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES) if root.is_dir() else []
+    paths = [path for path in sorted(root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()
+             ] if root.is_dir() else []
     splits: dict[str | None, Path] = {SPLITS[path.stem.lower()]: path for path in paths if path.stem.lower() in SPLITS}
     if "train" in splits and len(splits) > 1:
         return splits
@@ -157,6 +158,9 @@ def _given(columns: list[str], header: list[str] | None, width: int, path: Path)
             known = header or [str(number + 1) for number in range(width)]
             raise UserError(f"{path}: there is no column {column!r}{closest(column, known)} (there are: "
                             f"{some_of(known, 9)})")
+    if len(set(places)) < len(places):
+        raise UserError(f"data.columns {','.join(columns)}: one column for two things; expected a column each for path, "
+                        "label and split")
     return places
 
 

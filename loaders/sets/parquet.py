@@ -1,11 +1,14 @@
 """Hugging Face `datasets` folders with Parquet files: `data/train-00000-of-00001.parquet`, with images as {bytes, path}.
 
-The stored pictures are cut out into a temporary file without a name, because a Parquet file is not read by position.
+The stored pictures are cut out into a temporary file without a name, because a Parquet file is not read by position. A
+picture that many rows share is in it once. Rows are read one at a time: a file of some hundred bytes can hold a picture of
+many megabytes in each of its rows, and pyarrow writes every row of a batch out.
 Source: https://huggingface.co/docs/hub/datasets-image and the schema that `datasets` writes into a file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,8 +27,10 @@ from metadata.closest import closest
 from metadata.errors import UserError, first_line, some_of
 
 NAME = "parquet"
-ROWS = 256  # that are read at once
+READ_BYTES = 2**20  # of a column that are read at once, compressed
+MOST_TIMES = 100  # the file's own size that its rows may hold, beside MOST_BYTES: pictures are compressed already
 MOST_GROUP_BYTES = 2**32  # of a row group's columns, as the file states them
+FULL = "such files are made to fill memory; if this one is not, write the set again, without compression"
 MOST_CARD_BYTES = 2**22  # of README.md
 DEEP = 3  # folders below the root in which files are looked for
 
@@ -38,17 +43,19 @@ class Table:
         path: of the file.
         image: the column of pictures.
         label: the column of labels.
+        leaves: the columns of bytes and of names in that of pictures.
         names: of the classes by label, if they are stated.
-        rows: the number of rows.
-        group_bytes: of both columns, in each row group, decompressed.
+        stated: the bytes of all columns, decompressed; what rows share counts once.
+        limit: the bytes that the rows may hold; what rows share counts in each.
     """
 
     path: Path
     image: str
     label: str
+    leaves: list[str]
     names: list[str] | None
-    rows: int
-    group_bytes: list[int]
+    stated: int
+    limit: int
 
 
 def parquet(request: Request) -> Splits:
@@ -74,10 +81,11 @@ def parquet(request: Request) -> Splits:
             raise UserError(f"{table.path}: other columns or classes than in {first.path}; pass data.root with the folder "
                             "of one configuration")
     splits = splits_of(paths, root, "file")
-    spool = Spool(sum(sum(table.group_bytes) for table in tables))
+    spool = Spool(sum(table.stated for table in tables))
+    stored: dict[bytes, int] = {}
     listed: dict[str, list[tuple[Packed, Any]]] = {}
     for table, split in zip(tables, splits, strict=True):
-        listed.setdefault(split, []).extend(_rows(table, spool))
+        listed.setdefault(split, []).extend(_rows(table, spool, stored))
     names = first.names or numbered((label for rows in listed.values() for _, label in rows), str(root))
     index = {name: number for number, name in enumerate(names)}
     found = {split: [(picture, label if first.names else index[str(label)]) for picture, label in rows]
@@ -100,7 +108,7 @@ def _files(root: Path) -> list[Path]:
         return [root]
     depths = ["/".join(["*"] * depth + ["*.parquet"]) for depth in range(DEEP + 1)]
     return sorted(path for pattern in depths for path in root.glob(pattern)
-                  if not any(part.startswith(".") for part in path.relative_to(root).parts))
+                  if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
 def _opened(path: Path, columns: list[str], card: Mapping[str, list[str]]) -> Table:
@@ -108,13 +116,17 @@ def _opened(path: Path, columns: list[str], card: Mapping[str, list[str]]) -> Ta
     arrow = _arrow()
     try:
         file = arrow.parquet.ParquetFile(path)
-        schema, footer = file.schema_arrow, file.metadata
+        schema, footer, size = file.schema_arrow, file.metadata, path.stat().st_size
         group_bytes = [_group_bytes(footer.row_group(number)) for number in range(footer.num_row_groups)]
     except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
     if any(not 0 <= size <= MOST_GROUP_BYTES for size in group_bytes) or footer.num_rows < 1:
         raise UserError(f"{path}: {footer.num_rows:,} rows, and a row group of {max(group_bytes, default=0):,} bytes; "
                         f"expected rows, and at most {MOST_GROUP_BYTES:,} bytes in a row group")
+    stated, limit = sum(group_bytes), MOST_BYTES + MOST_TIMES * size
+    if stated > limit:
+        raise UserError(f"{path}: a file of {size:,} bytes that states {stated:,} bytes, over the limit of {limit:,}; "
+                        f"{FULL}")
     features = _features(schema, path)
     image, label = _columns(schema, features, columns, path)
     names = features.get(label, {}).get("names") if isinstance(features.get(label), dict) else None
@@ -124,7 +136,8 @@ def _opened(path: Path, columns: list[str], card: Mapping[str, list[str]]) -> Ta
     if not (arrow.types.is_integer(kind) or texts):
         raise UserError(f"{path}: the labels in {label} are {kind}, expected integers, or text; pass "
                         "data.columns=IMAGE,LABEL")
-    return Table(path=path, image=image, label=label, names=names, rows=footer.num_rows, group_bytes=group_bytes)
+    return Table(path=path, image=image, label=label, names=names, stated=stated, limit=limit,
+                 leaves=_leaves(schema, image, path))
 
 
 def _group_bytes(group: Any) -> int:
@@ -147,6 +160,8 @@ def _columns(schema: Any, features: dict[str, Any], given: list[str], path: Path
         if column not in schema.names:
             raise UserError(f"{path}: there is no column {column!r}{closest(column, schema.names)} (there are: "
                             f"{some_of(schema.names, 9)})")
+    if len(given) == 2 and given[0] == given[1]:
+        raise UserError(f"data.columns {','.join(given)}: one column for both; expected two: image, label")
     if len(given) == 2:
         return given[0], given[1]
     if given:
@@ -165,6 +180,24 @@ def _columns(schema: Any, features: dict[str, Any], given: list[str], path: Path
         raise UserError(f"{path}: which columns hold images and labels? There are: {some_of(schema.names, 9)}; pass "
                         "data.columns=IMAGE,LABEL")
     return images[0], labels[0]
+
+
+def _leaves(schema: Any, image: str, path: Path) -> list[str]:
+    """Return what to read of the pictures' column: no list in it, which could hold any number of pictures in a row.
+
+    Raises:
+        UserError: the column holds no bytes.
+    """
+    kinds = _arrow().types
+    cell = schema.field(image).type
+    leaves = {image: cell}
+    if kinds.is_struct(cell):
+        leaves = {f"{image}.{name}": cell.field(name).type for name in ("bytes", "path") if cell.get_field_index(name) >= 0}
+    stored = leaves.get(f"{image}.bytes", leaves.get(image))
+    if stored is None or not (kinds.is_binary(stored) or kinds.is_large_binary(stored) or kinds.is_null(stored)):
+        raise UserError(f"{path}: the column {image} holds {str(cell)[:80]}, expected the bytes of pictures; write the set "
+                        "with the pictures in it (`push_to_hub`), or pass data.columns=IMAGE,LABEL")
+    return [name for name, kind in leaves.items() if kind is stored or kinds.is_string(kind)]
 
 
 def _checked_names(names: Any, where: str) -> list[str] | None:
@@ -201,24 +234,35 @@ def _card_names(root: Path) -> dict[str, list[str]]:
                         "them") from error
 
 
-def _rows(table: Table, spool: Spool) -> Iterator[tuple[Packed, Any]]:
-    """Yield the pictures of a file with their labels; the bytes go into the temporary file."""
+def _rows(table: Table, spool: Spool, stored: dict[bytes, int]) -> Iterator[tuple[Packed, Any]]:
+    """Yield the pictures of a file with their labels; the bytes go into the temporary file.
+
+    Args:
+        table: the file.
+        spool: takes the pictures.
+        stored: the place in it of each picture, by the hash of its bytes.
+    """
     arrow = _arrow()
-    row = 0
+    row = held = 0
     try:
-        with arrow.parquet.ParquetFile(table.path) as file:
-            for batch in file.iter_batches(batch_size=ROWS, columns=[table.image, table.label], use_threads=False):
-                for image, label in zip(batch.column(table.image), batch.column(table.label).to_pylist(), strict=True):
-                    where = f"{table.path}: row {row}"
-                    content, name = _content(image, where)
-                    if label is None or (table.names is not None and not 0 <= label < len(table.names)):
-                        among = f"0 to {len(table.names) - 1}" if table.names else "one"
-                        raise UserError(f"{where}: the label in {table.label} is {label}, expected {among}; -1 marks "
-                                        "images without a label, whose split must be moved away")
-                    named = f"row {row} ({name})" if name else f"row {row}"
-                    place = spool.add(content)
-                    yield Packed(file=table.path, name=named, offset=place, size=len(content), spool=spool), label
-                    row += 1
+        with arrow.parquet.ParquetFile(table.path, buffer_size=READ_BYTES) as file:
+            for batch in file.iter_batches(batch_size=1, columns=[*table.leaves, table.label], use_threads=False):
+                where = f"{table.path}: row {row}"
+                if (held := held + batch.nbytes) > table.limit:
+                    raise UserError(f"{where}: the rows up to here hold {held:,} bytes, over the limit of {table.limit:,} "
+                                    f"for a file of its size; {FULL}")
+                content, name = _content(batch.column(table.image)[0], where)
+                label = batch.column(table.label)[0].as_py()
+                if label is None or (table.names is not None and not 0 <= label < len(table.names)):
+                    among = f"0 to {len(table.names) - 1}" if table.names else "one"
+                    raise UserError(f"{where}: the label in {table.label} is {label}, expected {among}; -1 marks "
+                                    "images without a label, whose split must be moved away")
+                named = f"row {row} ({name})" if name else f"row {row}"
+                digest = hashlib.sha256(content).digest()
+                if digest not in stored:
+                    stored[digest] = spool.add(content)
+                yield Packed(file=table.path, name=named, offset=stored[digest], size=len(content), spool=spool), label
+                row += 1
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{table.path}: damaged behind row {row}: {first_line(error)}") from error
 

@@ -47,7 +47,7 @@ def tiny_imagenet(request: Request) -> Splits:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}; unpack the set again") from error
 

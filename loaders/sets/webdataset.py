@@ -29,6 +29,7 @@ LABEL_SUFFIXES = (".cls", ".json", ".txt")  # the first that is there counts
 KEYS = ("label", "cls", "class", "class_name", "category", "target")
 MOST_LABEL_BYTES = 2**20
 MOST_SHARDS = 100_000
+MOST_PADDING = 2**21  # zeros at the end of a tar: its programs fill up 10 kB, or a megabyte
 RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
@@ -89,7 +90,7 @@ def expanded(pattern: str) -> list[str]:
 def _shards(root: Path) -> list[Path]:
     """Return the tars of a folder or a pattern, sorted."""
     if root.is_dir():
-        found = sorted({*root.glob("*.tar"), *root.glob("*/*.tar")})
+        found = _tars(root)
         if not found:
             packed = next((path for path in sorted(root.iterdir()) if path.name.endswith((".tar.gz", ".tgz"))), None)
             raise UserError(f"data.root {root}: expected tars in it, such as train-000000.tar; " + (
@@ -99,11 +100,16 @@ def _shards(root: Path) -> list[Path]:
         return [root]
     found = []
     for text in expanded(str(root)):
-        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text] if Path(text).is_file() else []
+        matches = [path for path in (sorted(glob.glob(text)) if glob.has_magic(text) else [text]) if Path(path).is_file()]
         if not matches:
             raise UserError(f"data.root {root}: there is no file {text}")
         found += map(Path, matches)
     return sorted(set(found))
+
+
+def _tars(folder: Path) -> list[Path]:
+    """Return the tars in a folder and those below it, sorted. What is no file, such as a named pipe, is left out."""
+    return sorted(path for path in {*folder.glob("*.tar"), *folder.glob("*/*.tar")} if path.is_file())
 
 
 def _samples(shard: Path) -> Iterator[tuple[Packed, str]]:
@@ -121,6 +127,7 @@ def _samples(shard: Path) -> Iterator[tuple[Packed, str]]:
                     if suffix in parts:
                         raise UserError(f"{shard}: {member.name[:80]}: the tar has two members of this name")
                     parts[suffix] = member
+            _check_end(shard, tar.offset, length)
             for key, parts in samples.items():
                 pictures = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
                 labels = [suffix for suffix in LABEL_SUFFIXES if suffix in parts]
@@ -133,7 +140,8 @@ def _samples(shard: Path) -> Iterator[tuple[Packed, str]]:
                 yield Packed(file=shard, name=picture.name, offset=picture.offset_data, size=picture.size), _label(
                     tar, parts[labels[0]], labels[0], f"{shard}: {parts[labels[0]].name[:80]}")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        advice = "; if it is compressed, unpack it with gunzip: compression gains nothing on pictures"
+        advice = "; fetch or pack the tar again" if samples else (
+            "; if it is compressed, unpack it with gunzip: compression gains nothing on pictures")
         raise UserError(f"{shard}: not a readable tar: {first_line(error)}{advice}") from error
     if not samples:
         raise UserError(f"{shard}: the tar is empty, or no tar")
@@ -161,6 +169,34 @@ def _checked(member: tarfile.TarInfo, shard: Path, length: int) -> tuple[str, st
     return str(path.parent / (stem or path.name)), path.suffix.lower()
 
 
+def _check_end(shard: Path, end: int, length: int) -> None:
+    """Check that nothing but zeros follows the last member; `tarfile` takes any block that is no header for the end.
+
+    Args:
+        shard: the tar.
+        end: the byte behind its last member.
+        length: the bytes of the file.
+
+    Raises:
+        UserError: a damaged header, a file that is cut short, or other bytes behind the zeros.
+    """
+    with shard.open("rb") as file:
+        file.seek(end)
+        tail = file.read(MOST_PADDING)
+    block = tail[:tarfile.BLOCKSIZE]
+    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+        raise UserError(f"damaged or cut short at byte {end:,} of {shard}: expected a member, or zeros at the end, got "
+                        f"{'no header' if len(block) == tarfile.BLOCKSIZE else f'{len(block)} bytes'}; fetch or pack the "
+                        "tar again")
+    if tail.strip(b"\0"):
+        after = end + len(tail) - len(tail.lstrip(b"\0"))
+        raise UserError(f"damaged or joined at byte {end:,} of {shard}: zeros, which end a tar, and other bytes from byte "
+                        f"{after:,} on; tars that were joined with `cat` must be packed again as one")
+    if length - end > MOST_PADDING:
+        raise UserError(f"damaged or cut short at byte {end:,} of {shard}: {length - end:,} bytes behind the last member, "
+                        f"expected at most {MOST_PADDING:,} zeros; fetch or pack the tar again")
+
+
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, where: str) -> str:
     if member.size > MOST_LABEL_BYTES:
         raise UserError(f"{where}: a label of {member.size:,} bytes")
@@ -172,6 +208,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, where: st
         if suffix == ".json":
             content = json.loads(text)
             value = next((content[key] for key in KEYS if key in content), None) if isinstance(content, dict) else content
+            value = int(value) if isinstance(value, float) and value.is_integer() else value
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a label: {first_line(error)}") from error
     if type(value) not in (str, int) or not str(value).strip() or "\n" in str(value):
@@ -182,7 +219,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, where: st
 
 def _recognize(root: Path) -> str:
     if root.is_dir():
-        found = sorted({*root.glob("*.tar"), *root.glob("*/*.tar")})
+        found = _tars(root)
         return f"{len(found)} tar{'s' * (len(found) > 1)}, such as {found[0].relative_to(root)}" if found else ""
     if root.suffix.lower() != ".tar":
         return ""
