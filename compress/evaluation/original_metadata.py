@@ -6,7 +6,6 @@ mean and standard deviation ([0, 255] for a network that takes plain pixels), an
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from metadata.schemas import Size, StatedPreprocessing
 
 TORCH_WORDS = ("torch", "pt", "script", "jit", "statedict")
 OTHER_WORDS = ("tensorflow", "keras", "savedmodel", "h5", "pb", "tf")
+MAX_LEVEL = 1e30  # of a pixel as the network takes it
 RESIZE, CROP = 256, 224  # pixels, where the metadata state none, as for the panel
 WEIGHTS_KEYS = ("weights_file", "model_file", "model_path", "weights", "checkpoint")
 AnyFileName = Annotated[str, Field(pattern=r"\A[^\x00-\x1f\x7f]+\z", max_length=200)]
@@ -87,6 +87,11 @@ def _original_layout(value: Any) -> Any:
     return words.get(text, text.upper())
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether a value of JSON is a number that pixels can have: finite, and far from where a float ends."""
+    return isinstance(value, int | float) and abs(value) <= MAX_LEVEL
+
+
 def _apply_range(value: dict[str, Any]) -> str | None:
     """Replace `value_range` by the mean and the deviation of pixels in [0, 1] that give the same numbers.
 
@@ -96,15 +101,14 @@ def _apply_range(value: dict[str, Any]) -> str | None:
     if key is None:
         return None
     limits = value.pop(key)
-    numbers = isinstance(limits, list) and len(limits) == 2 and all(
-        isinstance(limit, int | float) and math.isfinite(limit) for limit in limits)
+    numbers = isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))
     if not numbers or not limits[0] < limits[1]:
         return f"the {key} {str(limits)[:80]!r}, not two numbers, the lower one first, such as [0, 255]"
     low, span = limits[0], limits[1] - limits[0]
     channels = 1 if value.get("mode") == "L" else 3
     for name, plain in (("mean", 0.0), ("std", 1.0)):
         stated = value.get(name, [plain] * channels)
-        if isinstance(stated, list) and all(isinstance(number, int | float) for number in stated):
+        if isinstance(stated, list) and all(map(_is_number, stated)):
             value[name] = [(number - (low if name == "mean" else 0)) / span for number in stated]
     return None
 

@@ -41,10 +41,20 @@ def test_plain_pixels_come_out_whole(tmp_path: Path) -> None:
     assert np.abs(scale_pixels(levels, files.preprocessing) - levels).max() < 1e-4
 
 
-@pytest.mark.parametrize("wrong", [[255, 0], [0], "0-255", [0, float("inf")], [1, 1], None])
+@pytest.mark.parametrize("wrong", [[255, 0], [0], "0-255", [0, float("inf")], [1, 1], None,
+                                   [0, 10**400], [-10**400, 0], [float("nan"), 1]])
 def test_a_range_that_is_none_is_ignored_and_said(wrong: Any, tmp_path: Path) -> None:
     files = read(tmp_path, preprocessing={"value_range": wrong})
     assert any("value_range" in note and "ignored" in note for note in files.notes)
+
+
+@pytest.mark.parametrize("key", ["mean", "std", "resize", "crop", "value_range", "interpolation"])
+def test_numbers_without_measure_are_ignored_or_refused(key: str, tmp_path: Path) -> None:
+    for number in (10**400, -10**400, float("inf"), float("nan")):
+        for value in (number, [number] * 2, [number] * 3):
+            for more in ({}, {"value_range": [0, 255]}):
+                files = read(tmp_path, preprocessing={"resize": 8, "crop": 8, **more, key: value})
+                assert any("ignored" in note for note in files.notes)
 
 
 @pytest.mark.parametrize(("metadata", "layout"), [
