@@ -10,6 +10,7 @@ side runs in a process of its own with a clock, so that none takes the others do
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import sys
@@ -27,6 +28,7 @@ from metadata.machine import machine, versions
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 SIDES = ("ours", "torch-pruning")
+PACKAGES = ("torchvision", "timm", "torch-pruning", "onnxruntime")  # that decide the record, beside torch
 SERVER = multiprocessing.get_context("forkserver")  # imports once what every process needs
 SERVER.set_forkserver_preload(["benchmarks.coverage_checks", "torchvision.models", "timm"])
 CHECKS = {"describe": "described", "rebuild": "rebuilt", "count": "parameters, MACs", "prune": "pruned at 0.5",
@@ -126,7 +128,8 @@ def main() -> int:
     record: dict[str, Any] = {"schema": 1, "networks": {}}
     if arguments.results.is_file():
         record = json.loads(arguments.results.read_text())
-    record |= {"machine": machine(), "versions": versions(), "threads": 1}
+    used = {package: importlib.metadata.version(package) for package in PACKAGES}
+    record |= {"machine": machine(), "versions": versions() | used, "threads": 1}
     for name, pixels in zoo_networks().items():
         if arguments.names and not any(name.startswith((start, f"torchvision:{start}", f"timm:{start}"))
                                        for start in arguments.names):
