@@ -79,7 +79,8 @@ def table(record: dict[str, Any]) -> str:
     networks = {name: record["networks"][name] for name in zoo_networks() if name in record["networks"]}
     lines = ["# Coverage of torchvision's and timm's networks", "",
              "Written by `python -m benchmarks.coverage` with " + ", ".join(
-                 f"{package} {version}" for package, version in record["versions"].items()) + ".", "",
+                 f"{package} {version}" for package, version in record["versions"].items()) + ".",
+             *record.get("remarks", []), "",
              "| zoo | networks | " + " | ".join(CHECKS.values()) + " | all but int8 | torch-pruning alone |",
              "| --- |" + " ---: |" * (len(CHECKS) + 3)]
     for zoo in ("torchvision", "timm"):
