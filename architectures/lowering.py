@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from architectures.axes import axes_of
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, outside, place_of
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, is_in_place, outside, place_of
 from architectures.layers.table import row_of_call, row_of_module
 from architectures.stand_ins import attribute_at
 from metadata.errors import UserError
@@ -77,6 +78,8 @@ class Lowering:
         """
         if node.op == "placeholder":
             self.names[node] = "input"
+        elif is_in_place(node) and not node.users and node.meta["of_images"]:
+            raise outside(place_of(node), f"{node.target} as a statement, which changes a tensor in place,")
         elif node.meta["of_images"] and "parts" not in node.meta:  # others are lowered where a layer needs them
             self.names[node] = self._lowered(node)
 
@@ -183,8 +186,25 @@ class Lowering:
                 self.consumed.update(f"{name}.{key}" for key in self.model.get_submodule(name).state_dict())
                 return self.model.get_submodule(name)(*args, **kwargs)  # type: ignore[no-any-return]
             if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
-            return node.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+            changed: Tensor = self._changed(node, value)
+            return changed
+
+    def _changed(self, node: fx.Node, value: Any) -> Any:
+        """Return a computed tensor as statements such as `t.zero_()` and `t[3:].zero_()` leave it.
+
+        Those calls are no arguments of what is computed later.
+        """
+        for user in node.users:
+            part = user.target is operator.getitem and not isinstance(user.args[1], fx.Node)
+            for change in user.users if part else (user,):
+                if is_in_place(change) and not change.users and change.all_input_nodes == [user if part else node]:
+                    value = value.clone()  # not the network's own memory
+                    arguments: Any = change.args[1:]
+                    getattr(value[user.args[1]] if part else value, str(change.target))(*arguments, **change.kwargs)
+        return value
 
     def with_weights(self, node: fx.Node, kind: str, inputs: Sequence[str], tensors: dict[str, Any], **options: Any) -> str:
         """Add a layer whose weights are arguments of the call: nodes, or tensors. The layer is named after the first."""

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 from architectures.axes import BATCHES, same_for_all
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, is_in_place, place_of
 from architectures.layers.table import row_of_call, row_of_module
 from architectures.stand_ins import CPU, StandIns, sharing_copy, solid
 from metadata.errors import UserError, first_line
@@ -96,7 +96,7 @@ class ImageTracer(fx.Tracer):
             table.update(wrapped)
             for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
                 self.constants[name] = vars(root).pop(name)
-        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_in_place(node))
         return graph
 
     def create_args_for_root(self, root_fn: Callable[..., Any], is_module: bool,

@@ -50,6 +50,45 @@ class Detached(nn.Module):
         return self.head(self.conv(x).detach().mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class Changed(nn.Module):
+    """A bias of which a part is set to zero, as in torchvision's SwinV2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.bias, self.head = nn.Parameter(torch.randn(6, 12)), nn.Parameter(torch.ones(6)), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.clone()
+        bias[2:4].zero_()
+        bias.mul_(3)
+        return self.head(nn.functional.linear(x.flatten(1), self.w, bias))  # type: ignore[no-any-return]
+
+
+class Stated(nn.Module):
+    """An activation that changes its input, as a statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x.flatten(1))
+        x.relu_()
+        return x
+
+
+def test_tensors_that_statements_change_in_place() -> None:
+    model = Changed().eval()
+    lowered = lower(model, (3, 2, 2))
+    biases = [weights for key, weights in lowered.weights.items() if key.endswith("bias") and len(weights) == 6]
+    assert [bias.tolist() for bias in biases] == [[3, 3, 0, 0, 3, 3]] and bool((model.bias == 1).all())
+    images = torch.randn(2, 3, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(lowered.build()(images), model(images))
+    with pytest.raises(UserError, match="relu_ as a statement, which changes a tensor in place"):
+        describe(Stated(), (3, 2, 2))
+
+
 def test_weights_that_two_calls_are_given_are_refused() -> None:
     with pytest.raises(UserError, match="the weights w are used twice; layers that share weights are not in the layer"):
         describe(Shared(), (3, 3, 3))
