@@ -179,12 +179,15 @@ class Lowering:
             self.consumed.add(str(node.target))
             value: Any = self._attribute(str(node.target))
             return value.detach()  # type: ignore[no-any-return]
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.tensor)
+        mapped: Any = fx.node.map_arg((node.args, node.kwargs), self.tensor)
+        args, kwargs = mapped
         with torch.no_grad():
             if node.op == "call_module":
                 name = str(node.target)
                 self.consumed.update(f"{name}.{key}" for key in self.model.get_submodule(name).state_dict())
                 return self.model.get_submodule(name)(*args, **kwargs)  # type: ignore[no-any-return]
+            if is_in_place(node):
+                args = (args[0].clone(), *args[1:])  # not the network's own memory
             if node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:

@@ -96,6 +96,7 @@ class ImageTracer(fx.Tracer):
             table.update(wrapped)
             for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
                 self.constants[name] = vars(root).pop(name)
+        _follow_changes(graph)
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or is_in_place(node))
         return graph
 
@@ -192,6 +193,15 @@ class ImageTracer(fx.Tracer):
         out = module.out_proj
         output = functional.linear(mixed, out.weight, out.bias)
         return (output if module.batch_first else output.transpose(0, 1)), None
+
+
+def _follow_changes(graph: fx.Graph) -> None:
+    """Let what reads a tensor after a call that changed it in place read that call's result. Views stay as they are."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if is_in_place(node) and isinstance(node.args[0], fx.Node):
+            later = {user for user in node.args[0].users if order[user] > order[node]}
+            node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
 
 
 def traced_graph(model: nn.Module, input_shape: tuple[int, int, int]) -> tuple[fx.Graph, dict[str, Tensor]]:
