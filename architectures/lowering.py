@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from architectures.axes import axes_of
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, is_in_place, outside, place_of
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, outside, place_of
 from architectures.layers.table import row_of_call, row_of_module
-from architectures.stand_ins import attribute_at
+from architectures.stand_ins import attribute_at, is_in_place
 from metadata.errors import UserError
 
 Handler = Callable[["Lowering", Any], str]

@@ -132,6 +132,12 @@ class StandIns:
         return self._networks[device]
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """Return whether a node is a method that changes its tensor, such as `zero_`."""
+    name = str(node.target)
+    return node.op == "call_method" and name.endswith("_") and not name.startswith("_")
+
+
 def solid(tensor: Tensor, device: torch.device) -> Tensor:
     """Return zeros of a tensor's shape and type."""
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)

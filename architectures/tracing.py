@@ -22,9 +22,9 @@ from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 
 from architectures.axes import BATCHES, same_for_all
-from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, is_in_place, place_of
+from architectures.layers.base import AS_TEACHER, NOT_IN_TABLE, place_of
 from architectures.layers.table import row_of_call, row_of_module
-from architectures.stand_ins import CPU, StandIns, sharing_copy, solid
+from architectures.stand_ins import CPU, StandIns, is_in_place, sharing_copy, solid
 from metadata.errors import UserError, first_line
 
 # Other names that torch takes for an argument, after numpy's.

@@ -391,12 +391,6 @@ def traced_tensors(node: fx.Node) -> list[fx.Node]:
     return [value for value in node.args if isinstance(value, fx.Node)]
 
 
-def is_in_place(node: fx.Node) -> bool:
-    """Return whether a node is a method that changes its tensor, such as `zero_`."""
-    name = str(node.target)
-    return node.op == "call_method" and name.endswith("_") and not name.startswith("_")
-
-
 def outside(where: str, what: str) -> UserError:
     """Return the error for a layer that uses an option that no row can express."""
     return UserError(f"layer {where}: {what} {NOT_IN_TABLE}")
