@@ -109,6 +109,11 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
     device = next(iter(model.state_dict().values())).device
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, *input_shape, device=device))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into nn.MultiheadAttention's fused kernel
+    try:
+        with torch.inference_mode(False), torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
+            model(torch.zeros(1, *input_shape, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return int(counter.get_total_flops()) // 2

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import architectures.stand_ins
+from architectures.counting import architecture_macs, count_macs
 from architectures.describe import describe, lower
 from architectures.source import source
 from architectures.zoo import make
@@ -122,6 +123,14 @@ def test_dropout_of_attention_acts_in_training_and_in_training_alone() -> None:
         assert not torch.equal(rebuilt.train()(images), rebuilt(images))
     plain = [layer.type for layer in describe(Attention(0.0).eval(), (3, 4, 8)).layers]
     assert "ScaledDotProduct" in plain and "Dropout" not in plain
+
+
+def test_multiply_adds_of_attention_are_those_of_its_layers() -> None:
+    """torch runs nn.MultiheadAttention in evaluation as one kernel, into which its counter does not see."""
+    model = Attention(0.0).eval()
+    rows, width = 12, 8
+    macs = rows * width * (3 * width + width) + 2 * rows * rows * width + width * 4
+    assert count_macs(model, (3, 4, 8)) == architecture_macs(describe(model, (3, 4, 8))) == macs
 
 
 def test_a_branch_without_gradients_is_refused() -> None:
