@@ -271,9 +271,12 @@ def correct_biases(network: onnx.ModelProto, quantized: onnx.ModelProto, found: 
     for node in quantized.graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3 or node.input[1] not in rounded:
             continue
+        given = found.get(inputs[node.name].input[0])
+        if given is None:  # it reads a tensor of the network's own, of which no image is measured
+            continue
         exact = numpy_helper.to_array(floats[inputs[node.name].input[1]]).astype(np.float64)
         error = (rounded[node.input[1]] - exact).reshape(*exact.shape[:2], -1).sum(axis=2)  # (out, in of a group)
-        means = found[inputs[node.name].input[0]].channel_means
+        means = given.channel_means
         groups = len(means) // error.shape[1]
         shift = np.einsum("goi,gi->go", error.reshape(groups, -1, error.shape[1]), means.reshape(groups, -1)).reshape(-1)
         bias = constants[node.input[2]]
