@@ -39,8 +39,8 @@ class StochasticDepth(OwnModule, Unchanging):
     @classmethod
     def from_module(cls, module: nn.Module, name: str) -> dict[str, Any]:
         if hasattr(module, "drop_prob"):  # timm's
-            probability, scales = float(module.drop_prob or 0.0), bool(getattr(module, "scale_by_keep", True))  # type: ignore[arg-type]
-            if probability and not scales:
+            drop: Any = module
+            if drop.drop_prob and not getattr(drop, "scale_by_keep", True):
                 raise outside(name, "stochastic depth that does not scale the branches that are kept (scale_by_keep=False)")
-            return {"p": probability}
+            return {"p": float(drop.drop_prob or 0.0)}
         return super().from_module(module, name)
