@@ -103,9 +103,9 @@ for name, number in CALLS.items():
             continue
     done.append(name)
 os.chmod(VICTIM, 0o777); os.utime(VICTIM, (1, 1)); os.chmod(os.path.dirname(VICTIM), 0o777)
-cores = os.sched_getaffinity(0)
+given = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
 os.sched_setaffinity(0, {0}); os.nice(1); getpass.getuser()
-if os.sched_getaffinity(0) != cores or os.getpriority(os.PRIO_PROCESS, 0):
+if (os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)) != given:
     done.append("cores or priority changed")
 with open("kept", "w") as file:
     file.write("x")
