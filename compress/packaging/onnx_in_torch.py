@@ -240,9 +240,7 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Add": _plain(torch.add), "Sub": _plain(torch.sub), "Mul": _plain(torch.mul), "Div": _plain(torch.div),
     "Pow": _plain(torch.pow), "Sqrt": _plain(torch.sqrt), "Exp": _plain(torch.exp), "Erf": _plain(torch.erf),
     "Tanh": _plain(torch.tanh), "Sigmoid": _plain(torch.sigmoid), "Relu": _plain(F.relu), "HardSwish": _plain(F.hardswish),
-    "Neg": _plain(torch.neg), "Abs": _plain(torch.abs), "Reciprocal": _plain(torch.reciprocal),
-    "Max": _plain(torch.maximum), "Min": _plain(torch.minimum), "MatMul": _plain(torch.matmul),
-    "Identity": _plain(lambda images: images),
+    "Reciprocal": _plain(torch.reciprocal), "MatMul": _plain(torch.matmul),
     "Shape": lambda inputs, attributes: list(inputs[0].shape[attributes.get("start", 0):attributes.get("end")]),
     "Expand": _plain(_expand),
     "HardSigmoid": lambda inputs, attributes: torch.clamp(
@@ -264,7 +262,5 @@ OPERATORS: dict[str, Callable[[list[Any], Attributes], Any]] = {
     "Concat": lambda inputs, attributes: (torch.cat(inputs, attributes["axis"]) if isinstance(inputs[0], Tensor)
                                           else [*itertools.chain(*inputs)]),  # sizes are lists of numbers
     "Slice": _slice, "Pad": _pad, "Resize": _resized,
-    "Squeeze": lambda inputs, attributes: inputs[0].squeeze(tuple(inputs[1])),
-    "Unsqueeze": lambda inputs, attributes: inputs[0].unsqueeze(inputs[1][0]),
     "Gather": lambda inputs, attributes: torch.index_select(inputs[0], attributes.get("axis", 0), torch.tensor(inputs[1])),
 }

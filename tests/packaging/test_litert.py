@@ -16,7 +16,8 @@ from architectures.describe import lower
 from compress.evaluation.litert_files import read_litert
 from compress.evaluation.runtimes import answering, open_file
 from compress.packaging.export import check_same, export
-from compress.packaging.litert.operators import check_litert, write_litert
+from compress.packaging import onnx_in_torch
+from compress.packaging.litert.operators import OPERATORS, check_litert, write_litert
 from compress.pipeline.stage import TorchModel
 from compress.quantization.static import Calibration, quantize_static, StaticSettings
 from loaders.images import read_images
@@ -44,6 +45,11 @@ def test_every_layer_type_answers_as_in_torch(tmp_path: Path) -> None:
     with torch.no_grad():
         found = check_same(graph(some()), on_litert(exported, some(), tmp_path), 1e-4)
     assert found["images"] == 4 and found["largest_logit"] > 0.05
+
+
+def test_the_operators_are_those_that_layers_write() -> None:
+    written = {node.op_type for node in export(*everything())[0].graph.node} | {"GlobalMaxPool"}  # of one size of a pool
+    assert set(OPERATORS) == written - {"Shape"} and set(onnx_in_torch.OPERATORS) == written
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from compress.packaging.litert.layers import aligned
 from compress.packaging.litert.model import Grid, Placed
 from compress.packaging.litert.writer import LitertWriter
 
-BINARY = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV", "Max": "MAXIMUM", "Min": "MINIMUM", "Pow": "POW"}
+BINARY = {"Add": "ADD", "Sub": "SUB", "Mul": "MUL", "Div": "DIV", "Pow": "POW"}
 OPTIONS = {"ADD": "AddOptionsT", "SUB": "SubOptionsT", "MUL": "MulOptionsT", "DIV": "DivOptionsT",
            "MAXIMUM": "MaximumMinimumOptionsT", "MINIMUM": "MaximumMinimumOptionsT", "POW": "PowOptionsT"}
 WITH_ACTIVATION = ("ADD", "SUB", "MUL", "DIV")
@@ -86,16 +86,12 @@ def with_number(writer: LitertWriter, kind: str, name: str, given: Placed, value
 
 
 PLAIN = {"Relu": ("RELU", ""), "Sigmoid": ("LOGISTIC", ""), "Tanh": ("TANH", ""),
-         "HardSwish": ("HARD_SWISH", "HardSwishOptionsT"), "Exp": ("EXP", "ExpOptionsT"), "Log": ("LOG", ""),
-         "Sqrt": ("SQRT", ""), "Abs": ("ABS", "AbsOptionsT"), "Neg": ("NEG", "NegOptionsT"), "Elu": ("ELU", ""),
-         "Floor": ("FLOOR", "")}
+         "HardSwish": ("HARD_SWISH", "HardSwishOptionsT"), "Exp": ("EXP", "ExpOptionsT"), "Sqrt": ("SQRT", "")}
 
 
 def plain_unary(writer: LitertWriter, node: onnx.NodeProto) -> None:
     """Write an operator that has a name of its own in both."""
     kind, options = PLAIN[node.op_type]
-    if node.op_type == "Elu" and attributes(node).get("alpha", 1.0) != 1.0:
-        raise writer.unable(node, "with an alpha")
     writer.unary(node, kind, getattr(writer.schema, options)() if options else None)
 
 

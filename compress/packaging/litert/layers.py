@@ -22,17 +22,14 @@ def convolution(writer: LitertWriter, node: onnx.NodeProto) -> None:
     if node.input[1] not in graph.constants:
         raise writer.unable(node, "its weights are not constants")
     filters = graph.constants[node.input[1]]
-    if filters.ndim not in (3, 4):
-        raise writer.unable(node, f"a convolution over {filters.ndim - 2} axes; expected height and width, or rows")
-    row = [1] * (4 - filters.ndim)  # rows are images of one line
+    if filters.ndim != 4:
+        raise writer.unable(node, f"a convolution over {filters.ndim - 2} axes; expected height and width")
     outputs, groups = len(filters), options.get("group", 1)
-    strides, dilations = ([*row, *options.get(name, [1] * (filters.ndim - 2))] for name in ("strides", "dilations"))
-    kernel = [(size - 1) * step + 1 for size, step in zip([*row, *filters.shape[2:]], dilations, strict=True)]
+    strides, dilations = (options.get(name, [1, 1]) for name in ("strides", "dilations"))
+    kernel = [(size - 1) * step + 1 for size, step in zip(filters.shape[2:], dilations, strict=True)]
     name, activation = writer.activated(node.output[0])
     given, grid, stored = _factors(writer, node, name)
-    given = writer.reshaped(writer.reordered(given, (0, 2, 1)), _one_line(given.shape, given.order), IMAGES
-                            ) if row else writer.images(given, node)
-    given, padding = padded(writer, node, given, kernel, strides)
+    given, padding = padded(writer, node, writer.images(given, node), kernel, strides)
     depthwise = filters.shape[1] == 1 and groups == graph.shape(node.input[0])[1] and groups > 1
     order = (1, 2, 3, 0) if depthwise else (0, 2, 3, 1)  # (1, H, W, out) or (out, H, W, in / groups)
     weight, bias = _parameters(writer, node, stored, given.grid, order, 3 if depthwise else 0, outputs)
@@ -42,15 +39,8 @@ def convolution(writer: LitertWriter, node: onnx.NodeProto) -> None:
         kind, chosen = "DEPTHWISE_CONV_2D", schema.DepthwiseConv2DOptionsT(depthMultiplier=outputs // groups, **shared)
     else:
         kind, chosen = "CONV_2D", schema.Conv2DOptionsT(**shared)
-    shape = writer.image_shape(name)
-    written = writer.operator(kind, node.name, [given, weight, bias], shape, IMAGES, grid, chosen)
-    writer.give(name, writer.reshaped(written, (shape[0], *shape[2:]), (0, 2, 1)) if row else written)
-
-
-def _one_line(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
-    """Return the shape (N, 1, L, C) of rows (N, C, L), given theirs in the file and its order."""
-    sizes = dict(zip(order, shape, strict=True))
-    return sizes[0], 1, sizes[2], sizes[1]
+    writer.give(name, writer.operator(
+        kind, node.name, [given, weight, bias], writer.image_shape(name), IMAGES, grid, chosen))
 
 
 def matrix_product(writer: LitertWriter, node: onnx.NodeProto) -> None:
@@ -134,20 +124,15 @@ def _parameters(writer: LitertWriter, node: onnx.NodeProto, stored: StoredLevels
     if bias.shape != (outputs,):
         bias = np.broadcast_to(bias, outputs)
     if stored is None or grid is None:
-        weight = writer.file.constant(_as_filters(floats[node.input[1]]).transpose(order).astype(np.float32))
+        weight = writer.file.constant(floats[node.input[1]].transpose(order).astype(np.float32))
         return weight, writer.file.constant(bias.astype(np.float32))
     scales = np.broadcast_to(stored.scales, outputs)
-    weight = writer.file.constant(_as_filters(stored.levels).transpose(order), scales=scales, axis=axis)
+    weight = writer.file.constant(stored.levels.transpose(order), scales=scales, axis=axis)
     # As ONNX Runtime rounds a bias. The file states no scale for it: it follows from the others, and would be larger.
     levels = np.rint(bias.astype(np.float32) / (np.float32(grid.scale) * scales))
     limits = np.iinfo(np.int32)
     return weight, writer.file.constant(levels.clip(limits.min, limits.max).astype(np.int32),
                                         scales=np.float32(grid.scale) * scales)
-
-
-def _as_filters(weight: NDArray[Any]) -> NDArray[Any]:
-    """Return the weights of a layer, those of a convolution of rows as of images of one line."""
-    return weight[:, :, None] if weight.ndim == 3 else weight
 
 
 def padded(writer: LitertWriter, node: onnx.NodeProto, given: Placed, kernel: Sequence[int], strides: Sequence[int],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import onnx
 
@@ -21,7 +20,7 @@ def moved(writer: LitertWriter, name: str) -> Placed:
 
 
 def reshape(writer: LitertWriter, node: onnx.NodeProto) -> None:
-    """Write a Reshape, Flatten, Squeeze, Unsqueeze."""
+    """Write a Reshape or Flatten."""
     placed = moved(writer, node.input[0])
     if not writer.in_sequence(placed, range(len(placed.order))):
         placed = writer.plain(placed)
@@ -53,17 +52,6 @@ def concat(writer: LitertWriter, node: onnx.NodeProto) -> None:
                                       writer.schema.ConcatenationOptionsT(axis=place)))
 
 
-def window(writer: LitertWriter, name: str, given: Placed, starts: Sequence[int], stops: Sequence[int],
-           steps: Sequence[int]) -> Placed:
-    """Write a part of a tensor, given by axes of the file, and return it."""
-    shape = [len(range(*each)) for each in zip(starts, stops, steps, strict=True)]
-    if all(step == 1 for step in steps):
-        return writer.operator("SLICE", name, [given, writer.numbers(starts), writer.numbers(shape)], shape, given.order,
-                               given.grid, writer.schema.SliceOptionsT())
-    return writer.operator("STRIDED_SLICE", name, [given, *map(writer.numbers, (starts, stops, steps))], shape, given.order,
-                           given.grid, writer.schema.StridedSliceOptionsT())
-
-
 def slices(writer: LitertWriter, node: onnx.NodeProto) -> None:
     """Write a Slice with constant bounds and positive steps."""
     placed, constants = moved(writer, node.input[0]), writer.graph.constants
@@ -78,19 +66,14 @@ def slices(writer: LitertWriter, node: onnx.NodeProto) -> None:
         if step < 1:
             raise writer.unable(node, "backwards")
         starts[place], stops[place], steps[place] = *slice(start, stop).indices(placed.shape[place])[:2], step
-    writer.give(node.output[0], window(writer, node.name, placed, starts, stops, steps))
-
-
-def split(writer: LitertWriter, node: onnx.NodeProto) -> None:
-    """Write a Split, part by part."""
-    placed, options = moved(writer, node.input[0]), attributes(node)
-    place = placed.order.index(options.get("axis", 0) % len(placed.order))
-    start = 0
-    for name in node.output:
-        starts, stops = [0] * len(placed.order), list(placed.shape)
-        starts[place], stops[place] = start, start + writer.graph.shape(name)[placed.order[place]]
-        start = stops[place]
-        writer.give(name, window(writer, node.name, placed, starts, stops, [1] * len(placed.order)))
+    shape = [len(range(*each)) for each in zip(starts, stops, steps, strict=True)]
+    bounded: tuple[list[int], ...]
+    if all(step == 1 for step in steps):
+        kind, bounded, chosen = "SLICE", (starts, shape), writer.schema.SliceOptionsT()
+    else:
+        kind, bounded, chosen = "STRIDED_SLICE", (starts, stops, steps), writer.schema.StridedSliceOptionsT()
+    writer.give(node.output[0], writer.operator(
+        kind, node.name, [placed, *map(writer.numbers, bounded)], shape, placed.order, placed.grid, chosen))
 
 
 def pad(writer: LitertWriter, node: onnx.NodeProto) -> None:

@@ -13,7 +13,7 @@ import onnx
 from compress.packaging.litert.elements import (
     BINARY, PLAIN, binary, clip, erf, hard_sigmoid, leaky_relu, plain_unary, prelu, reciprocal, relu)
 from compress.packaging.litert.layers import convolution, global_pool, matrix_product, pool, resize
-from compress.packaging.litert.moves import concat, expand, gather, pad, reshape, slices, split, transpose
+from compress.packaging.litert.moves import concat, expand, gather, pad, reshape, slices, transpose
 from compress.packaging.litert.reductions import REDUCTIONS, channel_norm, layer_norm, length, reduction, softmax
 from compress.packaging.litert.writer import Handler, LitertWriter
 
@@ -22,9 +22,9 @@ OPERATORS: dict[str, Handler] = {
     "GlobalAveragePool": global_pool, "GlobalMaxPool": global_pool, "Clip": clip, "HardSigmoid": hard_sigmoid,
     "LeakyRelu": leaky_relu, "PRelu": prelu, "Erf": erf, "ReduceL2": length, "Reciprocal": reciprocal,
     "LayerNormalization": layer_norm, "InstanceNormalization": channel_norm, "BatchNormalization": channel_norm,
-    "Softmax": softmax, "LogSoftmax": softmax, "Transpose": transpose, "Concat": concat, "Slice": slices, "Split": split,
+    "Softmax": softmax, "Transpose": transpose, "Concat": concat, "Slice": slices,
     "Pad": pad, "Resize": resize, "Gather": gather, "Expand": expand, "Reshape": reshape, "Flatten": reshape,
-    "Squeeze": reshape, "Unsqueeze": reshape, **dict.fromkeys(BINARY, binary), **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys(BINARY, binary), **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(PLAIN, plain_unary), "Relu": relu}
 
 

@@ -36,11 +36,11 @@ def reduced(writer: LitertWriter, kind: str, name: str, given: Placed, places: S
                            options=writer.schema.ReducerOptionsT(keepDims=keep))
 
 
-REDUCTIONS = {"ReduceMean": "MEAN", "ReduceSum": "SUM", "ReduceMax": "REDUCE_MAX", "ReduceMin": "REDUCE_MIN"}
+REDUCTIONS = {"ReduceMean": "MEAN", "ReduceSum": "SUM", "ReduceMax": "REDUCE_MAX"}
 
 
 def reduction(writer: LitertWriter, node: onnx.NodeProto) -> None:
-    """Write a mean, sum, maximum or minimum over axes."""
+    """Write a mean, sum or maximum over axes."""
     given = writer.value(node.input[0])
     places, keep = reduced_axes(writer, node, given), bool(attributes(node).get("keepdims", 1))
     writer.give(node.output[0], reduced(writer, REDUCTIONS[node.op_type], node.name, given, places, keep))
@@ -101,10 +101,9 @@ def channel_norm(writer: LitertWriter, node: onnx.NodeProto) -> None:
 
 
 def softmax(writer: LitertWriter, node: onnx.NodeProto) -> None:
-    """Write a Softmax or LogSoftmax; the runtime's is over the last axis."""
+    """Write a Softmax; the runtime's is over the last axis."""
     given = writer.value(node.input[0])
     axis = attributes(node).get("axis", -1) % len(given.order)
     given = writer.reordered(given, [*(other for other in given.order if other != axis), axis])
-    kind = "SOFTMAX" if node.op_type == "Softmax" else "LOG_SOFTMAX"
-    options = writer.schema.SoftmaxOptionsT(beta=1.0) if kind == "SOFTMAX" else writer.schema.LogSoftmaxOptionsT()
-    writer.give(node.output[0], writer.operator(kind, node.name, [given], given.shape, given.order, options=options))
+    options = writer.schema.SoftmaxOptionsT(beta=1.0)
+    writer.give(node.output[0], writer.operator("SOFTMAX", node.name, [given], given.shape, given.order, options=options))

@@ -203,9 +203,8 @@ class LitertWriter:
         return self.reordered(placed, IMAGES)
 
     def image_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of (N, C, H, W) in the file, of (N, C, L) that of images of one line."""
+        """Return the shape of images (N, C, H, W) in the file."""
         shape = self.graph.shape(name)
-        shape = shape if len(shape) != 3 else (*shape[:2], 1, shape[2])
         return tuple(shape[axis] for axis in IMAGES)
 
     def unable(self, node: onnx.NodeProto, why: str) -> UserError:
