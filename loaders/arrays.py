@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -156,6 +157,7 @@ def prefetched(images: Images, batches_of_ids: Iterable[Tensor]) -> Iterator[tup
                 raise UserError(decoded)
             yield ids, torch.from_numpy(decoded)
     except RuntimeError as error:
+        traceback.clear_frames(error.__traceback__)  # they hold the worker processes, which end with the last reference
         if "exited unexpectedly" not in str(error) and "killed by signal" not in str(error):
             raise
         raise UserError(f"a process that decodes images was killed, perhaps for lack of memory ({first_line(error)}); "

@@ -7,6 +7,7 @@ GPU. A scaling plan is a tiny one. Most commands run inside this process; REAL l
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,9 +47,11 @@ SHORTER = [
     (r"benchmarks.gpu", ["--dry_run"]),
 ]
 REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
-# What other tests of the quick suite do too: train with two processes, run a recipe with the stage quantize_static,
-# evaluate a solution on secret draws.
-SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "--draws 5 --secret"]
+# What is long, and what other tests of the quick suite do too: run a recipe with the stage quantize_static, evaluate a
+# solution, plan with a network of timm.
+SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "model_loader.py --task",
+        "compress run slim_resnet18_100", "compress run slim_resnet18_tinyimagenet100"]
+SLOW_EXAMPLES = {("python_api", 0)}  # page, and which of its examples
 PLAN = """dataset: digits
 batch_size: 64
 num_epochs: 1
@@ -182,7 +186,18 @@ def test_some_commands_run_as_processes_of_their_own() -> None:
     assert [sum(part in command for _, command in TESTED) for part in REAL] == [1, 1, 1] and len(TESTED) > 25
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=[page for page, _ in blocks("python")])
+def examples() -> list[Any]:
+    """The page and the code of each Python example."""
+    counts: collections.Counter[str] = collections.Counter()
+    found = []
+    for page, code in blocks("python"):
+        marks = [pytest.mark.slow] if (page, counts[page]) in SLOW_EXAMPLES else []
+        found.append(pytest.param(page, code, id=f"{page} {counts[page]}", marks=marks))
+        counts[page] += 1
+    return found
+
+
+@pytest.mark.parametrize(("page", "code"), examples())
 def test_python_example_runs(page: str, code: str, workspace: Path) -> None:
     exec(compile(code, f"{page}.md", "exec"), {"__name__": page})
 

@@ -334,6 +334,10 @@ def macs(model: Any, input_shape: list[int]) -> int | None:
     class Counter(TorchDispatchMode):
         total, unknown = 0, False
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # torch would import its compiler to keep it out, which takes as long as importing torch
+
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = function(*args, **(kwargs or {}))
             name = str(function).rpartition(".")[0]

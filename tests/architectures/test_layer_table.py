@@ -333,6 +333,7 @@ def shape_or_none(compute: Callable[[list[Shape]], Shape], shapes: tuple[Shape, 
         return None
 
 
+@pytest.mark.slow
 def test_an_architecture_and_a_small_network_are_checked_without_torchs_compiler() -> None:
     """Its import takes as long as that of torch itself, in each process that opens a submission or makes a plan."""
     names = sorted(path.name for path in (PROJECT / "architectures" / "json").iterdir())

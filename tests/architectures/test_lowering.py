@@ -12,6 +12,7 @@ from architectures.describe import describe, lower
 from architectures.source import source
 from architectures.zoo import make
 from metadata.errors import UserError
+from tests.helpers.marks import slow_but
 
 
 class Shared(nn.Module):
@@ -163,7 +164,7 @@ def test_names_that_a_class_cannot_have_get_an_ending(name: str, called: str) ->
             source(architecture.model_copy(update={"model_type": name}), "w.pth")
 
 
-@pytest.mark.parametrize("name", ["torchvision:shufflenet_v2_x0_5", "timm:convnext_atto"])
+@pytest.mark.parametrize("name", slow_but(["torchvision:shufflenet_v2_x0_5", "timm:convnext_atto"], ["timm:convnext_atto"]))
 def test_the_device_that_shapes_are_computed_on_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(name, num_classes=4).eval()
     on_cpu = describe(model, (3, 64, 64))

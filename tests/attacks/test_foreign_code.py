@@ -188,6 +188,7 @@ class SlimResNet18(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_weights_in_the_names_of_files_are_counted(code: Path, attacked: Evaluate, honest: dict[str, Any]) -> None:
     import base64
     content = (code / "best_weights.pth").read_bytes()

@@ -24,7 +24,6 @@ from compress.training.settings import TrainingSettings
 from metadata.errors import UserError
 from tests.helpers.commands import PROJECT, Compress
 from tests.helpers.folders import draw_folder
-from tests.helpers.marks import slow_but
 
 Gpu = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -93,6 +92,7 @@ def test_every_optimizer_of_the_project_is_tried() -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_small_run_on_a_cpu_writes_records_and_then_skips_them(run: Gpu, data: Path, tmp_path: Path) -> None:
     command = ["--data", data, "--minutes", "8", "--out", tmp_path / "out", "--scale", "0.01", "--device", "cpu", "--only",
                "smoke_sgd_*float16"]
@@ -165,8 +165,8 @@ def test_every_job_runs_on_a_cpu_at_a_hundredth_of_its_size(run: Gpu, tmp_path: 
     assert "teacher.train.epochs=0" in records["slim_resnet18_cifar10_large"]["command"]
 
 
-@pytest.mark.parametrize("recipe", slow_but(["cifar100_resnet18_sam", "cifar100_resnest26d_sam"],
-                                            quick=["cifar100_resnet18_sam"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["cifar100_resnet18_sam", "cifar100_resnest26d_sam"])
 def test_recipes_of_the_jobs_train(recipe: str, compress: Compress, tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "images", classes=3, images=4, size=32)
     done = compress("train", "--config", recipe, "--data_root", root, "--epochs", "1", "--batch_size", "4", "--max_steps",

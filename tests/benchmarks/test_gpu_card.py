@@ -132,6 +132,7 @@ Sitting(out, Limits(minutes=5.0, parallel=1), time.monotonic(), {}, lambda text:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [True, False], ids=["SIGKILL", "SIGTERM"])
 def test_no_job_outlives_its_sitting(kill: bool, tmp_path: Path) -> None:
     code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(100)"

@@ -86,6 +86,7 @@ def test_unknown_verbs_and_options_exit_2(compress: Compress) -> None:
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback() -> None:
     done = run_compress("--debug", "plan", "nothing")
     assert done.returncode != 0 and "Traceback" in done.stderr and "UserError" in done.stderr

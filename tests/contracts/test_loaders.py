@@ -159,7 +159,6 @@ def test_what_fails_in_a_decoder_is_not_taken_for_its_death(tmp_path: Path, monk
         list(prefetched(images, torch.arange(len(images)).split(4)))
 
 
-@pytest.mark.slow
 def test_a_killed_decoder_is_an_error_of_one_line(tmp_path: Path) -> None:
     images = load(Request(name="image_folder", root=draw_folder(tmp_path, 2, 40), preprocessing={"resize": 12, "crop": 12},
                           memory_limit_gb=1e-9)).train.images

@@ -70,6 +70,8 @@ def test_code_runs_only_when_allowed(folder: Path, evaluate: Evaluate) -> None:
 
 def test_same_answers_as_the_package(folder: Path, honest: dict[str, Any], evaluate: Evaluate) -> None:
     package = honest
+    # The import of torch's compiler takes as long as that of torch itself.
+    wrap("assert 'torch._dynamo' not in sys.modules\nreturn honest(self, x)")(folder)
     code, result, error = evaluate(folder, ALLOW)
     assert code == 0, error
     details = result["details"]
@@ -115,6 +117,7 @@ def test_preprocessing_is_read_or_the_originals(stated: Any, resize: int, crop: 
     assert files.input_shape == (3, crop, crop)
 
 
+@pytest.mark.slow
 def test_a_class_is_found_without_being_named_and_checkpoints_are_unwrapped(folder: Path, evaluate: Evaluate,
                                                                             honest: dict[str, Any]) -> None:
     weights = torch.load(folder / "best_weights.pth", weights_only=True)
@@ -236,7 +239,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 # Each forbidden call has a child of its own in the slow suite; test_each_forbidden_call_is_refused tries all in one child.
 # Too few classes are what the hostile opponent answers.
 SLOW_ATTACKS = {*FORBIDDEN, "syntax error", "exits at import", "os._exit at import", "raises its limits", "no tensor",
-                "NaN answers", "loops in forward", "answers change", "a file too large", "few classes"}
+                "NaN answers", "loops in forward", "answers change", "a file too large", "few classes", "no class",
+                "complex numbers", "facts too deep to parse", "fills the disk", "model.py missing", "other weights",
+                "other answers later", "os._exit in forward"}
 
 
 @pytest.mark.parametrize("attack", slow_but(REFUSED, REFUSED.keys() - SLOW_ATTACKS))
@@ -296,7 +301,7 @@ TOGETHER = ("prints forged results", "hides numbers in a file", "changes its own
 
 
 HARMLESS["many together"] = (lambda folder: [HARMLESS[trick][0](folder) for trick in TOGETHER], None)
-QUICK_TRICKS = ["many together", "caches answers", "makes folders without end"]
+QUICK_TRICKS = ["many together", "caches answers"]
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def append(folder: Path, code: str) -> None:
 
 # The sandbox looks into the folder once a second; the code makes it look.
 @pytest.mark.parametrize(("code", "said"), [
-    ("import os\nos.remove('one.bin')\nopen('new', 'wb').write(bytes(2**15))", None),
+    pytest.param("import os\nos.remove('one.bin')\nopen('new', 'wb').write(bytes(2**15))", None, marks=pytest.mark.slow),
     ("for i in range(8):\n    open(f'new{i}', 'wb').write(bytes(2**14))", "the code wrote more than"),
     pytest.param("for i in range(20):\n    open(f'new{i}', 'wb').close()", "the code made more than 10 files",
                  marks=pytest.mark.slow),
@@ -140,7 +140,8 @@ def test_a_file_is_told_in_every_pickle_protocol(protocol: int, tmp_path: Path) 
     assert file_kind(tmp_path / "w.pth")[1] == "torch.nn.modules.linear.Linear"
 
 
-@pytest.mark.parametrize(("protocol", "extra"), [(4, {}), (2, {"saved_to": pathlib.PurePosixPath("x")})])
+@pytest.mark.parametrize(("protocol", "extra"), [
+    pytest.param(4, {}, marks=pytest.mark.slow), (2, {"saved_to": pathlib.PurePosixPath("x")})])
 def test_weights_that_only_the_sandbox_can_open_are_loaded_there(protocol: int, extra: dict[str, Any], folder: Path,
                                                                   evaluate: Evaluate) -> None:
     weights = torch.load(folder / "best_weights.pth", weights_only=True)

@@ -183,6 +183,7 @@ for more in map(int, spare):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is bounded as Linux does it")
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
     """Reading, parsing, checking and shape inference run out of it in turn, as the limit rises."""
     large = onnx.ModelProto()

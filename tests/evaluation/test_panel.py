@@ -52,8 +52,7 @@ def warned(result: dict[str, Any], *parts: str) -> bool:
     return any(all(part in warning for part in parts) for warning in result["details"]["warnings"])
 
 
-@pytest.mark.parametrize("kind", slow_but(panel_folders.FOLDERS, [
-    "pickled int8 modules", "pretrained weights, overwritten"]))
+@pytest.mark.parametrize("kind", slow_but(panel_folders.FOLDERS, ["pickled int8 modules"]))
 def test_answers_are_those_of_the_panels_procedure(kind: str, photos: Path, tmp_path: Path, evaluate: Evaluate) -> None:
     if "int8" in kind and "x86" not in torch.backends.quantized.supported_engines:
         pytest.skip("torch's x86 engine of int8 modules is not in this build")

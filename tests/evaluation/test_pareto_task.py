@@ -36,8 +36,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> SolutionRun:
 
 def mean_rule(problem: Any) -> float:
     """The accuracy of the class means, in this process."""
-    inputs = torch.cat([problem.train[0], problem.validation[0]])
-    labels = torch.cat([problem.train[1], problem.validation[1]])
+    inputs, labels = (torch.cat([problem.train[part], problem.validation[part]]) for part in (0, 1))
     means = torch.stack([inputs[labels == c].mean(0) for c in range(problem.num_classes)])
     predictions = (problem.test[0] @ means.T - 0.5 * (means ** 2).sum(1)).argmax(1)
     return float((predictions == problem.test[1]).double().mean())
@@ -263,6 +262,7 @@ head.__class__ = Late
 return head"""
 
 
+@pytest.mark.slow
 def test_counts_are_not_taken_where_the_solution_runs(run: SolutionRun) -> None:
     code, result, error = run(finish(FORGED))
     assert code == 0 and result["parameters_trainable"] == 3_049_280 and result["score"] == 0, error

@@ -238,6 +238,7 @@ def test_a_relative_folder_is_the_one_of_now(submission: Path, onnx_package: Pat
         reader.close()
 
 
+@pytest.mark.slow
 def test_packages_that_only_pythonpath_finds_are_found(submission: Path, few: Path, tmp_path: Path) -> None:
     packages = sysconfig.get_path("purelib")
     done = subprocess.run(

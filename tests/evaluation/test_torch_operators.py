@@ -186,8 +186,8 @@ class Attentive(nn.Module):
         return answer
 
 
-@pytest.mark.parametrize(("name", "decomposed"), [("mobilenet_v3_small", False), ("mobilenet_v3_small", True),
-                                                  ("vit-like", False)])
+@pytest.mark.parametrize(("name", "decomposed"), [
+    ("mobilenet_v3_small", False), pytest.param("mobilenet_v3_small", True, marks=pytest.mark.slow), ("vit-like", False)])
 def test_programs_of_other_tools_answer_as_their_modules(name: str, decomposed: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     if name == "vit-like":

@@ -138,7 +138,7 @@ BREAKOUTS = [
 ]
 
 
-@pytest.mark.parametrize("mode", [*MODES, pytest.param("old bubblewrap", marks=NEEDS_BUBBLEWRAP)])
+@pytest.mark.parametrize("mode", [*MODES, pytest.param("old bubblewrap", marks=[NEEDS_BUBBLEWRAP, pytest.mark.slow])])
 def test_each_way_out_is_closed_and_honest_files_pass(mode: str, attempt: Attempt, tmp_path: Path) -> None:
     """Forty ways out, the calls by number, 300 MB of honest files and honest copies, all in one child."""
     column = AUDIT_ARCH[platform.machine()][0]

@@ -35,6 +35,7 @@ def isolated(script: str, *arguments: object, cwd: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- the file
 
 
+@pytest.mark.slow
 def test_the_same_sources_give_the_same_bytes() -> None:
     script = "import sys; from compress.packaging.bundle import bundle; sys.stdout.buffer.write(bundle())"
     for seed in ("1", "2"):
@@ -156,8 +157,8 @@ except ValueError:
 """
 
 
-@pytest.mark.parametrize("register", [
-    False, pytest.param(True, marks=pytest.mark.slow)], ids=["unregistered", "registered"])
+@pytest.mark.slow
+@pytest.mark.parametrize("register", [False, True], ids=["unregistered", "registered"])
 def test_two_submissions_files_in_one_process_do_not_collide(register: bool, submission: Path, tmp_path: Path) -> None:
     """A panel loads the file of each submission by its path, all under one name; here they also differ."""
     for name in ("one", "two"):

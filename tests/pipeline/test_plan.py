@@ -89,6 +89,7 @@ def test_stages_that_need_float_weights_are_refused_behind_int8(stage: str, comp
     assert_one_line_error(compress("plan", recipe), f"stage {stage}: the model is int8 by then")
 
 
+@pytest.mark.slow
 def test_steps_that_round_back_are_left_out_in_the_plan_and_in_the_run(tiny_recipe: Path, tmp_path: Path) -> None:
     """Widths 8 to 64 in multiples of 8: a step of 0.05 removes nothing, the whole ratio of 0.2 does."""
     recipe = tmp_path / "steps.yaml"

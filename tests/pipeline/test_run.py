@@ -75,6 +75,7 @@ def test_update_redoes_only_what_the_change_touches(four_stages: Path, tiny_run:
     assert sorted(path.name for path in copied.glob("[0-9]*")) == ["01-teacher", "02-distill"]
 
 
+@pytest.mark.slow
 def test_challenge_layout_in_a_recipe_is_scored_too(tiny_recipe: Path, tiny_run: Path, compress: Compress,
                                                     tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))

@@ -231,7 +231,8 @@ def finetuned(folder: Path, model: fx.GraphModule, stage: Finetune, tracker: typ
     return result.module.state_dict(), context
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("sam", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "sam"])
 def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = student(4)

@@ -34,7 +34,7 @@ def test_an_image_without_a_batch() -> None:
 
 @pytest.mark.parametrize("name", slow_but(
     ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "squeezenet1_1"],
-    quick=["resnet18", "mobilenet_v3_small", "squeezenet1_1"]))
+    quick=["squeezenet1_1"]))
 def test_torchvision_models(name: str) -> None:
     """SiLU, hard activations, squeeze-and-excitation, concatenation: fused, and measured layer by layer."""
     torch.manual_seed(0)
@@ -56,6 +56,7 @@ def test_torchvision_models(name: str) -> None:
     assert size < 0.3 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_models_outside_the_layer_table_are_quantized_where_their_layers_stand() -> None:
     torch.manual_seed(0)
     model = torchvision.models.shufflenet_v2_x0_5(weights=None, num_classes=10).eval()

@@ -115,6 +115,7 @@ def test_pair_limited_layers_are_exact_on_every_cpu(outputs: int, channels: int,
         assert exact.any() and np.array_equal(run(model, levels.astype(np.float32), precise=False), exact)
 
 
+@pytest.mark.slow
 @natively
 def test_the_layers_of_a_network_are_emulated_to_two_steps() -> None:
     """ONNX Runtime rounds a layer and its requantization at once, the emulation first in float32."""

@@ -141,10 +141,11 @@ def test_equalising_changes_the_ranges_and_not_the_function(tmp_path: Path) -> N
 
 # --------------------------------------------------------------------------------------------------------- building
 
-VARIANTS = [StaticSettings(), StaticSettings(operators="weighted"), StaticSettings(operators="all"),
-            StaticSettings(method="percentile"), StaticSettings(method="mse"), StaticSettings(method="entropy"),
-            StaticSettings(correct=False), StaticSettings(equalise=True), StaticSettings(images=8),
-            StaticSettings(activations="int8"), StaticSettings(weights="8-bit"), StaticSettings(weights="7-bit")]
+QUICK = [StaticSettings(), StaticSettings(operators="all"), StaticSettings(method="entropy"), StaticSettings(equalise=True)]
+VARIANTS = [*QUICK, *(pytest.param(settings, marks=pytest.mark.slow) for settings in (
+    StaticSettings(operators="weighted"), StaticSettings(method="percentile"), StaticSettings(method="mse"),
+    StaticSettings(correct=False), StaticSettings(images=8), StaticSettings(activations="int8"),
+    StaticSettings(weights="8-bit"), StaticSettings(weights="7-bit")))]
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
@@ -225,7 +226,7 @@ def test_biases_take_off_the_mean_error_of_rounding(mobile: tuple[Calibration, t
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_linear_layers_without_a_bias_answer_alike_for_every_batch(backend: str, biased: bool, tmp_path: Path) -> None:
     """OpenVINO 2026.0 gives wrong answers for small batches behind a Gemm without a bias, so the file has a bias."""
     torch.manual_seed(0)

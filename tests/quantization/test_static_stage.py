@@ -77,6 +77,7 @@ def test_a_static_run_that_is_finished_is_not_searched_again(finished: Path, rec
     assert done.returncode == 0 and "quantize_static: finished before, skipped" in done.stdout
 
 
+@pytest.mark.slow
 def test_what_cannot_be_reached_is_one_line_and_the_best_is_kept(finished: Path, recipe: Path, compress: Compress) -> None:
     # Too few validation images to show that no accuracy at all is lost.
     done = again(compress, recipe, "--update", "quantize_static.max_drop=0", "quantize_static.weights=8-bit")

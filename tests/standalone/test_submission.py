@@ -65,6 +65,7 @@ def test_remaining_channels_equal_the_tensors_everywhere(submission: Path) -> No
     assert checked == 21
 
 
+@pytest.mark.slow
 def test_evaluates_isolated_in_another_folder(alone: Path, digits_test: Path, tmp_path: Path, small_run: Path) -> None:
     output = tmp_path / "results.json"
     done = subprocess.run(

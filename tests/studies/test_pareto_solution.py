@@ -126,7 +126,8 @@ def test_rows_do_not_depend_on_their_batch(standard: tuple[Problem, nn.Module, S
     torch.testing.assert_close(turned, whole, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("make", [digits_problem, pytest.param(mixture_problem, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [digits_problem, mixture_problem])
 def test_beats_nearest_mean_and_mlp_where_a_linear_rule_fails(make: object) -> None:
     problem = make(7)  # type: ignore[operator]
     model, solution = solved(problem, 20_000)
@@ -191,7 +192,7 @@ def odd_scales(rows: Labelled) -> Labelled:
 
 
 @pytest.mark.parametrize(("rows", "classes", "limit"), [
-    (shape(40, 2, 2), 2, 8), (shape(6, 4, 6), 6, 20_000), (shape(1, 3, 1), 2, 20_000),
+    (shape(40, 2, 2), 2, 8), pytest.param(shape(6, 4, 6), 6, 20_000, marks=pytest.mark.slow), (shape(1, 3, 1), 2, 20_000),
     (odd_scales(shape(60, 4, 3)), 3, 200), (shape(200, 300, 50), 50, 1500), (shape(30, 4, 3), 5, 400)],
     ids=["two by two", "one row a class", "one row", "odd scales and a constant", "low rank", "classes without rows"])
 def test_other_shapes(rows: Labelled, classes: int, limit: int) -> None:

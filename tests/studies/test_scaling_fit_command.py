@@ -101,6 +101,7 @@ def test_fit_writes_summary_json_and_plots(plots: tuple[str, ...], compress: Com
         assert text in done.stdout, text
 
 
+@pytest.mark.slow
 def test_the_same_data_give_the_same_bytes(tmp_path: Path) -> None:
     data = foreign(tmp_path / "data.csv", [(1e7, float(d), 2 + 400 * d**-0.3) for d in np.geomspace(1e6, 1e10, 8)])
     for folder in ("a", "b"):
@@ -153,6 +154,7 @@ def test_the_error_is_one_less_accuracy_and_ends_at_chance(compress: Compress, t
                           "a fraction in [0, 1], got 71.5", "divide them by 100")
 
 
+@pytest.mark.slow
 def test_tables_fit_80_columns(tmp_path: Path) -> None:
     analysis = analyse(read_runs(write(tmp_path / "final_data.csv", own_rows())), replicates=50)
     for width in (80, 120):
@@ -205,6 +207,7 @@ def test_predict_refuses_what_it_cannot_know(compress: Compress, tmp_path: Path)
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.slow
 def test_rows_that_cannot_be_fitted_are_kept_marked_and_said(compress: Compress, tmp_path: Path) -> None:
     rows = own_rows()
     rows[0]["final_test_loss_avg_last5"] = "nan"                                     # line 2
@@ -269,7 +272,7 @@ def test_compute_of_its_own_column_sets_how_a_budget_is_spent(compress: Compress
 
 
 @given(st.integers(0, 100_000))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_table_is_fitted_or_refused_in_one_line(tmp_path: Path, seed: int) -> None:
     """Few points over twelve decades, constant losses, absurd ones: tables and JSON come out, without a warning."""
     generator = np.random.default_rng(seed)
@@ -330,6 +333,7 @@ def test_the_real_command_line_exits_2_with_one_line(tmp_path: Path) -> None:
     assert_one_line_error(run_compress("scaling", "fit", tmp_path / "data.csv"), "no column for N", "columns: a, b")
 
 
+@pytest.mark.slow
 def test_one_value_of_n_leaves_the_law_in_d(compress: Compress, tmp_path: Path) -> None:
     data = foreign(tmp_path / "data.csv", [(1e7, float(d), 2 + 400 * d**-0.3) for d in np.geomspace(1e6, 1e10, 8)])
     done = compress("scaling", "fit", data, "--bootstrap", "50", "--no_plots")
@@ -358,6 +362,7 @@ def test_forms_with_too_few_points_leave_the_others(tmp_path: Path) -> None:
         analyse(two)
 
 
+@pytest.mark.slow
 def test_losses_above_chance_are_said(tmp_path: Path) -> None:
     rows = own_rows(1)
     rows[0]["final_test_loss_avg_last5"] = 2.5

@@ -26,7 +26,6 @@ from metadata.files import read_json
 from metadata.formats import read_csv
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_here
 from tests.helpers.folders import draw_folder
-from tests.helpers.marks import slow_but
 from tests.helpers.sharing import shared_folder
 
 DIGITS = ["train", "--config", "digits", "--model_options", "{width: 8, stem: small}", "--num_epochs", "3", "--threads",
@@ -103,6 +102,7 @@ def test_killed_training_ends_with_the_same_weights(trained: Path, delay: float,
     assert not list((tmp_path / "killed").glob("*.part"))
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does_at_the_same_batch(compress: Compress, tmp_path: Path) -> None:
     arguments = ["train", "--dataset", "digits", "--model_name", "SimpleMLP", "--num_epochs", "2", "--batch_size", "64",
                  "--lr", "0.05", "--threads", "1", "--augment", "[crop]", "--padding", "1", "--clip", "1.0"]
@@ -140,6 +140,7 @@ def test_tensorboard_holds_the_csv(compress: Compress, tmp_path: Path) -> None:
         assert [event.value for event in events.Scalars(key)] == pytest.approx([float(row[key]) for row in rows], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_wandb_is_offline_asks_nothing_and_calls_nobody(tmp_path: Path) -> None:
     script = f"""
 import sys
@@ -164,7 +165,8 @@ finally:
     assert "test" in done.stdout and len(list((tmp_path / "w" / "wandb").glob("offline-run-*"))) == 1
 
 
-@pytest.mark.parametrize("name", slow_but(["resnet18", "timm:resnest14d", "resnet50", "timm:resnest26d"], ["resnet18"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "timm:resnest14d", "resnet50", "timm:resnest26d"])
 def test_zoo_models_train_on_an_image_folder(name: str, compress: Compress, tmp_path: Path) -> None:
     root = draw_folder(tmp_path / "images", classes=2, images=6, size=32)
     done = compress("train", "--dataset", "image_folder", "--data_root", root, "--image_size", "32", "--model_name", name,
