@@ -257,7 +257,7 @@ class Sketch:
 
     card: DatasetCard
     seed: int
-    has_teacher: bool = False
+    teachers: int = 0
     teacher: tuple[str, dict[str, Any]] | None = None  # name and options, once they were checked
     model: fx.GraphModule | None = None
     is_onnx: bool = False  # the model is an ONNX file at this point

@@ -61,8 +61,8 @@ def why_not_captured(updater: Updater) -> str:
         return "several processes train together"
     if updater.scaler.is_enabled():
         return "the loss scaler of float16 decides about each step on the host"
-    if updater.settings.mixup:
-        return "mixup draws its proportion on the host"
+    if updater.settings.mixup or updater.settings.cutmix:
+        return "mixtures of images draw their proportion on the host"
     if updater.network is not updater.model:
         return "the network is compiled"
     return ""

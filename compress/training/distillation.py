@@ -1,97 +1,153 @@
-"""The loss functions of a training: on labels alone, or with a teacher whose outputs are computed live or cached once.
+"""The loss functions of a training: on labels alone, or with a teacher by one of several methods.
 
-The cache is keyed by augmentation view and sample id. A cache keyed by order of arrival would silently give a shuffled
-loader the soft targets of other images.
+A method is one function of the student's and the teacher's logits, the labels and a temperature; `METHODS` names it, with
+the temperature and the weight of its paper's experiments. Each is a mean over the batch, scaled by the temperature squared
+where its paper does so, which keeps its gradients at the size of the labels' part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from compress.training.data import Data
+from compress.settings import Config
 from compress.training.mixup import Batch, Loss
-from compress.training.precision import autocast
-from compress.training.trackers import Tracker
-from loaders.arrays import prefetched
-from loaders.images import normalize
-from metadata.formats import write_tensors
+from compress.training.targets import Targets
 
-Targets = Callable[[Batch], Tensor]  # batch -> (N, C) teacher logits
+MethodName = Literal["kd", "standardized", "dkd", "dist"]
+EPSILON = 1e-7  # of a standard deviation that may be 0
 
 
-def live_targets(teacher: nn.Module, dtype: torch.dtype | None) -> Targets:
-    """Return targets that the teacher computes from each batch, in a type (None for float32)."""
-    teacher.eval()
-
-    def targets(batch: Batch) -> Tensor:
-        with torch.no_grad(), autocast(dtype, batch.images.device):
-            logits: Tensor = teacher(batch.images)
-        return logits.float()
-
-    return targets
+# ------------------------------------------------------------------------------------------------------- the methods
 
 
-@dataclass(frozen=True)
-class CachedTargets:
-    """Teacher logits by (view, sample id).
+def kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return T^2 KL(teacher || student) of the softened distributions.
+
+    The divergence is a sum over classes; torch's default reduction would be C times weaker.
+    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
 
     Args:
-        logits: (views, samples, C) float16.
+        student, teacher: (N, C) logits.
+        labels: (N,) int64, unused.
+        temperature: T > 0.
     """
-
-    logits: Tensor
-
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.logits[batch.view, batch.ids].float()
+    return temperature**2 * F.kl_div(F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
+                                     reduction="batchmean", log_target=True)
 
 
-def cached_targets(teacher: nn.Module, data: Data, views: int, path: Path, dtype: torch.dtype | None,
-                   device: torch.device, tracker: Tracker, batch_size: int = 256) -> CachedTargets:
-    """Run the teacher over every view of every training image once, or read the file of an earlier sitting.
+def standardized(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return ten times `kd` of logits with mean 0 and standard deviation 1: the student need not copy their range.
+
+    Ten times, so that alpha 0.9 gives the weights of the paper's experiments: 9, and 0.1 for the labels.
+    Source: Sun et al. 2024, "Logit Standardization in Knowledge Distillation", algorithm 1.
 
     Args:
-        teacher: (N, C, H, W) -> (N, classes), on the device.
-        data: what the student will train on, with the same augmenter.
-        views: number of augmentations of each sample.
-        path: the cache; belongs to one stage folder, so to one teacher, data set and seed.
-        dtype: type to run the teacher in, None for float32.
-        device: where the cache is kept.
-        tracker: shows progress.
-        batch_size: images per pass.
+        student, teacher: (N, C) logits.
+        labels: (N,) int64, unused.
+        temperature: T > 0, in standard deviations.
     """
-    if path.is_file():
-        return CachedTargets(torch.load(path, map_location=device, weights_only=True))
-    teacher.eval()
-    samples = len(data.train)
-    cache: Tensor | None = None
-    with tracker.progress("teacher outputs") as advance, torch.no_grad():
-        for view in range(views):
-            for ids, images in prefetched(data.train.images, torch.arange(samples).split(batch_size)):
-                inputs = normalize(data.augmenter(images.to(device), ids, view), data.preprocessing)
-                with autocast(dtype, device):
-                    logits = teacher(inputs)
-                if cache is None:
-                    cache = torch.empty(views, samples, logits.shape[1], dtype=torch.float16)
-                cache[view, ids] = logits.to("cpu", torch.float16)
-                advance(view * samples + int(ids[-1]) + 1, views * samples)
-    assert cache is not None
-    write_tensors(path, cache)
-    return CachedTargets(cache.to(device))
+    def standard(logits: Tensor) -> Tensor:
+        return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + EPSILON)
+    return 10 * kd(standard(student), standard(teacher), labels, temperature)
 
 
-def distill(targets: Targets, temperature: float, alpha: float, label_smoothing: float) -> Loss:
-    """Return the loss function of a training with a teacher; see `distillation_loss`."""
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return T^2 (TCKD + 8 NCKD): what the teacher says of the label against the rest, and how it ranks the rest.
+
+    In `kd`, the second part is weighted by the teacher's doubt, and fades where the teacher is sure.
+    Source: Zhao et al. 2022, "Decoupled Knowledge Distillation", eq. 7, without the warm-up of its experiments.
+
+    Args:
+        student, teacher: (N, C) logits of three classes or more.
+        labels: (N,) int64.
+        temperature: T > 0.
+    """
+    is_label = F.one_hot(labels, student.shape[1]).bool()
+
+    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logarithms of (label, rest), (N, 2), and of the distribution within the rest, (N, C - 1)."""
+        every = F.log_softmax(logits / temperature, 1)
+        rest = every[~is_label].view(len(every), -1)
+        all_of_rest = rest.logsumexp(1, keepdim=True)
+        return torch.cat([every[is_label][:, None], all_of_rest], 1), rest - all_of_rest
+
+    parts = [F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+             for ours, theirs in zip(split(student), split(teacher), strict=True)]
+    return temperature**2 * (parts[0] + 8 * parts[1])
+
+
+def dist(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return 2 T^2 (d of each image's classes + d of each class's images), where d is one less Pearson's correlation.
+
+    Relations are matched instead of numbers, which a small student of a strong teacher can do.
+    Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher", eq. 9 to 11, with the factors 2 and 2.
+
+    Args:
+        student, teacher: (N, C) logits.
+        labels: (N,) int64, unused.
+        temperature: T > 0.
+    """
+    ours, theirs = ((logits / temperature).softmax(1) for logits in (student, teacher))
+
+    def distance(axis: int) -> Tensor:
+        one, other = (part - part.mean(axis, keepdim=True) for part in (ours, theirs))
+        return 1 - F.cosine_similarity(one, other, dim=axis).mean()
+    return 2 * temperature**2 * (distance(1) + distance(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of distillation, with the temperature and the weight of the teacher's part in its paper."""
+
+    loss: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    temperature: float
+    alpha: float
+
+
+METHODS: dict[MethodName, Method] = {
+    "kd": Method(loss=kd, temperature=4.0, alpha=0.9),
+    "standardized": Method(loss=standardized, temperature=2.0, alpha=0.9),
+    "dkd": Method(loss=dkd, temperature=4.0, alpha=0.5), "dist": Method(loss=dist, temperature=4.0, alpha=0.5)}
+assert {*METHODS} == {*get_args(MethodName)}
+
+
+class TeacherLoss(Config):
+    """Settings of a training with a teacher."""
+
+    method: MethodName = Field("kd", description="of distillation: kd (soft targets), standardized (of standardized "
+                               "logits), dkd (decoupled), dist (correlations)")
+    temperature: float | None = Field(None, gt=0, description="softens both distributions; none given: the method's, "
+                                      "2 for standardized, 4 for the others")
+    alpha: float | None = Field(None, ge=0, le=1, description="weight of the teacher's loss, the labels' loss has the "
+                                "rest; none given: the method's, 0.9 for kd and standardized, 0.5 for dkd and dist")
+
+    def chosen(self) -> Method:
+        """Return the method with this temperature and weight."""
+        given = METHODS[self.method]
+        return Method(loss=given.loss, alpha=given.alpha if self.alpha is None else self.alpha,
+                      temperature=given.temperature if self.temperature is None else self.temperature)
+
+
+# ---------------------------------------------------------------------------------------------------- loss functions
+
+
+def distill(targets: Targets, method: Method, label_smoothing: float) -> Loss:
+    """Return the loss function of a training with a teacher: alpha of the method's, the rest of the labels'."""
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.images)
         soft = targets(batch)
-        return _of_both_labels(batch, lambda labels: distillation_loss(
-            logits, soft, labels, temperature=temperature, alpha=alpha, label_smoothing=label_smoothing)), logits
+
+        def both(labels: Tensor) -> Tensor:
+            hard = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            return method.alpha * method.loss(logits, soft, labels, method.temperature) + (1 - method.alpha) * hard
+        return _of_both_labels(batch, both), logits
     return loss
 
 
@@ -110,25 +166,3 @@ def _of_both_labels(batch: Batch, loss: Callable[[Tensor], Tensor]) -> Tensor:
     if batch.other_labels is None:
         return value
     return batch.share * value + (1 - batch.share) * loss(batch.other_labels)
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float, alpha: float,
-                      label_smoothing: float = 0.0) -> Tensor:
-    """Return alpha T^2 KL(teacher || student) at temperature T, plus (1 - alpha) cross-entropy with the labels.
-
-    The divergence is a mean over the batch of a sum over classes; torch's default reduction would be C times weaker.
-    T^2 keeps the gradients of the soft part at the size of the hard part's.
-    Source: Hinton, Vinyals and Dean 2015, "Distilling the Knowledge in a Neural Network", section 2.
-
-    Args:
-        student: (N, C) logits.
-        teacher: (N, C) logits.
-        labels: (N,) int64.
-        temperature: T > 0.
-        alpha: weight of the soft part in [0, 1].
-        label_smoothing: of the cross-entropy.
-    """
-    soft = F.kl_div(F.log_softmax(student / temperature, 1), F.log_softmax(teacher / temperature, 1),
-                    reduction="batchmean", log_target=True) * temperature**2
-    hard = F.cross_entropy(student, labels, label_smoothing=label_smoothing)
-    return alpha * soft + (1 - alpha) * hard

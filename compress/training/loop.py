@@ -56,7 +56,7 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
         loss: (model, batch) -> mean loss and logits.
         settings: how to train.
         label: the training's name in metrics and progress.
-        seed: decides order, augmentation, mixup and dropout.
+        seed: decides order, augmentation, mixtures of images and dropout.
         device: where to train.
         checkpoint: file to continue from and to write; the file stays when the training is over.
         tracker: takes progress and metrics.
@@ -106,8 +106,8 @@ def train(model: nn.Module, data: Data, loss: Loss, settings: TrainingSettings, 
                 progress = (state.epoch + (state.done + 0.5) / steps) / settings.epochs
                 state.lr = settings.lr * rate_factor(settings, progress, state.epoch) * state.plateau.value
                 seed_step(seed, state.step, team.rank, device)
-                if settings.mixup:
-                    batch = mixed(batch, settings.mixup)
+                if settings.mixup or settings.cutmix:
+                    batch = mixed(batch, settings.mixup, settings.cutmix)
                 state.count(*step(batch, state.lr), len(batch.ids))
                 if device.type == "cpu":  # elsewhere a look at the loss would wait for the device
                     files.check_finite(state, state.step + 1)

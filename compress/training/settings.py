@@ -92,6 +92,8 @@ class TrainingSettings(Config):
     affine_shear: float = Field(0.1, ge=0, description="affine only: largest shear, as a share of the height")
     affine_shift: float = Field(2.0, ge=0, description="affine only: largest shift in pixels")
     mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0: no mixup")
+    cutmix: float = Field(0.0, ge=0, description="the same for CutMix, which pastes a box of another image; with both, "
+                          "each batch has one of the two")
     views: int = Field(0, ge=0, description="different augmentations of an image before they repeat; 0: a new one in "
                        "every epoch")
     size_schedule: ByEpoch = Field({}, description="pixels to which the shorter side of images is shrunk from an epoch on, "

@@ -36,7 +36,7 @@ def test_mixup_mixes_images_and_both_labels() -> None:
     torch.manual_seed(0)
     labels = torch.arange(8)
     images = nn.functional.one_hot(labels).float().view(8, 8, 1, 1)
-    batch = mixed(Batch(images=images, labels=labels, ids=labels, view=0), alpha=0.4)
+    batch = mixed(Batch(images=images, labels=labels, ids=labels, view=0), mixup=0.4)
     assert batch.other_labels is not None and 0 < batch.share < 1
     share = batch.images[:, :, 0, 0]
     for index in range(8):
@@ -47,6 +47,29 @@ def test_mixup_mixes_images_and_both_labels() -> None:
     value, _ = cross_entropy(0.0)(_Constant(logits), batch)
     soft = nn.functional.cross_entropy(logits, share)
     assert float(value) == pytest.approx(float(soft), rel=1e-5)
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels() -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(10, 16)
+    images = torch.arange(6).float().view(6, 1, 1, 1).expand(6, 3, 12, 20)
+    shares = []
+    for _ in range(60):
+        batch = mixed(Batch(images=images, labels=ids - 10, ids=ids, view=0), 0.0, 1.0)
+        assert batch.other_ids is not None and batch.other_labels is not None
+        assert torch.equal(batch.other_ids, batch.other_labels + 10)
+        for index, other in enumerate(batch.other_labels.tolist()):
+            pasted = batch.images[index] == other
+            assert bool((pasted | (batch.images[index] == index)).all()) and bool((pasted == pasted[:1]).all())
+            if other != index:
+                box = pasted[0].nonzero()
+                assert len(box) == 0 or len(box) == int((box.max(0).values - box.min(0).values + 1).prod())
+                assert 1 - len(box) / 240 == pytest.approx(batch.share)
+        shares.append(batch.share)
+    assert bool((images == torch.arange(6).view(6, 1, 1, 1)).all()) and 0.35 < sum(shares) / 60 < 0.75
+    both = [mixed(Batch(images=images, labels=ids, ids=ids, view=0), 0.4, 1.0) for _ in range(30)]
+    kinds = {bool(batch.images.frac().any()) for batch in both}
+    assert kinds == {True, False}  # both, in turn
 
 
 class _Constant(nn.Module):
@@ -61,7 +84,7 @@ class _Constant(nn.Module):
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"optimizer": name} for name in OPTIMIZERS},
     "sam over adamw": {"optimizer": "sam", "sam_base": "adamw", "clip": 1.0},
-    "average, mixup, parts": {"ema": 0.9, "mixup": 0.5, "accumulate": 2},
+    "average, mixup, parts": {"ema": 0.9, "mixup": 0.5, "cutmix": 1.0, "accumulate": 2},
     "plateau": {"schedule": "plateau", "patience": 0, "factor": 0.5},
     "stopping, the best kept": {"epochs": 9, "early_patience": 1, "keep": "best", "lr": 0.3},
     "changing batches and sizes": {"batch_size_schedule": {1: 8, 2: 20}, "size_schedule": {0: 6, 1: 8},

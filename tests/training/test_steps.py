@@ -15,11 +15,12 @@ from torch import nn
 
 from compress.training.cuda import fast_kernels, step_of, why_not_captured
 from compress.training.data import CHUNK_BYTES
-from compress.training.distillation import CachedTargets, cross_entropy
+from compress.training.distillation import cross_entropy
 from compress.training.distributed import Team
 from compress.training.mixup import Batch, cut, parts
 from compress.training.muon import COEFFICIENTS, Muon, batches, orthogonalized, suits_muon
 from compress.training.optimizers import make_optimizer
+from compress.training.targets import CachedTargets
 from compress.training.updates import Updater
 from tests.helpers.commands import PROJECT
 from tests.helpers.trainings import settings, small_data, WithDropout
@@ -143,7 +144,7 @@ def updater(device: str, scaled: bool = False, team: Team = Team(), **changes: A
 def test_steps_are_captured_on_cuda_alone_and_never_where_the_host_decides() -> None:
     assert why_not_captured(updater("cuda")) == "" and "cpu" in why_not_captured(updater("cpu"))
     assert "float16" in why_not_captured(updater("cuda", scaled=True))
-    assert "mixup" in why_not_captured(updater("cuda", mixup=0.2))
+    assert "mixtures" in why_not_captured(updater("cuda", mixup=0.2))
     assert "processes" in why_not_captured(updater("cuda", team=Team(size=2)))
     assert "compiled" in why_not_captured(replace(updater("cuda"), network=nn.Sequential(WithDropout())))
     said: list[str] = []

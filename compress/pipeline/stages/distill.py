@@ -15,16 +15,17 @@ from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
-from compress.training.distillation import Targets, cached_targets, cross_entropy, distill, live_targets
+from compress.training.distillation import TeacherLoss, cross_entropy, distill
 from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.precision import autocast_dtype
 from compress.training.settings import TrainingSettings
+from compress.training.targets import Targets, cached_targets, live_targets
 from metadata.errors import UserError
 from metadata.records import DatasetCard
 
 
-class Distill(Stage):
+class Distill(TeacherLoss, Stage):
     """Knowledge distillation by logits."""
 
     history = "knowledge_distillation"
@@ -32,8 +33,8 @@ class Distill(Stage):
     model: str = Field("slim_resnet18", description="the student by name, or file:FILE:CLASS, onnx:FILE, folder:DIR; "
                                                  "it must be traceable")
     options: dict[str, Any] = Field({}, description="options of the student, such as width or stem")
-    temperature: float = Field(4.0, gt=0, description="softens both distributions")
-    alpha: float = Field(0.9, ge=0, le=1, description="weight of the teacher's loss; the labels' loss has the rest")
+    teachers: int = Field(1, ge=1, le=16, description="how many of the stages teacher before it teach, the latest ones: by "
+                                                      "the mean of their logits")
     cache_views: int = Field(0, ge=0, description="augmented views of each image whose teacher outputs are computed "
                                                   "once and cached; 0: the teacher runs on every batch")
     control: bool = Field(False, description="also train the same student without the teacher, to show the gain")
@@ -47,9 +48,15 @@ class Distill(Stage):
 
     def check(self, sketch: Sketch) -> None:
         sketch.check_training("distill", self.train)
-        if self.cache_views and (self.train.mixup or self.train.views):
-            raise UserError("distill.cache_views: the teacher's outputs are kept by image and augmentation, so that "
-                            "train.mixup and train.views must be 0; set cache_views 0 for them")
+        if self.teachers > sketch.teachers:
+            raise UserError(f"distill.teachers {self.teachers}: there are {sketch.teachers} stages teacher before it; add "
+                            "one for each")
+        if self.cache_views and self.train.views:
+            raise UserError("distill.cache_views: the teacher's outputs are kept for this number of views, so that "
+                            "train.views must be 0; set one of the two")
+        if self.method == "dkd" and sketch.card.num_classes < 3:
+            raise UserError("distill.method dkd: ranks the classes beside the label, of which two classes have one; "
+                            "set method kd")
         architecture, student, notes = self._student(sketch.card, sketch.seed)
         sketch.model = student.eval()
         control = ", and a control without the teacher" if self.control else ""
@@ -61,11 +68,12 @@ class Distill(Stage):
         settings = context.usable(self.train)
         if self.cache_views:
             settings = settings.model_copy(update={"views": self.cache_views})
-        dtype = autocast_dtype(settings.precision, context.device)
-        teacher = model.module.to(context.device)
-        targets: Targets = live_targets(teacher, dtype)
+        dtype, method = autocast_dtype(settings.precision, context.device), self.chosen()
+        taught_by = [output for output in context.outputs if isinstance(output, TeacherModel)][-self.teachers:]
+        teachers = [teacher.module.to(context.device) for teacher in taught_by]
+        targets: Targets = live_targets(teachers, dtype)
         if self.cache_views:
-            cache = cached_targets(teacher, data, self.cache_views, context.folder / "teacher_logits.pth",
+            cache = cached_targets(teachers, data, self.cache_views, context.folder / "teacher_logits.pth",
                                    dtype, context.device, context.tracker)
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             targets = cache
@@ -77,10 +85,11 @@ class Distill(Stage):
             outcome = train(
                 student, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
-            details = {"teacher": without_place(model.reference.name), "epochs": self.train.epochs,
-                       "optimizer": self.train.optimizer, "lr": self.train.lr, "batch_size": self.train.batch_size,
-                       "temperature": self.temperature, "alpha": self.alpha, "dataset": context.splits.card.name,
-                       "seed": context.seed}
+            details = {"teacher": ", ".join(without_place(teacher.reference.name) for teacher in taught_by),
+                       "epochs": self.train.epochs, "optimizer": self.train.optimizer, "lr": self.train.lr,
+                       "batch_size": self.train.batch_size,
+                       "method": self.method, "temperature": method.temperature, "alpha": method.alpha,
+                       "dataset": context.splits.card.name, "seed": context.seed}
             described = carry_over(describe(student, architecture.input_shape), architecture,
                                    compression_steps=[self.history], training_details=details)
             accuracy = accuracy_of(student, data.validation, data.preprocessing)
@@ -88,7 +97,7 @@ class Distill(Stage):
 
         smoothing = self.train.label_smoothing
         student, accuracy, context.training_seconds = trained(
-            "student", distill(targets, self.temperature, self.alpha, smoothing))
+            "student", distill(targets, method, smoothing))
         if self.control:
             control, without, seconds = trained("control", cross_entropy(smoothing))
             context.extra_models["control"] = control, seconds

@@ -13,24 +13,23 @@ from compress.quantization.aware import prepare_aware, restored
 from compress.quantization.weights import DEFAULT_FORM, WeightForm
 from compress.training.assessment import accuracy_of
 from compress.training.data import Data
-from compress.training.distillation import cross_entropy, distill, live_targets
+from compress.training.distillation import TeacherLoss, cross_entropy, distill
 from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.precision import autocast_dtype
 from compress.training.settings import TrainingSettings
+from compress.training.targets import live_targets
 from metadata.errors import UserError
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
 
 
-class Finetune(Stage):
+class Finetune(TeacherLoss, Stage):
     """Train the same network further."""
 
     history = "finetuning"
 
-    teacher: bool = Field(False, description="distill from the run's teacher, with the settings below")
-    temperature: float = Field(4.0, gt=0, description="with the teacher: softens both distributions")
-    alpha: float = Field(0.9, ge=0, le=1, description="with the teacher: weight of its loss")
+    teacher: bool = Field(False, description="distill from the run's teacher, by method, temperature and alpha")
     quantization_aware: bool = Field(False, description="train with weights and activations rounded as in static int8")
     weights: WeightForm = Field(DEFAULT_FORM, description="quantization-aware: the form of the weights, as in "
                                 "quantize_static")
@@ -41,9 +40,10 @@ class Finetune(Stage):
     def check(self, sketch: Sketch) -> None:
         sketch.refuse_int8("finetune")
         sketch.check_training("finetune", self.train)
-        for key in ("weights", "freeze_after"):
-            if not self.quantization_aware and getattr(self, key) != type(self).model_fields[key].default:
-                raise UserError(f"finetune.{key}: the setting has no effect without quantization_aware: true")
+        for needed, keys in (("quantization_aware", ("weights", "freeze_after")), ("teacher", TeacherLoss.model_fields)):
+            for key in keys:
+                if not getattr(self, needed) and getattr(self, key) != type(self).model_fields[key].default:
+                    raise UserError(f"finetune.{key}: the setting has no effect without {needed}: true")
         if self.quantization_aware and self.train.precision not in ("auto", "float32"):
             raise UserError(f"finetune.train.precision: {self.train.precision} cannot hold the values of the 8-bit grids; "
                             "with quantization_aware set auto or float32")
@@ -60,8 +60,8 @@ class Finetune(Stage):
             if teacher is None:
                 raise UserError("finetune.teacher: true, but no stage before it gives a teacher")
             dtype = autocast_dtype(settings.precision, context.device)
-            targets = live_targets(teacher.module.to(context.device), dtype)
-            loss = distill(targets, self.temperature, self.alpha, self.train.label_smoothing)
+            targets = live_targets([teacher.module.to(context.device)], dtype)
+            loss = distill(targets, self.chosen(), self.train.label_smoothing)
         data = context.data(self.train)
         if self.quantization_aware:
             module = self._train_rounded(model.module, data, loss, settings, context)

@@ -32,7 +32,7 @@ class Student(Stage):
 
     def check(self, sketch: Sketch) -> None:
         if self.model is None and sketch.teacher is None:
-            if sketch.has_teacher:
+            if sketch.teachers:
                 return  # what is wrong with it is told already
             raise UserError("student: no stage before it gives a teacher; name a model")
         if self.model and not (self.pretrained or has_weights(self.model)):

@@ -28,7 +28,7 @@ from metadata.records import DatasetCard, ModelReference
 
 
 class Teacher(Stage):
-    """A trained model of any kind: the project's own, torchvision's or timm's, traceable or not."""
+    """A trained model of any kind: the project's own, torchvision's or timm's, traceable or not. There may be several."""
 
     model: str = Field("slim_resnet18", description="a model of the project, torchvision or timm, by name, or "
                                                  "file:FILE:CLASS, onnx:FILE, folder:DIR")
@@ -51,7 +51,7 @@ class Teacher(Stage):
         return content_of_model(self.model)
 
     def check(self, sketch: Sketch) -> None:
-        sketch.has_teacher = True
+        sketch.teachers += 1
         if not (self.checkpoint or self.pretrained or self.train.epochs or has_weights(self.model)):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
         sketch.check_training("teacher", self.train)
@@ -79,7 +79,7 @@ class Teacher(Stage):
         text = f"{self.model} ({parameters:,} parameters) from {source}, {self.train.epochs} epochs"
         sketch.lines.append("; ".join([text, *remarks(module)]))
 
-    def run(self, model: None, context: Context) -> TeacherModel:
+    def run(self, model: TeacherModel | None, context: Context) -> TeacherModel:
         card = context.splits.card
         options = self._fitted(card)
         reference = ModelReference(name=self.model, num_classes=card.num_classes, options=options)

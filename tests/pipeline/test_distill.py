@@ -1,0 +1,66 @@
+"""The stage `distill`: methods, several teachers, cached outputs of mixed images, and settings that would do nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from compress.pipeline.config import resolve
+from compress.pipeline.run import run_pipeline
+from compress.pipeline.stage import TorchModel
+from tests.helpers.commands import Compress, assert_one_line_error
+
+
+@pytest.fixture(scope="module")
+def two_teachers(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe as far as distill, with a second teacher."""
+    lines = tiny_recipe.read_text().split("  - prune")[0].splitlines()
+    teacher = next(line for line in lines if "teacher:" in line)
+    lines.insert(lines.index(teacher), teacher.replace("width: 4", "width: 6"))
+    path = tmp_path_factory.mktemp("two") / "two.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def taught(two_teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with both."""
+    run_dir = tmp_path_factory.mktemp("runs")
+    return run_pipeline(resolve(str(two_teachers), [
+        f"run_dir={run_dir}", "distill.teachers=2", "distill.cache_views=2", "distill.method=dist",
+        "distill.train.cutmix=1", "distill.train.mixup=0.2"]), Console(file=io.StringIO())).folder
+
+
+def test_two_teachers_are_cached_together_and_named(taught: Path, two_teachers: Path, tmp_path: Path) -> None:
+    cache = torch.load(taught / "03-distill" / "teacher_logits.pth", weights_only=True)
+    record = json.loads((taught / "03-distill" / "stage.json").read_text())
+    assert list(cache.shape) == record["notes"]["cached_teacher_outputs"] and cache.shape[0] == 2
+    details = TorchModel.load(taught / "03-distill").architecture.training_details
+    assert details["method"] == "dist" and (details["temperature"], details["alpha"]) == (4.0, 0.5)
+    assert details["teacher"] == "slim_resnet18, slim_resnet18"
+    one = run_pipeline(resolve(str(two_teachers), [f"run_dir={tmp_path}", "distill.cache_views=2"]),
+                       Console(file=io.StringIO())).folder
+    latest = torch.load(one / "03-distill" / "teacher_logits.pth", weights_only=True)
+    assert latest.shape == cache.shape and not torch.allclose(latest, cache)
+
+
+@pytest.mark.parametrize(("overrides", "said"), [
+    (["distill.teachers=3"], ["distill.teachers 3", "there are 2 stages teacher"]),
+    (["distill.method=fitnets"], ["method", "kd"]),
+    (["distill.cache_views=2", "distill.train.views=3"], ["distill.cache_views", "train.views must be 0"]),
+    (["distill.temperature=0"], ["temperature"]), (["distill.alpha=1.5"], ["alpha"])])
+def test_mistakes_get_one_line(overrides: list[str], said: list[str], two_teachers: Path, compress: Compress,
+                               tmp_path: Path) -> None:
+    assert_one_line_error(compress("plan", two_teachers, f"run_dir={tmp_path}", *overrides), *said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["temperature=2", "alpha=0.5", "method=dkd"])
+def test_settings_of_a_teacher_need_one(setting: str, tiny_recipe: Path, compress: Compress) -> None:
+    done = compress("plan", tiny_recipe, "finetune.teacher=false", f"finetune.{setting}")
+    assert_one_line_error(done, f"finetune.{setting.partition('=')[0]}: the setting has no effect without teacher: true")
