@@ -2,7 +2,8 @@
 
 A method is one function of the student's and the teacher's logits, the labels and a temperature; `METHODS` names it, with
 the temperature and the weight of its paper's experiments. Each is a mean over the batch, scaled by the temperature squared
-where its paper does so, which keeps its gradients at the size of the labels' part.
+where its paper does so, which keeps its gradients at the size of the labels' part. Methods that compare features instead of
+logits are in `compress/training/features.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.settings import Config
-from compress.training.mixup import Batch, Loss
+from compress.training.features import FEATURE_METHODS
+from compress.training.mixup import Batch, Loss, of_both_labels
 from compress.training.targets import Targets
 
-MethodName = Literal["kd", "standardized", "dkd", "dist"]
+MethodName = Literal["kd", "standardized", "dkd", "dist", "attention", "features"]
 EPSILON = 1e-7  # of a standard deviation that may be 0
 
 
@@ -42,7 +44,7 @@ def kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> 
                                      reduction="batchmean", log_target=True)
 
 
-def standardized(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def standardized_kd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Return ten times `kd` of logits with mean 0 and standard deviation 1: the student need not copy their range.
 
     Ten times, so that alpha 0.9 gives the weights of the paper's experiments: 9, and 0.1 for the labels.
@@ -113,23 +115,29 @@ class Method:
 
 METHODS: dict[MethodName, Method] = {
     "kd": Method(loss=kd, temperature=4.0, alpha=0.9),
-    "standardized": Method(loss=standardized, temperature=2.0, alpha=0.9),
+    "standardized": Method(loss=standardized_kd, temperature=2.0, alpha=0.9),
     "dkd": Method(loss=dkd, temperature=4.0, alpha=0.5), "dist": Method(loss=dist, temperature=4.0, alpha=0.5)}
-assert {*METHODS} == {*get_args(MethodName)}
+assert {*METHODS, *FEATURE_METHODS} == {*get_args(MethodName)}
 
 
 class TeacherLoss(Config):
     """Settings of a training with a teacher."""
 
     method: MethodName = Field("kd", description="of distillation: kd (soft targets), standardized (of standardized "
-                               "logits), dkd (decoupled), dist (correlations)")
+                               "logits), dkd (decoupled), dist (correlations); in distill alone: attention (where layers "
+                               "look), features (projected)")
     temperature: float | None = Field(None, gt=0, description="softens both distributions; none given: the method's, "
-                                      "2 for standardized, 4 for the others")
+                                      "2 for standardized, 4 for the others; features have none")
     alpha: float | None = Field(None, ge=0, le=1, description="weight of the teacher's loss, the labels' loss has the "
-                                "rest; none given: the method's, 0.9 for kd and standardized, 0.5 for dkd and dist")
+                                "rest; none given: the method's, 0.9 for kd and standardized, 0.5 for the others")
+
+    @property
+    def by_features(self) -> bool:
+        """Whether the method compares features instead of logits."""
+        return self.method in FEATURE_METHODS
 
     def chosen(self) -> Method:
-        """Return the method with this temperature and weight."""
+        """Return the method, one by logits, with this temperature and weight."""
         given = METHODS[self.method]
         return Method(loss=given.loss, alpha=given.alpha if self.alpha is None else self.alpha,
                       temperature=given.temperature if self.temperature is None else self.temperature)
@@ -147,7 +155,7 @@ def distill(targets: Targets, method: Method, label_smoothing: float) -> Loss:
         def both(labels: Tensor) -> Tensor:
             hard = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
             return method.alpha * method.loss(logits, soft, labels, method.temperature) + (1 - method.alpha) * hard
-        return _of_both_labels(batch, both), logits
+        return of_both_labels(batch, both), logits
     return loss
 
 
@@ -155,14 +163,6 @@ def cross_entropy(label_smoothing: float) -> Loss:
     """Return the loss function of a training on labels alone."""
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(batch.images)
-        return _of_both_labels(batch, lambda labels: F.cross_entropy(
+        return of_both_labels(batch, lambda labels: F.cross_entropy(
             logits, labels, label_smoothing=label_smoothing)), logits
     return loss
-
-
-def _of_both_labels(batch: Batch, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the loss on the batch's labels; of mixed images, on each label by its share."""
-    value = loss(batch.labels)
-    if batch.other_labels is None:
-        return value
-    return batch.share * value + (1 - batch.share) * loss(batch.other_labels)

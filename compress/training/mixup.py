@@ -80,3 +80,11 @@ def cut(batch: Batch, sizes: list[int]) -> list[Batch]:
     return [replace(batch, images=images, labels=labels, ids=ids, other_labels=other, other_ids=other_ids)
             for images, labels, ids, other, other_ids in zip(
                 batch.images.split(sizes), batch.labels.split(sizes), batch.ids.split(sizes), *others, strict=True)]
+
+
+def of_both_labels(batch: Batch, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the loss on the batch's labels; of mixed images, on each label by its share."""
+    value = loss(batch.labels)
+    if batch.other_labels is None:
+        return value
+    return batch.share * value + (1 - batch.share) * loss(batch.other_labels)

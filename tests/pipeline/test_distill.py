@@ -49,7 +49,24 @@ def test_two_teachers_are_cached_together_and_named(taught: Path, two_teachers: 
     assert latest.shape == cache.shape and not torch.allclose(latest, cache)
 
 
+@pytest.mark.parametrize("method", ["attention", "features"])
+def test_features_are_compared_where_sizes_are_alike(method: str, two_teachers: Path, tmp_path: Path) -> None:
+    outcome = run_pipeline(resolve(str(two_teachers), [f"run_dir={tmp_path}", f"distill.method={method}"]),
+                           Console(file=io.StringIO()))
+    record = json.loads((outcome.folder / "03-distill" / "stage.json").read_text())
+    assert list(record["notes"]["compared_features"].values()) == ["layer1", "layer2", "layer3"]  # layer4 has one pixel
+    student = TorchModel.load(outcome.folder / "03-distill")
+    details = student.architecture.training_details
+    assert details["method"] == method and details["alpha"] == 0.5 and "temperature" not in details
+    assert not any("projections" in name for name in student.module.state_dict())
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
+    (["distill.method=features", "distill.cache_views=2"], ["distill.cache_views", "on every batch"]),
+    (["distill.method=features", "distill.teachers=2"], ["distill.teachers", "one teacher"]),
+    (["distill.method=attention", "distill.temperature=2"], ["distill.temperature", "without a temperature"]),
+    (["distill.method=attention", "distill.train.size_schedule=0:6"], ["distill.train.size_schedule", "height and width"]),
+    (["finetune.method=attention", "finetune.teacher=true"], ["finetune"]),
     (["distill.teachers=3"], ["distill.teachers 3", "there are 2 stages teacher"]),
     (["distill.method=fitnets"], ["method", "kd"]),
     (["distill.cache_views=2", "distill.train.views=3"], ["distill.cache_views", "train.views must be 0"]),

@@ -126,7 +126,7 @@ def test_an_interrupted_stage_continues_only_what_it_began(run: Run) -> None:
     states = [status.state for status in run.survey("prune.ratio=0.6")]  # what has not begun may change
     assert states == ["finished", "begun", *["open"] * 5]
     assert run.redone("distill.temperature=5") == (
-        ["02-distill"], "02-distill (distill.temperature: 4.0 -> 5.0; it has begun: checkpoint-student.pth)")
+        ["02-distill"], "02-distill (distill.temperature: None -> 5.0; it has begun: checkpoint-student.pth)")
     run.interrupt("02-distill")
     assert [status.state for status in run.survey("distill.temperature=5")] == ["finished", *["open"] * 6]
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pydantic import Field
-from torch import fx
+from torch import fx, nn
 
 from architectures.architecture import Architecture
 from architectures.describe import carry_over, describe
 from architectures.named import remarks, without_place
-from architectures.zoo import family_modules, fitted_options, make
+from architectures.onnx_network.runtime import RunOnnxFile
+from architectures.zoo import family_modules, fitted_options, make, without_values
 from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
 from compress.training.distillation import TeacherLoss, cross_entropy, distill
+from compress.training.features import (
+    FEATURE_ALPHA, FEATURE_METHODS, TeacherFeatures, WithFeatures, distill_features, pairs_of)
 from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.precision import autocast_dtype
@@ -26,7 +30,7 @@ from metadata.records import DatasetCard
 
 
 class Distill(TeacherLoss, Stage):
-    """Knowledge distillation by logits."""
+    """Knowledge distillation, by logits or by features."""
 
     history = "knowledge_distillation"
 
@@ -54,6 +58,8 @@ class Distill(TeacherLoss, Stage):
         if self.cache_views and self.train.views:
             raise UserError("distill.cache_views: the teacher's outputs are kept for this number of views, so that "
                             "train.views must be 0; set one of the two")
+        if self.by_features:
+            self._check_features(sketch)
         if self.method == "dkd" and sketch.card.num_classes < 3:
             raise UserError("distill.method dkd: ranks the classes beside the label, of which two classes have one; "
                             "set method kd")
@@ -68,7 +74,7 @@ class Distill(TeacherLoss, Stage):
         settings = context.usable(self.train)
         if self.cache_views:
             settings = settings.model_copy(update={"views": self.cache_views})
-        dtype, method = autocast_dtype(settings.precision, context.device), self.chosen()
+        dtype = autocast_dtype(settings.precision, context.device)
         taught_by = [output for output in context.outputs if isinstance(output, TeacherModel)][-self.teachers:]
         teachers = [teacher.module.to(context.device) for teacher in taught_by]
         targets: Targets = live_targets(teachers, dtype)
@@ -78,17 +84,20 @@ class Distill(TeacherLoss, Stage):
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             targets = cache
 
-        def trained(label: str, loss: Loss) -> tuple[TorchModel, float, float]:
+        def trained(label: str, loss: Loss | None) -> tuple[TorchModel, float, float]:
             architecture, student, notes = self._student(context.splits.card, context.seed)
             for text in notes:
                 context.tracker.say(f"  distill.model {self.model}, {label}: {text}")
+            learner: nn.Module = student
+            if loss is None:
+                learner, loss = self._by_features(architecture, student, teachers[0], dtype, context)
             outcome = train(
-                student, data, loss, settings, label=label, seed=context.seed, device=context.device,
+                learner, data, loss, settings, label=label, seed=context.seed, device=context.device,
                 checkpoint=context.folder / f"checkpoint-{label}.pth", tracker=context.tracker)
             details = {"teacher": ", ".join(without_place(teacher.reference.name) for teacher in taught_by),
                        "epochs": self.train.epochs, "optimizer": self.train.optimizer, "lr": self.train.lr,
                        "batch_size": self.train.batch_size,
-                       "method": self.method, "temperature": method.temperature, "alpha": method.alpha,
+                       "method": self.method, **self._weights(),
                        "dataset": context.splits.card.name, "seed": context.seed}
             described = carry_over(describe(student, architecture.input_shape), architecture,
                                    compression_steps=[self.history], training_details=details)
@@ -97,7 +106,7 @@ class Distill(TeacherLoss, Stage):
 
         smoothing = self.train.label_smoothing
         student, accuracy, context.training_seconds = trained(
-            "student", distill(targets, method, smoothing))
+            "student", None if self.by_features else distill(targets, self.chosen(), smoothing))
         if self.control:
             control, without, seconds = trained("control", cross_entropy(smoothing))
             context.extra_models["control"] = control, seconds
@@ -107,6 +116,45 @@ class Distill(TeacherLoss, Stage):
                 context.warn(f"the teacher did not help: {accuracy:.2%} of {images} validation images are right with "
                              f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
         return student
+
+    def _check_features(self, sketch: Sketch) -> None:
+        """Raise UserError for settings that a method by features cannot take."""
+        for key, needed in (("cache_views", 0), ("teachers", 1), ("temperature", None)):
+            if getattr(self, key) != needed:
+                raise UserError(f"distill.{key}: the method {self.method} compares the features of one teacher on every "
+                                "batch, without a temperature; leave the setting out, or set method kd")
+        if self.train.size_schedule:
+            raise UserError(f"distill.train.size_schedule: the method {self.method} pairs layers by height and width, "
+                            "which must not change; leave the schedule out, or set method kd")
+        if sketch.teacher is None:
+            return  # what is wrong with the teacher is told already
+        with without_values(), torch.random.fork_rng(devices=[]):
+            teacher = make(sketch.teacher[0], num_classes=sketch.card.num_classes, **sketch.teacher[1])
+        if isinstance(teacher, RunOnnxFile):
+            raise UserError(f"distill.method {self.method}: the teacher {sketch.teacher[0]} is run by ONNX Runtime, which "
+                            "gives logits alone; set method kd")
+        architecture, _, _ = self._student(sketch.card, sketch.seed)
+        try:
+            pairs_of(architecture, teacher.eval(), torch.zeros(1, *sketch.card.input_shape, device="meta"))
+        except UserError as error:
+            raise UserError(f"distill.method {self.method}: {error}") from error
+
+    def _by_features(self, architecture: Architecture, student: fx.GraphModule, teacher: nn.Module,
+                     dtype: torch.dtype | None, context: Context) -> tuple[nn.Module, Loss]:
+        """Return the student with its features, and the loss function that compares them with the teacher's."""
+        method = FEATURE_METHODS[self.method]
+        pairs = pairs_of(architecture, teacher.eval(), torch.zeros(1, *architecture.input_shape, device=context.device))
+        context.note("compared_features", {pair.layer: pair.place.module for pair in pairs})
+        with seeded(context.seed, "projections"):
+            learner = WithFeatures(student, pairs, method.projects)
+        return learner, distill_features(TeacherFeatures(teacher, pairs, dtype), method, self._weights()["alpha"],
+                                         self.train.label_smoothing)
+
+    def _weights(self) -> dict[str, float]:
+        """Return temperature and alpha as they count."""
+        if self.by_features:
+            return {"alpha": FEATURE_ALPHA if self.alpha is None else self.alpha}
+        return {"temperature": self.chosen().temperature, "alpha": self.chosen().alpha}
 
     def _student(self, card: DatasetCard, seed: int) -> tuple[Architecture, fx.GraphModule, list[str]]:
         """Return the untrained student as a graph, and remarks on it; fresh weights depend on the seed alone."""

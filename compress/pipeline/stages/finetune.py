@@ -44,6 +44,9 @@ class Finetune(TeacherLoss, Stage):
             for key in keys:
                 if not getattr(self, needed) and getattr(self, key) != type(self).model_fields[key].default:
                     raise UserError(f"finetune.{key}: the setting has no effect without {needed}: true")
+        if self.by_features:
+            raise UserError(f"finetune.method {self.method}: features are compared by the stage distill alone; set kd, "
+                            "standardized, dkd or dist")
         if self.quantization_aware and self.train.precision not in ("auto", "float32"):
             raise UserError(f"finetune.train.precision: {self.train.precision} cannot hold the values of the 8-bit grids; "
                             "with quantization_aware set auto or float32")
