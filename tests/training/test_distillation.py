@@ -16,7 +16,7 @@ from compress.training.distillation import METHODS, MethodName, TeacherLoss, dis
 from compress.training.mixup import Batch, mixed
 from compress.training.targets import CachedTargets, cached_targets, live_targets
 from loaders.images import normalize
-from tests.helpers.trainings import quiet, small_data
+from tests.helpers.trainings import Says, quiet, small_data
 
 
 STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
@@ -88,17 +88,6 @@ def test_the_labels_have_the_rest_of_the_weight() -> None:
     assert float(value) == pytest.approx(0.7 * by_hand("kd", 4.0) + 0.3 * hard, rel=1e-5) and logits is STUDENT
     assert TeacherLoss(method="standardized").chosen().temperature == 2.0
     assert TeacherLoss(method="dist").chosen().alpha == 0.5
-
-
-class Says(nn.Module):
-    """A student with these logits for all images."""
-
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.logits
 
 
 @pytest.mark.parametrize("name", METHODS)

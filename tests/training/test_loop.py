@@ -29,7 +29,7 @@ from loaders.splits import Split
 from metadata.errors import UserError
 from metadata.formats import read_csv
 from tests.helpers.commands import PROJECT
-from tests.helpers.trainings import assert_same, fit, numbered_images, settings, small_data, WithDropout
+from tests.helpers.trainings import assert_same, fit, numbered_images, Says, settings, small_data, WithDropout
 
 
 def test_mixup_mixes_images_and_both_labels() -> None:
@@ -44,7 +44,7 @@ def test_mixup_mixes_images_and_both_labels() -> None:
         assert float(share[index, index]) == pytest.approx(1.0 if other == index else batch.share)
         assert float(share[index].sum()) == pytest.approx(1.0)
     logits = torch.randn(8, 8)
-    value, _ = cross_entropy(0.0)(_Constant(logits), batch)
+    value, _ = cross_entropy(0.0)(Says(logits), batch)
     soft = nn.functional.cross_entropy(logits, share)
     assert float(value) == pytest.approx(float(soft), rel=1e-5)
 
@@ -70,15 +70,6 @@ def test_cutmix_pastes_a_box_and_counts_its_pixels() -> None:
     both = [mixed(Batch(images=images, labels=ids, ids=ids, view=0), 0.4, 1.0) for _ in range(30)]
     kinds = {bool(batch.images.frac().any()) for batch in both}
     assert kinds == {True, False}  # both, in turn
-
-
-class _Constant(nn.Module):
-    def __init__(self, logits: torch.Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.logits
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
