@@ -25,6 +25,8 @@ JSON = Path(__file__).parents[2] / "architectures" / "json"
 STUDENTS = [("slim_resnet18", {"width": 8, "stem": "small"}), ("slim_resnet18", {"width": 16, "in_channels": 1}),
             ("mnist_model_ll", {"in_channels": 1}), ("mnist_model_gap", {"in_channels": 3, "dropout": 0.1}),
             ("mnist_model_final", {"in_channels": 1}), ("airbench", {"widths": [8, 16, 24]}),
+            ("compact_net", {"widths": [8, 16, 24], "depths": [1, 2, 1], "kernels": [3, 5, 7]}),
+            ("compact_net", {"block": "residual", "widths": [8, 8, 16], "depths": [1, 1, 2], "in_channels": 1}),
             ("scaling_cnn", {"width": 5, "depth": 3, "in_channels": 1}),
             ("simple_mlp", {"hidden": [24, 16], "dropout": 0.2, "input_shape": (1, 9, 7)}),
             ("simple_mlp", {"hidden": [], "input_shape": (3, 8, 8)})]
@@ -97,6 +99,7 @@ COMMITTED: dict[str, tuple[str, int, tuple[int, int, int], dict[str, object]]] =
     "simple_mlp": ("simple_mlp", 10, (1, 28, 28), {}),
     "airbench": ("airbench", 10, (3, 32, 32), {}),
     "scaling_cnn": ("scaling_cnn", 10, (3, 32, 32), {}),
+    "compact_net": ("compact_net", 10, (3, 32, 32), {}),
 }
 
 
@@ -257,6 +260,10 @@ def test_view_as_flatten() -> None:
     ("torchvision:vgg11", {"stem": "small"}, "small stem is for ResNets"),
     ("torchvision:shufflenet_v2_x0_5", {"stem": "small"}, "small stem is for ResNets"),
     ("scaling_cnn", {"depth": 0}, "depth must be a positive whole number, got 0"),
+    ("compact_net", {"block": "dense"}, "block is 'inverted' or 'residual', got 'dense'"),
+    ("compact_net", {"widths": [8, 16]}, "widths are three whole numbers, from 1 on, such as [3, 5, 5]; got [8, 16]"),
+    ("compact_net", {"kernels": [3, 4, 5]}, "kernels are three whole numbers, 3, 5 or 7"),
+    ("compact_net", {"depths": [1, True, 1]}, "depths are three whole numbers"),
     ("simple_mlp", {"hidden": [64, 0]}, "hidden must be positive whole numbers, got [64, 0]"),
     ("simple_mlp", {"hidden": 64}, "hidden must be positive whole numbers, got 64"),
     ("simple_mlp", {"input_shape": [28, 28]}, "input_shape must be (C, H, W), positive whole numbers, got [28, 28]"),
