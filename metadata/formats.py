@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metadata.errors import UserError, first_line
 from metadata.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -23,6 +26,32 @@ def write_tensors(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_atomically(path, buffer.getbuffer())
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a state dict as `torch.save` does, in fewer bytes (see `in_one_storage_a_type`), atomically."""
+    write_tensors(path, in_one_storage_a_type(weights))
+
+
+def in_one_storage_a_type(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same tensors as parts of one storage for each type of number.
+
+    A file of `torch.save` spends some 330 bytes on each storage: names, headers, and zeros up to a multiple of 64 bytes.
+    `torch.load` gives the same tensors. Tensors that share their numbers (tied weights) go on doing so. Tensors that are
+    not plain (sparse, quantized) stay as they are.
+    """
+    import torch
+
+    places = {name: (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+              for name, tensor in weights.items() if tensor.layout == torch.strided and not tensor.is_quantized}
+    plain = {place: weights[name] for name, place in places.items()}
+    joined: dict[tuple[Any, ...], Tensor] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in plain.values()):
+        of_type = {place: tensor.detach() for place, tensor in plain.items() if tensor.dtype == dtype}
+        storage = torch.cat([tensor.reshape(-1) for tensor in of_type.values()])
+        parts = storage.split([tensor.numel() for tensor in of_type.values()])
+        joined |= {place: part.view(tensor.shape) for (place, tensor), part in zip(of_type.items(), parts, strict=True)}
+    return {name: joined[places[name]] if name in places else tensor for name, tensor in weights.items()}
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

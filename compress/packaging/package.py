@@ -19,6 +19,7 @@ from architectures.pairs import saturating_pairs
 from architectures.source import source
 from compress.packaging.bundle import bundle
 from metadata.errors import UserError
+from metadata.formats import in_one_storage_a_type
 from metadata.files import sha256, write_atomically, write_json
 from metadata.locks import appearing
 from metadata.machine import machine, versions
@@ -165,7 +166,7 @@ class TorchPackage(SubmissionContents):
     def _weights(self) -> bytes:
         """Return the content of the weights file."""
         buffer = io.BytesIO()
-        torch.save(self.model.state_dict(), buffer)
+        torch.save(in_one_storage_a_type(self.model.state_dict()), buffer)
         return buffer.getvalue()
 
     def _front_matter(self) -> str:

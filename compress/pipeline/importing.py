@@ -25,7 +25,7 @@ from loaders.request import Request
 from loaders.splits import Splits
 from metadata.errors import UserError
 from metadata.files import sha256, write_json
-from metadata.formats import write_tensors
+from metadata.formats import write_weights
 from metadata.locks import appearing
 
 CARD, RECORD = "card.json", "import.json"
@@ -146,8 +146,7 @@ def _accuracy(splits: Splits, models: dict[str, nn.Module]) -> dict[str, float]:
 
 def _write(folder: Path, found: Imported, opened: OnnxClassifier, network: nn.Module, splits: Splits | None) -> None:
     write_json(folder / ARCHITECTURE, found.architecture.to_json())
-    write_tensors(folder / WEIGHTS, {name: tensor.detach().contiguous()
-                                           for name, tensor in network.state_dict().items()})
+    write_weights(folder / WEIGHTS, network.state_dict())
     if splits is not None:
         write_json(folder / CARD, splits.card.model_dump(mode="json"))
     record: dict[str, Any] = {

@@ -29,7 +29,7 @@ from loaders.splits import Splits
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import read_json, write_atomically, write_json
-from metadata.formats import write_tensors
+from metadata.formats import write_weights
 from metadata.records import DatasetCard, ModelReference
 from metadata.schemas import Strict
 
@@ -50,7 +50,7 @@ class TeacherModel:
 
     def save(self, folder: Path) -> None:
         write_json(folder / REFERENCE, self.reference.model_dump())
-        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+        write_weights(folder / WEIGHTS, _on_cpu(self.module))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -69,7 +69,7 @@ class TorchModel:
 
     def save(self, folder: Path) -> None:
         write_json(folder / ARCHITECTURE, self.architecture.to_json())
-        write_tensors(folder / WEIGHTS, _on_cpu(self.module))
+        write_weights(folder / WEIGHTS, _on_cpu(self.module))
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -32,7 +32,7 @@ from loaders.content import read_hashes, write_hashes
 from metadata.closest import closest
 from metadata.errors import UserError
 from metadata.files import write_json
-from metadata.formats import read_csv, write_csv, write_tensors
+from metadata.formats import read_csv, write_csv, write_weights
 from metadata.machine import machine, usable_cores, versions
 
 
@@ -138,7 +138,7 @@ def _train(config: TrainingRun, console: Console) -> ChallengeResult:
                 for row in read_csv(folder / "metrics.csv")]
         write_csv(folder / "epochs.csv", rows)
         draw_curves(folder / "curves.png", f"{label}, {parameters:,} parameters", rows, ("train", "test"))
-        write_tensors(folder / "weights.pth", model.state_dict())
+        write_weights(folder / "weights.pth", model.state_dict())
         result = ChallengeResult(model=config.model_name, seed=config.seed, parameters=parameters,
                                  macs=count_macs(model, splits.card.input_shape), epochs=trained.epochs,
                                  seconds=trained.seconds,

@@ -39,7 +39,7 @@ from loaders.request import FileHashes
 from loaders.splits import Splits
 from metadata.errors import UserError, some_of
 from metadata.files import write_json
-from metadata.formats import write_tensors
+from metadata.formats import write_weights
 from metadata.locks import locked, remove_leftovers
 from metadata.machine import machine, usable_cores, versions
 from metadata.records import DatasetCard
@@ -331,11 +331,11 @@ def _conclude(config: TrainingRun, splits: Splits, model: nn.Module, options: di
             measured[name] = {"loss": found.loss, "accuracy": found.accuracy, "correct": found.correct,
                               "images": found.images}
     model.cpu()
-    write_tensors(folder / "weights.pth", {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    write_weights(folder / "weights.pth", model.state_dict())
     with suppress(UserError):  # a network outside the layer table can be a teacher by its name, options and weights
         lowered = lower(model, card.input_shape)
         if lowered.weights.keys() != model.state_dict().keys():
-            write_tensors(folder / LAYERS, {name: tensor.detach().contiguous() for name, tensor in lowered.weights.items()})
+            write_weights(folder / LAYERS, lowered.weights)
         write_json(folder / "architecture.json", lowered.architecture.to_json())
     write_json(folder / "card.json", card.model_dump(mode="json"))
     summary = {
