@@ -78,7 +78,10 @@ def make_own(name: str, *, num_classes: int, **options: Any) -> nn.Module:
 
 def own_parameters(name: str) -> list[str] | None:
     """Return the names of the arguments that a user's class takes; None where it takes any."""
-    parameters = _signature(_builder(name))
+    builder = _builder(name)
+    if inspect.isclass(builder) and builder.__init__ is nn.Module.__init__:
+        return []  # torch's own takes anything, to refuse it
+    parameters = _signature(builder)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return None
     return [key for key, parameter in parameters.items() if parameter.kind not in NOT_OPTIONS]

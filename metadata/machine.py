@@ -50,6 +50,14 @@ def status_mb(process: int | str, key: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), None)
 
 
+def memory_bytes() -> int:
+    """Return the bytes of this machine's memory; a number beyond all memories where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return sys.maxsize
+
+
 def stat_fields(process: int | str) -> list[bytes]:
     """Return the fields of a process's /proc/PID/stat that follow its name: its state comes first, then its parent's id.
 

@@ -66,6 +66,7 @@ def _pair(option: str) -> tuple[str, str]:
 
 def _three_numbers(text: str) -> tuple[int, int, int]:
     """Return a shape (C, H, W) that is written as three numbers."""
+    from architectures.build import MAX_ACTIVATION_ELEMENTS
     from metadata.errors import UserError
 
     try:
@@ -74,6 +75,8 @@ def _three_numbers(text: str) -> tuple[int, int, int]:
         raise UserError(f"input_shape: expected three whole numbers such as 3,224,224, got {text!r}") from error
     if min(channels, height, width) < 1:
         raise UserError("input_shape: expected positive whole numbers")
+    if channels * height * width > MAX_ACTIVATION_ELEMENTS:
+        raise UserError(f"input_shape {text}: expected at most {MAX_ACTIVATION_ELEMENTS:,} numbers an image")
     return channels, height, width
 
 

@@ -104,7 +104,7 @@ def reach() -> Reach:
         files = installed_files(distribution)
         (entries, libraries), data = top_entries(files), data_entries(files)
         hidden |= {os.path.join(folder, path) for path in data}
-        if name not in ALLOWED:  # every entry is a mount, and nobody asks for the versions of what others require
+        if name.startswith("nvidia-"):  # every entry is a mount, and nobody asks for the versions of these
             entries = {entry for entry in entries if not entry.endswith("-info")}
         tops.setdefault(folder, set()).update(entries - data)
         if not name.startswith("nvidia-"):  # these need what all need

@@ -34,6 +34,8 @@ OWN_END = 'if __name__ == "__main__":\n    sys.exit(main())'
 PICKLED_CLASS = re.compile(rb"c([\w.]{1,255}+)\n([\w.]{1,255}+)\n|\x8c.([\w.]{1,255}+)\x94\x8c.([\w.]{1,255}+)\x94\x93",
                            re.DOTALL)
 DATA_MODULES = {b"_codecs", b"argparse", b"builtins", b"collections", b"datetime", b"numpy", b"pathlib"}
+FILE_KEY = re.compile(r"\w+_(file|path) ")  # entries that mean a file, unlike `weights`, which may name a kind of weights
+DECISIVE = ("preprocessing", "input_shape", "layout")  # entries that say what a file of another tool is given
 NO_LOADER_READS = re.compile(r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION)(\.(md|txt|rst|cff))?", re.IGNORECASE)
 
 
@@ -86,6 +88,9 @@ def find_weights(found: Survey, metadata: OriginalMetadata, named_in: str) -> tu
     if weights is None:
         weights, several = _found_weights(found, metadata.model_format, named_in, " or ".join(ignored))
         remarks += several
+    if format_of(weights) and (missing := [said for said in ignored if FILE_KEY.match(said)]):
+        raise VerificationError(f"{folder}: {named_in}: {missing[0]}: not the name of a weights file in the folder; name "
+                                f"{weights.relative_to(folder)}, or leave the entry out")
     if ignored:
         remarks.insert(0, f"{named_in}: {', '.join(ignored)}: not the name of a weights file in the folder; this is "
                           f"ignored, {weights.relative_to(folder)} was taken")
@@ -219,10 +224,13 @@ def read_original(found: Survey, path: Path) -> SubmissionFiles:
     Raises:
         VerificationError: a file is missing, malformed, over the limit or outside the folder.
     """
-    metadata, remarks = read_original_metadata(path)
+    metadata, remarks, ignored = read_original_metadata(path)
     weights, chosen = find_weights(found, metadata, path.name)
     of_file = format_of(weights)
     kind = of_file.name if of_file else "code"
+    if kind != "code" and (odd := [ignored[entry] for entry in DECISIVE if entry in ignored]):
+        raise VerificationError(f"{found.folder}: {odd[0]}; what {weights.name} is given would be a guess: mend the entry")
+    remarks += [f"{said}; this entry is ignored" for said in ignored.values()]
     if metadata.model_format not in (None, of_file.name if of_file else "pytorch"):
         raise VerificationError(f"{weights}: model_format in {path.name} is {metadata.model_format}")
     preprocessing, input_shape, stated_by, sizes = served_images(metadata, kind, path.name)

@@ -122,7 +122,7 @@ def _original_preprocessing(value: Any) -> tuple[Any, list[str]]:
         return value, []
     value, remarks, squeezed = dict(value), [], False
     if odd := _apply_range(value):
-        return None, [f"preprocessing states {odd}; this entry is ignored"]
+        return None, [f"preprocessing states {odd}"]
     normalization: Any = next((value.pop(key) for key in ("normalize", "normalization") if key in value), {})
     value |= normalization if isinstance(normalization, dict) else {}
     for ours, theirs in (("resize", ("resize_size",)), ("crop", ("center_crop", "crop_size", "input_size", "image_size"))):
@@ -134,7 +134,7 @@ def _original_preprocessing(value: Any) -> tuple[Any, list[str]]:
             value[ours] = sizes[0]
             squeezed |= ours == "resize" and len(sizes) == 2
         elif isinstance(sizes, list):
-            return None, [f"preprocessing states {ours} {sizes}, which is not square; this entry is ignored"]
+            return None, [f"preprocessing states {ours} {sizes}, which is not square"]
     resize, crop = (size if isinstance(size, int) and size > 0 else None for size in map(value.get, ("resize", "crop")))
     if resize and "crop" not in value:
         value["crop"] = crop = resize if squeezed else min(CROP, resize)
@@ -143,7 +143,7 @@ def _original_preprocessing(value: Any) -> tuple[Any, list[str]]:
         value["resize"] = resize = max(RESIZE, crop)
         remarks.append(f"preprocessing states crop {crop} and no resize: the resize was taken to be {resize}")
     elif resize and crop and crop > resize:
-        return None, [f"preprocessing states a crop of {crop} beyond the resize of {resize}; this entry is ignored"]
+        return None, [f"preprocessing states a crop of {crop} beyond the resize of {resize}"]
     if squeezed:
         remarks.append(f"preprocessing states resize [{resize}, {resize}], which squeezes a picture to a square in "
                        f"torchvision; here the shorter side is resized to {resize} and the centre of {crop} is cropped")
@@ -170,11 +170,11 @@ class OriginalMetadata(BaseModel):
         None, validation_alias=AliasChoices("layout", "input_layout", "data_format"))
 
 
-def read_original_metadata(path: Path) -> tuple[OriginalMetadata, list[str]]:
-    """Return metadata in the original style, and remarks on what was not understood.
+def read_original_metadata(path: Path) -> tuple[OriginalMetadata, list[str], dict[str, str]]:
+    """Return metadata in the original style, remarks, and what was not understood by the entry's name.
 
     Keys may be spelled in any case, with or without underscores. The panel reads `model_format` alone; so any other entry
-    that is malformed is left out with a remark, and the panel's default takes its place.
+    that is malformed is left out, and the panel's default takes its place.
 
     Raises:
         VerificationError: not JSON, or a format that the evaluator does not run.
@@ -187,18 +187,19 @@ def read_original_metadata(path: Path) -> tuple[OriginalMetadata, list[str]]:
         if name and name not in content:
             content[name] = content.pop(key)
     content["weights_named"] = {key: content.pop(key) for key in WEIGHTS_KEYS if key in content}
-    remarks: list[str] = []
+    ignored: dict[str, str] = {}
     stated = content.get("preprocessing")
     if isinstance(stated, dict) and "layout" in stated:
         stated = dict(stated)
         content["layout"] = stated.pop("layout")
     content["preprocessing"], said_of_sizes = _original_preprocessing(stated)
+    if content["preprocessing"] is None and stated is not None:
+        ignored["preprocessing"], said_of_sizes = f"{path.name}: {said_of_sizes[0]}", []
     while True:
         try:
             metadata = OriginalMetadata.model_validate(content)
-            if "preprocessing" in content:
-                remarks += [f"{path.name}: {said}" for said in said_of_sizes]
-            return metadata, remarks
+            remarks = [f"{path.name}: {said}" for said in said_of_sizes] if "preprocessing" in content else []
+            return metadata, remarks, ignored
         except ValidationError as error:
             said = describe_validation_error(error)
             odd = next((str(fault["loc"][0]) for fault in error.errors() if fault["loc"] and fault["loc"][0] in content
@@ -206,4 +207,4 @@ def read_original_metadata(path: Path) -> tuple[OriginalMetadata, list[str]]:
             if odd is None:
                 raise VerificationError(f"{path}: {said}") from error
             del content[odd]
-            remarks.append(f"{path.name}: {said}; this entry is ignored")
+            ignored[odd] = f"{path.name}: {said}"

@@ -21,6 +21,7 @@ from compress.settings import Config
 from compress.training.features import FEATURE_METHODS
 from compress.training.mixup import Batch, Loss, of_both_labels
 from compress.training.targets import Targets
+from metadata.errors import UserError
 
 MethodName = Literal["kd", "standardized", "dkd", "dist", "attention", "features"]
 EPSILON = 1e-7  # of a standard deviation that may be 0
@@ -135,6 +136,12 @@ class TeacherLoss(Config):
     def by_features(self) -> bool:
         """Whether the method compares features instead of logits."""
         return self.method in FEATURE_METHODS
+
+    def check_classes(self, stage: str, classes: int) -> None:
+        """Raise UserError for data of too few classes for the method."""
+        if self.method == "dkd" and classes < 3:
+            raise UserError(f"{stage}.method dkd: it ranks the classes beside the label, of which two classes have one; "
+                            "set method kd")
 
     def chosen(self) -> Method:
         """Return the method, one by logits, with this temperature and weight."""

@@ -44,13 +44,15 @@ def folder_splits(request: Request, name: str, preprocessing: dict[str, Any], nu
     if root is None:
         raise UserError(f"data.root is not set: {name} needs a folder with train/<class>/<image> and test/ or val/ "
                         "beside it; pass data.root=DIR")
+    found_by_name = folders is None
     folders = folders or split_folders(root)
     if "train" not in folders:
         raise UserError(f"data.root {root}: expected {root}/train/<class>/<image>; {_found_instead(root)}")
     test_folder, validation_folder = _test_and_validation(root, folders)
     listing = list_images(folders["train"])
     classes = list(numbering) if set(numbering) == set(listing.classes) else listing.classes
-    warnings = [*_spelling_warnings(root, folders), *_check_training_classes(listing), *listing.warnings()]
+    warnings = [*_spelling_warnings(root, folders), *(_passed_over(root, folders) if found_by_name else []),
+                *_check_training_classes(listing), *listing.warnings()]
     train = _numbered(listing, classes)
     test = _numbered(_held_against(listing, test_folder, warnings), classes)
     validation = _numbered(_held_against(listing, validation_folder, warnings), classes) if validation_folder else None
@@ -80,6 +82,14 @@ def split_folders(root: Path) -> dict[str, Path]:
                             f"one to {'val' if split == 'validation' else split}")
         chosen[split] = (own or paths)[0]
     return chosen
+
+
+def _passed_over(root: Path, folders: dict[str, Path]) -> list[str]:
+    """Return a line on the folders that may be a split, too, beside the one that counts."""
+    rest = [path.name for path in sorted(root.iterdir()) if path.name.lower() in SPLITS and path.is_dir()
+            and SPLITS[path.name.lower()] in folders and not any(path.samefile(taken) for taken in folders.values())]
+    return [f"data.root {root}: left out: {', '.join(rest)}, beside {', '.join(path.name for path in folders.values())}; "
+            "put the images together if they belong to one set"] if rest else []
 
 
 def _spelling_warnings(root: Path, folders: dict[str, Path]) -> list[str]:

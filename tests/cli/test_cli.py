@@ -69,6 +69,8 @@ def test_describe_prints_architecture_json(compress: Compress, submission: Path)
     assert mlp["input_shape"] == [3, 32, 32] and mlp["layers"][1]["in_features"] == 3072
     assert_one_line_error(compress("describe", "slim_resnet17"), "did you mean 'slim_resnet18'")
     assert_one_line_error(compress("describe", "slim_resnet18", "input_shape=3x32"), "input_shape")
+    assert_one_line_error(compress("describe", "slim_resnet18", "input_shape=3,99999999,64"),
+                          "input_shape 3,99999999,64: expected at most 268,435,456 numbers an image")
     assert_one_line_error(compress("describe", "slim_resnet18", "num_classes=many"), "num_classes")
 
 

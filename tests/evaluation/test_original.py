@@ -163,6 +163,24 @@ def test_a_crop_fits_into_the_resize_and_what_is_filled_in_is_said(stated: dict[
     assert any(said in note for note in files.notes) if said else files.notes == ()
 
 
+@pytest.mark.parametrize(("entries", "said"), [
+    ({"preprocessing": {"value_range": [0, 1], "gamma": 2.2}}, "gamma"),
+    ({"preprocessing": {"mean": [0, 0]}}, "preprocessing"), ({"preprocessing": {"std": [0, 1, 1]}}, "std"),
+    ({"preprocessing": {"value_range": [1, 0]}}, "the value_range '[1, 0]', not two numbers, the lower one first"),
+    ({"preprocessing": {"interpolation": "magic"}}, "interpolation"), ({"preprocessing": {"crop": -1}}, "crop"),
+    ({"preprocessing": [1, 2]}, "preprocessing"), ({"preprocessing": {"resize": 64, "crop": 96}}, "a crop of 96 beyond"),
+    ({"input_shape": "3x8x8"}, "input_shape"), ({"layout": "CHWN"}, "layout"),
+    ({"weights_file": "nope.onnx"}, "weights_file 'nope.onnx': not the name of a weights file in the folder; name model."),
+    ({"model_path": "/etc/passwd"}, "model_path '/etc/passwd': not the name")])
+def test_entries_of_a_file_of_another_tool_are_not_guessed(entries: dict[str, Any], said: str, folder: Path) -> None:
+    (folder / "model.pth").unlink()
+    onnx.save(onnx.ModelProto(producer_name="nobody"), folder / "model.onnx")
+    read_submission(state(folder, model_format="onnx", weights="IMAGENET1K_V1"))
+    with pytest.raises(VerificationError) as caught:
+        read_submission(state(folder, model_format="onnx", **entries))
+    assert said in str(caught.value) and "\n" not in str(caught.value), caught.value
+
+
 def test_one_size_rules(folder: Path) -> None:
     files = read_submission(state(folder, input_size=64))  # the panel serves code with 224 pixels
     assert files.input_shape == (3, 224, 224) and files.preprocessing.crop == 224

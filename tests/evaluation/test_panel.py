@@ -220,7 +220,7 @@ def test_metadata_that_are_refused(text: str, said: str, tmp_path: Path) -> None
 
 def test_a_comma_in_a_text_stays(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text('{"teamname": "a,}", "notes": ["x\\",]",],}')
-    metadata, remarks = read_original_metadata(tmp_path / "metadata.json")
+    metadata, remarks, _ = read_original_metadata(tmp_path / "metadata.json")
     assert metadata.model_extra == {"teamname": "a,}", "notes": ['x",]']} and remarks == []
 
 

@@ -131,6 +131,14 @@ def test_splits_are_read_as_people_spell_them(spelled: tuple[str, str, str | Non
             opened(root)
 
 
+def test_a_second_folder_of_a_split_is_said(tmp_path: Path) -> None:
+    root = draw_folder(tmp_path / "set", 2, 6, splits=("train", "test"))
+    assert not opened(root).warnings
+    draw_folder(tmp_path / "more", 2, 6, splits=("train", "test"))
+    (tmp_path / "more" / "train").rename(root / "Training")
+    assert opened(root).warnings[0].startswith(f"data.root {root}: left out: Training, beside train, test")
+
+
 def test_what_may_be_two_formats_is_asked(folder: Path, tmp_path: Path) -> None:
     root = write_flat(folder, tmp_path / "set")
     lines = [f"{path.relative_to(root)},{path.parent.name}" for path in sorted(root.glob("*/*"))]

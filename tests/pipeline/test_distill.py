@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from compress.pipeline.config import resolve
 from compress.pipeline.run import run_pipeline
 from compress.pipeline.stage import TorchModel
 from tests.helpers.commands import Compress, assert_one_line_error
+from tests.helpers.folders import draw_folder
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,40 @@ def test_features_are_compared_where_sizes_are_alike(method: str, two_teachers: 
     assert not any("projections" in name for name in student.module.state_dict())
 
 
+OWN = """from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, num_classes))
+"""
+
+
+def test_features_of_a_teacher_of_ones_own(taught: Path, tiny_recipe: Path, compress: Compress, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    (folder := tmp_path / "folder").mkdir()
+    for name in ("architecture.json", "weights.pth"):
+        shutil.copy(taught / "03-distill" / name, folder)
+    for teacher in (f"file:{tmp_path / 'net.py'}:Net", f"folder:{folder}"):
+        done = compress("plan", tiny_recipe, f"run_dir={tmp_path}", f"teacher.model={teacher}", "teacher.options={}",
+                        "distill.method=attention", *(["teacher.train.epochs=0"] if teacher.startswith("folder") else []))
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "plain.py").write_text("from torch import nn\nclass Plain(nn.Module):\n    def forward(self, x):\n"
+                                       "        return x.mean((2, 3))[:, :1].expand(-1, 4)\n")
+    done = compress("plan", tiny_recipe, f"run_dir={tmp_path}", f"teacher.model=file:{tmp_path / 'plain.py'}:Plain",
+                    "teacher.options={}", "distill.method=attention")
+    assert_one_line_error(done, "distill.method attention: no layer of the student has the height and width")
+
+
+def test_two_classes_are_too_few_for_dkd(tiny_recipe: Path, tmp_path: Path, compress: Compress) -> None:
+    draw_folder(tmp_path / "two", classes=2, images=8, size=8)
+    for overrides in (["distill.method=dkd"], ["finetune.method=dkd", "finetune.teacher=true"]):
+        done = compress("plan", tiny_recipe, f"run_dir={tmp_path / 'runs'}", f"data.root={tmp_path / 'two'}", *overrides)
+        assert_one_line_error(done, f"{overrides[0].partition('.')[0]}.method dkd: it ranks the classes beside the label")
+
+
 @pytest.mark.parametrize(("overrides", "said"), [
+    (["distill.cache_views=1000000000"], ["distill.cache_views 1000000000: the outputs would take", "set fewer views"]),
     (["distill.method=features", "distill.cache_views=2"], ["distill.cache_views", "on every batch"]),
     (["distill.method=features", "distill.teachers=2"], ["distill.teachers", "one teacher"]),
     (["distill.method=attention", "distill.temperature=2"], ["distill.temperature", "without a temperature"]),

@@ -51,3 +51,16 @@ def test_what_a_file_raises_or_leaves_open(text: str, words: str, tmp_path: Path
     with pytest.raises(UserError) as raised:
         make(f"file:{own}:Net", num_classes=4)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_class_without_a_constructor_gets_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\n\nclass Plain(nn.Module):\n    pass\n")
+    assert not [*make(f"file:{tmp_path / 'net.py'}:Plain", num_classes=4).parameters()]
+    with pytest.raises(UserError, match="it takes no option 'width'"):
+        make(f"file:{tmp_path / 'net.py'}:Plain", num_classes=4, width=3)
+
+
+@pytest.mark.parametrize("name", ["file:net.py:Net", "onnx:net.onnx"])
+def test_own_models_have_no_weights_to_fetch(name: str, tiny_recipe: Path, compress: Compress) -> None:
+    done = compress("plan", tiny_recipe, f"teacher.model={name}", "teacher.options={}", "teacher.pretrained=true")
+    assert_one_line_error(done, f"teacher.pretrained: true, but {name} is a file of one's own")

@@ -12,7 +12,7 @@ from architectures.architecture import Architecture
 from architectures.describe import carry_over, describe
 from architectures.named import remarks, without_place
 from architectures.onnx_network.runtime import RunOnnxFile
-from architectures.zoo import family_modules, fitted_options, make, without_values
+from architectures.zoo import family_modules, fitted_options, make
 from compress.pipeline.own_models import as_student, content_of_model
 from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchModel
 from compress.training.assessment import accuracy_of
@@ -26,6 +26,7 @@ from compress.training.precision import autocast_dtype
 from compress.training.settings import TrainingSettings
 from compress.training.targets import Targets, cached_targets, live_targets
 from metadata.errors import UserError
+from metadata.machine import memory_bytes
 from metadata.records import DatasetCard
 
 
@@ -60,9 +61,8 @@ class Distill(TeacherLoss, Stage):
                             "train.views must be 0; set one of the two")
         if self.by_features:
             self._check_features(sketch)
-        if self.method == "dkd" and sketch.card.num_classes < 3:
-            raise UserError("distill.method dkd: ranks the classes beside the label, of which two classes have one; "
-                            "set method kd")
+        self.check_classes("distill", sketch.card.num_classes)
+        self._check_cache(sketch.card)
         architecture, student, notes = self._student(sketch.card, sketch.seed)
         sketch.model = student.eval()
         control = ", and a control without the teacher" if self.control else ""
@@ -117,6 +117,13 @@ class Distill(TeacherLoss, Stage):
                              f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
         return student
 
+    def _check_cache(self, card: DatasetCard) -> None:
+        """Raise UserError where the teacher's outputs would fill this machine's memory."""
+        needed = self.cache_views * card.counts.get("train", 0) * card.num_classes * 2
+        if needed > (most := memory_bytes() // 2):
+            raise UserError(f"distill.cache_views {self.cache_views}: the outputs would take {needed / 1e9:,.1f} GB, "
+                            f"expected at most {most / 1e9:,.1f} GB, half of this machine's memory; set fewer views, or 0")
+
     def _check_features(self, sketch: Sketch) -> None:
         """Raise UserError for settings that a method by features cannot take."""
         for key, needed in (("cache_views", 0), ("teachers", 1), ("temperature", None)):
@@ -128,14 +135,14 @@ class Distill(TeacherLoss, Stage):
                             "which must not change; leave the schedule out, or set method kd")
         if sketch.teacher is None:
             return  # what is wrong with the teacher is told already
-        with without_values(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # with values: one's own networks have them, and cannot mix with others
             teacher = make(sketch.teacher[0], num_classes=sketch.card.num_classes, **sketch.teacher[1])
         if isinstance(teacher, RunOnnxFile):
             raise UserError(f"distill.method {self.method}: the teacher {sketch.teacher[0]} is run by ONNX Runtime, which "
                             "gives logits alone; set method kd")
         architecture, _, _ = self._student(sketch.card, sketch.seed)
         try:
-            pairs_of(architecture, teacher.eval(), torch.zeros(1, *sketch.card.input_shape, device="meta"))
+            pairs_of(architecture, teacher.eval(), torch.zeros(1, *sketch.card.input_shape))
         except UserError as error:
             raise UserError(f"distill.method {self.method}: {error}") from error
 

@@ -44,6 +44,7 @@ class Finetune(TeacherLoss, Stage):
             for key in keys:
                 if not getattr(self, needed) and getattr(self, key) != type(self).model_fields[key].default:
                     raise UserError(f"finetune.{key}: the setting has no effect without {needed}: true")
+        self.check_classes("finetune", sketch.card.num_classes)
         if self.by_features:
             raise UserError(f"finetune.method {self.method}: features are compared by the stage distill alone; set kd, "
                             "standardized, dkd or dist")

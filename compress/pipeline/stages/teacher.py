@@ -54,6 +54,9 @@ class Teacher(Stage):
         sketch.teachers += 1
         if not (self.checkpoint or self.pretrained or self.train.epochs or has_weights(self.model)):
             raise UserError("teacher: the teacher would be untrained; give a checkpoint, pretrained: true, or epochs")
+        if self.pretrained and is_own(self.model):
+            raise UserError(f"teacher.pretrained: true, but {self.model} is a file of one's own, without weights to "
+                            "fetch; leave pretrained out")
         sketch.check_training("teacher", self.train)
         options = self._fitted(sketch.card)
         with without_values(), torch.random.fork_rng(devices=[]):
