@@ -143,7 +143,7 @@ def _original_preprocessing(value: Any) -> tuple[Any, list[str]]:
         value["resize"] = resize = max(RESIZE, crop)
         remarks.append(f"preprocessing states crop {crop} and no resize: the resize was taken to be {resize}")
     elif resize and crop and crop > resize:
-        return None, [f"preprocessing states a crop of {crop} beyond the resize of {resize}"]
+        return None, [f"preprocessing states a crop of {str(crop)[:80]} beyond the resize of {str(resize)[:80]}"]
     if squeezed:
         remarks.append(f"preprocessing states resize [{resize}, {resize}], which squeezes a picture to a square in "
                        f"torchvision; here the shorter side is resized to {resize} and the centre of {crop} is cropped")

@@ -264,7 +264,7 @@ def test_an_import_that_is_interrupted_leaves_no_folder(tmp_path: Path, monkeypa
     def broken(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(importing, "write_tensors", broken)
+    monkeypatch.setattr(importing, "write_weights", broken)
     with pytest.raises(OSError, match="no space left"):
         importing.import_onnx(soft_file(tmp_path), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs.onnx"]
