@@ -122,7 +122,7 @@ LOADERS: dict[str, tuple[str, list[str]]] = {
                   ["load_model returned NoneType", "`return model` missing"]),
     "num_workers": (panel_folders.NET + "\n\ndef load_model(path):\n    from torch.utils.data import DataLoader\n"
                     "    for batch in DataLoader([1, 2], num_workers=2):\n        print(batch)\n",
-                    ["model_loader.py:21: no other processes here: use num_workers=0 (PermissionError"]),
+                    ["model_loader.py:21: no other processes here: use num_workers=0 ("]),
     "half precision": (panel_folders.NET + "\n\ndef load_model(path):\n    return Net().half()\n",
                        ["weights are float16 and its images are float32", "convert the images in forward"]),
 }

@@ -44,7 +44,8 @@ def ray_machines(*options: str) -> Iterator[tuple[str, Callable[[], subprocess.P
         return machines[-1]
 
     # Ray's sockets have long names, and the system takes short ones only.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # Ray 2.60 asks for a token of the user's, who has none here
         try:
             start_machine("--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", folder)
             deadline = time.monotonic() + 120
