@@ -33,8 +33,7 @@ from architectures.zoo import make
 from compress.training.assessment import assess
 from compress.training.data import Data, seeded, training_data
 from compress.training.distillation import MethodName, TeacherLoss, cross_entropy, distill
-from compress.training.features import (
-    FEATURE_ALPHA, FEATURE_METHODS, TeacherFeatures, WithFeatures, distill_features, pairs_of)
+from compress.training.features import FEATURE_ALPHA, FEATURE_METHODS, learner_by_features
 from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.settings import TrainingSettings
@@ -96,11 +95,8 @@ class Bench:
         learner: torch.nn.Module = student
         loss: Loss = cross_entropy(0.0)
         if method in FEATURE_METHODS:
-            chosen = FEATURE_METHODS[method]
-            pairs = pairs_of(lowered.architecture, self.teacher, torch.zeros(1, *shape, device=self.device))
-            with seeded(seed, "projections"):
-                learner = WithFeatures(student, pairs, chosen.projects)
-            loss = distill_features(TeacherFeatures(self.teacher, pairs, None), chosen, FEATURE_ALPHA, 0.0)
+            learner, loss, _ = learner_by_features(method, student, lowered.architecture, self.teacher, alpha=FEATURE_ALPHA,
+                                                   label_smoothing=0.0, seed=seed, device=self.device)
         elif method != CONTROL:
             loss = distill(self.targets(self.arguments.cache), TeacherLoss.model_validate({"method": method}).chosen(), 0.0)
         started = time.perf_counter()
@@ -133,7 +129,7 @@ def table(record: dict[str, Any]) -> str:
         if not seeds:
             continue
         percent = {part: [100 * row[f"{part}_correct"] / setup[f"{part}_images"] for row in seeds.values()]
-               for part in ("validation", "test")}
+                   for part in ("validation", "test")}
         gains = [100 * (row["test_correct"] - rows[CONTROL][seed]["test_correct"]) / setup["test_images"]
                  for seed, row in seeds.items()]
         gain = "" if method == CONTROL else spread(gains)

@@ -34,7 +34,6 @@ OWN_END = 'if __name__ == "__main__":\n    sys.exit(main())'
 PICKLED_CLASS = re.compile(rb"c([\w.]{1,255}+)\n([\w.]{1,255}+)\n|\x8c.([\w.]{1,255}+)\x94\x8c.([\w.]{1,255}+)\x94\x93",
                            re.DOTALL)
 DATA_MODULES = {b"_codecs", b"argparse", b"builtins", b"collections", b"datetime", b"numpy", b"pathlib"}
-FILE_KEY = re.compile(r"\w+_(file|path) ")  # entries that mean a file, unlike `weights`, which may name a kind of weights
 DECISIVE = ("preprocessing", "input_shape", "layout")  # entries that say what a file of another tool is given
 NO_LOADER_READS = re.compile(r"(README|LICEN[CS]E|COPYING|NOTICE|CITATION)(\.(md|txt|rst|cff))?", re.IGNORECASE)
 
@@ -71,12 +70,14 @@ def file_kind(path: Path) -> tuple[str, str]:
 def find_weights(found: Survey, metadata: OriginalMetadata, named_in: str) -> tuple[Path, list[str]]:
     """Return the weights file, and remarks on how it was chosen.
 
-    An entry that names no file of the folder is ignored: the panel reads none of these entries.
+    An entry that names no file of the folder is ignored: the panel reads none of these entries. For a file of another tool
+    it is refused where it means a file, unlike `weights`, which may name a kind of weights.
 
     Raises:
         VerificationError: no file, several candidates, or a file that is not the weights.
     """
-    folder, weights, ignored, remarks = found.folder, None, [], []
+    folder, weights, remarks = found.folder, None, []
+    ignored: dict[str, str] = {}  # the entry, and the entry with its value
     for key, value in metadata.weights_named.items():
         said = f"{key} {str(value)[:80]!r}"
         if weights := _named_weights(found, value, metadata.model_format):
@@ -84,16 +85,16 @@ def find_weights(found: Survey, metadata: OriginalMetadata, named_in: str) -> tu
                 remarks.append(f"{named_in}: {said} was taken to be {weights.relative_to(folder)}")
             break
         if value is not None:
-            ignored.append(said)
+            ignored[key] = said
     if weights is None:
-        weights, several = _found_weights(found, metadata.model_format, named_in, " or ".join(ignored))
+        weights, several = _found_weights(found, metadata.model_format, named_in, " or ".join(ignored.values()))
         remarks += several
-    if format_of(weights) and (missing := [said for said in ignored if FILE_KEY.match(said)]):
+    if format_of(weights) and (missing := [said for key, said in ignored.items() if key.endswith(("_file", "_path"))]):
         raise VerificationError(f"{folder}: {named_in}: {missing[0]}: not the name of a weights file in the folder; name "
                                 f"{weights.relative_to(folder)}, or leave the entry out")
     if ignored:
-        remarks.insert(0, f"{named_in}: {', '.join(ignored)}: not the name of a weights file in the folder; this is "
-                          f"ignored, {weights.relative_to(folder)} was taken")
+        remarks.insert(0, f"{named_in}: {', '.join(ignored.values())}: not the name of a weights file in the folder; this "
+                          f"is ignored, {weights.relative_to(folder)} was taken")
     check_download(weights)
     return weights, remarks
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from architectures.architecture import Architecture
 from architectures.build import check_shapes
+from compress.training.data import seeded
 from compress.training.mixup import Batch, Loss, of_both_labels
 from compress.training.precision import autocast
 from metadata.errors import UserError
@@ -200,6 +201,31 @@ class WithFeatures(nn.Module):
         if not self.training:
             return logits  # type: ignore[no-any-return]
         return logits, [project(each) for project, each in zip(self.projections, features, strict=True)]
+
+
+def learner_by_features(name: str, student: fx.GraphModule, architecture: Architecture, teacher: nn.Module, *, alpha: float,
+                        label_smoothing: float, seed: int, device: torch.device, dtype: torch.dtype | None = None
+                        ) -> tuple[WithFeatures, Loss, list[Pair]]:
+    """Return a student with its features, the loss function that compares them with a teacher's, and what is compared.
+
+    Args:
+        name: of the method, in `FEATURE_METHODS`.
+        student: of the architecture.
+        architecture: of the student.
+        teacher: (N, C, H, W) -> (N, classes), on the device.
+        alpha, label_smoothing: see `distill_features`.
+        seed: of the projections' first weights.
+        device: of the teacher.
+        dtype: type to run the teacher in, None for float32.
+
+    Raises:
+        UserError: no layers have the same height and width.
+    """
+    method = FEATURE_METHODS[name]
+    pairs = pairs_of(architecture, teacher.eval(), torch.zeros(1, *architecture.input_shape, device=device))
+    with seeded(seed, "projections"):
+        learner = WithFeatures(student, pairs, method.projects)
+    return learner, distill_features(TeacherFeatures(teacher, pairs, dtype), method, alpha, label_smoothing), pairs
 
 
 def distill_features(teacher: TeacherFeatures, method: FeatureMethod, alpha: float, label_smoothing: float) -> Loss:

@@ -41,8 +41,7 @@ def live_targets(teachers: Sequence[nn.Module], dtype: torch.dtype | None) -> Ta
 
     def targets(batch: Batch) -> Tensor:
         with torch.no_grad(), autocast(dtype, batch.images.device):
-            logits = answer(batch.images)
-        return logits.float()
+            return answer(batch.images)
 
     return targets
 

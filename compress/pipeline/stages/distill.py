@@ -18,8 +18,7 @@ from compress.pipeline.stage import Context, Sketch, Stage, TeacherModel, TorchM
 from compress.training.assessment import accuracy_of
 from compress.training.data import seeded
 from compress.training.distillation import TeacherLoss, cross_entropy, distill
-from compress.training.features import (
-    FEATURE_ALPHA, FEATURE_METHODS, TeacherFeatures, WithFeatures, distill_features, pairs_of)
+from compress.training.features import FEATURE_ALPHA, learner_by_features, pairs_of
 from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.precision import autocast_dtype
@@ -149,13 +148,11 @@ class Distill(TeacherLoss, Stage):
     def _by_features(self, architecture: Architecture, student: fx.GraphModule, teacher: nn.Module,
                      dtype: torch.dtype | None, context: Context) -> tuple[nn.Module, Loss]:
         """Return the student with its features, and the loss function that compares them with the teacher's."""
-        method = FEATURE_METHODS[self.method]
-        pairs = pairs_of(architecture, teacher.eval(), torch.zeros(1, *architecture.input_shape, device=context.device))
+        learner, loss, pairs = learner_by_features(
+            self.method, student, architecture, teacher, alpha=self._weights()["alpha"],
+            label_smoothing=self.train.label_smoothing, seed=context.seed, device=context.device, dtype=dtype)
         context.note("compared_features", {pair.layer: pair.place.module for pair in pairs})
-        with seeded(context.seed, "projections"):
-            learner = WithFeatures(student, pairs, method.projects)
-        return learner, distill_features(TeacherFeatures(teacher, pairs, dtype), method, self._weights()["alpha"],
-                                         self.train.label_smoothing)
+        return learner, loss
 
     def _weights(self) -> dict[str, float]:
         """Return temperature and alpha as they count."""
