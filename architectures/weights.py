@@ -154,6 +154,8 @@ def stored_values(tensor: Tensor) -> Tensor:
 def load_verified(architecture: Architecture, weights: dict[str, Tensor], where: str) -> torch.fx.GraphModule:
     """Build the architecture with the weights, after checking every name, shape and dtype.
 
+    A file may hold float32 numbers as float16; they are float32 in the model.
+
     Raises:
         VerificationError: the weights do not fit the architecture; the message names the first wrong tensor.
     """
@@ -172,8 +174,9 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
         if tensor.shape != want.shape:
             raise VerificationError(f"{where}: tensor {name} is {list(tensor.shape)}, the architecture says "
                                     f"{list(want.shape)}")
-        if tensor.dtype != want.dtype:
+        if tensor.dtype != want.dtype and (tensor.dtype, want.dtype) != (torch.float16, torch.float32):
             raise VerificationError(f"{where}: tensor {name} is {tensor.dtype}, expected {want.dtype}")
+    weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
     check_positions(architecture, weights, where)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickletools
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,11 @@ from metadata.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Of the files of torch.save: what readers need beside the numbers, and what the numbers' places are multiples of.
+NEEDED, ALIGNMENT = ("data.pkl", "byteorder", "version"), 64
+LOCAL_BYTES = 30  # of a zip entry's own header, without its name
+LARGE_BYTES = 2**26  # from which on a few kB do not matter
 
 
 def write_tensors(path: Path, content: Any) -> None:
@@ -29,8 +36,59 @@ def write_tensors(path: Path, content: Any) -> None:
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a state dict as `torch.save` does, in fewer bytes (see `in_one_storage_a_type`), atomically."""
-    write_tensors(path, in_one_storage_a_type(weights))
+    """Write a state dict so that `torch.load` reads it, in few bytes (see `weights_content`), atomically."""
+    write_atomically(path, weights_content(weights))
+
+
+def weights_content(weights: Mapping[str, Tensor]) -> bytes:
+    """Return a state dict as a file that `torch.load` reads, without the bytes that `torch.save` spends on its own form.
+
+    Tensors lie in one storage for each type of number (see `in_one_storage_a_type`). Scales and biases of a network with
+    int8 weights are float16 where that holds their numbers exactly; `Module.load_state_dict` makes them float32 again. Of
+    the archive, what `torch.load` does not read is left out.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(in_one_storage_a_type(narrowed(weights)), buffer)
+    return buffer.getvalue() if buffer.tell() > LARGE_BYTES else _without_the_rest(buffer)
+
+
+def narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in which, beside int8 weights, float32 tensors are float16 where that changes no number."""
+    import torch
+
+    if not any(tensor.dtype == torch.int8 for tensor in weights.values()):
+        return dict(weights)
+    halves: dict[int, Tensor] = {}  # by the place of the numbers: tied tensors stay tied
+    for tensor in weights.values():
+        if tensor.dtype == torch.float32 and torch.equal((half := tensor.half()).float(), tensor):
+            halves.setdefault(tensor.data_ptr(), half)
+    found = {name: halves.get(tensor.data_ptr(), tensor) for name, tensor in weights.items()}
+    return {name: found[name] if found[name].shape == tensor.shape else tensor for name, tensor in weights.items()}
+
+
+def _without_the_rest(saved: io.BytesIO) -> bytes:
+    """Return a file of `torch.save` with shorter names, no identifier, and a shorter list of its tensors.
+
+    The numbers of each storage begin at a multiple of 64 bytes, so that the file can be mapped into memory.
+    """
+    small = io.BytesIO()
+    with zipfile.ZipFile(saved) as full, zipfile.ZipFile(small, "w") as archive:
+        for member in full.infolist():
+            name = member.filename.partition("/")[2]
+            content = full.read(member)
+            entry = zipfile.ZipInfo(f"a/{name}")
+            if name == "data.pkl":
+                content = pickletools.optimize(content)  # without the marks that nothing refers to
+            elif name.startswith("data/"):
+                begins = small.tell() + LOCAL_BYTES + len(entry.filename) + 4
+                padding = -begins % ALIGNMENT
+                entry.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+            elif name not in NEEDED:
+                continue
+            archive.writestr(entry, content)
+    return small.getvalue()
 
 
 def in_one_storage_a_type(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ Tan and Le 2019, "MixConv" (depthwise kernels of 3x3 to 7x7).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -63,18 +63,18 @@ BLOCKS = {"inverted": Inverted, "residual": Residual}
 class CompactNet(nn.Module):
     """A 3x3 stem, three stages, the mean over the last one's pixels, and a linear layer."""
 
-    def __init__(self, num_classes: int, block: str, widths: Sequence[int], depths: Sequence[int], kernels: Sequence[int],
-                 expansion: int, in_channels: int) -> None:
+    def __init__(self, num_classes: int, blocks: Sequence[str], widths: Sequence[int], depths: Sequence[int],
+                 kernels: Sequence[int], expansions: Sequence[int], in_channels: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(*_conv_norm(in_channels, widths[0], 3), nn.ReLU(inplace=True))
         stages, channels = [], widths[0]
-        for stage, (width, depth, kernel) in enumerate(zip(widths, depths, kernels, strict=True)):
-            blocks = []
-            for index in range(depth):
+        for stage, width in enumerate(widths):
+            block, layers = BLOCKS[blocks[stage]], []
+            for index in range(depths[stage]):
                 stride = 2 if stage and not index else 1
-                blocks.append(BLOCKS[block](channels, width, stride, kernel, expansion))
+                layers.append(block(channels, width, stride, kernels[stage], expansions[stage]))
                 channels = width
-            stages.append(nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*layers))
         self.stages = nn.Sequential(*stages)
         self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
         self.fc = nn.Linear(channels, num_classes)
@@ -87,35 +87,41 @@ class CompactNet(nn.Module):
         return self.fc(self.flatten(self.pool(x)))  # type: ignore[no-any-return]
 
 
-def compact_net(*, num_classes: int, block: Literal["inverted", "residual"] = "inverted",
-                widths: Sequence[int] = (24, 48, 96), depths: Sequence[int] = (3, 4, 2), kernels: Sequence[int] = (3, 5, 5),
-                expansion: int = 2, in_channels: int = 3) -> CompactNet:
+def compact_net(*, num_classes: int, block: str | Sequence[str] = "inverted", widths: Sequence[int] = (24, 48, 96),
+                depths: Sequence[int] = (3, 4, 2), kernels: Sequence[int] = (3, 5, 5), expansion: int | Sequence[int] = 2,
+                in_channels: int = 3) -> CompactNet:
     """Build a CompactNet.
 
     Args:
         num_classes: width of the head.
-        block: "inverted" (depthwise) or "residual" (full convolutions).
+        block: "inverted" (depthwise) or "residual" (full convolutions), for all stages or for each of the three.
         widths: channels of the three stages; multiples of 8 are fast.
         depths: blocks of the three stages.
         kernels: height and width of the stages' kernels: 3, 5 or 7.
-        expansion: channels within a block, relative to those of its input (inverted) or output (residual).
+        expansion: channels within a block, relative to those of its input (inverted) or output (residual), for all stages
+            or for each.
         in_channels: 3 for RGB, 1 for grey.
 
     Raises:
         UserError: an option is out of its range.
     """
-    if block not in BLOCKS:
-        raise UserError(f"compact_net: block is 'inverted' or 'residual', got {block!r}")
-    for name, values in (("widths", widths), ("depths", depths), ("kernels", kernels)):
+    blocks = [block] * STAGES if isinstance(block, str) else block
+    expansions = [expansion] * STAGES if isinstance(expansion, int) else expansion
+    if not isinstance(blocks, (list, tuple)) or len(blocks) != STAGES or any(kind not in BLOCKS for kind in blocks):
+        raise UserError(f"compact_net: block is 'inverted' or 'residual', or three of these, got {block!r}")
+    for name, values in (("widths", widths), ("depths", depths), ("kernels", kernels), ("expansion", expansions)):
         allowed: Any = (3, 5, 7) if name == "kernels" else range(1, 4097)
         if not isinstance(values, (list, tuple)) or len(values) != STAGES or any(
                 type(value) is not int or value not in allowed for value in values):
-            what = "3, 5 or 7" if name == "kernels" else "from 1 on"
-            raise UserError(f"compact_net: {name} are three whole numbers, {what}, such as [3, 5, 5]; got {values!r}")
-    for name, value in (("num_classes", num_classes), ("expansion", expansion), ("in_channels", in_channels)):
+            what = "three whole numbers, 3, 5 or 7" if name == "kernels" else "three whole numbers, from 1 on"
+            what = "a whole number from 1 on, or three" if name == "expansion" else what
+            example = "[2, 2, 3]" if name == "expansion" else "[3, 5, 5]"
+            raise UserError(f"compact_net: {name}: expected {what}, such as {example}; got "
+                            f"{expansion if name == 'expansion' else values!r}")
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if type(value) is not int or value < 1:
             raise UserError(f"compact_net: {name} must be a positive whole number, got {value!r}")
-    return CompactNet(num_classes, block, widths, depths, kernels, expansion, in_channels)
+    return CompactNet(num_classes, blocks, widths, depths, kernels, expansions, in_channels)
 
 
 MODELS = {"compact_net": compact_net}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ from architectures.pairs import saturating_pairs
 from architectures.source import source
 from compress.packaging.bundle import bundle
 from metadata.errors import UserError
-from metadata.formats import in_one_storage_a_type
+from metadata.formats import weights_content
 from metadata.files import sha256, write_atomically, write_json
 from metadata.locks import appearing
 from metadata.machine import machine, versions
@@ -165,9 +164,7 @@ class TorchPackage(SubmissionContents):
 
     def _weights(self) -> bytes:
         """Return the content of the weights file."""
-        buffer = io.BytesIO()
-        torch.save(in_one_storage_a_type(self.model.state_dict()), buffer)
-        return buffer.getvalue()
+        return weights_content(self.model.state_dict())
 
     def _front_matter(self) -> str:
         """Return what stands before the model card."""

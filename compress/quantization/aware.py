@@ -209,14 +209,14 @@ def _wrap_layers(model: fx.GraphModule, freeze_after: int, rounding: Rounding) -
             model.graph.erase_node(norm_node)
             model.delete_submodule(norm_name)
         wrapped = FakeQuantizedLayer(layer, norm, norm_name, freeze_after, rounding)
-        model.set_submodule(str(node.target), wrapped.eval())
+        model.set_submodule(str(node.target), wrapped.eval().to(layer.weight.device))
         count += 1
     return count
 
 
 def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
     """Quantize every tensor of the graph that is not on a grid already."""
-    modules, raw = dict(model.named_modules()), set[fx.Node]()
+    modules, raw, device = dict(model.named_modules()), set[fx.Node](), next(model.parameters()).device
 
     for node in list(model.graph.nodes):
         on_grid = row_of_node(node, modules).keeps_grid and not raw.intersection(node.all_input_nodes)
@@ -226,7 +226,7 @@ def _insert_quantizers(model: fx.GraphModule, freeze_after: int) -> None:
             raw.add(node)
             continue
         name = f"{RANGES}.{node.name}"
-        model.add_submodule(name, FakeQuantizedActivation(freeze_after).eval())
+        model.add_submodule(name, FakeQuantizedActivation(freeze_after).eval().to(device))
         with model.graph.inserting_after(node):
             quantizer = model.graph.call_module(name)
         node.replace_all_uses_with(quantizer)

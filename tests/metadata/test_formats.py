@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import struct
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from architectures.archives import check_archive
 from architectures.weights import check_tensors
 from architectures.zoo import make
 from compress.quantization.dynamic import quantize_graph
 from architectures.describe import lower
-from metadata.formats import in_one_storage_a_type, write_weights
+from metadata.formats import in_one_storage_a_type, narrowed, weights_content, write_weights
 
 
 def test_a_state_dict_takes_a_storage_a_type(tmp_path: Path) -> None:
@@ -22,12 +25,41 @@ def test_a_state_dict_takes_a_storage_a_type(tmp_path: Path) -> None:
         path, plain = tmp_path / "weights.pth", io.BytesIO()
         write_weights(path, weights)
         torch.save(weights, plain)
-        read = torch.load(path, weights_only=True)
-        assert list(read) == list(weights) and all(
-            torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in weights.items())
+        for mapped in (False, True):
+            read = torch.load(path, weights_only=True, mmap=mapped)
+            assert list(read) == list(weights)
+            assert all(torch.equal(read[name].to(tensor.dtype), tensor) for name, tensor in weights.items())
         assert len(plain.getvalue()) - path.stat().st_size > 200 * (len(weights) - 3)
+        check_archive(path)
         check_tensors(read, "here", path.stat().st_size)
         module.load_state_dict(read, strict=True)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in module.state_dict().items())
+
+
+def test_the_same_weights_are_the_same_bytes_and_lie_where_they_can_be_mapped() -> None:
+    weights = {"int8": torch.ones(7, dtype=torch.int8), "float": torch.rand(5), "wide": torch.rand(5, dtype=torch.float64)}
+    content = weights_content(weights)
+    assert content == weights_content({name: tensor.clone() for name, tensor in weights.items()})
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        numbers = [member for member in archive.infolist() if "/data/" in member.filename]
+        assert len(numbers) == 3
+        for member in numbers:
+            header = content[member.header_offset:]
+            begins = member.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+            assert begins % 64 == 0
+            assert archive.read(member) == content[begins:begins + member.file_size]
+
+
+def test_scales_beside_int8_weights_are_float16_where_that_changes_nothing() -> None:
+    half, full, tied = torch.rand(6).half().float(), torch.rand(6), torch.full((2,), 0.5)
+    others = {"half": half, "full": full, "wide": half.double(), "one": tied, "two": tied}
+    assert all(tensor.dtype == others[name].dtype for name, tensor in narrowed(others).items())
+    read = torch.load(io.BytesIO(weights_content({"int8": torch.ones(3, dtype=torch.int8), **others})), weights_only=True)
+    assert {name: tensor.dtype for name, tensor in read.items()} == {
+        "int8": torch.int8, "half": torch.float16, "full": torch.float32, "wide": torch.float64, "one": torch.float16,
+        "two": torch.float16}
+    assert all(torch.equal(read[name].to(tensor.dtype), tensor) for name, tensor in others.items())
+    assert read["one"].data_ptr() == read["two"].data_ptr()
 
 
 def test_odd_tensors_come_back() -> None:
