@@ -80,7 +80,8 @@ def shared_logits(stage: Distill, context: Context, teacher: TeacherModel, folde
             data = training_data(context.splits.train, context.splits.validation, context.splits.card, train,
                                  seed=context.seed, device=context.device)
             cached_targets([teacher.module], data, stage.cache_views, kept,
-                           autocast_dtype(train.precision, context.device), context.device, context.tracker)
+                           autocast_dtype(train.precision, context.device), context.device, context.tracker,
+                           stage.chosen().temperature if stage.method == "kd" else None)
     os.link(kept, own)
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from architectures.zoo import make
 from compress.training.distillation import METHODS, MethodName, TeacherLoss, distill
 from compress.training.mixup import Batch, mixed
-from compress.training.targets import CachedTargets, cached_targets, live_targets
+from compress.training.targets import (
+    CachedTargets, TopLogits, cached_targets, enough_logits, live_targets, top_logits)
 from loaders.images import normalize
 from tests.helpers.trainings import Says, quiet, small_data
 
@@ -120,6 +121,51 @@ def test_cached_teacher_outputs_belong_to_sample_and_view_in_any_order(tmp_path:
     assert torch.equal(again.logits, cached.logits)  # read, not computed anew
     wrong = Batch(images=images, labels=data.train.labels[ids], ids=ids.flip(0), view=2)
     assert not torch.allclose(cached(wrong), live(batch), atol=5e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_the_largest_logits_and_the_mass_of_the_rest_are_the_softened_distribution(temperature: float) -> None:
+    logits = 4 * torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
+    kept = top_logits(logits, 8, temperature)
+    assert kept.shape == (7, 100)
+    exact, found = ((part / temperature).softmax(1) for part in (logits, kept[:].float()))
+    largest = logits.topk(8).indices
+    torch.testing.assert_close(found.gather(1, largest), exact.gather(1, largest), atol=1e-3, rtol=5e-3)
+    rest = torch.ones_like(found).scatter(1, largest, 0).bool()
+    assert all(len(set(row[mask].tolist())) == 1 for row, mask in zip(kept[:], rest, strict=True))  # the others are alike
+    torch.testing.assert_close(found[rest].view(7, -1).sum(1), exact[rest].view(7, -1).sum(1), atol=1e-3, rtol=5e-3)
+
+
+def test_logits_that_lose_something_are_all_kept() -> None:
+    sure = torch.full((5, 100), -20.0)
+    sure[:, 3], sure[:, 50] = 9.0, 8.0
+    assert enough_logits(sure + 0.1 * torch.randn(5, 100), 1.0) == 2
+    assert enough_logits(torch.randn(5, 100), 4.0) == 0  # no class stands out
+    assert enough_logits(sure[:, :4], 1.0) == 0  # nothing to save
+    many = torch.full((1, 40_000), -30.0)
+    many[0, 39_999] = 5.0
+    assert top_logits(many, 2, 1.0)[:].argmax() == 39_999
+
+
+@pytest.mark.parametrize("gain", [1.0, 400.0])
+def test_a_cache_of_the_largest_logits_teaches_the_same(tmp_path: Path, gain: float) -> None:
+    data, device = small_data(), torch.device("cpu")
+
+    class Sure(nn.Module):
+        """Logits of 50 classes, the surer the larger the gain."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return gain * images.flatten(1)[:, :50]
+
+    cached = cached_targets([Sure()], data, 2, tmp_path / "cache.pth", None, device, quiet(), temperature=4.0)
+    assert isinstance(cached.logits, TopLogits) == (gain > 1)
+    again = cached_targets([nn.Identity()], data, 2, tmp_path / "cache.pth", None, device, quiet(), temperature=4.0)
+    ids = torch.arange(60).flip(0)
+    images = normalize(data.augmenter(data.train.images.batch(ids), ids, 0), data.preprocessing)
+    batch = Batch(images=images, labels=data.train.labels[ids], ids=ids, view=0)
+    assert torch.equal(again(batch), cached(batch))
+    exact, found = ((logits / 4).log_softmax(1) for logits in (Sure()(images), cached(batch)))
+    assert float((exact.exp() * (exact - found)).sum(1).mean()) < 2e-4
 
 
 def test_several_teachers_are_the_mean_of_their_logits() -> None:

@@ -23,7 +23,7 @@ from compress.training.loop import train
 from compress.training.mixup import Loss
 from compress.training.precision import autocast_dtype
 from compress.training.settings import TrainingSettings
-from compress.training.targets import Targets, cached_targets, live_targets
+from compress.training.targets import Targets, TopLogits, cached_targets, live_targets
 from metadata.errors import UserError
 from metadata.machine import memory_bytes
 from metadata.records import DatasetCard
@@ -78,9 +78,13 @@ class Distill(TeacherLoss, Stage):
         teachers = [teacher.module.to(context.device) for teacher in taught_by]
         targets: Targets = live_targets(teachers, dtype)
         if self.cache_views:
-            cache = cached_targets(teachers, data, self.cache_views, context.folder / "teacher_logits.pth",
-                                   dtype, context.device, context.tracker)
+            # Only plain soft targets, of images that are not mixed, ask for nothing but the softened distribution.
+            plain = self.method == "kd" and not (settings.mixup or settings.cutmix)
+            cache = cached_targets(teachers, data, self.cache_views, context.folder / "teacher_logits.pth", dtype,
+                                   context.device, context.tracker, self.chosen().temperature if plain else None)
             context.note("cached_teacher_outputs", list(cache.logits.shape))
+            if isinstance(cache.logits, TopLogits):
+                context.note("cached_teacher_outputs_kept", cache.logits.values.shape[2])
             targets = cache
 
         def trained(label: str, loss: Loss | None) -> tuple[TorchModel, float, float]:
