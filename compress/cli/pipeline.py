@@ -34,8 +34,8 @@ def run(recipe: RecipeName, overrides: Overrides = None,
     if outcome.results:
         console.print(f"total score {outcome.results['total_score']:.3f}, guarded "
                       f"{outcome.results['details']['guarded_score']:.3f}", highlight=False)
-    for what, name in (("submission", "submission"), ("results", "results.json"), ("report", "report.md"),
-                       ("plot", "plot.png")):
+    for what, name in (("submission", "submission"), ("results", "results.json"), ("report", "report.html"),
+                       ("as text", "report.md"), ("plot", "plot.png")):
         if (path := outcome.folder / name).exists():
             console.print(f"{what + ':':12}{path}", highlight=False, soft_wrap=True)
 

@@ -25,7 +25,7 @@ from metadata.machine import machine, versions
 from metadata.records import StageRecord
 
 RUN, CARD, STAGE, KEY, SUBMISSION = "run.json", "card.json", "stage.json", "stage.key", "submission"
-RESULTS, REPORT, PLOT = "results.json", "report.md", "plot.png"  # what a finished run adds
+RESULTS, REPORT, PLOT, PAGE = "results.json", "report.md", "plot.png", "report.html"  # what a finished run adds
 WORK = ("*.pth", "*.onnx")  # of an interrupted stage: checkpoints, cached outputs of a teacher, candidates of a search
 
 
@@ -208,5 +208,5 @@ def remove_stages(folder: Path, from_number: int = 1, keep: Collection[str] = ()
         if path.name.endswith("-package"):
             shutil.rmtree(folder / SUBMISSION, ignore_errors=True)
     if stale:
-        for name in (RESULTS, REPORT, PLOT):
+        for name in (RESULTS, REPORT, PLOT, PAGE):
             (folder / name).unlink(missing_ok=True)

@@ -20,8 +20,11 @@ from compress.evaluation.submission import open_submission, read_submission
 from compress.pipeline.stage import Artifact, OnnxModel, Submission, TeacherModel, TorchModel, WEIGHTS
 from compress.training.trackers import Tracker
 from loaders.splits import Splits
+from metadata.formats import write_csv
 from metadata.machine import torch_threads
 from metadata.records import DatasetCard, LedgerRow
+
+PREDICTIONS = "predictions.csv"  # each validation image with its class and the class that the model says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,12 @@ def _in_torch(module: nn.Module, card: DatasetCard, size_bytes: int, int8: bool)
                   size_bytes=size_bytes, singly=int8)
 
 
-def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device: torch.device,
-               tracker: Tracker) -> LedgerRow:
-    """Measure latency at batch 1 on one CPU thread, and accuracy on the validation split (float modules on `device`)."""
+def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device: torch.device, tracker: Tracker,
+               folder: Path) -> LedgerRow:
+    """Measure latency at batch 1 on one CPU thread, and accuracy on the validation split (float modules on `device`).
+
+    The answers are left in `folder`, so that two models can be compared image by image later.
+    """
     latency = measure_latency(model.answer, splits.card.input_shape)
     split, preprocessing = splits.validation, splits.card.preprocessing
     with tracker.progress(f"validating {stage}") as advance:
@@ -80,6 +86,8 @@ def ledger_row(model: Served, stage: str, seconds: float, splits: Splits, device
         else:
             with torch_threads(1):
                 result = measure_accuracy(model.answer, split.batches(1), preprocessing, len(split), advance)
+    write_csv(folder / PREDICTIONS, [{"image": index, "label": label, "predicted": predicted} for index, (label, predicted)
+                                     in enumerate(zip(split.labels.tolist(), result.predictions, strict=True))])
     return LedgerRow(stage=stage, parameters=model.parameters, macs=model.macs, size_bytes=model.size_bytes,
                      latency_ms=latency.median_ms, latency_p5_ms=latency.p5_ms, latency_p95_ms=latency.p95_ms,
                      accuracy=result.correct / result.total, correct=result.correct, images=result.total,

@@ -15,14 +15,17 @@ from compress.pipeline.config import RunConfig
 from compress.pipeline.folder import CARD, KEY, RESULTS, STAGE, StageStatus, claimed, open_stage, remove_stages
 from compress.pipeline.identity import StageIdentity
 from compress.pipeline.ledger import evaluation_row, ledger_row, served
+from compress.pipeline.page.content import FinishedRun
+from compress.pipeline.page.write import write_page
 from compress.pipeline.plan import RunPlan, make_plan, threads
+from compress.pipeline.repeat import RECIPE, as_recipe
 from compress.pipeline.report import write_report
 from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
 from compress.training.assessment import interleaved_times
 from compress.training.trackers import Tracker
 from loaders.splits import Split
-from metadata.errors import VerificationError
-from metadata.files import write_json
+from metadata.errors import VerificationError, first_line
+from metadata.files import write_atomically, write_json
 from metadata.formats import write_csv
 from metadata.records import LedgerRow, StageRecord
 
@@ -66,6 +69,7 @@ class PipelineRun:
     plan: RunPlan
     folder: Path
     tracker: Tracker
+    records: list[StageRecord] = field(default_factory=list)
     rows: list[LedgerRow] = field(default_factory=list)
     outputs: list[Artifact] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -101,10 +105,12 @@ class PipelineRun:
         for text in self.warnings:
             self.tracker.warn(text)
         write_json(self.folder / CARD, self.plan.splits.card.model_dump(mode="json"))
+        write_atomically(self.folder / RECIPE, as_recipe(self.plan.config).encode())
         remove_stages(self.folder, keep={name for name, _ in self.plan.stages})
 
     def _enter(self, record: StageRecord) -> None:
         """Add a finished stage to the ledger."""
+        self.records.append(record)
         self.rows += record.rows
         self.latest = record.rows[0]
         self.warnings += record.warnings
@@ -116,8 +122,20 @@ class PipelineRun:
         results = last.results if isinstance(last, Evaluation) else None
         if results:
             write_json(self.folder / RESULTS, results)
-        write_report(self.folder, self.plan.config.name, self.rows, self.warnings, results)
+        self._write_reports(results)
         return RunOutcome(folder=self.folder, rows=self.rows, results=results, warnings=self.warnings)
+
+    def _write_reports(self, results: dict[str, Any] | None) -> None:
+        """Write report.md, plot.png and report.html. The run is done: what fails here is a warning, whatever it is."""
+        splits = self.plan.splits
+        try:
+            write_report(self.folder, self.plan.config.name, self.rows, self.warnings, results)
+            write_page(FinishedRun(folder=self.folder, config=self.plan.config, card=splits.card, records=self.records,
+                                   validation=splits.validation, warnings=list(self.warnings), results=results))
+        except Exception as error:
+            self.warnings.append(f"the report could not be written: {type(error).__name__}: {first_line(error)}; the same "
+                                 "command writes it")
+            self.tracker.warn(self.warnings[-1])
 
     # --------------------------------------------------------------------------------------------------- one stage
 
@@ -165,7 +183,7 @@ class PipelineRun:
         if isinstance(artifact, Evaluation):
             return evaluation_row(artifact.results, stage, seconds)
         model = served(artifact, folder, self.plan.splits.card)
-        return ledger_row(model, stage, seconds, self.plan.splits, self.device, self.tracker)
+        return ledger_row(model, stage, seconds, self.plan.splits, self.device, self.tracker, folder)
 
     def _measure_extras(self, name: str, context: Context) -> list[LedgerRow]:
         """Save the models that the stage made beside its result, each in a folder below its own, and measure them."""

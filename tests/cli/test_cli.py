@@ -14,7 +14,7 @@ from compress.settings import recipe_names
 from tests.helpers.commands import Compress, PROJECT, assert_one_line_error, run_compress
 
 
-HEAVY = {"torch", "torchvision", "matplotlib", "sklearn", "scipy"}
+HEAVY = {"torch", "torchvision", "matplotlib", "plotly", "sklearn", "scipy"}
 EVERY_HELP = """
 import sys
 from compress.cli.main import app, scaling

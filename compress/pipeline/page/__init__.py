@@ -1,0 +1,1 @@
+"""report.html: what a run's folder holds, as one page that needs no network."""
