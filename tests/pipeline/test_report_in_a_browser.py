@@ -61,7 +61,8 @@ def shown(browser: Browser, report: Path) -> Browser:
 
 def test_it_draws_without_a_complaint_or_a_request(shown: Browser, report: Path) -> None:
     assert shown.value("document.querySelectorAll('.plot .main-svg').length") >= 4
-    assert shown.value("document.querySelectorAll('#front-bytes .scatterlayer .trace').length") == 5
+    traces = shown.value("document.querySelectorAll('#front-bytes .scatterlayer .trace').length")
+    assert traces == 8  # the front, the candidates, six stages
     assert shown.value("document.querySelectorAll('#front-latency .errorbar').length") >= 12
     assert shown.value("document.querySelectorAll('#curves-loss .scatterlayer .trace').length") == 6
     assert shown.value("[...document.images].every((image) => image.naturalWidth === 8)")

@@ -175,6 +175,14 @@ def test_texts_of_the_user_stay_texts(run: FinishedRun) -> None:
     assert "&lt;script&gt;alert(1)" in told and EVIL not in told  # plotly reads HTML in its texts
 
 
+def test_notes_of_a_stage_are_pairs_and_tables(run: FinishedRun) -> None:
+    run.records[2].notes["rounds"] = [{"width": 8, "kept": True}, {"width": 16, "why": ["slow", "large"]}]
+    run.records[2].notes["trace"] = {"steps": [1, 2], "loss": 0.123456789}
+    text = Parsed(page(run)).text
+    assert "rounds width kept why 8 yes – 16 – slow, large" in text
+    assert "trace.steps 1, 2" in text and "trace.loss 0.123457" in text and "channels.conv1 8, 4" in text
+
+
 @pytest.mark.parametrize("stages", [1, 2, 4, 5, 6])
 def test_a_part_that_is_missing_is_left_out(run: FinishedRun, stages: int) -> None:
     shorter = dataclasses.replace(run, records=run.records[:stages], results=None, warnings=[])

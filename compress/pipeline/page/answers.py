@@ -85,10 +85,12 @@ def read_answers(run: FinishedRun, index: int) -> StageAnswers | None:
 
 def last_answers(run: FinishedRun) -> tuple[StageAnswers | None, StageAnswers | None]:
     """Return the answers of the last float model, where the run made int8 from it, and of the last model of all."""
-    there = [(index, answers) for index in range(len(run.records)) if (answers := read_answers(run, index)) is not None]
-    before = [answers for index, answers in there if index < run.quantized]
-    after = [answers for index, answers in there if index >= run.quantized]
-    return (before[-1] if before and after else None), (there[-1][1] if there else None)
+    def last(stages: range) -> tuple[int, StageAnswers | None]:
+        found = ((index, answers) for index in reversed(stages) if (answers := read_answers(run, index)) is not None)
+        return next(found, (-1, None))
+
+    index, after = last(range(len(run.records)))
+    return (last(range(run.quantized))[1] if index >= run.quantized else None), after
 
 
 def ranked_classes(answers: StageAnswers) -> list[int]:

@@ -20,66 +20,79 @@ KINDS: dict[Kind, tuple[str, dict[str, Any]]] = {  # the drawing order; what the
     "float": ("float", {"size": 22, "color": "var(--float)"}),
     "int8": ("int8", {"size": 22, "color": "var(--int8)"}),
     "test": ("test split", {"size": 12, "color": "var(--surface)", "symbol": "diamond",
-                                       "line": {"color": "var(--test)", "width": 1.5}})}
+                            "line": {"color": "var(--test)", "width": 1.5}})}
 NUMBERED = ("control", "float", "int8")
 LINES = [f"var(--line-{number})" for number in range(1, 7)]
 SETTINGS = 8  # the most that a hover text shows
 FAR_BELOW = 0.7  # of the best accuracy: models below do not decide the range that a plot begins with
+FEW = 4.0  # ratio of the ends of a logarithmic axis below which it has more labels than 1, 2 and 5
 WIDE = 10.0  # ratio of the largest and the smallest latency above which their axis is logarithmic
 
 
 def front_by_bytes(models: Sequence[MeasuredModel]) -> Figure:
     """Return accuracy against the bytes of the weights, on a logarithmic axis."""
-    figure = _front(models, [model.size_bytes for model in models])
-    figure.update_xaxes(title_text="bytes of the weights (log)", type="log", tickformat="~s")
+    figure = _front([(model.size_bytes, (model.size_bytes,) * 2, model) for model in models])
+    figure.update_xaxes(title_text="bytes of the weights (log)", tickformat="~s",
+                        **_logarithmic([model.size_bytes for model in models]))
     return figure
 
 
 def front_by_latency(models: Sequence[MeasuredModel]) -> Figure:
     """Return accuracy against latency; models whose latency was not measured are left out."""
-    timed = [model for model in models if model.latency_ms]
-    times = [model.latency_ms or 0.0 for model in timed]
-    figure = _front(timed, times)
-    log = bool(times) and max(times) > WIDE * min(times)
-    figure.update_xaxes(title_text="milliseconds an image" + (" (log)" if log else ""), type="log" if log else "linear",
-                        tickformat="~g", rangemode="normal" if log else "tozero")
-    for trace in figure.data[1:]:
-        of_kind = [(model.latency_ms or 0.0, model.spread_ms) for model in timed if KINDS[model.kind][0] == trace.name]
-        trace.error_x = {"type": "data", "symmetric": False, "thickness": 1, "width": 0, "color": "var(--interval)",
-                         "array": [spread[1] - time if spread else 0.0 for time, spread in of_kind],
-                         "arrayminus": [time - spread[0] if spread else 0.0 for time, spread in of_kind]}
+    points = [(time, model.spread_ms or (time, time), model) for model in models if (time := model.latency_ms)]
+    times = [time for time, _, _ in points]
+    figure = _front(points)
+    if times and max(times) > WIDE * min(times):
+        figure.update_xaxes(title_text="milliseconds an image (log)", tickformat="~g", **_logarithmic(times))
+    else:
+        figure.update_xaxes(title_text="milliseconds an image", rangemode="tozero")
     return figure
 
 
-def _front(models: Sequence[MeasuredModel], costs: Sequence[float]) -> Figure:
-    """Return accuracy against a cost: the line of the models that none beats in both, and a point for each model."""
+def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
+    """Return the settings of a logarithmic axis: labels at 1, 2 and 5, and at more where few of these would be."""
+    few = not values or max(values) < FEW * min(values)
+    return {"type": "log", **({} if few else {"dtick": "D2"})}
+
+
+def _front(points: Sequence[tuple[float, tuple[float, float], MeasuredModel]]) -> Figure:
+    """Return accuracy against a cost: the line of the models that none beats in both, and a point for each model.
+
+    Args:
+        points: of each model its cost and the ends of the cost's interval.
+    """
     from plotly import graph_objects as go
 
     figure = go.Figure(layout=_layout("accuracy"))
-    held = [(cost, model.accuracy) for cost, model in zip(costs, models, strict=True) if model.kind != "test"]
-    best = not_beaten(held)
+    best = not_beaten([(cost, model.accuracy) for cost, _, model in points if model.kind != "test"])
     figure.add_scatter(x=[cost for cost, _ in best], y=[accuracy for _, accuracy in best], mode="lines", name="front",
                        line={"shape": "hv", "color": "var(--front)", "width": 1.5, "dash": "dot"}, hoverinfo="skip")
     for kind, (legend, marker) in KINDS.items():
-        chosen = [(cost, model) for cost, model in zip(costs, models, strict=True) if model.kind == kind]
-        if not chosen:
-            continue
-        figure.add_scatter(
-            x=[cost for cost, _ in chosen], y=[model.accuracy for _, model in chosen], name=legend,
-            mode="markers+text" if kind in NUMBERED else "markers", marker=marker, cliponaxis=False,
-            text=[escape(model.number) for _, model in chosen],
-            textfont={"size": 11, "color": "var(--ink)" if kind == "control" else "var(--on-mark)"},
-            customdata=[[model.target, _told(model)] for _, model in chosen],
-            hovertemplate="%{customdata[1]}<extra></extra>",
-            error_y={"type": "data", "symmetric": False, "thickness": 1, "width": 4 if kind != "candidate" else 0,
-                     "color": "var(--interval)" if kind != "candidate" else "var(--faint)",
-                     "array": [model.interval[1] - model.accuracy for _, model in chosen],
-                     "arrayminus": [model.accuracy - model.interval[0] for _, model in chosen]})
-    shown = in_range(models)
+        own = [point for point in points if point[2].kind == kind]
+        # The number of a point is drawn with its trace: in traces of their own, the later point covers the number too.
+        for place, part in enumerate([[point] for point in own] if kind in NUMBERED else [own] if own else []):
+            faint = kind == "candidate"
+            figure.add_scatter(
+                x=[cost for cost, _, _ in part], y=[model.accuracy for _, _, model in part], name=legend, legendgroup=kind,
+                showlegend=place == 0, mode="markers+text" if kind in NUMBERED else "markers", marker=marker,
+                text=[escape(model.number) for _, _, model in part], cliponaxis=False,
+                textfont={"size": 11, "color": "var(--ink)" if kind == "control" else "var(--on-mark)"},
+                customdata=[[model.target, _told(model)] for _, _, model in part],
+                hovertemplate="%{customdata[1]}<extra></extra>",
+                error_x=_bars([(cost, *spread) for cost, spread, _ in part], "var(--interval)", 0),
+                error_y=_bars([(model.accuracy, *model.interval) for _, _, model in part],
+                              "var(--faint)" if faint else "var(--interval)", 0 if faint else 4))
+    shown = in_range([model for _, _, model in points])
     if shown:
         low, high = min(model.interval[0] for model in shown), max(model.interval[1] for model in shown)
         figure.update_yaxes(range=[low - 0.06 * (high - low), high + 0.06 * (high - low)])
     return figure
+
+
+def _bars(values: Sequence[tuple[float, float, float]], colour: str, width: int) -> dict[str, Any]:
+    """Return the bars of intervals; each is given with its value first, then its lower and its upper end."""
+    return {"type": "data", "symmetric": False, "thickness": 1, "width": width, "color": colour,
+            "array": [high - value for value, _, high in values], "arrayminus": [value - low for value, low, _ in values]}
 
 
 def in_range(models: Sequence[MeasuredModel]) -> list[MeasuredModel]:
@@ -126,7 +139,8 @@ def curves(trainings: Mapping[str, Sequence[Mapping[str, float]]], value: str, t
                     hovertemplate=f"{label}, {split}, epoch %{{x}}: %{{y}}<extra></extra>")
     figure.update_xaxes(title_text="epoch")
     if value == "loss":
-        figure.update_yaxes(type="log", tickformat="~g", hoverformat=".4g")
+        losses = [loss for trace in figure.data for loss in trace.y if loss > 0]
+        figure.update_yaxes(tickformat="~g", hoverformat=".4g", **_logarithmic(losses))
     return figure
 
 

@@ -90,7 +90,7 @@ def _tiles(run: FinishedRun) -> list[tuple[str, str, str]]:
     low, high = wilson(last.correct, last.images)
     return [("accuracy", f"{last.accuracy:.2%}", f"{last.images:,} {last.split} images, 95 %: {low:.1%} to {high:.1%}"),
             ("bytes of weights", *_beside(first, last.size_bytes, first.size_bytes, "{:,}")),
-            ("latency", *_beside(first, last.latency_ms, first.latency_ms, "{:.3g} ms")),
+            ("latency", *_beside(first, last.latency_ms, first.latency_ms, "{:.3g}\N{NO-BREAK SPACE}ms")),
             ("MACs", *_beside(first, last.macs, first.macs, "{:,}"))]
 
 
