@@ -80,7 +80,7 @@ def test_a_click_opens_the_stage_or_the_candidate(shown: Browser) -> None:
     shown.click(*shown.value(POINT.format(plot="front-bytes", trace="float")))
     assert shown.value(OPENED) == ["stage-1"]
     assert shown.value("document.activeElement === document.querySelector('#stage-1 > summary')")
-    shown.click(*shown.value(POINT.format(plot="front-latency", trace="candidate")))
+    shown.click(*shown.value(POINT.format(plot="front-latency", trace="int8 candidate")))
     assert shown.value(OPENED) == ["stage-1", "stage-3"]
     assert shown.value("document.activeElement.id") == "stage-3-candidate-1"
     assert shown.value("document.querySelector('.found').textContent").startswith("candidate 1")

@@ -207,12 +207,14 @@ def test_candidates_of_a_search_are_points_and_rows(run: FinishedRun) -> None:
                 ("lost", "slim", "float", "", "", "", "", "", "", 1, "failed", ""))
     found = Parsed(page(run))
     plots = figures(found)
-    trace = next(trace for trace in plots["front-bytes"]["data"] if trace["name"] == "candidate")
-    assert trace["x"] == [20000, 30000] and trace["y"] == [0.75, 0.5]
-    assert [target for target, _ in trace["customdata"]] == ["stage-3-candidate-1", "stage-3-candidate-2"]
-    assert "settings.width: 8" in trace["customdata"][0][1]
-    timed = next(trace for trace in plots["front-latency"]["data"] if trace["name"] == "candidate")
-    assert timed["x"] == [0.5]
+    traces = {trace["name"]: trace for trace in plots["front-bytes"]["data"]}
+    for form, size, accuracy, place in (("int8", 20000, 0.75, 1), ("float", 30000, 0.5, 2)):
+        trace = traces[f"{form} candidate"]
+        assert (trace["x"], trace["y"]) == ([size], [accuracy])
+        assert [target for target, _ in trace["customdata"]] == [f"stage-3-candidate-{place}"]
+    assert "settings.width: 8" in traces["int8 candidate"]["customdata"][0][1]
+    timed = {trace["name"]: trace for trace in plots["front-latency"]["data"]}
+    assert timed["int8 candidate"]["x"] == [0.5] and "float candidate" not in timed
     rows = [attributes["id"] for attributes in found.of("tr") if attributes.get("id")]
     assert rows == [f"stage-3-candidate-{place}" for place in (1, 2, 3)]
     assert "small slim int8 0.5 20,000" in found.text and "lost slim float –" in found.text

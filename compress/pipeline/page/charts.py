@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 KINDS: dict[Kind, tuple[str, dict[str, Any]]] = {  # the drawing order; what the legend says, and the marker
-    "candidate": ("candidate", {"size": 8, "color": "var(--candidate)", "symbol": "circle"}),
+    "float candidate": ("float candidate", {"size": 8, "color": "var(--float-candidate)"}),
+    "int8 candidate": ("int8 candidate", {"size": 8, "color": "var(--int8-candidate)"}),
     "control": ("control", {"size": 22, "color": "var(--surface)", "line": {"color": "var(--float)", "width": 1.5}}),
     "float": ("float", {"size": 22, "color": "var(--float)"}),
     "int8": ("int8", {"size": 22, "color": "var(--int8)"}),
@@ -71,7 +72,7 @@ def _front(points: Sequence[tuple[float, tuple[float, float], MeasuredModel]]) -
         own = [point for point in points if point[2].kind == kind]
         # The number of a point is drawn with its trace: in traces of their own, the later point covers the number too.
         for place, part in enumerate([[point] for point in own] if kind in NUMBERED else [own] if own else []):
-            faint = kind == "candidate"
+            faint = kind.endswith("candidate")
             figure.add_scatter(
                 x=[cost for cost, _, _ in part], y=[model.accuracy for _, _, model in part], name=legend, legendgroup=kind,
                 showlegend=place == 0, mode="markers+text" if kind in NUMBERED else "markers", marker=marker,

@@ -17,7 +17,7 @@ from metadata.records import DatasetCard, LedgerRow, StageRecord
 
 FRONT, METRICS = "front.csv", "metrics.csv"  # of a stage: the candidates of a search, the epochs of its trainings
 CANDIDATES, COVERAGE = "candidates", "coverage"  # notes of a stage: the files that it chose from, and its layers
-Kind = Literal["float", "int8", "control", "candidate", "test"]
+Kind = Literal["float", "int8", "control", "float candidate", "int8 candidate", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +114,15 @@ def _of_row(row: LedgerRow, run: FinishedRun, index: int, is_result: bool) -> Me
     kind: Kind = ("test" if row.split == "test" else "control" if not is_result
                   else "int8" if index >= run.quantized else "float")
     return MeasuredModel(name=row.stage, kind=kind, number=str(index + 1), target=stage_id(index), correct=row.correct,
-                    images=row.images, size_bytes=row.size_bytes, latency_ms=row.latency_ms,
-                    spread_ms=(row.latency_p5_ms, row.latency_p95_ms), settings=run.chosen_settings(index))
+                         images=row.images, size_bytes=row.size_bytes, latency_ms=row.latency_ms,
+                         spread_ms=(row.latency_p5_ms, row.latency_p95_ms), settings=run.chosen_settings(index))
 
 
 def candidate_tables(run: FinishedRun, index: int) -> list[dict[str, Any]]:
     """Return the rows of the models that a stage measured to choose from: of a search, or of static int8."""
     searched: list[dict[str, Any]] = [{key: _content(value) for key, value in row.items()}
                                       for row in read_csv(run.folder / run.records[index].stage / FRONT)]
-    return searched or [{"candidate": row["name"], **{key: value for key, value in row.items() if key != "name"}}
+    return searched or [{"candidate": row["name"], "form": "int8", **{key: row[key] for key in row if key != "name"}}
                         for row in run.records[index].notes.get(CANDIDATES, [])]
 
 
@@ -143,7 +143,8 @@ def _candidates(run: FinishedRun, index: int) -> list[MeasuredModel]:
             told = {key: row[key] for key in ("model", "form", "round", "status", "settings") if row.get(key)}
             latency = row.get("latency_ms") or None
             found.append(MeasuredModel(
-                name=str(row["candidate"]), kind="candidate", number="", target=candidate_id(index, place),
+                name=str(row["candidate"]), number="", target=candidate_id(index, place),
+                kind="int8 candidate" if "int8" in str(row.get("form")) else "float candidate",
                 correct=round(accuracy * images), images=images, size_bytes=int(row["size_bytes"]),
                 latency_ms=None if latency is None else float(latency), settings=flattened(told)))
     return [model for model in found if model.images > 0 and model.size_bytes > 0]

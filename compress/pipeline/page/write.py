@@ -8,21 +8,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.evaluation.score import wilson
 from compress.pipeline.folder import PAGE
 from compress.pipeline.page.answers import compared, last_answers, worst_classes
-from compress.pipeline.page.charts import curves, front_by_bytes, front_by_latency, in_range, cut_short
+from compress.pipeline.page.charts import curves, cut_short, front_by_bytes, front_by_latency, in_range
 from compress.pipeline.page.content import (
     CANDIDATES, COVERAGE, FinishedRun, candidate_id, candidate_tables, measured_models, stage_id, trainings)
 from compress.pipeline.repeat import RECIPE, as_recipe, repeating_command
 from compress.settings import flattened
-from compress.evaluation.score import wilson
 from metadata.errors import some_of
 from metadata.files import write_atomically
 from metadata.machine import machine, versions
 from metadata.records import LedgerRow
 
 TEXTS = Path(__file__).parent  # page.html, page.css and page.js lie beside this file
-
 LONG = 24  # characters of a cell whose text may go over several lines
 
 
@@ -71,8 +70,8 @@ def _plots(run: FinishedRun) -> dict[str, str]:
     models, trained = measured_models(run), trainings(run)
     figures = {"front-bytes": front_by_bytes(models), "front-latency": front_by_latency(models)}
     if trained:
-        figures |= {"curves-accuracy": curves(trained, "accuracy", "accuracy"), "curves-loss": curves(trained, "loss",
-                                                                                                    "loss (log)")}
+        figures |= {"curves-accuracy": curves(trained, "accuracy", "accuracy"),
+                    "curves-loss": curves(trained, "loss", "loss (log)")}
     return {name: to_json(figure) for name, figure in figures.items()}
 
 
