@@ -149,11 +149,12 @@ def _layout(vertical: str) -> dict[str, Any]:
     axis = {"gridcolor": "var(--grid)", "linecolor": "var(--faint)", "zeroline": False, "automargin": True,
             "ticks": "outside", "tickcolor": "var(--faint)", "ticklen": 4, "title": {"standoff": 8}}
     accuracy = {"tickformat": ".4~p", "hoverformat": ".2%"} if vertical == "accuracy" else {}
+    family = "system-ui, sans-serif"
     return {"template": "none", "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "height": 400,
-            "font": {"family": "system-ui, sans-serif", "size": 12, "color": "var(--muted)"},
+            "font": {"family": family, "size": 12, "color": "var(--muted)"},
             "margin": {"l": 8, "r": 16, "t": 40, "b": 8}, "hovermode": "closest",
             "hoverlabel": {"bgcolor": "var(--surface)", "bordercolor": "var(--faint)", "align": "left",
-                           "font": {"color": "var(--ink)", "size": 12}},
+                           "font": {"family": family, "color": "var(--ink)", "size": 12}},
             "modebar": {"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": "var(--faint)",
                         "activecolor": "var(--muted)"},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
