@@ -22,6 +22,7 @@ from compress.pipeline.repeat import RECIPE, as_recipe
 from compress.pipeline.report import write_report
 from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
 from compress.training.assessment import interleaved_times
+from compress.training.malloc import keep_freed_memory
 from compress.training.trackers import Tracker
 from loaders.splits import Split
 from metadata.errors import VerificationError, first_line
@@ -54,6 +55,7 @@ def run_pipeline(config: RunConfig, console: Console, update: bool = False) -> R
         UserError: the user made a mistake; nothing was lost, and the same command continues once it is mended.
         VerificationError: a stage's result is not what it should be.
     """
+    keep_freed_memory()
     torch.set_num_threads(threads(config))
     tracker = Tracker(console)
     plan = make_plan(config, tracker)

@@ -103,3 +103,9 @@ def test_a_wrapped_layer_that_is_unsafe_channels_last_is_found() -> None:
     device = torch.device("cpu")
     assert "layer 3:" in unsafe_channels_last(model, device)
     assert "layer 3.layer:" in unsafe_channels_last(prepare_aware(model, some(1)), device)
+
+
+def test_what_is_added_lies_on_the_device_of_the_network() -> None:
+    model = network().to("meta")  # a device that every machine has beside the CPU
+    prepared = prepare_aware(model, [torch.zeros(2, *SHAPE)], freeze_after=1)
+    assert {tensor.device.type for tensor in prepared.state_dict().values()} == {"meta"}

@@ -254,7 +254,20 @@ def test_finetuning_is_repeatable_and_resumes_bit_for_bit(optimizer: str, tmp_pa
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert first["1.num_batches_tracked"] == 2 * steps  # it counts no passes after freezing, nor SAM's second ones
     note = context.notes["simulated_int8"]
-    assert note["accuracy"] > note["accuracy_post_training"]
+    assert note["accuracy"] > note["accuracy_post_training"] and not context.warnings
+
+
+def test_a_finetuning_that_harms_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = student(4)
+    learned, _ = finetuned(tmp_path / "learned", model, Finetune(train=TrainingSettings(
+        epochs=5, batch_size=64, lr=0.05, augment=[])))
+    model.load_state_dict(learned)
+    _, context = finetuned(tmp_path / "harmed", model, Finetune(quantization_aware=True, train=TrainingSettings(
+        epochs=1, batch_size=192, lr=50.0, schedule="constant", augment=[])))
+    note = context.notes["simulated_int8"]
+    assert note["accuracy"] < note["accuracy_post_training"]
+    assert context.warnings and "quantization-aware training lost" in context.warnings[0]
 
 
 def test_settings_that_would_do_nothing_are_refused(compress: Compress) -> None:
