@@ -15,6 +15,7 @@ FLOORS = [
     ["compress.__main__"],
     ["compress.cli", "compress.api"],
     ["compress.pipeline", "compress.studies"],
+    ["compress.search"],
     ["compress.quantization"],
     ["compress.packaging"],
     ["compress.training"],
