@@ -94,6 +94,7 @@ class Space:
                             for group in channel_groups)
         self._weights, self._units, self._channel_groups = weights, units, channel_groups
         self._meta = {name: tensor.to("meta") for name, tensor in weights.items()}
+        self._sizes: dict[tuple[Choice, Form], int] = {}
 
     @classmethod
     def of(cls, architecture: Architecture, weights: Mapping[str, Tensor], multiple: int = MULTIPLE) -> Space:
@@ -123,6 +124,28 @@ class Space:
         content = [self.architecture.to_json()["layers"], self.architecture.input_shape,
                    [dataclasses.astuple(group) for group in self.groups]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def options(self) -> dict[str, tuple[int, ...]]:
+        """How many channels may stay, by group."""
+        return {group.name: group.options for group in self.groups}
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a layer's output, or of "input", for one image, (1, ...), in the whole network."""
+        return self._units.shapes[name]
+
+    def channels_of(self, name: str, axis: int) -> tuple[int, dict[str, int]]:
+        """Return the size of a tensor of the whole network along an axis, and how much of it each group has.
+
+        Args:
+            name: a layer, for its output, or "input".
+            axis: of the tensor for one image, (1, ...).
+        """
+        size = self.tensor_shape(name)[axis]
+        labels = np.moveaxis(self._units.of[name], axis, 0)
+        units = np.broadcast_to(labels.reshape(len(labels), -1)[:, 0], size)
+        counts = {group.name: int(np.isin(units, group.units).sum()) for group in self._channel_groups}
+        return size, {name: count for name, count in counts.items() if count}
 
     # ------------------------------------------------------------------------------------------------------- choices
 
@@ -205,7 +228,10 @@ class Space:
 
     def size_bytes(self, choice: Choice, form: Form) -> int:
         """Return the bytes of the weights file that a package of the sub-network would have, see `weights_file_bytes`."""
-        return weights_file_bytes(self.shape(choice), form)
+        key = self.normal(choice), form
+        if key not in self._sizes:
+            self._sizes[key] = weights_file_bytes(self.shape(choice), form)
+        return self._sizes[key]
 
     def _shrunk(self, choice: Choice, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor],
                 ) -> tuple[Architecture, dict[str, Tensor]]:

@@ -83,7 +83,8 @@ def test_a_dropped_block_is_the_identity(name: str) -> None:
     blocks = space(name).blocks[-2:]
     model = copy.deepcopy(network(name)[0])
     for block in blocks:
-        last = [layer for name in block.layers if isinstance(layer := dict(model.named_modules()).get(name), nn.BatchNorm2d)][-1]
+        modules = [dict(model.named_modules()).get(name) for name in block.layers]
+        last = [module for module in modules if isinstance(module, nn.BatchNorm2d)][-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
     choice = Choice(widths=space(name).full().widths, dropped=frozenset(block.name for block in blocks))
