@@ -152,7 +152,7 @@ def measure_costs(space: Space, backend: Backend, precision: Precision, threads:
     found = _cached(path, key)
     if found is None:
         started = time.monotonic()
-        choices, times = _measure(space, backend, precision, threads, seconds, tracker)
+        choices, times = measured_times(space, backend, precision, threads, seconds, tracker)
         found = _Measured(version=VERSION, key=key, choices=[choice.to_json() for choice in choices], times=times.tolist(),
                           machine=machine(), seconds=round(time.monotonic() - started, 1))
         if path is not None:
@@ -192,9 +192,12 @@ def _cached(path: Path | None, key: str) -> _Measured | None:
     return found if found.key == key else None
 
 
-def _measure(space: Space, backend: Backend, precision: Precision, threads: int, seconds: float, tracker: Tracker,
-             ) -> tuple[list[Choice], Times]:
-    """Return sub-networks, those that are checked among them (see `_held_out`), and their times."""
+def measured_times(space: Space, backend: Backend, precision: Precision, threads: int, seconds: float, tracker: Tracker,
+                   ) -> tuple[list[Choice], Times]:
+    """Return sub-networks, those that are checked among them (see `held_out`), and their times, (rounds, networks).
+
+    Args and errors: as for `measure_costs`.
+    """
     rng = np.random.default_rng(0)
     choices, answers = list[Choice](), []
     started = time.monotonic()
@@ -216,7 +219,7 @@ def _measure(space: Space, backend: Backend, precision: Precision, threads: int,
     return choices, times
 
 
-def _held_out(count: int) -> NDArray[np.bool_]:
+def held_out(count: int) -> NDArray[np.bool_]:
     """Return which of so many networks are checked; the first two, the whole one and the smallest, never are."""
     held = np.zeros(count, bool)
     held[CHECK_EVERY - 1:CHECK_EVERY * CHECKED:CHECK_EVERY] = True
@@ -239,7 +242,7 @@ def fitted(space: Space, choices: Sequence[Choice], times: Times, backend: Backe
         backend, precision, threads: how they were served.
         seconds: that the measurement took.
     """
-    typical_ms, repeats, held = typical(times), repeat_errors(times), _held_out(len(choices))
+    typical_ms, repeats, held = typical(times), repeat_errors(times), held_out(len(choices))
     layers = layer_terms(space)
     features, shrinkages, rows = {}, {}, {}
     for detail in DETAILS:

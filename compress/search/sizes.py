@@ -6,14 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 
 from architectures.architecture import Architecture
 from architectures.build import build
-from compress.packaging.export import export
 from compress.quantization.dynamic import quantize_graph
-from compress.quantization.static import Calibration, StaticSettings, quantize_static
+from compress.search.timings import random_onnx
 from metadata.formats import write_weights
 
 Form = Literal["float32", "int8_dynamic", "int8_static"]
@@ -30,14 +28,11 @@ def weights_file_bytes(architecture: Architecture, form: Form) -> int:
         architecture: the float network.
         form: "float32" and "int8_dynamic": the `.pth`; "int8_static": the `.onnx` in QDQ form, by the default settings.
     """
+    if form == "int8_static":
+        return len(random_onnx(architecture, "int8").SerializeToString())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = build(architecture).eval()
-        if form == "int8_static":
-            images = torch.randn(1, *architecture.input_shape).numpy().astype(np.float32)
-            exported, _ = export(model, architecture)
-            quantized = quantize_static(Calibration(exported, images), StaticSettings())
-            return len(quantized.model.SerializeToString())
+        model = build(architecture)
         state = (quantize_graph(model)[0] if form == "int8_dynamic" else model).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"

@@ -93,7 +93,6 @@ class Space:
         self.groups = tuple(Group(name=group.name, channels=int(group.channels.sum()), options=_options(group, multiple))
                             for group in channel_groups)
         self._weights, self._units, self._channel_groups = weights, units, channel_groups
-        self._meta = {name: tensor.to("meta") for name, tensor in weights.items()}
         self._sizes: dict[tuple[Choice, Form], int] = {}
 
     @classmethod
@@ -206,8 +205,8 @@ class Space:
     # -------------------------------------------------------------------------------------------------- sub-networks
 
     def shape(self, choice: Choice) -> Architecture:
-        """Return the architecture of a sub-network; no weights are touched."""
-        return self._shrunk(choice, self._meta, {})[0]
+        """Return the architecture of a sub-network."""
+        return self._shrunk(choice, {})[0]
 
     def network(self, choice: Choice, scores: Mapping[str, Tensor]) -> fx.GraphModule:
         """Return a sub-network with the weights of the channels that score highest in each group.
@@ -217,7 +216,7 @@ class Space:
             scores: (units,) by group, as in `compress.pruning.groups.ChannelGroup`; the weights' norms for groups that
                 it leaves out.
         """
-        architecture, weights = self._shrunk(choice, self._weights, scores)
+        architecture, weights = self._shrunk(choice, scores)
         model = build(architecture)
         model.load_state_dict(weights)
         return model.eval()
@@ -233,8 +232,7 @@ class Space:
             self._sizes[key] = weights_file_bytes(self.shape(choice), form)
         return self._sizes[key]
 
-    def _shrunk(self, choice: Choice, weights: Mapping[str, Tensor], scores: Mapping[str, Tensor],
-                ) -> tuple[Architecture, dict[str, Tensor]]:
+    def _shrunk(self, choice: Choice, scores: Mapping[str, Tensor]) -> tuple[Architecture, dict[str, Tensor]]:
         self.check(choice)
         groups = [group if group.name not in scores else dataclasses.replace(group, scores=scores[group.name])
                   for group in self._channel_groups]
@@ -243,7 +241,7 @@ class Space:
             excess = int(group.channels.sum()) - choice.widths[group.name]
             removed[group.units[group.scores.argsort(stable=True)[:excess // group.channels[0]]]] = True
         restore(self._units, groups, removed)
-        architecture, left = shrink(self.architecture, weights, self._units, removed)
+        architecture, left = shrink(self.architecture, self._weights, self._units, removed)
         return without_blocks(architecture, left, [block for block in self.blocks if block.name in choice.dropped])
 
 

@@ -101,6 +101,7 @@ class LayerTerms:
     """What the cost of a layer with weights may depend on. Each is 1, or 2 for the sum, in the whole network.
 
     Args:
+        name: of the layer.
         kind: layers of one kind cost alike: the type, kernel and stride.
         there: 1 unless the layer is dropped.
         ends: the channels of input and output as shares of all; a depthwise layer's input is its output.
@@ -114,6 +115,7 @@ class LayerTerms:
         pixels: of the layer's output.
     """
 
+    name: str
     kind: str
     there: Terms
     ends: Terms
@@ -145,7 +147,8 @@ def layer_terms(space: Space) -> list[LayerTerms]:
         shapes = [space.tensor_shape(name) for name in (layer.inputs[0], layer.name)]
         width = layer.width or 1
         found.append(LayerTerms(
-            kind=f"{layer.type} {'depthwise ' * depthwise}{size}", there=ONE.over(ONE, options, blocks), ends=ends,
+            name=layer.name, kind=f"{layer.type} {'depthwise ' * depthwise}{size}",
+            there=ONE.over(ONE, options, blocks), ends=ends,
             product=single if depthwise else inputs.over(outputs, options, blocks), outputs=single,
             uneven=tuple(_uneven(space, name, layer.channel_axis, multiple, blocks)
                          for name in ([layer.name] if depthwise else [layer.inputs[0], layer.name]) for multiple in EVEN),

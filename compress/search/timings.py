@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -53,24 +54,30 @@ def served(architecture: Architecture, backend: Backend, precision: Precision, t
 
     Args:
         architecture: the float network.
-        backend: torch runs the graph, in int8 as the stage `quantize_dynamic` makes it; the others run an ONNX file, in
-            int8 by the default settings of static int8.
+        backend: torch runs the graph, in int8 as the stage `quantize_dynamic` makes it; the others run `random_onnx`.
         precision: of the weights.
         threads: of one inference.
         folder: where the file lies while a runtime opens it.
     """
-    with torch.random.fork_rng(devices=[]), torch_threads(threads):
-        torch.manual_seed(SEED)
-        model = build(architecture).eval()
-        image = torch.randn(1, *architecture.input_shape)
-        if backend == "torch":
-            return quantize_graph(model, (), image)[0] if precision == "int8" else model
-        network, _ = export(model, architecture)
-        if precision == "int8":
-            network = quantize_static(Calibration(network, image.numpy(), threads), StaticSettings()).model
+    if backend == "torch":
+        with torch.random.fork_rng(devices=[]), torch_threads(threads):
+            torch.manual_seed(SEED)
+            model = build(architecture).eval()
+            return quantize_graph(model, (), torch.randn(1, *architecture.input_shape))[0] if precision == "int8" else model
     path = folder / "network.onnx"
-    path.write_bytes(network.SerializeToString())
+    path.write_bytes(random_onnx(architecture, precision).SerializeToString())
     return answering(open_file(path, architecture.input_shape, Preprocessing(), backend, threads))
+
+
+def random_onnx(architecture: Architecture, precision: Precision) -> onnx.ModelProto:
+    """Return a network with random weights as ONNX, in int8 by the default settings of static int8."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network, _ = export(build(architecture).eval(), architecture)
+        if precision == "float32":
+            return network
+        image = torch.randn(1, *architecture.input_shape).numpy()
+    return quantize_static(Calibration(network, image), StaticSettings()).model
 
 
 def take_turns(answers: Sequence[Answer], input_shape: tuple[int, int, int], threads: int, seconds: float,
