@@ -17,7 +17,7 @@ from compress.pipeline.identity import StageIdentity
 from compress.pipeline.ledger import evaluation_row, ledger_row, served
 from compress.pipeline.plan import RunPlan, make_plan, threads
 from compress.pipeline.report import write_report
-from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
+from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, load_output
 from compress.training.assessment import interleaved_times
 from compress.training.trackers import Tracker
 from loaders.splits import Split
@@ -157,8 +157,7 @@ class PipelineRun:
         return max(time.monotonic() - begin - seconds_of_extras, context.training_seconds)
 
     def _load_output(self, stage: Stage, name: str) -> None:
-        _, gives = signature(type(stage))
-        self.outputs.append(gives.load(self.folder / name))
+        self.outputs.append(load_output(type(stage), self.folder / name))
 
     def _measure(self, artifact: Artifact, folder: Path, stage: str, seconds: float) -> LedgerRow:
         """Return the ledger's row for what a stage left in its folder."""
