@@ -193,7 +193,7 @@ class ModelSearch:
 
     def _costs(self, space: Space, chosen: Sequence[Serving]) -> dict[Serving, CostModel]:
         """Return the cost model of each way to serve, with its check printed."""
-        if not self._time_matters:
+        if not self._time_matters or self.state.race_ends is not None:  # all solutions are made
             return {}
         found = {}
         for serving in chosen:
