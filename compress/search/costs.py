@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy.optimize import nnls
 
+from architectures.counting import layer_costs
 from compress.search.space import Choice, Space
 from compress.search.terms import ONE, LayerTerms, Terms, layer_terms, total
 from compress.search.timings import (Backend, Precision, Times, check_backend, repeat_errors, served, take_turns, typical)
@@ -35,6 +36,7 @@ from metadata.schemas import Strict
 
 CHECKED, CHECK_EVERY = 30, 3  # networks of the check at most; one network in so many is one, until there are enough
 FEWEST, MOST = 24, 130  # networks in all
+MOST_NUMBERS = 3 * 10**8  # stored by all networks together, which are in memory at once
 BUILDING = 0.65  # of the time at most goes into making networks ready
 MEDIAN_ERROR, P95_ERROR = 0.05, 0.10  # what a prediction should keep
 TOO_NOISY = 0.08  # p95 of the difference between two measurements of one network; more rounds are taken above it
@@ -199,17 +201,19 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
     Args and errors: as for `measure_costs`.
     """
     rng = np.random.default_rng(0)
-    choices, answers = list[Choice](), []
+    choices, answers, numbers = list[Choice](), [], 0
     started = time.monotonic()
     what = f"{backend} {precision}"
     with tempfile.TemporaryDirectory() as folder, tracker.progress(f"making ready for {what}", "networks") as advance:
         drawn = [space.full(), space.smallest(True)]
-        while len(choices) < MOST and (len(choices) < FEWEST or time.monotonic() - started < BUILDING * seconds):
+        while len(choices) < FEWEST or (len(choices) < MOST and numbers < MOST_NUMBERS
+                                        and time.monotonic() - started < BUILDING * seconds):
             choice = drawn.pop(0) if drawn else space.random(rng, drop=True)
-            if choice not in choices or len(choices) < FEWEST:
-                answers.append(served(space.shape(choice), backend, precision, threads, Path(folder)))
-                choices.append(choice)
-                advance(len(choices), MOST)
+            shape = space.shape(choice)
+            answers.append(served(shape, backend, precision, threads, Path(folder)))
+            choices.append(choice)
+            numbers += sum(cost.parameters for cost in layer_costs(shape).values())
+            advance(len(choices), MOST)
     with tracker.progress(f"timing on {what}", "rounds") as advance:
         left = seconds - (time.monotonic() - started)
         times = take_turns(answers, space.architecture.input_shape, threads, left, rng, advance)

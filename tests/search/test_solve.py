@@ -144,6 +144,14 @@ def test_limits_that_nothing_can_meet_are_refused_with_the_least_of_both(little:
         solve(little, costs, values, Limits(latency_ms=sum(least.values()) / 2), form="float32", drop=False)
 
 
+def test_a_block_of_which_no_value_is_known_stays(little: Space) -> None:
+    values, costs = toy(little, 0), random_costs(little, 0)
+    known = Toy(values.terms, {"stages.1.1.body": 0.0})
+    limit = 0.9 * costs.latency_ms(little.full())
+    found = solve(little, costs, known, Limits(latency_ms=limit), form="float32", drop=True)
+    assert found.choice.dropped == {"stages.1.1.body"}
+
+
 def test_the_smallest_file_can_be_asked_for(little: Space) -> None:
     smallest = little.smallest(drop=True)
     limit = little.size_bytes(smallest, "int8_dynamic")
