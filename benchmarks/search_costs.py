@@ -132,7 +132,7 @@ def one_row(space: Space, backend: Backend, precision: Precision, seconds: float
     spent = time.monotonic() - started
     model = fitted(space, choices, rounds, backend, precision, 1)
     tracker.say(f"{backend} {precision}: {model.check}")
-    times, held = typical(rounds), held_out(len(choices))
+    times, held = typical(rounds), held_out(choices)
     row = {"cost_model": {"median": round(model.check.median_error, 4), "p95": round(model.check.p95_error, 4),
                           "detail": model.detail},
            "multiply_adds": with_constant(np.array([space.macs(choice) for choice in choices], float), times, held)}

@@ -152,19 +152,16 @@ def measure_costs(space: Space, backend: Backend, precision: Precision, threads:
     key = _key(space, backend, precision, threads)
     path = None if cache is None else cache / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     found = _cached(path, key)
-    if found is None:
-        started = time.monotonic()
-        choices, times = measured_times(space, backend, precision, threads, seconds, tracker)
-        found = _Measured(version=VERSION, key=key, choices=[choice.to_json() for choice in choices], times=times.tolist(),
-                          machine=machine(), seconds=round(time.monotonic() - started, 1))
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found.model_dump())
-        spent = found.seconds
-    else:
-        spent = 0.0
-    model = fitted(space, [Choice.from_json(choice) for choice in found.choices], np.array(found.times), backend, precision,
-                   threads, spent)
+    if found is not None:
+        return _of(space, found, backend, precision, threads, 0.0)
+    started = time.monotonic()
+    choices, times = measured_times(space, backend, precision, threads, seconds, tracker)
+    found = _Measured(version=VERSION, key=key, choices=[choice.to_json() for choice in choices], times=times.tolist(),
+                      machine=machine(), seconds=round(time.monotonic() - started, 1))
+    model = _of(space, found, backend, precision, threads, found.seconds)
+    if path is not None and not model.check.noisy:  # a later search may meet a calmer machine
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found.model_dump())
     if model.check.noisy:
         tracker.warn(f"{backend} {precision}: this machine is too noisy to tell sub-networks apart that differ by less "
                      f"than {model.noise:.0%}; end other work on it, or take a measured limit as that uncertain")
@@ -172,6 +169,12 @@ def measure_costs(space: Space, backend: Backend, precision: Precision, threads:
         tracker.warn(f"{backend} {precision}: times of sub-networks are predicted less exactly than {MEDIAN_ERROR:.0%} "
                      f"(median) and {P95_ERROR:.0%} (p95); networks are measured before they train")
     return model
+
+
+def _of(space: Space, found: _Measured, backend: Backend, precision: Precision, threads: int, seconds: float) -> CostModel:
+    """Return the cost model of a file's measurements."""
+    choices = [Choice.from_json(choice) for choice in found.choices]
+    return fitted(space, choices, np.array(found.times), backend, precision, threads, seconds)
 
 
 def _key(space: Space, backend: str, precision: str, threads: int) -> str:
@@ -223,11 +226,13 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
     return choices, times
 
 
-def held_out(count: int) -> NDArray[np.bool_]:
-    """Return which of so many networks are checked; the first two, the whole one and the smallest, never are."""
-    held = np.zeros(count, bool)
-    held[CHECK_EVERY - 1:CHECK_EVERY * CHECKED:CHECK_EVERY] = True
-    return held
+def held_out(choices: Sequence[Choice]) -> NDArray[np.bool_]:
+    """Return which networks are checked: some that are not among the others, where there are such."""
+    places = np.arange(len(choices))
+    held = (places % CHECK_EVERY == CHECK_EVERY - 1) & (places < CHECK_EVERY * CHECKED)
+    others = {choice for choice, checked in zip(choices, held, strict=True) if not checked}
+    new: NDArray[np.bool_] = held & np.array([choice not in others for choice in choices])
+    return new if new.any() else held
 
 
 # ------------------------------------------------------------------------------------------------------------ the fit
@@ -246,7 +251,7 @@ def fitted(space: Space, choices: Sequence[Choice], times: Times, backend: Backe
         backend, precision, threads: how they were served.
         seconds: that the measurement took.
     """
-    typical_ms, repeats, held = typical(times), repeat_errors(times), held_out(len(choices))
+    typical_ms, repeats, held = typical(times), repeat_errors(times), held_out(choices)
     layers = layer_terms(space)
     features, shrinkages, rows = {}, {}, {}
     for detail in DETAILS:
