@@ -51,8 +51,8 @@ SHORTER = [
 REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--baseline_accuracy 80"]
 # What is long, and what other tests of the quick suite do too: run a recipe with the stage quantize_static, evaluate a
 # solution, plan with a network of timm.
-SLOW = ["compress search", "python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "model_loader.py --task",
-        "compress run slim_resnet18_100", "compress run slim_resnet18_tinyimagenet100"]
+SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "model_loader.py --task",
+        "compress run slim_resnet18_100", "compress run slim_resnet18_tinyimagenet100", "compress search"]
 SLOW_EXAMPLES = {("python_api", 0)}  # page, and which of its examples
 PLAN = """dataset: digits
 batch_size: 64

@@ -119,6 +119,7 @@ class RaceState(Strict):
         race_ends: seconds of the clock when the race should be over.
         factors: measured over predicted latency, by serving.
         making: seconds that it takes to make a network ready to be served.
+        student_ms: latency of the student, by serving.
         servings: the ways to serve that were chosen among, by name.
     """
 
@@ -129,6 +130,7 @@ class RaceState(Strict):
     race_ends: float | None = None
     factors: dict[str, float] = {}
     making: float = 0.0
+    student_ms: dict[str, float] = {}
     servings: list[str] = []
 
     def racing(self) -> list[Entrant]:

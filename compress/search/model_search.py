@@ -182,6 +182,7 @@ class ModelSearch:
         chosen = [possible[place] for place in order if timings[place].latency_ms <= AS_FAST * fastest
                   or not self._time_matters][:MOST_SERVINGS]
         self.state.making = min(making)  # the first of them imports libraries
+        self.state.student_ms = {serving.name: timing.latency_ms for serving, timing in zip(possible, timings, strict=True)}
         self.state.servings, self.state.calm_ms = [serving.name for serving in chosen], stopwatch.calm_ms
         self._keep()
         return chosen
@@ -198,9 +199,11 @@ class ModelSearch:
         found = {}
         for serving in chosen:
             seconds = self.clock.share(COST_SHARE / len(chosen))
-            found[serving] = measure_costs(space, serving.backend, serving.precision, self.order.threads, seconds,
-                                           self.tracker, self.order.costs_folder)
-            self.tracker.say(f"  cost model of {serving.name}: {found[serving].check}; {self.clock.said()}")
+            costs = measure_costs(space, serving.backend, serving.precision, self.order.threads, seconds, self.tracker,
+                                  self.order.costs_folder)
+            self.tracker.say(f"  cost model of {serving.name}: {costs.check}; {self.clock.said()}")
+            # It was measured at another moment of this machine, or days ago.
+            found[serving] = costs.corrected(self.state.student_ms[serving.name] / costs.latency_ms(space.full()))
         return found
 
     def _values(self, space: Space) -> dict[str, ValueModel]:
