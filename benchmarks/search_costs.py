@@ -5,15 +5,19 @@
 Three predictions are compared: the cost model of `compress/search/costs.py`; multiply-adds, with a constant and a factor;
 and tables of layers: for ONNX files, each layer's time by the runtime's profiler in the same networks, fitted layer by
 layer, with a constant and a factor for what the profiler does not see. All learn from the same networks and are checked on
-the same others. The error of a second measurement stands beside. Write benchmarks/results/search_costs.json.
+the same others. The error of a second measurement stands beside. A solver looks for what a model gets wrong: so solutions
+under limits of time, for values that are drawn at random, are measured beside as many other random sub-networks.
+Write benchmarks/results/search_costs.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from architectures.describe import lower
 from architectures.zoo import make
 from compress.quantization.layer_times import layer_times
-from compress.search.costs import fitted, held_out, measured_times
+from compress.search.costs import CostModel, fitted, held_out, measured_times
+from compress.search.solve import Limits, solve
 from compress.search.space import Choice, Space
 from compress.search.terms import layer_terms
-from compress.search.timings import BACKENDS, Backend, Precision, random_onnx, typical
+from compress.search.timings import BACKENDS, Backend, Precision, random_onnx, served, take_turns, typical
 from compress.training.trackers import Tracker
 from metadata.files import read_json, write_json
 from metadata.machine import machine, versions
@@ -43,6 +48,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int]] = {  # the zoo's name, its 
     "compact_net": ("compact_net", {}, 32),
     "mobilenet_v2": ("torchvision:mobilenet_v2", {}, 64),
 }
+PREDICTIONS = ("cost_model", "layers_by_profiler", "multiply_adds", "solutions", "second_measurement")
+SOLUTIONS, SOLUTION_SECONDS = 16, 30.0
 Array = NDArray[np.float64]
 
 
@@ -82,6 +89,42 @@ def by_layers(space: Space, choices: Sequence[Choice], times: Array, backend: Ba
     return with_constant(sums, times, held)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A value model with losses that are drawn at random and grow with what is removed."""
+
+    terms: dict[str, dict[int, float]]
+    blocks: dict[str, float]
+
+    @classmethod
+    def of(cls, space: Space, rng: np.random.Generator) -> Drawn:
+        """Return the losses for a space."""
+        terms = {group.name: dict(zip(group.options, [*np.cumsum(rng.random(len(group.options) - 1))[::-1].tolist(), 0.0],
+                                      strict=True)) for group in space.groups}
+        return cls(terms, {block.name: float(2 * rng.random()) for block in space.blocks})
+
+
+def of_solutions(space: Space, model: CostModel, tracker: Tracker) -> dict[str, float]:
+    """Return how far solutions are from their predicted times, up to the machine's speed as random sub-networks show it."""
+    rng = np.random.default_rng(1)
+    whole = model.latency_ms(space.full())
+    found = set[Choice]()
+    for number, share in enumerate(np.linspace(0.15, 0.8, SOLUTIONS)):
+        drop = bool(number % 2)
+        least = model.latency_ms(space.smallest(drop))
+        limits = Limits(latency_ms=least + share * (whole - least))
+        found.add(solve(space, model, Drawn.of(space, rng), limits, form="float32", drop=drop).choice)
+    choices = [*found, *(space.random(rng, drop=True) for _ in found)]
+    with tempfile.TemporaryDirectory() as folder:
+        answers = [served(space.shape(choice), model.backend, model.precision, 1, Path(folder)) for choice in choices]
+    times = typical(take_turns(answers, space.architecture.input_shape, 1, SOLUTION_SECONDS, rng))
+    ratios = times / np.array([model.latency_ms(choice) for choice in choices])
+    solved, others = ratios[:len(found)], ratios[len(found):]
+    tracker.say(f"  solutions take {np.median(solved) / np.median(others):.3f} of what other sub-networks lead to expect")
+    return errors_of(np.full(len(found), np.median(others)), solved) | {
+        "bias": round(float(np.median(solved) / np.median(others)) - 1, 4), "networks": len(found)}
+
+
 def one_row(space: Space, backend: Backend, precision: Precision, seconds: float, tracker: Tracker) -> dict[str, Any]:
     """Return the errors on one runtime."""
     started = time.monotonic()
@@ -89,12 +132,13 @@ def one_row(space: Space, backend: Backend, precision: Precision, seconds: float
     spent = time.monotonic() - started
     model = fitted(space, choices, rounds, backend, precision, 1)
     tracker.say(f"{backend} {precision}: {model.check}")
-    times, held = typical(rounds), held_out(len(choices))
+    times, held = typical(rounds), held_out(choices)
     row = {"cost_model": {"median": round(model.check.median_error, 4), "p95": round(model.check.p95_error, 4),
                           "detail": model.detail},
            "multiply_adds": with_constant(np.array([space.macs(choice) for choice in choices], float), times, held)}
     if backend != "torch":
         row["layers_by_profiler"] = by_layers(space, choices, times, backend, precision, held)
+    row["solutions"] = of_solutions(space, model, tracker)
     return row | {
         "second_measurement": {"median": round(model.check.repeat_median, 4), "p95": round(model.check.repeat_p95, 4)},
         "networks_checked": model.check.networks, "networks_fitted": model.check.fitted, "rounds": len(rounds),
@@ -122,8 +166,7 @@ def main() -> None:
                 write_json(RESULTS, Record(rows=rows).model_dump())
     for name, row in rows.items():
         tracker.say(name + "".join(f"; {key.replace('_', ' ')} {row[key]['median']:.1%}, {row[key]['p95']:.1%}"
-                                   for key in ("cost_model", "layers_by_profiler", "multiply_adds", "second_measurement")
-                                   if key in row))
+                                   for key in PREDICTIONS if key in row))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from scipy.optimize import nnls
 
+from architectures.counting import layer_costs
 from compress.search.space import Choice, Space
 from compress.search.terms import ONE, LayerTerms, Terms, layer_terms, total
 from compress.search.timings import (Backend, Precision, Times, check_backend, repeat_errors, served, take_turns, typical)
@@ -35,6 +36,7 @@ from metadata.schemas import Strict
 
 CHECKED, CHECK_EVERY = 30, 3  # networks of the check at most; one network in so many is one, until there are enough
 FEWEST, MOST = 24, 130  # networks in all
+MOST_NUMBERS = 3 * 10**8  # stored by all networks together, which are in memory at once
 BUILDING = 0.65  # of the time at most goes into making networks ready
 MEDIAN_ERROR, P95_ERROR = 0.05, 0.10  # what a prediction should keep
 TOO_NOISY = 0.08  # p95 of the difference between two measurements of one network; more rounds are taken above it
@@ -150,19 +152,16 @@ def measure_costs(space: Space, backend: Backend, precision: Precision, threads:
     key = _key(space, backend, precision, threads)
     path = None if cache is None else cache / f"costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     found = _cached(path, key)
-    if found is None:
-        started = time.monotonic()
-        choices, times = measured_times(space, backend, precision, threads, seconds, tracker)
-        found = _Measured(version=VERSION, key=key, choices=[choice.to_json() for choice in choices], times=times.tolist(),
-                          machine=machine(), seconds=round(time.monotonic() - started, 1))
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, found.model_dump())
-        spent = found.seconds
-    else:
-        spent = 0.0
-    model = fitted(space, [Choice.from_json(choice) for choice in found.choices], np.array(found.times), backend, precision,
-                   threads, spent)
+    if found is not None:
+        return _of(space, found, backend, precision, threads, 0.0)
+    started = time.monotonic()
+    choices, times = measured_times(space, backend, precision, threads, seconds, tracker)
+    found = _Measured(version=VERSION, key=key, choices=[choice.to_json() for choice in choices], times=times.tolist(),
+                      machine=machine(), seconds=round(time.monotonic() - started, 1))
+    model = _of(space, found, backend, precision, threads, found.seconds)
+    if path is not None and not model.check.noisy:  # a later search may meet a calmer machine
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found.model_dump())
     if model.check.noisy:
         tracker.warn(f"{backend} {precision}: this machine is too noisy to tell sub-networks apart that differ by less "
                      f"than {model.noise:.0%}; end other work on it, or take a measured limit as that uncertain")
@@ -170,6 +169,12 @@ def measure_costs(space: Space, backend: Backend, precision: Precision, threads:
         tracker.warn(f"{backend} {precision}: times of sub-networks are predicted less exactly than {MEDIAN_ERROR:.0%} "
                      f"(median) and {P95_ERROR:.0%} (p95); networks are measured before they train")
     return model
+
+
+def _of(space: Space, found: _Measured, backend: Backend, precision: Precision, threads: int, seconds: float) -> CostModel:
+    """Return the cost model of a file's measurements."""
+    choices = [Choice.from_json(choice) for choice in found.choices]
+    return fitted(space, choices, np.array(found.times), backend, precision, threads, seconds)
 
 
 def _key(space: Space, backend: str, precision: str, threads: int) -> str:
@@ -199,17 +204,19 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
     Args and errors: as for `measure_costs`.
     """
     rng = np.random.default_rng(0)
-    choices, answers = list[Choice](), []
+    choices, answers, numbers = list[Choice](), [], 0
     started = time.monotonic()
     what = f"{backend} {precision}"
     with tempfile.TemporaryDirectory() as folder, tracker.progress(f"making ready for {what}", "networks") as advance:
         drawn = [space.full(), space.smallest(True)]
-        while len(choices) < MOST and (len(choices) < FEWEST or time.monotonic() - started < BUILDING * seconds):
+        while len(choices) < FEWEST or (len(choices) < MOST and numbers < MOST_NUMBERS
+                                        and time.monotonic() - started < BUILDING * seconds):
             choice = drawn.pop(0) if drawn else space.random(rng, drop=True)
-            if choice not in choices or len(choices) < FEWEST:
-                answers.append(served(space.shape(choice), backend, precision, threads, Path(folder)))
-                choices.append(choice)
-                advance(len(choices), MOST)
+            shape = space.shape(choice)
+            answers.append(served(shape, backend, precision, threads, Path(folder)))
+            choices.append(choice)
+            numbers += sum(cost.parameters for cost in layer_costs(shape).values())
+            advance(len(choices), MOST)
     with tracker.progress(f"timing on {what}", "rounds") as advance:
         left = seconds - (time.monotonic() - started)
         times = take_turns(answers, space.architecture.input_shape, threads, left, rng, advance)
@@ -219,11 +226,13 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
     return choices, times
 
 
-def held_out(count: int) -> NDArray[np.bool_]:
-    """Return which of so many networks are checked; the first two, the whole one and the smallest, never are."""
-    held = np.zeros(count, bool)
-    held[CHECK_EVERY - 1:CHECK_EVERY * CHECKED:CHECK_EVERY] = True
-    return held
+def held_out(choices: Sequence[Choice]) -> NDArray[np.bool_]:
+    """Return which networks are checked: some that are not among the others, where there are such."""
+    places = np.arange(len(choices))
+    held = (places % CHECK_EVERY == CHECK_EVERY - 1) & (places < CHECK_EVERY * CHECKED)
+    others = {choice for choice, checked in zip(choices, held, strict=True) if not checked}
+    new: NDArray[np.bool_] = held & np.array([choice not in others for choice in choices])
+    return new if new.any() else held
 
 
 # ------------------------------------------------------------------------------------------------------------ the fit
@@ -242,7 +251,7 @@ def fitted(space: Space, choices: Sequence[Choice], times: Times, backend: Backe
         backend, precision, threads: how they were served.
         seconds: that the measurement took.
     """
-    typical_ms, repeats, held = typical(times), repeat_errors(times), held_out(len(choices))
+    typical_ms, repeats, held = typical(times), repeat_errors(times), held_out(choices)
     layers = layer_terms(space)
     features, shrinkages, rows = {}, {}, {}
     for detail in DETAILS:

@@ -35,7 +35,7 @@ class Values(Protocol):
 
     Attributes:
         terms: by group and width.
-        blocks: by block that is dropped.
+        blocks: by block that is dropped; a block that it leaves out stays.
     """
 
     @property
@@ -191,7 +191,11 @@ class _Program:
 
     def loss(self, values: Values) -> dict[int, float]:
         """Return the coefficients of what a sub-network loses."""
-        found = {self.dropped[name]: loss for name, loss in values.blocks.items()}
+        found = {}
+        for name, place in self.dropped.items():
+            found[place] = values.blocks.get(name, 0.0)
+            if name not in values.blocks:  # what its absence costs is not known
+                self.upper[place] = 0.0
         for name, places in self.widths.items():
             found |= {place: values.terms[name][width]
                       for place, width in zip(places, self.space.options[name], strict=True)}

@@ -27,10 +27,10 @@ from metadata.schemas import Preprocessing
 Backend = Literal["torch", "onnxruntime", "openvino"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Precision = Literal["float32", "int8"]
-RUNS = 6  # of one network in a row; their median counts
+RUNS = 6  # of one network in a row
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 40
 STEADY = 0.004  # median difference between two measurements at which no more rounds are taken
-CALM = 0.25  # of the rounds are calmer than what counts
+CALM = 0.25  # the quantile of runs and rounds that counts: other work on the machine only ever makes a run slower
 SEED = 0
 
 Times = NDArray[np.float64]
@@ -110,30 +110,31 @@ def take_turns(answers: Sequence[Answer], input_shape: tuple[int, int, int], thr
 
 
 def _milliseconds(answer: Answer, image: Tensor) -> float:
-    """Return the median time of some calls after one that warms the caches."""
+    """Return the time of a calm call, of some after one that warms the caches."""
     answer(image)
     taken = []
     for _ in range(RUNS):
         start = time.perf_counter_ns()
         answer(image)
         taken.append((time.perf_counter_ns() - start) / 1e6)
-    return float(np.median(taken))
+    return float(np.quantile(taken, CALM))
 
 
 def typical(times: Times) -> Times:
-    """Return each network's time in a calm round, (networks,): what slowed all networks of a round alike is left out.
+    """Return each network's time in calm rounds, (networks,): what slowed all networks of a round alike is left out.
 
     Args:
         times: milliseconds, (rounds, networks).
 
-    Source: Tukey 1977, "Exploratory Data Analysis", chapter 11: median polish, here of the logarithms.
+    Source: Tukey 1977, "Exploratory Data Analysis", chapter 11: median polish, here of the logarithms, and with a lower
+    quantile for the networks.
     """
     logs = np.log(times)
-    networks = np.median(logs, axis=0)
+    networks = np.quantile(logs, CALM, axis=0)
     for _ in range(3):
         slowness = np.median(logs - networks, axis=1)
         slowness -= np.quantile(slowness, CALM)
-        networks = np.median(logs - slowness[:, None], axis=0)
+        networks = np.quantile(logs - slowness[:, None], CALM, axis=0)
     return np.exp(networks)  # type: ignore[no-any-return]
 
 

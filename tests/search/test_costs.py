@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from architectures.build import build
-from compress.search.costs import CostModel, fitted, measure_costs
+from compress.search.costs import CostModel, fitted, held_out, measure_costs
 from compress.search.space import Choice
 from compress.search.terms import ONE, Terms, layer_terms, total
 from compress.search.timings import check_backend, repeat_errors, served, take_turns, typical
@@ -137,14 +137,65 @@ def test_a_runtime_that_is_not_there_is_refused() -> None:
         check_backend("tensorrt")
 
 
-def test_costs_are_measured_once(tmp_path: Path) -> None:
+def test_real_networks_are_measured() -> None:
+    own = space("little")
+    found = measure_costs(own, "onnxruntime", "float32", 1, 0.1, tracker()[0])
+    assert found.check.networks + found.check.fitted == 24 and found.seconds > 0
+    assert 0 < found.latency_ms(own.smallest(True)) < found.latency_ms(own.full())
+
+
+class Machine:
+    """Times the sub-networks that `measured_times` draws."""
+
+    def __init__(self) -> None:
+        self.noise, self.taken = 0.01, list[int]()
+
+    def take_turns(self, answers: list[None], *arguments: object) -> np.ndarray:
+        self.taken.append(len(answers))
+        own, rng = space("little"), np.random.default_rng(0)
+        choices = [own.full(), own.smallest(True), *(own.random(rng, drop=True) for _ in answers[2:])]
+        return measured(true_times("little"), choices, self.noise, rounds=8)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine that is as noisy as the test wants."""
+    there = Machine()
+    monkeypatch.setattr("compress.search.costs.served", lambda *arguments: None)
+    monkeypatch.setattr("compress.search.costs.take_turns", there.take_turns)
+    return there
+
+
+def test_costs_are_measured_once(tmp_path: Path, machine: Machine) -> None:
     own = space("little")
     found = measure_costs(own, "onnxruntime", "float32", 1, 0.1, tracker()[0], tmp_path)
-    assert found.check.networks == 8 and found.check.fitted == 16 and found.seconds > 0
     again = measure_costs(own, "onnxruntime", "float32", 1, 0.1, tracker()[0], tmp_path)
-    assert again.seconds == 0 and again.check == found.check
-    assert again.latency_ms(own.full()) == found.latency_ms(own.full()) > 0
+    assert machine.taken == [24] and again.seconds == 0 and again.check == found.check
+    assert again.latency_ms(own.full()) == found.latency_ms(own.full())
     path, = tmp_path.iterdir()
-    path.write_text("{}")  # damaged: measured again
-    assert measure_costs(own, "onnxruntime", "float32", 1, 0.1, tracker()[0], tmp_path).seconds > 0
-    assert path.stat().st_size > 2
+    path.write_text("{}")  # damaged
+    measure_costs(own, "onnxruntime", "float32", 1, 0.1, tracker()[0], tmp_path)
+    assert len(machine.taken) == 2 and path.stat().st_size > 2
+    for backend, precision, threads in (("torch", "float32", 1), ("onnxruntime", "int8", 1), ("onnxruntime", "float32", 2)):
+        measure_costs(own, backend, precision, threads, 0.1, tracker()[0], tmp_path)  # type: ignore[arg-type]
+    assert len(machine.taken) == 5 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_a_noisy_machine_measures_is_not_kept(tmp_path: Path, machine: Machine) -> None:
+    """The search says so, and measures for longer."""
+    machine.noise = 0.8
+    shown, text = tracker()
+    found = measure_costs(space("little"), "torch", "float32", 1, 0.1, shown, tmp_path)
+    assert found.check.noisy and machine.taken == [24, 24] and found.check.rounds == 16
+    assert "the machine is noisy; more rounds are taken" in text.getvalue()
+    assert "too noisy to tell sub-networks apart" in text.getvalue()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_checked_is_not_among_what_is_learned_from() -> None:
+    choices = drawn("little", 90)
+    held = held_out(choices)
+    assert 10 < held.sum() <= 30
+    assert {choice for choice, checked in zip(choices, held, strict=True) if checked}.isdisjoint(
+        choice for choice, checked in zip(choices, held, strict=True) if not checked)
+    assert held_out(choices[:1] * 9).sum() == 3  # there is but one

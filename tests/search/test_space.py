@@ -50,7 +50,7 @@ def test_the_whole_network_is_a_choice(name: str) -> None:
     assert space(name).shape(space(name).full()).layers == architecture.layers
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, ["slim", "compact"]))
 def test_shape_and_network_agree(name: str) -> None:
     rng = np.random.default_rng(0)
     for choice in (space(name).smallest(drop=True), *(space(name).random(rng, drop=True) for _ in range(2))):
