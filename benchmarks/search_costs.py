@@ -150,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=["slim_resnet18"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["torch", "onnxruntime"])
+    parser.add_argument("--precisions", nargs="+", choices=get_args(Precision), default=get_args(Precision))
     parser.add_argument("--seconds", type=float, default=120, help="of each measurement")
     arguments = parser.parse_args()
     tracker = Tracker(Console())
@@ -160,7 +161,7 @@ def main() -> None:
         found = lower(make(zoo_name, num_classes=10, **options).eval(), (3, pixels, pixels))
         space = Space.of(found.architecture, found.weights)
         for backend in arguments.backends:
-            for precision in get_args(Precision):
+            for precision in arguments.precisions:
                 row = one_row(space, backend, precision, arguments.seconds, tracker)
                 rows[f"{name} {pixels}x{pixels} on {backend}, {precision}"] = row
                 write_json(RESULTS, Record(rows=rows).model_dump())

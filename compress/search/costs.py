@@ -34,7 +34,7 @@ from metadata.files import read_json, write_json
 from metadata.machine import machine
 from metadata.schemas import Strict
 
-CHECKED, CHECK_EVERY = 30, 3  # networks of the check at most; one network in so many is one, until there are enough
+CHECKED, CHECKED_SHARE = 30, 0.4  # networks of the check at most, and as a share of all
 FEWEST, MOST = 24, 130  # networks in all
 MOST_NUMBERS = 3 * 10**8  # stored by all networks together, which are in memory at once
 BUILDING = 0.65  # of the time at most goes into making networks ready
@@ -228,8 +228,8 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
 
 def held_out(choices: Sequence[Choice]) -> NDArray[np.bool_]:
     """Return which networks are checked: some that are not among the others, where there are such."""
-    places = np.arange(len(choices))
-    held = (places % CHECK_EVERY == CHECK_EVERY - 1) & (places < CHECK_EVERY * CHECKED)
+    so_far = np.floor(CHECKED_SHARE * np.arange(len(choices) + 1)).clip(max=CHECKED)
+    held = np.diff(so_far) > 0
     others = {choice for choice, checked in zip(choices, held, strict=True) if not checked}
     new: NDArray[np.bool_] = held & np.array([choice not in others for choice in choices])
     return new if new.any() else held

@@ -16,13 +16,14 @@ from metadata.formats import write_weights
 
 Form = Literal["float32", "int8_dynamic", "int8_static"]
 FORMS: tuple[Form, ...] = get_args(Form)
+# Bytes by which a file of other weights may be larger: an ONNX file stores equal zero points once, some 20 bytes each.
+UNCERTAIN: dict[Form, int] = {"float32": 0, "int8_dynamic": 0, "int8_static": 256}
 
 
 def weights_file_bytes(architecture: Architecture, form: Form) -> int:
     """Return the bytes of a weights file.
 
-    Those of a `.pth` depend on shapes alone. An `.onnx` stores equal constants once, so that a file of other weights may
-    differ by some bytes.
+    Those of a `.pth` depend on shapes alone; for an `.onnx` see `UNCERTAIN`.
 
     Args:
         architecture: the float network.

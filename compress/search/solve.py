@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import coo_array
 
 from compress.search.costs import CostModel
-from compress.search.sizes import Form
+from compress.search.sizes import UNCERTAIN, Form
 from compress.search.space import Choice, Space
 from compress.search.terms import Key, Table, Terms, size_terms
 from metadata.errors import UserError
@@ -89,8 +89,8 @@ def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits,
           slack: Mapping[str, float] = {}) -> Solution:
     """Return the sub-network that loses least under limits of time and bytes, optimal within `GAP`.
 
-    The bytes in the program are right to some ten bytes. The file's exact bytes decide: where they exceed the limit, the
-    program's limit is lowered by as much, and solved again.
+    The bytes in the program are right to some ten bytes. The file's exact bytes, and those by which a file of other weights
+    may be larger, decide: where they exceed the limit, the program's limit is lowered by as much, and solved again.
 
     Args:
         space: the sub-networks.
@@ -107,7 +107,7 @@ def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits,
     if limits.latency_ms is not None and costs is None:
         raise ValueError("a limit of time needs a cost model")
     latency = None if limits.latency_ms is None else limits.latency_ms * (1 + slack.get("latency_ms", 0.0))
-    size = None if limits.size_kb is None else KB * limits.size_kb * (1 + slack.get("size_kb", 0.0))
+    size = None if limits.size_kb is None else KB * limits.size_kb * (1 + slack.get("size_kb", 0.0)) - UNCERTAIN[form]
     program = _Program(space, drop)
     loss = program.loss(values)
     if latency is not None and costs is not None:
@@ -147,7 +147,9 @@ def _solution(space: Space, costs: CostModel | None, values: Values, choice: Cho
 def _infeasible(space: Space, costs: CostModel | None, latency: float | None, size: float | None, form: Form,
                 drop: bool) -> Infeasible:
     """Return the error for limits that no sub-network keeps, which says what the least is."""
-    wanted = [*([] if latency is None else [f"{latency:.4g} ms"]), *([] if size is None else [f"{size / KB:.4g} kB"])]
+    wanted = [] if latency is None else [f"{latency:.4g} ms"]
+    if size is not None:
+        wanted.append(f"{(size + UNCERTAIN[form]) / KB:.4g} kB")
     least = [f"{space.size_bytes(space.smallest(drop), form) / KB:.4g} kB"]
     if costs is not None:
         program = _Program(space, drop)

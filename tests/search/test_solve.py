@@ -13,6 +13,7 @@ from torch import nn
 from architectures.describe import describe
 from compress.search.costs import CostCheck, CostModel
 from compress.search.solve import GAP, Infeasible, Limits, loss_of, solve
+from compress.search.sizes import UNCERTAIN
 from compress.search.space import Choice, Space
 from compress.search.terms import Terms, layer_terms, total
 from metadata.errors import UserError
@@ -96,6 +97,13 @@ def test_bytes_are_kept_exactly_and_used() -> None:
         expected = min(loss_of(values, choice) for choice, size in sizes.items() if size <= limit)
         assert found.size_bytes == sizes[found.choice] <= limit
         assert found.loss <= expected * (1 + GAP) + 1e-9 and found.latency_ms is None
+
+
+def test_a_static_file_may_be_larger_with_other_weights(little: Space) -> None:
+    """The solution leaves room for it."""
+    size = sum(little.size_bytes(choice, "int8_static") for choice in (little.smallest(True), little.full())) // 2
+    found = solve(little, None, toy(little, 2), Limits(size_kb=size / 1000), form="int8_static", drop=True)
+    assert found.size_bytes <= size - UNCERTAIN["int8_static"] < size
 
 
 def test_both_limits_hold_together(little: Space) -> None:
