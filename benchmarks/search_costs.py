@@ -36,7 +36,7 @@ from compress.search.costs import CostModel, fitted, held_out, measured_times
 from compress.search.solve import Limits, solve
 from compress.search.space import Choice, Space
 from compress.search.terms import layer_terms
-from compress.search.timings import BACKENDS, Backend, Precision, random_onnx, served, take_turns, typical
+from compress.search.timings import BACKENDS, Backend, Precision, as_served, random_onnx, take_turns, typical
 from compress.training.trackers import Tracker
 from metadata.files import read_json, write_json
 from metadata.machine import machine, versions
@@ -116,7 +116,7 @@ def of_solutions(space: Space, model: CostModel, tracker: Tracker) -> dict[str, 
         found.add(solve(space, model, Drawn.of(space, rng), limits, form="float32", drop=drop).choice)
     choices = [*found, *(space.random(rng, drop=True) for _ in found)]
     with tempfile.TemporaryDirectory() as folder:
-        answers = [served(space.shape(choice), model.backend, model.precision, 1, Path(folder)) for choice in choices]
+        answers = [as_served(space.shape(choice), model.backend, model.precision, 1, Path(folder)) for choice in choices]
     times = typical(take_turns(answers, space.architecture.input_shape, 1, SOLUTION_SECONDS, rng))
     ratios = times / np.array([model.latency_ms(choice) for choice in choices])
     solved, others = ratios[:len(found)], ratios[len(found):]

@@ -27,7 +27,7 @@ from scipy.optimize import nnls
 from architectures.counting import layer_costs
 from compress.search.space import Choice, Space
 from compress.search.terms import ONE, LayerTerms, Terms, layer_terms, total
-from compress.search.timings import (Backend, Precision, Times, check_backend, repeat_errors, served, take_turns, typical)
+from compress.search.timings import Backend, Precision, Times, as_served, check_backend, repeat_errors, take_turns, typical
 from compress.training.trackers import Tracker
 from metadata.errors import VerificationError
 from metadata.files import read_json, write_json
@@ -213,7 +213,7 @@ def measured_times(space: Space, backend: Backend, precision: Precision, threads
                                         and time.monotonic() - started < BUILDING * seconds):
             choice = drawn.pop(0) if drawn else space.random(rng, drop=True)
             shape = space.shape(choice)
-            answers.append(served(shape, backend, precision, threads, Path(folder)))
+            answers.append(as_served(shape, backend, precision, threads, Path(folder)))
             choices.append(choice)
             numbers += sum(cost.parameters for cost in layer_costs(shape).values())
             advance(len(choices), MOST)

@@ -49,7 +49,7 @@ def check_backend(backend: str) -> None:
         raise UserError(f"search.backend {backend}: the package is not installed; pip install {backend}, or choose another")
 
 
-def served(architecture: Architecture, backend: Backend, precision: Precision, threads: int, folder: Path) -> Answer:
+def as_served(architecture: Architecture, backend: Backend, precision: Precision, threads: int, folder: Path) -> Answer:
     """Return a network with random weights as its package is served; the time does not depend on the weights.
 
     Args:

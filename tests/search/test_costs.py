@@ -14,7 +14,7 @@ from architectures.build import build
 from compress.search.costs import CostModel, fitted, held_out, measure_costs
 from compress.search.space import Choice
 from compress.search.terms import ONE, Terms, layer_terms, total
-from compress.search.timings import check_backend, repeat_errors, served, take_turns, typical
+from compress.search.timings import as_served, check_backend, repeat_errors, take_turns, typical
 from compress.training.trackers import Tracker
 from metadata.errors import UserError
 from tests.search.networks import space
@@ -112,7 +112,7 @@ def test_repeat_errors_are_those_of_whole_measurements() -> None:
 def test_a_shape_is_served_on_each_runtime(backend: str, precision: str, tmp_path: Path) -> None:
     pytest.importorskip(backend)
     shape = space("little").shape(space("little").smallest(drop=True))
-    answer = served(shape, backend, precision, 1, tmp_path)  # type: ignore[arg-type]
+    answer = as_served(shape, backend, precision, 1, tmp_path)  # type: ignore[arg-type]
     image = torch.randn(1, *shape.input_shape, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -161,7 +161,7 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine that is as noisy as the test wants."""
     there = Machine()
-    monkeypatch.setattr("compress.search.costs.served", lambda *arguments: None)
+    monkeypatch.setattr("compress.search.costs.as_served", lambda *arguments: None)
     monkeypatch.setattr("compress.search.costs.take_turns", there.take_turns)
     return there
 
