@@ -186,11 +186,11 @@ class Course:
                 winner.pace = bench.pace(winner)
                 state.entrants, state.calm_ms = entrants, stopwatch.calm_ms
                 for entrant in entrants:
-                    entrant.status = "racing" if entrant is winner else "out"
+                    entrant.status = "won" if entrant is winner else "out"
                 state.save(folder)
             finish = Finish(bench=bench, workshop=workshop, stopwatch=stopwatch, limits=Limits(latency_ms=self.limit_ms),
                             state=state, clock=clock, keep=lambda: state.save(folder), say=print)
-            winner = next(entrant for entrant in state.entrants if entrant.status in ("racing", "trained"))
+            winner = next(entrant for entrant in state.entrants if entrant.status == "won")
             return finish.answer(winner), clock.spent / 60
 
     def _entrant(self, space: Space, number: int, choice: Choice) -> Entrant:

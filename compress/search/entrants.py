@@ -16,7 +16,7 @@ from metadata.formats import write_csv
 from metadata.schemas import Strict
 
 STATE, FRONT = "race.json", "front.csv"
-Status = Literal["racing", "out", "replaced", "failed", "trained", "answer"]
+Status = Literal["racing", "out", "replaced", "failed", "won", "trained", "answer"]
 
 
 class Entrant(Strict):
@@ -40,6 +40,7 @@ class Entrant(Strict):
         steps: of training over all rounds.
         correct, images: right answers on the validation split, in float32 while it races, and as served in the end.
         quantized: what was chosen when it became int8, in words.
+        status: "won" is the winner of the race; "trained" and "answer" are its forms as served, the last the best.
         message: why it failed or was replaced.
     """
 

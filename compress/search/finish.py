@@ -92,8 +92,8 @@ class Finish:
 
     def answer(self, winner: Entrant) -> Answer:
         """Train the winner for what is left of the minutes, and return it as it is served."""
-        # What a killed finish has measured is measured again.
-        self.state.entrants = [entrant for entrant in self.state.entrants if entrant.status != "trained"]
+        # What an earlier sitting has measured at this point is measured again.
+        self.state.entrants = [entrant for entrant in self.state.entrants if entrant.status not in ("trained", "answer")]
         reserved, images = self._reserved(winner)
         network, architecture = self._trained(winner, reserved)
         started = self.clock.spent
@@ -106,7 +106,6 @@ class Finish:
             aware = self._aware(network, left)
             again = self._served(winner, aware, architecture, images, "quantization-aware, ")
             found = max(found, again, key=lambda answer: self._order(answer.entrant))
-        winner.status = "trained"
         found.entrant.status = "answer"
         self.keep()
         return found

@@ -138,19 +138,22 @@ class ModelSearch:
             self._enter_student(space)
             proposer.propose()
             say(f"  {len(self.state.racing())} candidates; {self.clock.said()}")
-        proposer.settle(self.clock.until(READY_SHARE * self.clock.seconds))
-        self._say_noise()
         if self.state.race_ends is None:
+            proposer.settle(self.clock.until(READY_SHARE * self.clock.seconds))
+            self._say_noise()
             training = self.clock.left - MOST_RESERVED * self.clock.seconds
             self.state.race_ends = self.clock.spent + max(RACE_SHARE * training, LEAST_RACE * self.clock.seconds)
+            self._keep()
         race_ends = self.state.race_ends
         train_all = self.elsewhere(bench) if self.elsewhere else bench.train_all
         race = Race(self.state, train_all=train_all, measure=proposer.measure, rank=self._rank,
                     keep=self._keep, say=say, seed=self.seed)
-        winner = race.run(lambda: max(race_ends - self.clock.spent, 0.0))
+        winner = next((entrant for entrant in self.state.entrants if entrant.status == "won"), None) or race.run(
+            lambda: max(race_ends - self.clock.spent, 0.0))
         if winner is None:
             failures = [entrant.message for entrant in self.state.entrants if entrant.status == "failed"]
             raise VerificationError(f"search: the training of every candidate failed: {failures[0]}")
+        winner.status = "won"
         finish = Finish(bench=bench, workshop=workshop, stopwatch=stopwatch, limits=limits, state=self.state,
                         clock=self.clock, keep=self._keep, say=say)
         answer = finish.answer(winner)

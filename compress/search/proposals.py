@@ -25,7 +25,7 @@ MARGIN = 0.97  # of a limit of time is solved for: what is measured scatters abo
 SMALLER = 0.998  # of a limit of bytes is solved for, once a file was larger than its model said
 WASTE = 0.93  # of a limit; a binding one of which less is used shows that the model of cost is wrong
 CORRECTIONS = 3  # times at most that a network is solved again
-RUNGS = (0.75, 0.5, 0.33, 0.2)  # of the student's time, where accuracy is the only limit
+RUNGS = (0.8, 0.5, 0.25, 0.1)  # of the way from the least time to the student's, where accuracy is the only limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +131,9 @@ class Proposer:
         """Return the limits to solve for: those that were given, or several times where accuracy alone is a limit."""
         if self.limits.latency_ms is not None or self.limits.size_kb is not None:
             return [self.limits]
-        whole = self.costs[serving].latency_ms(self.bench.space.full())
-        return [replace(self.limits, latency_ms=rung * whole) for rung in RUNGS]
+        space, costs = self.bench.space, self.costs[serving]
+        least, whole = (costs.latency_ms(choice) for choice in (space.smallest(self.depth), space.full()))
+        return [replace(self.limits, latency_ms=(least + rung * (whole - least)) / MARGIN) for rung in RUNGS]
 
     def _solved(self, criterion: str, serving: Serving, depth: bool, limits: Limits, factor: float = 1.0) -> Entrant:
         """Return the best network by the models, under limits that are corrected by what was measured.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,5 +187,5 @@ class Stopwatch:
             noise = (high - low) / 2 / middle / np.sqrt(len(rows))
             if len(rows) >= self.most_rounds or not (noise > NOISE).any():
                 break
-        self.calm_ms = min(self.calm_ms, statistics.median(taken[:, 0]))
+        self.calm_ms = min(self.calm_ms, float(np.median(taken[:, 0])))
         return [Timing(float(ratio) * self.calm_ms, float(each)) for ratio, each in zip(middle, noise, strict=True)]

@@ -120,7 +120,8 @@ def test_a_search_that_is_killed_goes_on(tiny_recipe: Path, tmp_path: Path) -> N
     command = ["search", str(tiny_recipe), "--size_kb", "30", "--minutes", "0.7", "--backend", "torch", *QUICK,
                f"run_dir={tmp_path}"]
     stage, kills = tmp_path / "tiny-search" / STAGE, 0
-    for awaited in ("values-l2.json", "race.json", "checkpoint-heat-*.pth", "checkpoint-final.pth"):
+    for awaited in ("values-l2.json", "race.json", "checkpoint-heat-*.pth", "checkpoint-final.pth",
+                    "checkpoint-final-weights.pth"):
         with subprocess.Popen([sys.executable, "-m", "compress", *command], cwd=PROJECT, stdout=subprocess.DEVNULL,
                               stderr=subprocess.DEVNULL, start_new_session=True) as process:
             patience = time.monotonic() + 300
@@ -129,7 +130,7 @@ def test_a_search_that_is_killed_goes_on(tiny_recipe: Path, tmp_path: Path) -> N
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 kills += 1
-    assert kills == 4 and not (stage / "stage.json").exists()
+    assert kills == 5 and not (stage / "stage.json").exists()
     before = json.loads((stage / "race.json").read_text())["entrants"]
     spent, step = json.loads((stage / "clock.json").read_text())["spent"], torch.load(
         stage / "checkpoint-final.pth", weights_only=True)["step"]

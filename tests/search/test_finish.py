@@ -42,7 +42,7 @@ def last_steps(folder: Path, serving: Serving, limits: Limits, seconds: float = 
 def test_every_form_of_the_weights_is_measured_and_one_is_the_answer(serving: Serving, trials: int, tmp_path: Path) -> None:
     end, winner = last_steps(tmp_path, serving, Limits(size_kb=1000))
     answer = end.answer(winner)
-    assert [entrant.status for entrant in end.state.entrants].count("answer") == 1 and winner.status == "trained"
+    assert [entrant.status for entrant in end.state.entrants].count("answer") == 1
     measured = end.state.entrants[1:]
     assert len(measured) == trials and all(each.latency_ms and each.images == 60 for each in measured)
     assert answer.entrant.accuracy == max(each.accuracy or 0.0 for each in measured)
