@@ -30,7 +30,7 @@ from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import Point
 from compress.studies.scaling.results import Results, ResultRow
 from compress.studies.scaling.sweep import PointTask, work
-from compress.studies.workers import TaskOutcome, run_local
+from compress.training.workers import TaskOutcome, run_local
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train
 from compress.training.malloc import keep_freed_memory

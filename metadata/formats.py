@@ -96,13 +96,14 @@ def in_one_storage_a_type(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A file of `torch.save` spends some 330 bytes on each storage: names, headers, and zeros up to a multiple of 64 bytes.
     `torch.load` gives the same tensors. Tensors that share their numbers (tied weights) go on doing so. Tensors that are
-    not plain (sparse, quantized) stay as they are.
+    not plain (sparse, quantized) stay as they are. The numbers lie in the order of the names, so that a file has as many
+    bytes whatever the order of its tensors.
     """
     import torch
 
     places = {name: (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
               for name, tensor in weights.items() if tensor.layout == torch.strided and not tensor.is_quantized}
-    plain = {place: weights[name] for name, place in places.items()}
+    plain = {places[name]: weights[name] for name in sorted(places)}
     joined: dict[tuple[Any, ...], Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in plain.values()):
         of_type = {place: tensor.detach() for place, tensor in plain.items() if tensor.dtype == dtype}

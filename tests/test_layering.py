@@ -15,6 +15,7 @@ FLOORS = [
     ["compress.__main__"],
     ["compress.cli", "compress.api"],
     ["compress.pipeline", "compress.studies"],
+    ["compress.search"],
     ["compress.quantization"],
     ["compress.packaging"],
     ["compress.training"],
@@ -146,7 +147,7 @@ def test_no_pickle_and_no_unsafe_load() -> None:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if "torch.load(" in line and not line.strip().startswith(("#", "model.load_state_dict", '"')):
                 assert "weights_only=True" in line, f"{path}:{number}"
-            assert "import pickle" not in line, f"{path}:{number}"
+            assert not re.search(r"import pickle\b", line), f"{path}:{number}"  # pickletools reads, and runs nothing
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ STATIC = ["quantize_static.max_drop=0.9", "quantize_static.portable=false", "qua
 FINISHED = [*SMALL, "prune.ratio=0.4", "name=small"]  # the settings of the small run, which this command then continues
 # What makes a command short: the first rule whose pattern is in the command appends its words.
 SHORTER = [
+    (r"compress search", [*TINY[:6], "distill.options.width=8", "teacher.train.epochs=1", "distill.train.epochs=1",
+                          "distill.control=false", "threads=1", "search.samples=6", "search.criteria=l2"]),
     (r"compress run slim_resnet18_digits_static", [*TINY, *STATIC]),
     (r"compress run slim_resnet18_digits\b", FINISHED),
     (r"compress train --config", ["--num_epochs", "1", "--max_steps", "4", "--threads", "1"]),
@@ -50,7 +52,7 @@ REAL = ["python -m compress recipes", "python -m torch.distributed.run", "--base
 # What is long, and what other tests of the quick suite do too: run a recipe with the stage quantize_static, evaluate a
 # solution, plan with a network of timm.
 SLOW = ["python -m torch.distributed.run", "compress run slim_resnet18_digits_static", "model_loader.py --task",
-        "compress run slim_resnet18_100", "compress run slim_resnet18_tinyimagenet100"]
+        "compress run slim_resnet18_100", "compress run slim_resnet18_tinyimagenet100", "compress search"]
 SLOW_EXAMPLES = {("python_api", 0)}  # page, and which of its examples
 PLAN = """dataset: digits
 batch_size: 64

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from compress.cli import models, packages, pipeline, scaling_laws, scaling_runs, training
+from compress.cli import models, packages, pipeline, scaling_laws, scaling_runs, search, training
 
 
 def _with_homes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def _with_homes(function: Callable[..., Any]) -> Callable[..., Any]:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Compress image classifiers: distill, prune, quantize to int8, package, verify and score.")
 verb: Callable[..., Any]
-for verb in (pipeline.run, pipeline.plan, pipeline.recipes, pipeline.stages):
+for verb in (pipeline.run, search.search, pipeline.plan, pipeline.recipes, pipeline.stages):
     app.command()(_with_homes(verb))
 app.command(context_settings=training.FREE_FLAGS)(training.train)
 app.command(name="mnist_challenge")(_with_homes(training.mnist_challenge))

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compress.pipeline.run import RunOutcome
     from compress.settings import Config
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="name of a packaged recipe (see `recipes`), or path of a "
@@ -21,13 +24,18 @@ def run(recipe: RecipeName, overrides: Overrides = None,
                                                       "data, files or code affect")] = False,
         ) -> None:
     """Run a recipe from teacher to scored submission. The same command continues an interrupted run."""
-    from compress.cli.tables import print_ledger
     from compress.training.trackers import terminal
     from compress.pipeline.config import resolve
     from compress.pipeline.run import run_pipeline
 
     console = terminal()
-    outcome = run_pipeline(resolve(recipe, overrides or []), console, update)
+    print_outcome(console, run_pipeline(resolve(recipe, overrides or []), console, update))
+
+
+def print_outcome(console: Console, outcome: RunOutcome) -> None:
+    """Print the ledger of a finished run, its warnings, its scores and its files."""
+    from compress.cli.tables import print_ledger
+
     print_ledger(console, outcome.rows)
     for text in outcome.warnings:
         console.print(f"warning: {text}", style="bold red", highlight=False, soft_wrap=True)

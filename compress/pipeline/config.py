@@ -92,7 +92,15 @@ def resolve(recipe: str, overrides: Iterable[str | tuple[str, Any]] = ()) -> Run
         UserError: an unknown recipe or key (with the closest match), or a value of the wrong type. The plan checks the
             keys inside a stage.
     """
-    content = read_recipe(recipe)
+    return _resolved(recipe, read_recipe(recipe), overrides)
+
+
+def changed(config: RunConfig, overrides: Iterable[str | tuple[str, Any]]) -> RunConfig:
+    """Return a configuration with overrides applied, as `resolve` does."""
+    return _resolved(config.recipe, config.model_dump(), overrides)
+
+
+def _resolved(recipe: str, content: dict[str, Any], overrides: Iterable[str | tuple[str, Any]]) -> RunConfig:
     for override in overrides:
         if isinstance(override, tuple):
             key, value = override

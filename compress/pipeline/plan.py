@@ -42,15 +42,14 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
     """
     problems: list[str] = []
     stages: list[tuple[str, Stage]] = []
-    carried: Any = type(None)
+    carried: tuple[Any, ...] = (type(None),)  # the kinds of artifact that the stage before may give
     for index, entry in enumerate(config.stages):
         (name, options), = entry.items()
         try:
             kind = stage_class(name)
             takes, gives = signature(kind)
-            if carried not in takes:
-                problems.append(f"stage {name} takes {' or '.join(KINDS[kind] for kind in takes)}, but the stage before "
-                                f"it gives {KINDS[carried]}")
+            if not set(carried) <= set(takes):
+                problems.append(f"stage {name} takes {_named(takes)}, but the stage before it gives {_named(carried)}")
             carried = gives
             stages.append((f"{index + 1:02d}-{name}", kind.model_validate(options)))
         except ValidationError as error:
@@ -60,6 +59,10 @@ def parse_stages(config: RunConfig) -> list[tuple[str, Stage]]:
     if problems:
         raise UserError("; ".join(problems))
     return stages
+
+
+def _named(kinds: tuple[Any, ...]) -> str:
+    return " or ".join(KINDS[kind] for kind in kinds)
 
 
 def _keys(kind: type[Stage]) -> list[str]:

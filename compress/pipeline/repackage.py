@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from compress.pipeline.folder import CARD, STAGE, read_config
 from compress.pipeline.plan import parse_stages
-from compress.pipeline.stage import OnnxModel, TorchModel, signature
+from compress.pipeline.stage import OnnxModel, TorchModel, load_output, signature
 from compress.pipeline.stages.package import Package
 from compress.settings import settings_error
 from metadata.errors import UserError
@@ -34,9 +34,11 @@ def package_run(folder: Path, out: Path, changes: dict[str, Any]) -> None:
         if isinstance(stage, Package):
             settings = stage.model_dump()
         _, gives = signature(type(stage))
-        if gives in (TorchModel, OnnxModel) and (folder / name / STAGE).is_file():
+        if set(gives) <= {TorchModel, OnnxModel} and (folder / name / STAGE).is_file():
             record: StageRecord = read_json(folder / name / STAGE, StageRecord)
-            last = gives.load(folder / name), record.rows[0]
+            model = load_output(type(stage), folder / name)
+            assert isinstance(model, TorchModel | OnnxModel)
+            last = model, record.rows[0]
     if last is None:
         raise UserError(f"{folder}: this run has not produced a student yet; continue the run first")
     try:

@@ -20,7 +20,7 @@ from compress.pipeline.page.write import write_page
 from compress.pipeline.plan import RunPlan, make_plan, threads
 from compress.pipeline.repeat import RECIPE, as_recipe
 from compress.pipeline.report import write_report
-from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, signature
+from compress.pipeline.stage import Artifact, CompressingStage, Context, Evaluation, Stage, TorchModel, load_output
 from compress.training.assessment import interleaved_times
 from compress.training.malloc import keep_freed_memory
 from compress.training.trackers import Tracker
@@ -177,8 +177,7 @@ class PipelineRun:
         return max(time.monotonic() - begin - seconds_of_extras, context.training_seconds)
 
     def _load_output(self, stage: Stage, name: str) -> None:
-        _, gives = signature(type(stage))
-        self.outputs.append(gives.load(self.folder / name))
+        self.outputs.append(load_output(type(stage), self.folder / name))
 
     def _measure(self, artifact: Artifact, folder: Path, stage: str, seconds: float) -> LedgerRow:
         """Return the ledger's row for what a stage left in its folder."""

@@ -36,6 +36,7 @@ from metadata.schemas import Strict
 ARCHITECTURE, WEIGHTS, REFERENCE = "architecture.json", "weights.pth", "model.json"
 MODEL, ONNX_SUFFIX = "model", ".onnx"
 ONNX = MODEL + ONNX_SUFFIX
+ONNX_CARD = "onnx.json"
 
 
 # ------------------------------------------------------------------------------------ what passes between stages
@@ -107,7 +108,7 @@ class OnnxModel:
 
     def save(self, folder: Path) -> None:
         write_json(folder / ARCHITECTURE, self.architecture.to_json())
-        write_json(folder / "onnx.json", self.card.model_dump())
+        write_json(folder / ONNX_CARD, self.card.model_dump())
         write_atomically(folder / ONNX, self.content)
         self.write_served(folder)
 
@@ -129,7 +130,7 @@ class OnnxModel:
     @classmethod
     def load(cls, folder: Path) -> Self:
         architecture: Architecture = read_json(folder / ARCHITECTURE, Architecture)
-        card: OnnxCard = read_json(folder / "onnx.json", OnnxCard)
+        card: OnnxCard = read_json(folder / ONNX_CARD, OnnxCard)
         files = {suffix: (folder / f"{MODEL}{suffix}").read_bytes() for suffix in card.suffixes}
         return cls(content=(folder / ONNX).read_bytes(), architecture=architecture, card=card, files=files)
 
@@ -299,7 +300,16 @@ def stage_class(name: str) -> type[Stage]:
     return classes[0]
 
 
-def signature(stage: type[Stage]) -> tuple[tuple[Any, ...], Any]:
-    """Return the kinds of artifact that a stage accepts (type(None) for a first stage), and the kind that it returns."""
+def signature(stage: type[Stage]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the kinds of artifact that a stage accepts (type(None) for a first stage), and those that it may return."""
     hints = typing.get_type_hints(stage.run)
-    return typing.get_args(hints["model"]) or (hints["model"],), hints["return"]
+    takes, gives = (typing.get_args(hints[key]) or (hints[key],) for key in ("model", "return"))
+    return takes, gives
+
+
+def load_output(stage: type[Stage], folder: Path) -> Artifact:
+    """Return what a stage left in its folder."""
+    _, gives = signature(stage)
+    kind = gives[0] if len(gives) == 1 else OnnxModel if (folder / ONNX_CARD).is_file() else TorchModel
+    found: Artifact = kind.load(folder)
+    return found

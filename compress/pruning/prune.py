@@ -64,7 +64,7 @@ def prune(model: fx.GraphModule, example: Tensor, *, ratio: float, multiple: int
             raise UserError(f"layer {group.name}: a ratio of {ratio} leaves none of its {group.channels.sum()} channels "
                             f"(rounded to multiples of {multiple}); lower prune.ratio or prune.multiple")
         removed[group.units[group.scores.argsort()[:len(group.units) - kept]]] = True
-    _restore(units, groups, removed)
+    restore(units, groups, removed)
     if not removed.any():
         raise NothingRemovedError(f"pruning removed nothing: at a ratio of {ratio} every width rounds back to itself in "
                                   f"multiples of {multiple} (widths {sorted(set(before.values()))}); raise prune.ratio or "
@@ -120,7 +120,7 @@ def _global(groups: list[ChannelGroup], ratio: float, original: list[float]) -> 
             for part, group in zip(kept.split([len(scores) for scores in relative]), groups, strict=True)]
 
 
-def _restore(units: Units, groups: list[ChannelGroup], removed: NDArray[np.bool_]) -> None:
+def restore(units: Units, groups: list[ChannelGroup], removed: NDArray[np.bool_]) -> None:
     """Put back the most important unit of every tensor of which nothing would be left, such as a slice of few channels."""
     scores = np.zeros(units.count)
     for group in groups:

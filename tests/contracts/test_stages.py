@@ -16,7 +16,7 @@ def test_stage_contract(name: str) -> None:
     kind = stage_class(name)
     assert issubclass(kind, Stage) and kind.__doc__
     takes, gives = signature(kind)
-    assert set(takes) <= set(KINDS) and gives in set(KINDS) - {type(None)}
+    assert set(takes) <= set(KINDS) and gives and set(gives) <= set(KINDS) - {type(None)}
     for key, info in kind.model_fields.items():
         nested = isinstance(info.annotation, type) and issubclass(info.annotation, Config)
         assert info.description or nested, f"{name}.{key} has no description"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from compress.studies.workers import Report
+from compress.training.workers import Report
 from metadata.errors import UserError
 
 

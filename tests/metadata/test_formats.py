@@ -40,6 +40,8 @@ def test_the_same_weights_are_the_same_bytes_and_lie_where_they_can_be_mapped() 
     weights = {"int8": torch.ones(7, dtype=torch.int8), "float": torch.rand(5), "wide": torch.rand(5, dtype=torch.float64)}
     content = weights_content(weights)
     assert content == weights_content({name: tensor.clone() for name, tensor in weights.items()})
+    many = {f"layer {index}": torch.ones(index, dtype=torch.int8) for index in range(60)}
+    assert len(weights_content(many)) == len(weights_content(dict(reversed(many.items()))))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         numbers = [member for member in archive.infolist() if "/data/" in member.filename]
         assert len(numbers) == 3

@@ -76,10 +76,31 @@ def test_ray_gives_the_points_of_a_lost_machine_to_another(tmp_path: Path) -> No
     assert {row["status"] for row in rows} == {"done"}
 
 
+@pytest.mark.slow
+def test_ray_gives_the_candidates_of_a_lost_machine_to_another(tmp_path: Path) -> None:
+    """A search whose race runs on two machines, one of which is lost in the first round."""
+    changes = [f"{stage}.train.epochs=3" for stage in ("teacher", "distill")] + [
+        "teacher.floor=0", "teacher.options.width=8", "distill.options.width=8", "distill.control=false",
+        "search.samples=6", "search.train.checkpoint_seconds=0", f"run_dir={tmp_path}", "name=searched"]
+    stage = tmp_path / "searched" / "03-search"
+    with ray_machines("--num-cpus", "1") as (address, add_machine):
+        second = add_machine()
+        command = [sys.executable, "-m", "compress", "search", "slim_resnet18_digits", "--size_kb", "60", "--minutes", "1",
+                   "--backend", "torch", "--ray", address, *changes]
+        with subprocess.Popen(command, cwd=PROJECT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            wait_for(process, lambda: list(stage.glob("checkpoint-heat-*.pth")))
+            kill_machine(second)
+            out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    rows = read_csv(stage / "front.csv")
+    assert "failed" not in {row["status"] for row in rows} and "answer" in {row["status"] for row in rows}
+    assert sum(row["round"] != "0" for row in rows) > 2
+
+
 RAY_GPU = """
 import sys
 import ray
-from compress.studies import workers
+from compress.training import workers
 def gpus(task, report):
     return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 for on_gpu in (None, False):
@@ -97,7 +118,7 @@ def test_ray_tasks_take_a_gpu_each_where_the_cluster_has_any(count: str, taken: 
 
 
 RAY_LOCAL = """
-from compress.studies import workers
+from compress.training import workers
 from tests.helpers.work import some_work
 tasks = ["a", "mistake", "bug", "torch"]
 workers.run_ray(some_work, tasks, "local", lambda outcome: print(outcome.task, outcome.result, outcome.failure, sep="|"))

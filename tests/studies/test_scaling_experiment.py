@@ -21,7 +21,7 @@ from compress.studies.scaling.experiment import run_experiment
 from compress.studies.scaling.images import StudyImages, prepare_images, subset
 from compress.studies.scaling.plans import Point
 from compress.studies.scaling.results import COLUMNS, CURVE, Results
-from compress.studies.workers import process_context
+from compress.training.workers import process_context
 from compress.training.data import Data
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train

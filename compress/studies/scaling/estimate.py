@@ -19,7 +19,7 @@ from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import SweepPlan, Point
 from compress.studies.scaling.results import OVER
 from compress.studies.scaling.sweep import Study, PointTask, check_workers, duration, open_study
-from compress.studies.workers import Report, TaskOutcome, run_local
+from compress.training.workers import Report, TaskOutcome, run_local
 from compress.training.assessment import assess
 from compress.training.distillation import cross_entropy
 from compress.training.loop import train

@@ -19,7 +19,7 @@ from compress.studies.scaling import experiment, images as study_images
 from compress.studies.scaling.images import StudyImages
 from compress.studies.scaling.plans import SweepPlan, Point
 from compress.studies.scaling.results import BusyError, OVER, Results, ResultRow
-from compress.studies.workers import Report, TaskOutcome, run_local, run_ray
+from compress.training.workers import Report, TaskOutcome, run_local, run_ray
 from compress.training.trackers import Advance, Tracker
 from loaders.catalog import set_name
 from metadata.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 
-from compress.studies import workers
+from compress.training import workers
 from tests.helpers.work import some_work
 
 
