@@ -318,7 +318,7 @@ def compare(study: Study, record: dict[str, Any], serving: Serving, keep: Callab
 
 def limits_on_digits(study: Study, record: dict[str, Any], serving: Serving, keep: Callable[[], None]) -> None:
     """Search on digits under limits of all sizes, as many times as the record lacks."""
-    shares: Sequence[float] = np.linspace(0.5, 0.95, study.arguments.searches).tolist()
+    shares: Sequence[float] = np.linspace(0.6, 0.95, study.arguments.searches).tolist()
     for number in range(len(record["digits"]), study.arguments.searches):
         found = course(study, "slim_resnet18", 0, shares[number], serving, f"limit-{number}")
         try:
@@ -355,7 +355,7 @@ def main() -> None:
         record = json.loads(arguments.results.read_text())
     else:
         record["setup"] = {key: str(value) for key, value in vars(arguments).items()} | {
-            "test_images": study.splits.card.counts["test"]}
+            "test_images": len(study.splits.open_test())}
 
     def keep() -> None:
         write_json(arguments.results, record)

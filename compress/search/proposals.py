@@ -207,8 +207,9 @@ class Proposer:
         try:
             again = self._uniform(entrant.serving, limits, factor) if entrant.solver == "uniform" else self._solved(
                 entrant.criterion, entrant.serving, entrant.depth, limits, factor)
-        except Infeasible as error:
-            again, entrant.message = None, str(error)
+        except Infeasible:  # by the model: the smallest network is measured before anything is called impossible
+            again = self._entrant(self.bench.space.smallest(entrant.depth), entrant.criterion, "milp", entrant.depth,
+                                  entrant.serving, None)
         if again is not None and again.choice != entrant.choice:
             again.factor = factor
             self.say(f"  {described(entrant)}; solved again with a factor of {factor:.2f}")

@@ -6,6 +6,7 @@ passes the work: a top-level function of a module that takes a task and a functi
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -211,11 +212,9 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # the future default of Ray; setting it avoids a warning
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--ray: the package ray is not installed; pip install ray, or use --workers N") from error
-    _check_reachable(address)
+    check_ray()
+    import ray
+    check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error",
                  runtime_env={"env_vars": {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}},
@@ -241,7 +240,13 @@ def run_ray(work: Work[Task, Result], tasks: Sequence[Task], address: str, on_ou
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
+def check_ray() -> None:
+    """Raise UserError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--ray: the package ray is not installed; pip install ray, or go without --ray")
+
+
+def check_reachable(address: str) -> None:
     """Raise UserError if nothing answers at the address; Ray itself would retry for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon:

@@ -75,6 +75,7 @@ def test_a_search_needs_a_student(tmp_path: Path) -> None:
     (["--size_kb", 9, "--backend", "tensorrt"], ["backend", "tensorrt"]),
     (["--size_kb", 9, "--threads", 0], ["threads"]),
     (["--size_kb", 9, "search.method=attention"], ["features are compared by the stage distill alone"]),
+    (["--size_kb", 9, "--ray", "127.0.0.1:9"], ["--ray 127.0.0.1:9: no Ray cluster there"]),
     (["--size_kb", 9, "search.sample=6"], ["unknown key 'sample'", "did you mean 'samples'"])],
     ids=lambda value: " ".join(map(str, value))[:60])
 def test_mistakes_get_one_line_and_leave_nothing(arguments: list[object], parts: list[str], tiny_recipe: Path,

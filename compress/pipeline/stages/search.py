@@ -22,6 +22,7 @@ from compress.search.space import Space
 from compress.search.verdict import KB
 from compress.training.distillation import TeacherLoss
 from compress.training.settings import TrainingSettings
+from compress.training.workers import check_ray, check_reachable
 from metadata.errors import UserError
 
 EXAMPLES = 512  # training images to calibrate with
@@ -65,6 +66,9 @@ class Search(TeacherLoss, Stage):
         if self.limits == Limits(latency_ms=None, size_kb=None, min_accuracy=None):
             raise UserError("search: expected a limit, got none; give latency_ms, size_kb or min_accuracy")
         possible = servings(self.backend)
+        if self.ray:
+            check_ray()
+            check_reachable(self.ray)
         self.check_classes("search", sketch.card.num_classes)
         if self.by_features:
             raise UserError(f"search.method {self.method}: features are compared by the stage distill alone; set kd, "
