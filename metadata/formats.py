@@ -40,7 +40,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     write_atomically(path, weights_content(weights))
 
 
-def weights_content(weights: Mapping[str, Tensor]) -> bytes:
+def weights_content(weights: Mapping[str, Tensor]) -> bytes | memoryview:
     """Return a state dict as a file that `torch.load` reads, without the bytes that `torch.save` spends on its own form.
 
     Tensors lie in one storage for each type of number (see `in_one_storage_a_type`). Scales and biases of a network with
@@ -51,7 +51,7 @@ def weights_content(weights: Mapping[str, Tensor]) -> bytes:
 
     buffer = io.BytesIO()
     torch.save(in_one_storage_a_type(narrowed(weights)), buffer)
-    return buffer.getvalue() if buffer.tell() > LARGE_BYTES else _without_the_rest(buffer)
+    return buffer.getbuffer() if buffer.tell() > LARGE_BYTES else _without_the_rest(buffer)
 
 
 def narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -60,12 +60,25 @@ def narrowed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     if not any(tensor.dtype == torch.int8 for tensor in weights.values()):
         return dict(weights)
-    halves: dict[int, Tensor] = {}  # by the place of the numbers: tied tensors stay tied
+    halves: dict[tuple[Any, ...], Tensor] = {}  # by place: tied tensors stay tied
     for tensor in weights.values():
-        if tensor.dtype == torch.float32 and torch.equal((half := tensor.half()).float(), tensor):
-            halves.setdefault(tensor.data_ptr(), half)
-    found = {name: halves.get(tensor.data_ptr(), tensor) for name, tensor in weights.items()}
-    return {name: found[name] if found[name].shape == tensor.shape else tensor for name, tensor in weights.items()}
+        if tensor.dtype == torch.float32 and (place := _place(tensor)) and place not in halves and (
+                torch.equal((half := tensor.half()).float(), tensor)):
+            halves[place] = half
+    return {name: halves.get(_place(tensor), tensor) for name, tensor in weights.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what tells a tensor's numbers from those of others, empty for one that is not plain (sparse, quantized).
+
+    Views of one memory may begin at one address and still hold other numbers: a part, a transpose, the same bytes as
+    another type, a conjugate. All tensors without numbers have the address 0.
+    """
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return ()
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
 
 
 def _without_the_rest(saved: io.BytesIO) -> bytes:
@@ -88,6 +101,7 @@ def _without_the_rest(saved: io.BytesIO) -> bytes:
             elif name not in NEEDED:
                 continue
             archive.writestr(entry, content)
+            entry.extra = b""  # the directory at the end needs no padding
     return small.getvalue()
 
 
@@ -101,8 +115,7 @@ def in_one_storage_a_type(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     import torch
 
-    places = {name: (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-              for name, tensor in weights.items() if tensor.layout == torch.strided and not tensor.is_quantized}
+    places = {name: place for name, tensor in weights.items() if (place := _place(tensor))}
     plain = {places[name]: weights[name] for name in sorted(places)}
     joined: dict[tuple[Any, ...], Tensor] = {}
     for dtype in dict.fromkeys(tensor.dtype for tensor in plain.values()):

@@ -164,7 +164,7 @@ class TorchPackage(SubmissionContents):
 
     def _weights(self) -> bytes:
         """Return the content of the weights file."""
-        return weights_content(self.model.state_dict())
+        return bytes(weights_content(self.model.state_dict()))
 
     def _front_matter(self) -> str:
         """Return what stands before the model card."""

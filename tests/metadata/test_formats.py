@@ -21,7 +21,7 @@ from metadata.formats import in_one_storage_a_type, narrowed, weights_content, w
 def test_a_state_dict_takes_a_storage_a_type(tmp_path: Path) -> None:
     model = lower(make("compact_net", num_classes=10).eval(), (3, 32, 32)).build().eval()
     for module in (model, quantize_graph(model)[0]):
-        weights = module.state_dict()
+        weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
         path, plain = tmp_path / "weights.pth", io.BytesIO()
         write_weights(path, weights)
         torch.save(weights, plain)
@@ -48,7 +48,7 @@ def test_the_same_weights_are_the_same_bytes_and_lie_where_they_can_be_mapped() 
         for member in numbers:
             header = content[member.header_offset:]
             begins = member.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
-            assert begins % 64 == 0
+            assert begins % 64 == 0 and not member.extra  # the directory repeats no padding
             assert archive.read(member) == content[begins:begins + member.file_size]
 
 
@@ -62,6 +62,20 @@ def test_scales_beside_int8_weights_are_float16_where_that_changes_nothing() -> 
         "two": torch.float16}
     assert all(torch.equal(read[name].to(tensor.dtype), tensor) for name, tensor in others.items())
     assert read["one"].data_ptr() == read["two"].data_ptr()
+
+
+def test_views_of_one_memory_that_hold_other_numbers_stay_apart() -> None:
+    square, whole, pairs = torch.arange(9.0).view(3, 3), torch.arange(8.0), torch.tensor([1 + 2j, 3 - 1j])
+    weights = {"int8": torch.ones(3, dtype=torch.int8), "square": square, "turned": square.t(), "every other": whole[::2],
+               "first": whole[:4], "bits": whole.view(torch.int32), "pairs": pairs, "conjugate": pairs.conj(),
+               "imaginary": pairs.imag, "negative": pairs.conj().imag, "none": torch.zeros(0),
+               "none int8": torch.zeros(0, dtype=torch.int8), "none wide": torch.zeros(0, dtype=torch.float64)}
+    read = torch.load(io.BytesIO(weights_content(weights)), weights_only=True)
+    for name, tensor in weights.items():
+        assert read[name].dtype == (torch.float16 if tensor.dtype == torch.float32 else tensor.dtype), name
+        assert torch.equal(read[name].to(tensor.dtype), tensor), name
+    sparse = torch.eye(3).to_sparse()
+    assert narrowed({"sparse": sparse, **weights})["sparse"] is sparse
 
 
 def test_odd_tensors_come_back() -> None:
