@@ -107,7 +107,7 @@ def compact_net(*, num_classes: int, block: str | Sequence[str] = "inverted", wi
     """
     blocks = [block] * STAGES if isinstance(block, str) else block
     expansions = [expansion] * STAGES if isinstance(expansion, int) else expansion
-    if not isinstance(blocks, (list, tuple)) or len(blocks) != STAGES or any(kind not in BLOCKS for kind in blocks):
+    if not isinstance(blocks, (list, tuple)) or len(blocks) != STAGES or any(kind not in list(BLOCKS) for kind in blocks):
         raise UserError(f"compact_net: block is 'inverted' or 'residual', or three of these, got {block!r}")
     for name, values in (("widths", widths), ("depths", depths), ("kernels", kernels), ("expansion", expansions)):
         allowed: Any = (3, 5, 7) if name == "kernels" else range(1, 4097)

@@ -264,6 +264,7 @@ def test_view_as_flatten() -> None:
     ("scaling_cnn", {"depth": 0}, "depth must be a positive whole number, got 0"),
     ("compact_net", {"block": "dense"}, "block is 'inverted' or 'residual', or three of these, got 'dense'"),
     ("compact_net", {"block": ["inverted", "residual"]}, "or three of these, got ['inverted', 'residual']"),
+    ("compact_net", {"block": [["inverted"], "residual", "residual"]}, "or three of these, got [['inverted'], 'residual'"),
     ("compact_net", {"expansion": [2, 2]}, "expansion: expected a whole number from 1 on, or three, such as [2, 2, 3]"),
     ("compact_net", {"expansion": 0}, "expansion: expected a whole number from 1 on, or three"),
     ("compact_net", {"widths": [8, 16]}, "widths: expected three whole numbers, from 1 on, such as [3, 5, 5]; got [8, 16]"),
