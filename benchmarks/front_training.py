@@ -69,7 +69,8 @@ def open_teacher(checkpoint: Path, classes: int, device: torch.device) -> Teache
 def shared_logits(stage: Distill, context: Context, teacher: TeacherModel, folder: Path) -> None:
     """Give a stage the teacher's outputs that another recipe with this seed has computed, or compute them for all."""
     train = context.usable(stage.train)
-    kept = folder / f"{context.seed}-{stage.cache_views}-{'-'.join(train.augment or [])}.pth"
+    temperature = stage.cache_temperature(train)
+    kept = folder / f"{context.seed}-{stage.cache_views}-{'-'.join(train.augment or [])}-{temperature}.pth"
     own = context.folder / LOGITS
     if not stage.cache_views or own.exists():
         return
@@ -80,8 +81,7 @@ def shared_logits(stage: Distill, context: Context, teacher: TeacherModel, folde
             data = training_data(context.splits.train, context.splits.validation, context.splits.card, train,
                                  seed=context.seed, device=context.device)
             cached_targets([teacher.module], data, stage.cache_views, kept,
-                           autocast_dtype(train.precision, context.device), context.device, context.tracker,
-                           stage.chosen().temperature if stage.method == "kd" else None)
+                           autocast_dtype(train.precision, context.device), context.device, context.tracker, temperature)
     os.link(kept, own)
 
 
@@ -145,6 +145,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e9, help="after which trainings are stopped")
     arguments = parser.parse_args()
     ends = time.monotonic() + 60 * arguments.minutes
+    torch.set_num_threads(1)  # GNU's OpenMP waits for ever in a child whose parent has computed on several threads
     splits = load(Request(name="cifar10", root=arguments.data_root, seed=0, validation_fraction=0.1,
                           workers=usable_cores()))
     arguments.out.mkdir(parents=True, exist_ok=True)

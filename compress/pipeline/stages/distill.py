@@ -78,10 +78,8 @@ class Distill(TeacherLoss, Stage):
         teachers = [teacher.module.to(context.device) for teacher in taught_by]
         targets: Targets = live_targets(teachers, dtype)
         if self.cache_views:
-            # Only plain soft targets, of images that are not mixed, ask for nothing but the softened distribution.
-            plain = self.method == "kd" and not (settings.mixup or settings.cutmix)
             cache = cached_targets(teachers, data, self.cache_views, context.folder / "teacher_logits.pth", dtype,
-                                   context.device, context.tracker, self.chosen().temperature if plain else None)
+                                   context.device, context.tracker, self.cache_temperature(settings))
             context.note("cached_teacher_outputs", list(cache.logits.shape))
             if isinstance(cache.logits, TopLogits):
                 context.note("cached_teacher_outputs_kept", cache.logits.values.shape[2])
@@ -119,6 +117,14 @@ class Distill(TeacherLoss, Stage):
                 context.warn(f"the teacher did not help: {accuracy:.2%} of {images} validation images are right with "
                              f"it, {without:.2%} without (a difference of {round(-gain * images)} images)")
         return student
+
+    def cache_temperature(self, settings: TrainingSettings) -> float | None:
+        """Return the temperature at which alone cached outputs will be used, None where more of them is asked for.
+
+        Only plain soft targets, of images that are not mixed, ask for nothing but the softened distribution.
+        """
+        plain = self.method == "kd" and not (settings.mixup or settings.cutmix)
+        return self.chosen().temperature if plain else None
 
     def _check_cache(self, card: DatasetCard) -> None:
         """Raise UserError where the teacher's outputs would fill this machine's memory."""
