@@ -34,7 +34,7 @@ def write_report(folder: Path, run_name: str, rows: list[LedgerRow], warnings: l
                   f"{results['latency']:.2f} ms (mean); total score {results['total_score']:.3f}, guarded "
                   f"{results['details']['guarded_score']:.3f}. Machine: {machine['cpu']}, {machine['cores']} cores."]
     lines += [""] + [f"Warning: {text}" for text in warnings] + ["", "![accuracy against size](plot.png)", ""]
-    write_atomically(folder / "report.md", "\n".join(lines).encode())
+    write_atomically(folder / "report.md", "\n".join(lines).encode(errors="backslashreplace"))  # as in write_json
     draw(folder, run_name, rows)
 
 
@@ -60,7 +60,8 @@ def draw(folder: Path, title: str, rows: list[LedgerRow]) -> None:
     for path in sorted(folder.glob("[0-9][0-9]-*/metrics.csv")):
         by_training: dict[str, list[dict[str, str]]] = {}
         for epoch in read_csv(path):
-            by_training.setdefault(epoch["training"], []).append(epoch)
+            if epoch["validation_accuracy"]:  # not measured after every epoch
+                by_training.setdefault(epoch["training"], []).append(epoch)
         for name, epochs in by_training.items():
             right.plot([int(epoch["epoch"]) for epoch in epochs],
                        [100 * float(epoch["validation_accuracy"]) for epoch in epochs],

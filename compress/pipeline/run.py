@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import torch
 from rich.console import Console
 
 from compress.pipeline.config import RunConfig
-from compress.pipeline.folder import CARD, KEY, RESULTS, STAGE, StageStatus, claimed, open_stage, remove_stages
+from compress.pipeline.folder import (
+    CARD, KEY, PAGE, REPORT, RESULTS, STAGE, StageStatus, claimed, open_stage, remove_stages)
 from compress.pipeline.identity import StageIdentity
 from compress.pipeline.ledger import evaluation_row, ledger_row, served
 from compress.pipeline.page.content import FinishedRun
@@ -25,7 +28,7 @@ from compress.training.assessment import interleaved_times
 from compress.training.malloc import keep_freed_memory
 from compress.training.trackers import Tracker
 from loaders.splits import Split
-from metadata.errors import VerificationError, first_line
+from metadata.errors import UserError, VerificationError, first_line
 from metadata.files import write_atomically, write_json
 from metadata.formats import write_csv
 from metadata.records import LedgerRow, StageRecord
@@ -130,12 +133,22 @@ class PipelineRun:
     def _write_reports(self, results: dict[str, Any] | None) -> None:
         """Write report.md, plot.png and report.html. The run is done: what fails here is a warning, whatever it is."""
         splits = self.plan.splits
-        try:
+        with self._warned(REPORT):
             write_report(self.folder, self.plan.config.name, self.rows, self.warnings, results)
+        with self._warned(PAGE):
             write_page(FinishedRun(folder=self.folder, config=self.plan.config, card=splits.card, records=self.records,
                                    validation=splits.validation, warnings=list(self.warnings), results=results))
+
+    @contextlib.contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        """Turn what fails into a warning, and remove the file of an earlier run, which would tell of other models."""
+        try:
+            yield
         except Exception as error:
-            self.warnings.append(f"the report could not be written: {type(error).__name__}: {first_line(error)}; the same "
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink(missing_ok=True)
+            kind = "" if isinstance(error, UserError | OSError) else f"{type(error).__name__}: "
+            self.warnings.append(f"{name} could not be written: {kind}{first_line(error)}; once that is mended, the same "
                                  "command writes it")
             self.tracker.warn(self.warnings[-1])
 

@@ -25,7 +25,9 @@ from compress.pipeline.page.content import FinishedRun, measured_models
 from compress.pipeline.page.write import page, write_page
 from compress.pipeline.repeat import as_recipe, repeating_command
 from compress.pipeline.run import run_pipeline
-from metadata.formats import read_csv
+from compress.pipeline.report import write_report
+from metadata.errors import UserError
+from metadata.formats import read_csv, write_csv
 from tests.helpers.commands import Compress
 from tests.helpers.ledgers import STAGES, ledger
 from tests.helpers.reports import Parsed, answer_otherwise, finished_run, write_front
@@ -244,9 +246,39 @@ def test_a_report_that_cannot_be_written_loses_nothing(tiny_run: Path, tiny_reci
         outcome = run_pipeline(config, Console(file=shown, width=300))
     assert outcome.results and (folder / "results.json").is_file() and len(outcome.rows) == len(STAGES)
     warning = outcome.warnings[-1]
-    assert "the report could not be written: OSError: [Errno 28]" in warning and warning in shown.getvalue()
+    assert "report.html could not be written: [Errno 28]" in warning and warning in shown.getvalue()
     again = run_pipeline(config, Console(file=io.StringIO()))
     assert (folder / "report.html").is_file() and "report" not in "".join(again.warnings)
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("06-package/predictions.csv", "image,label,predicted\n0,a,b\n"), ("06-package/predictions.csv", "image\n0\n"),
+    ("06-package/predictions.csv", "image,label,predicted\n0,0,99\n"), ("02-distill/metrics.csv", "training,epoch\na,b\n"),
+    ("02-distill/metrics.csv", "a,b\n1,2\n"), ("02-distill/metrics.csv", "training,epoch\na,1,2\n")])
+def test_a_damaged_file_is_named(run: FinishedRun, name: str, text: str) -> None:
+    (run.folder / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}: .*; move it away"):
+        page(run)
+
+
+def test_a_text_report_that_fails_does_not_cost_the_page(tiny_run: Path, tiny_recipe: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "tiny"))
+    (folder / "report.html").unlink()
+    (folder / "report.md").unlink()
+    (folder / "report.md").mkdir()
+    outcome = run_pipeline(resolve(str(tiny_recipe), [f"run_dir={tmp_path}"]), Console(file=io.StringIO()))
+    assert "report.md could not be written" in outcome.warnings[-1] and (folder / "report.html").is_file()
+
+
+def test_epochs_without_a_measurement_and_odd_file_names_are_reported(run: FinishedRun) -> None:
+    path = run.folder / "02-distill" / "metrics.csv"
+    epochs = read_csv(path)
+    write_csv(path, [epochs[0] | {"validation_loss": "", "validation_accuracy": ""}, *epochs[1:]])
+    write_report(run.folder, "odd", [record.rows[0] for record in run.records], ["not \udcff.png"], None)
+    assert "not \\udcff.png" in (run.folder / "report.md").read_text()
+    drawn = {trace["name"]: trace for trace in figures(Parsed(page(run)))["curves-accuracy"]["data"]
+             if trace["line"]["dash"] == "solid"}
+    assert len(drawn["2 distill: student"]["y"]) == len(epochs) - 1
 
 
 def test_the_command_repeats_the_run(tiny_run: Path, compress: Compress, tmp_path: Path) -> None:

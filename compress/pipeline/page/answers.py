@@ -13,6 +13,7 @@ from PIL import Image
 from compress.evaluation.score import wilson
 from compress.pipeline.ledger import PREDICTIONS
 from compress.pipeline.page.content import FinishedRun
+from metadata.errors import UserError
 from metadata.formats import read_csv
 
 CLASSES, PICTURES = 8, 24  # the most that the page shows
@@ -75,11 +76,22 @@ class AnswersCompared:
 
 
 def read_answers(run: FinishedRun, index: int) -> StageAnswers | None:
-    """Return what a stage's model said when the ledger measured it, or None: earlier versions did not write it down."""
-    rows = read_csv(run.folder / run.records[index].stage / PREDICTIONS)
-    if not rows or len(rows) != len(run.validation):
+    """Return what a stage's model said when the ledger measured it, or None: earlier versions did not write it down.
+
+    Raises:
+        UserError: the file is damaged, or of other images.
+    """
+    path = run.folder / run.records[index].stage / PREDICTIONS
+    rows = read_csv(path)
+    if not rows:
         return None
-    labels, predicted = (np.array([int(row[key]) for row in rows]) for key in ("label", "predicted"))
+    try:
+        labels, predicted = (np.array([int(row[key]) for row in rows]) for key in ("label", "predicted"))
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not the answers of a model; move it away") from error
+    if not np.array_equal(labels, run.validation.labels.numpy(force=True)) or not np.isin(
+            predicted, np.arange(run.card.num_classes)).all():
+        raise UserError(f"{path}: the answers of a model of other data; move it away")
     return StageAnswers(stage=run.records[index].stage.partition("-")[2], labels=labels, predicted=predicted)
 
 

@@ -12,6 +12,7 @@ from compress.evaluation.score import wilson
 from compress.pipeline.config import RunConfig
 from compress.settings import flattened
 from loaders.splits import Split
+from metadata.errors import UserError
 from metadata.formats import read_csv
 from metadata.records import DatasetCard, LedgerRow, StageRecord
 
@@ -156,12 +157,20 @@ def candidate_id(index: int, place: int) -> str:
 
 
 def trainings(run: FinishedRun) -> dict[str, list[dict[str, float]]]:
-    """Return the epochs of each training of each stage, by a name; what was not measured in an epoch is left out."""
+    """Return the epochs of each training of each stage, by a name; what was not measured in an epoch is left out.
+
+    Raises:
+        UserError: a file of metrics is damaged.
+    """
     found: dict[str, list[dict[str, float]]] = {}
     for index, record in enumerate(run.records):
-        for epoch in read_csv(run.folder / record.stage / METRICS):
-            stage = record.stage.partition("-")[2]
-            name = f"{index + 1} {stage}" + ("" if epoch["training"] == stage else f": {epoch['training']}")
-            found.setdefault(name, []).append({key: float(value) for key, value in epoch.items()
-                                               if key != "training" and value})
+        path = run.folder / record.stage / METRICS
+        try:
+            for epoch in read_csv(path):
+                stage = record.stage.partition("-")[2]
+                name = f"{index + 1} {stage}" + ("" if epoch["training"] == stage else f": {epoch['training']}")
+                found.setdefault(name, []).append({key: float(value) for key, value in epoch.items()
+                                                   if key != "training" and value})
+        except (LookupError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not the metrics of a training; move it away") from error
     return found
