@@ -88,6 +88,11 @@ def test_a_click_opens_the_stage_or_the_candidate(shown: Browser) -> None:
     assert shown.value(f"new Promise((done) => setTimeout(() => done({OPENED}), 50))") == ["stage-1", "stage-2", "stage-3"]
 
 
+def test_an_address_that_names_nothing_is_no_complaint(shown: Browser) -> None:
+    shown.value("new Promise((done) => { location.hash = '#%'; setTimeout(() => done(true), 50); })")
+    assert shown.complaints() == [] and shown.value(OPENED) == []
+
+
 def test_the_dark_reaches_the_plots(shown: Browser) -> None:
     light = shown.value(TEXT_COLOUR), shown.value(GROUND)
     shown.look(1280, 900, prefers_color_scheme="dark")

@@ -72,6 +72,6 @@
   paper.addEventListener("change", () => onPaper(paper.matches));
   addEventListener("beforeprint", () => onPaper(true));
   addEventListener("afterprint", () => onPaper(paper.matches));
-  addEventListener("hashchange", () => show(decodeURIComponent(location.hash.slice(1))));
-  show(decodeURIComponent(location.hash.slice(1)));
+  addEventListener("hashchange", () => show(location.hash.slice(1)));
+  show(location.hash.slice(1));
 })();
