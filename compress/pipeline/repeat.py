@@ -10,16 +10,24 @@ from typing import Any
 import yaml
 
 from compress.pipeline.config import RunConfig, read_recipe, resolve
-from compress.settings import RECIPES, flattened, recipe_names
+from compress.settings import Plain, RECIPES, flattened, recipe_names
 from metadata.errors import UserError
 
 RECIPE = "recipe.yaml"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that recipes would read as a number, such as 1e3, which is none to YAML 1.1."""
+
+
+_Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(
+    "tag:yaml.org,2002:str", text, style=None if Plain(text).value == text else "'"))
+
+
 def as_recipe(config: RunConfig) -> str:
     """Return a run's settings as a recipe that resolves to the same run in any `run_dir`."""
-    content = yaml.safe_dump(config.model_dump(mode="json", exclude={"run_dir"}), sort_keys=False, allow_unicode=True,
-                             width=120)
+    content = yaml.dump(config.model_dump(mode="json", exclude={"run_dir"}), Dumper=_Dumper, sort_keys=False,
+                        allow_unicode=True, width=120)
     return f"# the run {config.name} as it was resolved: python -m compress run {RECIPE} repeats it\n{content}"
 
 

@@ -298,7 +298,8 @@ def test_the_command_repeats_the_run(tiny_run: Path, compress: Compress, tmp_pat
     ("slim_resnet18_digits", ["distill.control=false", "teacher.train.augment="],
      "python -m compress run slim_resnet18_digits 'teacher.train.augment=[]' distill.control=false"),
     ("slim_resnet18_digits", ["teacher.options.stem='[x'"], "python -m compress run runs/slim_resnet18_digits/recipe.yaml"),
-], ids=["as it is", "overrides", "empty", "not sayable"])
+    ("slim_resnet18_digits", ["distill.options.a='1e3'"], "python -m compress run runs/slim_resnet18_digits/recipe.yaml"),
+], ids=["as it is", "overrides", "empty", "not sayable", "text like a number"])
 def test_a_packaged_recipe_is_repeated_by_name(recipe: str, overrides: list[str], command: str, tmp_path: Path) -> None:
     config = resolve(recipe, overrides)
     assert repeating_command(config) == command
