@@ -154,7 +154,7 @@ def stored_values(tensor: Tensor) -> Tensor:
 def load_verified(architecture: Architecture, weights: dict[str, Tensor], where: str) -> torch.fx.GraphModule:
     """Build the architecture with the weights, after checking every name, shape and dtype.
 
-    A file may hold float32 numbers as float16; they are float32 in the model.
+    Beside int8 weights a file may hold float32 numbers as float16; they are float32 in the model.
 
     Raises:
         VerificationError: the weights do not fit the architecture; the message names the first wrong tensor.
@@ -174,7 +174,8 @@ def load_verified(architecture: Architecture, weights: dict[str, Tensor], where:
         if tensor.shape != want.shape:
             raise VerificationError(f"{where}: tensor {name} is {list(tensor.shape)}, the architecture says "
                                     f"{list(want.shape)}")
-        if tensor.dtype != want.dtype and (tensor.dtype, want.dtype) != (torch.float16, torch.float32):
+        halved = architecture.is_int8 and (tensor.dtype, want.dtype) == (torch.float16, torch.float32)
+        if tensor.dtype != want.dtype and not halved:
             raise VerificationError(f"{where}: tensor {name} is {tensor.dtype}, expected {want.dtype}")
     weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
     check_positions(architecture, weights, where)

@@ -32,6 +32,7 @@ from scipy.stats import binom
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.front_training import TRAINING_STAGES
 from benchmarks.mlperf_tiny import METADATA, NETWORKS
 from compress.evaluation.litert_runtime import LitertRuntime, to_grid
 from compress.evaluation.runtime import FileRuntime
@@ -40,7 +41,7 @@ from compress.evaluation.score import wilson
 from compress.evaluation.submission import read_submission
 from compress.pipeline.config import read_recipe, resolve
 from compress.pipeline.run import run_pipeline
-from metadata.errors import VerificationError
+from metadata.errors import UserError, VerificationError
 from metadata.files import write_atomically, write_json
 from metadata.formats import write_figure
 from metadata.machine import machine, versions
@@ -56,12 +57,13 @@ def read_record() -> dict[str, Any]:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {"schema": 1, "packages": {}, "times": {}}
 
 
-def rest_of(recipe: str, student: Path, folder: Path) -> Path:
-    """Write a recipe of the stages after training, which begins with a trained student, and return its path."""
+def rest_of(recipe: str, trained: Path, folder: Path) -> Path:
+    """Write a recipe of the stages after training, which begins with the student that was trained last; return its path."""
     stages = read_recipe(recipe)["stages"]
-    last = max(index for index, entry in enumerate(stages) if next(iter(entry)) in ("distill", "finetune"))
+    names = [next(iter(entry)) for entry in stages]
+    last = max(index for index, name in enumerate(names) if name in TRAINING_STAGES)
     content = {"data": {"name": "cifar10"},
-               "stages": [{"student": {"model": f"folder:{student.resolve()}"}}, *stages[last + 1:]]}
+               "stages": [{"student": {"model": f"folder:{(trained / names[last]).resolve()}"}}, *stages[last + 1:]]}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{recipe}.yaml"
     path.write_text(yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False))
@@ -71,23 +73,23 @@ def rest_of(recipe: str, student: Path, folder: Path) -> Path:
 def package(arguments: argparse.Namespace) -> None:
     """Package and score what the record lacks."""
     record = read_record()
-    for trained in sorted(arguments.trained.glob("*/distill/weights.pth")):
-        name = trained.parts[-3]
+    for trained in sorted(path.parent for path in arguments.trained.glob("*/distill")):
+        name = trained.name
         recipe, _, seed = name.rpartition("-")
         if name in record["packages"] or (arguments.only and name not in arguments.only):
             continue
-        path = rest_of(recipe, trained.parent, arguments.runs / "recipes")
+        path = rest_of(recipe, trained, arguments.runs / "recipes")
         config = resolve(str(path), [("data.root", arguments.data_root), ("run_dir", arguments.runs), ("name", name),
                                      ("device", "cpu"), ("threads", 1)])
         try:
             outcome = run_pipeline(config, Console())
-        except VerificationError as error:  # a package that cannot be made is a result as well
+        except (UserError, VerificationError) as error:  # the others go on
             print(f"{name}: {error}", file=sys.stderr)
             continue
         assert outcome.results is not None
         details = outcome.results["details"]
         accuracy = details["accuracy"]
-        training = arguments.trained / name / "trained.json"
+        training = trained / "trained.json"
         record["packages"][name] = {
             "recipe": recipe, "seed": int(seed), "bytes": details["bytes"]["weights"],
             "parameters": details["parameters"]["all"], "macs": details["macs"], "backend": details["backend"],

@@ -46,15 +46,16 @@ from metadata.machine import machine, usable_cores, versions
 from metadata.records import ModelReference
 
 RECIPES = ["cifar10_96kb", "cifar10_96kb_fast", "cifar10_64kb", "cifar10_512kb"]
+TRAINING_STAGES = ("distill", "finetune")
 TEACHER: dict[str, Any] = {"width": 64, "stem": "small"}
-DONE, LOGITS = "trained.json", "teacher_logits.pth"
+DONE, ERROR, LOGITS = "trained.json", "error.txt", "teacher_logits.pth"
 
 
 def training_stages(recipe: str) -> list[tuple[str, Stage]]:
     """Return the names and settings of the stages of a recipe that train a student."""
     named = [next(iter(entry.items())) for entry in resolve(recipe).stages]
     return [(name, stage_class(name).model_validate(settings)) for name, settings in named
-            if name in ("distill", "finetune")]
+            if name in TRAINING_STAGES]
 
 
 def open_teacher(checkpoint: Path, classes: int, device: torch.device) -> TeacherModel:
@@ -120,6 +121,7 @@ def train_recipe(recipe: str, seed: int, splits: Splits, checkpoint: Path, out: 
                                      "validation_correct": correct, "validation_images": len(data.validation),
                                      "notes": context.notes, "warnings": context.warnings}
         write_json(run / DONE, found)
+        (run / ERROR).unlink(missing_ok=True)
 
 
 def in_process(*job: Any) -> None:
@@ -127,7 +129,7 @@ def in_process(*job: Any) -> None:
     try:
         train_recipe(*job)
     except Exception:
-        (job[4] / f"{Path(job[0]).stem}-{job[1]}" / "error.txt").write_text(traceback.format_exc())
+        (job[4] / f"{Path(job[0]).stem}-{job[1]}" / ERROR).write_text(traceback.format_exc())
         raise SystemExit(1) from None
 
 
@@ -179,11 +181,13 @@ def main() -> int:
                 text = ", ".join(f"{name} {row['validation_correct'] / row['validation_images']:.2%} "
                                  f"({row['training_seconds']:.0f} s)" for name, row in stages.items())
             print(f"{folder.name}: {text}; {time.monotonic() - began[job]:.0f} s", flush=True)
+    for name in {f"{Path(recipe).stem}-{seed}" for recipe, seed in waiting}:
+        print(f"{name}: not begun", flush=True)
     for job, process in running.items():
         process.terminate()
         process.join(10)
         print(f"{Path(job[0]).stem}-{job[1]}: stopped", flush=True)
-    return 1 if failed else 0
+    return 1 if failed or running or waiting else 0
 
 
 if __name__ == "__main__":

@@ -350,14 +350,17 @@ def _medians(programs: Sequence[Program], image: Tensor) -> list[dict[str, float
     return [{name: round(statistics.median(row[name] for row in seen), 4) for name in seen[0]} for seen in passes]
 
 
-def in_half(numbers: Tensor) -> Tensor:
+def in_half(numbers: Tensor, tolerated: Tensor) -> Tensor:
     """Return float32 numbers rounded to those that float16 holds, which a file stores in half the bytes.
 
-    Float16 has 11 bits where int8 weights have 8. Numbers that it would change by more than half a step of those, because
-    they are very small or very large, stay as they are, with all others of the tensor.
+    Where that changes one of them by more than is tolerated, all stay as they are.
+
+    Args:
+        numbers: (out,), scales or biases of a layer.
+        tolerated: (out,), the largest change of each.
     """
     rounded = numbers.half().float()
-    return rounded if bool(((rounded - numbers).abs() <= numbers.abs() / 256).all()) else numbers
+    return rounded if bool(((rounded - numbers).abs() <= tolerated).all()) else numbers
 
 
 @torch.no_grad()
@@ -373,8 +376,10 @@ def _int8_module(layer: nn.Module, name: str, weights: WeightForm) -> nn.Module:
         module = int8_layers().Int8Linear(layer.in_features, layer.out_features)
     depthwise = isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels == layer.groups
     weight, scale = quantize_weight(layer.weight.detach().float().cpu(), weights, depthwise, name)
-    scale[~weight.flatten(1).any(1)] = 1  # of a channel of zeros, whatever it is
     bias = torch.zeros(len(scale)) if layer.bias is None else layer.bias.detach().float().cpu()
-    state = {"weight": weight, "weight_scale": in_half(scale), "bias": in_half(bias)}
+    # A bias may change as much as half a step of the layer's largest weights, a scale its largest weight by half a step.
+    bias = in_half(bias, scale.max().expand_as(scale) / 2)
+    scale[~weight.flatten(1).any(1)] = 1  # of a channel of zeros, whatever it is
+    state = {"weight": weight, "weight_scale": in_half(scale, scale / 256), "bias": bias}
     module.load_state_dict(state)
     return module.eval()

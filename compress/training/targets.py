@@ -130,6 +130,7 @@ def cached_targets(teachers: Sequence[nn.Module], data: Data, views: int, path: 
                    batch_size: int = 256) -> CachedTargets:
     """Run the teachers over every view of every training image once, or read the file of an earlier sitting.
 
+    A sitting that is stopped leaves the views that it has finished in a file beside the cache, and the next goes on there.
     Where the largest logits of some images say the same at a temperature, those alone are kept of all.
 
     Args:
@@ -147,20 +148,23 @@ def cached_targets(teachers: Sequence[nn.Module], data: Data, views: int, path: 
         found = torch.load(path, map_location=device, weights_only=True)
         return CachedTargets(found if isinstance(found, Tensor) else TopLogits(**found))
     answer = mean_of_teachers(teachers)
-    samples = len(data.train)
-    cache: dict[str, Any] = {}
-    kept = 0  # logits of each output; 0: all
+    samples, unfinished = len(data.train), path.with_name(f"unfinished-{path.name}")
 
     def answers(ids: Tensor, images: Tensor, view: int) -> Tensor:
         inputs = normalize(data.augmenter(images.to(device), ids, view), data.preprocessing)
         with torch.no_grad(), autocast(dtype, device):
             return answer(inputs).float()
 
-    if temperature is not None:
+    cache: dict[str, Any] = {}
+    done = kept = 0  # views; logits of each output, 0 for all
+    if unfinished.is_file():
+        found = torch.load(unfinished, weights_only=True)
+        cache, done, kept = found["cache"], found["done"], found["kept"]
+    elif temperature is not None:
         some = torch.linspace(0, samples - 1, min(samples, batch_size)).long()  # of all classes, wherever they lie
         kept = enough_logits(answers(some, data.train.images.batch(some), 0), temperature)
     with tracker.progress("teacher outputs") as advance:
-        for view in range(views):
+        for view in range(done, views):
             for ids, images in prefetched(data.train.images, torch.arange(samples).split(batch_size)):
                 logits = answers(ids, images, view)
                 parts = {"all": logits} if not kept or temperature is None else vars(top_logits(logits, kept, temperature))
@@ -168,11 +172,14 @@ def cached_targets(teachers: Sequence[nn.Module], data: Data, views: int, path: 
                     if isinstance(part, Tensor):
                         stored = torch.float16 if part.is_floating_point() else part.dtype
                         if name not in cache:
-                            cache[name] = torch.empty(views, samples, *part.shape[1:], dtype=stored)
+                            cache[name] = torch.zeros(views, samples, *part.shape[1:], dtype=stored)
                         cache[name][view, ids] = part.to("cpu", stored)
                     else:
                         cache[name] = part
                 advance(view * samples + int(ids[-1]) + 1, views * samples)
+            if view < views - 1:
+                write_tensors(unfinished, {"cache": cache, "done": view + 1, "kept": kept})
     content: Tensor | dict[str, Any] = cache.get("all", cache)
     write_tensors(path, content)
+    unfinished.unlink(missing_ok=True)
     return CachedTargets((content if isinstance(content, Tensor) else TopLogits(**content)).to(device))

@@ -266,7 +266,7 @@ def test_a_finetuning_that_harms_says_so(tmp_path: Path) -> None:
     _, context = finetuned(tmp_path / "harmed", model, Finetune(quantization_aware=True, train=TrainingSettings(
         epochs=1, batch_size=192, lr=50.0, schedule="constant", augment=[])))
     note = context.notes["simulated_int8"]
-    assert note["accuracy"] < note["accuracy_post_training"]
+    assert note["accuracy"] < note["accuracy_post_training"] - 0.005
     assert context.warnings and "quantization-aware training lost" in context.warnings[0]
 
 

@@ -191,3 +191,24 @@ def test_a_layers_arithmetic_is_in_its_architecture_and_source(activations: str)
     with torch.no_grad():
         assert torch.allclose(written(images), layer_by_layer(loaded)(images), rtol=1e-5, atol=1e-6)
         assert sqnr_db(written(images), loaded(images)) > 40
+
+
+def test_scales_and_biases_are_rounded_to_float16_where_that_is_less_than_a_step() -> None:
+    layer = nn.Linear(64, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.linspace(-1, 1, 192).view(3, 64))
+        layer.weight[1] = 0
+        layer.bias.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    module = quantize_dynamic(nn.Sequential(layer), torch.randn(4, 64)).get_submodule("0.int8")
+    for name in ("weight_scale", "bias"):
+        numbers = getattr(module, name)
+        assert torch.equal(numbers.half().float(), numbers)
+    assert module.weight_scale[1] == 1 and not module.weight[1].any()  # type: ignore[index, operator, union-attr]
+    assert not torch.equal(module.bias, layer.bias)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([-2049, -2050.6, 0.3]))  # float16 would change them by one
+        layer.weight[0] = 1e-9  # and this scale to nothing
+        layer.weight[2] *= 1e-6
+    module = quantize_dynamic(nn.Sequential(layer), torch.randn(4, 64)).get_submodule("0.int8")
+    assert torch.equal(module.bias, layer.bias)  # type: ignore[arg-type]
+    assert module.weight_scale[0] > 0  # type: ignore[index, operator]

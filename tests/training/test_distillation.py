@@ -168,6 +168,40 @@ def test_a_cache_of_the_largest_logits_teaches_the_same(tmp_path: Path, gain: fl
     assert float((exact.exp() * (exact - found)).sum(1).mean()) < 2e-4
 
 
+@pytest.mark.parametrize("temperature", [None, 4.0])
+def test_a_cache_that_was_cut_off_goes_on_with_the_next_view(tmp_path: Path, temperature: float | None) -> None:
+    data, device, seen = small_data(), torch.device("cpu"), list[int]()
+
+    class Dying(nn.Module):
+        """Sure logits of 50 classes for so many images."""
+
+        def __init__(self, most: int) -> None:
+            super().__init__()
+            self.most = most
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            if sum(seen) > self.most:
+                raise KeyboardInterrupt
+            return 400 * images.flatten(1)[:, :50]
+
+    def cached(most: int, name: str) -> CachedTargets:
+        seen.clear()
+        return cached_targets([Dying(most)], data, 3, tmp_path / name, None, device, quiet(), temperature)
+
+    whole = cached(1000, "whole.pth")
+    asked = sum(seen)
+    with pytest.raises(KeyboardInterrupt):
+        cached(asked - 1, "cut.pth")
+    assert not (tmp_path / "cut.pth").exists()
+    resumed = cached(1000, "cut.pth")
+    assert sum(seen) == 60  # the last view alone
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cut.pth", "whole.pth"]
+    ids = torch.arange(60)
+    for view in range(3):
+        assert torch.equal(resumed.logits[view, ids], whole.logits[view, ids])
+
+
 def test_several_teachers_are_the_mean_of_their_logits() -> None:
     batch = Batch(images=torch.randn(3, 2), labels=torch.zeros(3).long(), ids=torch.arange(3), view=0)
     teachers = [nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(2, 4)]

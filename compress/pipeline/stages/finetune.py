@@ -22,6 +22,7 @@ from compress.training.targets import live_targets
 from metadata.errors import UserError
 
 CALIBRATION_IMAGES, CALIBRATION_BATCH = 512, 128
+HARM = 0.005  # of the validation images: quantization-aware training that loses more of them is warned of
 
 
 class Finetune(TeacherLoss, Stage):
@@ -93,7 +94,8 @@ class Finetune(TeacherLoss, Stage):
         self._train(rounded, data, loss, settings, context)
         after = accuracy_of(rounded, data.validation, data.preprocessing)
         context.note("simulated_int8", {"accuracy_post_training": before, "accuracy": after})  # on the validation split
-        if after < before:
-            context.warn(f"quantization-aware training lost: {after:.2%} of the validation images are right as int8 after "
-                         f"it, {before:.2%} before; lower finetune.train.lr, or leave it out")
+        if (lost := before - after) > HARM:
+            context.warn(f"quantization-aware training lost {round(lost * len(data.validation))} of {len(data.validation)} "
+                         f"validation images: as int8, {after:.2%} are right after it, {before:.2%} before; lower "
+                         "finetune.train.lr, or leave it out")
         return restored(rounded, model)
