@@ -37,7 +37,8 @@ def table(record: dict[str, Any]) -> str:
               "| --- | ---: | ---: | ---: |"]
     for rival in RIVALS[1:]:
         both = [(rivals["search"]["validation"], rivals[rival]["validation"]) for seeds in record["rows"].values()
-                for rivals in seeds.values() if {"search", rival} <= {name for name in rivals if "failed" not in rivals[name]}]
+                for rivals in seeds.values()
+                if all(name in rivals and "failed" not in rivals[name] for name in ("search", rival))]
         if both:
             first, second, p = paired("".join(one for one, _ in both), "".join(other for _, other in both))
             lines.append(f"| {rival} | {first} | {second} | {p:.2g} |")
