@@ -144,8 +144,8 @@ class ModelSearch:
             self._say_noise()
             training = self.clock.left - MOST_RESERVED * self.clock.seconds
             if training < LEAST_TRAINING * self.clock.seconds:
-                self.warn(f"search: {self.clock.spent / 60:.1f} of {self.clock.seconds / 60:g} minutes are spent before any "
-                          "training, and little is left to train in; give more minutes")
+                self.warn(f"search: {self.clock.spent / 60:.1f} of {self.clock.seconds / 60:g} minutes are spent before "
+                          "any training, and little is left to train in; give more minutes")
             self.state.race_ends = self.clock.spent + max(RACE_SHARE * training, LEAST_RACE * self.clock.seconds)
             self._keep()
         race_ends = self.state.race_ends
