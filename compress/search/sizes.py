@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -15,7 +15,6 @@ from compress.search.timings import random_onnx
 from metadata.formats import write_weights
 
 Form = Literal["float32", "int8_dynamic", "int8_static"]
-FORMS: tuple[Form, ...] = get_args(Form)
 # Bytes by which a file of other weights may be larger: an ONNX file stores equal zero points once, some 20 bytes each.
 UNCERTAIN: dict[Form, int] = {"float32": 0, "int8_dynamic": 0, "int8_static": 256}
 

@@ -85,8 +85,8 @@ class Solution:
     gap: float
 
 
-def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits, *, form: Form, drop: bool,
-          slack: Mapping[str, float] = {}) -> Solution:
+def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits, *, form: Form,
+          drop: bool) -> Solution:
     """Return the sub-network that loses least under limits of time and bytes, optimal within `GAP`.
 
     The bytes in the program are right to some ten bytes. The file's exact bytes, and those by which a file of other weights
@@ -99,15 +99,14 @@ def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits,
         limits: `min_accuracy` is not looked at.
         form: of the weights file.
         drop: whether blocks may go.
-        slack: by which share a limit may be exceeded, by its name in `Limits`.
 
     Raises:
         Infeasible: no sub-network keeps the limits; the message names the least time and the least bytes.
     """
     if limits.latency_ms is not None and costs is None:
         raise ValueError("a limit of time needs a cost model")
-    latency = None if limits.latency_ms is None else limits.latency_ms * (1 + slack.get("latency_ms", 0.0))
-    size = None if limits.size_kb is None else KB * limits.size_kb * (1 + slack.get("size_kb", 0.0)) - UNCERTAIN[form]
+    latency = limits.latency_ms
+    size = None if limits.size_kb is None else KB * limits.size_kb - UNCERTAIN[form]
     program = _Program(space, drop)
     loss = program.loss(values)
     if latency is not None and costs is not None:
