@@ -25,7 +25,9 @@ def table(record: dict[str, Any]) -> str:
              "| model | seed | network | time | MACs | gained | kB | validation | test | minutes |",
              "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     rows = [(model, seed, name, row) for model, seeds in record["rows"].items() for seed, rivals in seeds.items()
-            for name, row in rivals.items()]
+            for name, row in rivals.items() if "failed" not in row]
+    lines += [f"| {model} | {seed} | {name}: {row['failed']} | | | | | | | |" for model, seeds in record["rows"].items()
+              for seed, rivals in seeds.items() for name, row in rivals.items() if "failed" in row]
     for model, seed, name, row in rows:
         gained = (1 - row["of_student"]) / max(1 - row["macs_of_student"], 1e-9)
         lines.append(f"| {model} | {seed} | {name} | {row['of_student']:.3f} | {row['macs_of_student']:.3f} | {gained:.2f} "
@@ -35,7 +37,8 @@ def table(record: dict[str, Any]) -> str:
               "| --- | ---: | ---: | ---: |"]
     for rival in RIVALS[1:]:
         both = [(rivals["search"]["validation"], rivals[rival]["validation"]) for seeds in record["rows"].values()
-                for rivals in seeds.values() if {"search", rival} <= set(rivals)]
+                for rivals in seeds.values()
+                if all(name in rivals and "failed" not in rivals[name] for name in ("search", rival))]
         if both:
             first, second, p = paired("".join(one for one, _ in both), "".join(other for _, other in both))
             lines.append(f"| {rival} | {first} | {second} | {p:.2g} |")

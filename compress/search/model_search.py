@@ -43,6 +43,7 @@ RACE_SHARE, LEAST_RACE = 0.4, 0.05  # of the time left for training, and of the 
 READY_SHARE = 0.5  # of the minutes, after which no solution is corrected any more
 MAKING_SHARE = 0.05  # of the minutes, for making all networks of the race ready once
 FEWEST, MOST = 2, 10  # networks that race
+LEAST_TRAINING = 0.2  # of the minutes; a search with less warns
 MOST_SERVINGS, AS_FAST = 2, 1.5  # ways to serve that race; slower ones than this times the fastest do not
 VALUE_IMAGES, VALUE_BATCH = 512, 128
 TOO_NOISY = 0.1  # one standard error of a measured time, as a share of it
@@ -142,6 +143,9 @@ class ModelSearch:
             proposer.settle(self.clock.until(READY_SHARE * self.clock.seconds))
             self._say_noise()
             training = self.clock.left - MOST_RESERVED * self.clock.seconds
+            if training < LEAST_TRAINING * self.clock.seconds:
+                self.warn(f"search: {self.clock.spent / 60:.1f} of {self.clock.seconds / 60:g} minutes are spent before "
+                          "any training, and little is left to train in; give more minutes")
             self.state.race_ends = self.clock.spent + max(RACE_SHARE * training, LEAST_RACE * self.clock.seconds)
             self._keep()
         race_ends = self.state.race_ends
