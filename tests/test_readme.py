@@ -38,7 +38,8 @@ FINISHED = [*SMALL, "prune.ratio=0.4", "name=small"]  # the settings of the smal
 # What makes a command short: the first rule whose pattern is in the command appends its words.
 SHORTER = [
     (r"compress search", [*TINY[:6], "distill.options.width=8", "teacher.train.epochs=1", "distill.train.epochs=1",
-                          "distill.control=false", "threads=1", "search.samples=6", "search.criteria=l2"]),
+                          "distill.control=false", "threads=1", "search.samples=6", "search.criteria=l2", "--minutes",
+                          "0.5"]),
     (r"compress run slim_resnet18_digits_static", [*TINY, *STATIC]),
     (r"compress run slim_resnet18_digits\b", FINISHED),
     (r"compress train --config", ["--num_epochs", "1", "--max_steps", "4", "--threads", "1"]),
