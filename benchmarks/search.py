@@ -363,8 +363,8 @@ def main() -> None:
     if arguments.results.exists():
         record = json.loads(arguments.results.read_text())
     else:
-        record["setup"] = {key: str(value) for key, value in vars(arguments).items()} | {
-            "test_images": len(study.splits.open_test())}
+        record["setup"] = {key: str(value) for key, value in vars(arguments).items() if not isinstance(value, Path)} | {
+            "teacher": arguments.checkpoint is not None, "test_images": len(study.splits.open_test())}
 
     def keep() -> None:
         write_json(arguments.results, record)

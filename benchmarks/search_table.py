@@ -10,7 +10,6 @@ RIVALS = ("search", "uniform", "torch_pruning", "random")
 KEPT = 0.03  # by which a limit may be missed
 
 
-
 def paired(one: str, other: str) -> tuple[int, int, float]:
     """Return the images that only the first and only the second has right, and McNemar's exact two-sided p."""
     first = sum(a > b for a, b in zip(one, other, strict=True))
