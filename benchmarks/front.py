@@ -5,8 +5,8 @@
     python -m benchmarks.front draw
 
 `package` takes the students of `benchmarks.front_training` in OUT through the rest of their recipes, on this machine:
-quantization, package, evaluation on the 10,000 test images. `time` measures the packages interleaved with MLPerf Tiny's
-ResNet-8 on one thread, each on the runtimes that take its file; give it a quiet machine. Both write into
+quantization, package, evaluation on the 10,000 test images. `time` measures the packages interleaved with MLPerf
+Tiny's networks on one thread, each on the runtimes that take its file; give it a quiet machine. Both write into
 benchmarks/results/front.json, and `draw` makes front.png and front.md of it. The recipes and their settings were chosen on
 validation images; the test images are opened once for each package.
 """
@@ -128,13 +128,17 @@ def classifier(folder: Path, backend: str) -> Callable[[], Any]:
 
 
 def measure_times(arguments: argparse.Namespace) -> None:
-    """Time every package on each of its runtimes, interleaved with the reference network."""
+    """Time every package on each of its runtimes, interleaved with MLPerf Tiny's networks."""
     record = read_record()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(arguments.networks / REFERENCE, Path(folder) / "model.tflite")
-        write_json(Path(folder) / "metadata.json", METADATA)
-        calls = {"reference": classifier(Path(folder), "litert")}
+        calls = {}
+        for file in NETWORKS:
+            own = Path(folder) / file.partition(".")[0]
+            own.mkdir()
+            shutil.copy(arguments.networks / file, own / "model.tflite")
+            write_json(own / "metadata.json", METADATA)
+            calls[file] = classifier(own, "litert")
         first = {name for name in record["packages"] if name.endswith("-0")}  # other seeds are networks of the same shape
         for name in sorted(first):
             submission = arguments.runs / name / "submission"
@@ -150,7 +154,7 @@ def measure_times(arguments: argparse.Namespace) -> None:
                     taken[name].append((time.perf_counter_ns() - started) / 1e6 / RUNS)
     record["times"] = {"rounds": ROUNDS, "runs": RUNS, "threads": 1, "machine": machine(), "versions": versions(), "rows": {
         name: {"median_ms": statistics.median(times), "p5_ms": float(np.percentile(times, 5)),
-               "p95_ms": float(np.percentile(times, 95)), **ratio_to(times, taken["reference"])}
+               "p95_ms": float(np.percentile(times, 95)), **ratio_to(times, taken[REFERENCE])}
         for name, times in taken.items()}}
     write_json(RECORD, record)
 
@@ -183,10 +187,10 @@ def points(record: dict[str, Any]) -> list[dict[str, Any]]:
                      "interval": wilson(round(correct / len(packages)), packages[0]["images"]), "runtime": best,
                      **own.get(best, {})})
     for file, network in json.loads((RESULTS / "mlperf_tiny.json").read_text()).items():
-        row = times.get("reference", {}) if file == REFERENCE else {}
         rows.append({"name": f"MLPerf Tiny {NETWORKS[file]}", "ours": False, "bytes": network["bytes"],
                      "parameters": network["parameters"], "macs": network["macs"], "seeds": 1, "deviation": None,
-                     "accuracy": network["accuracy"], "interval": network["wilson_95"], "runtime": "litert", **row})
+                     "accuracy": network["accuracy"], "interval": network["wilson_95"], "runtime": "litert",
+                     **times.get(file, {})})
     return sorted(rows, key=lambda row: row["bytes"])
 
 
@@ -222,13 +226,13 @@ def draw() -> None:
             if key not in row:
                 continue
             middle = 100 * row["accuracy"]
-            error = [[middle - 100 * row["interval"][0]], [100 * row["interval"][1] - middle]]
+            error = np.array([[middle - 100 * row["interval"][0]], [100 * row["interval"][1] - middle]])
             colour = "C0" if row["ours"] else "0.5"
-            axis.errorbar(row[key], middle, yerror=error, fmt="o" if row["ours"] else "s", color=colour, capsize=3)
+            axis.errorbar([row[key]], [middle], yerr=error, fmt="o" if row["ours"] else "s", color=colour, capsize=3)
             axis.annotate(row["name"].removeprefix("MLPerf Tiny "), (row[key], middle), xytext=(7, -3),
                           textcoords="offset points", fontsize=8, color=colour)
         axis.set(xscale="log", xlabel=title)
-        axis.margins(x=0.2)
+        axis.margins(x=0.3)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")
     figure.suptitle("CIFAR-10: ours (blue) beside MLPerf Tiny's networks (grey)")
