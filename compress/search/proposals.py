@@ -142,7 +142,7 @@ class Proposer:
             Infeasible: there is none.
         """
         found: Solution = solve(self.bench.space, self.costs.get(serving), self.values[criterion],
-                                self._corrected(limits, factor), form=serving.form, drop=depth)
+                                self._corrected(limits, factor), form=serving.form, drop=depth, asked=limits)
         return self._entrant(found.choice, criterion, "milp", depth, serving, found.gap)
 
     def _corrected(self, limits: Limits, factor: float) -> Limits:

@@ -85,8 +85,8 @@ class Solution:
     gap: float
 
 
-def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits, *, form: Form,
-          drop: bool) -> Solution:
+def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits, *, form: Form, drop: bool,
+          asked: Limits | None = None) -> Solution:
     """Return the sub-network that loses least under limits of time and bytes, optimal within `GAP`.
 
     The bytes in the program are right to some ten bytes. The file's exact bytes, and those by which a file of other weights
@@ -99,6 +99,7 @@ def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits,
         limits: `min_accuracy` is not looked at.
         form: of the weights file.
         drop: whether blocks may go.
+        asked: the limits before any correction, for the message; `limits` unless given.
 
     Raises:
         Infeasible: no sub-network keeps the limits; the message names the least time and the least bytes.
@@ -127,7 +128,7 @@ def solve(space: Space, costs: CostModel | None, values: Values, limits: Limits,
     choice = space.smallest(drop)  # within some ten bytes of the limit the program may have missed it
     exact = space.size_bytes(choice, form)
     if exact > (size or np.inf) or (costs is not None and costs.latency_ms(choice) > (latency or np.inf)):
-        raise _infeasible(space, costs, latency, size, form, drop)
+        raise _infeasible(space, costs, asked or limits, form, drop)
     return _solution(space, costs, values, choice, exact, UNPROVEN)
 
 
@@ -143,12 +144,10 @@ def _solution(space: Space, costs: CostModel | None, values: Values, choice: Cho
                     macs=space.macs(choice), loss=loss_of(values, choice), gap=gap)
 
 
-def _infeasible(space: Space, costs: CostModel | None, latency: float | None, size: float | None, form: Form,
-                drop: bool) -> Infeasible:
+def _infeasible(space: Space, costs: CostModel | None, asked: Limits, form: Form, drop: bool) -> Infeasible:
     """Return the error for limits that no sub-network keeps, which says what the least is."""
-    wanted = [] if latency is None else [f"{latency:.4g} ms"]
-    if size is not None:
-        wanted.append(f"{(size + UNCERTAIN[form]) / KB:.4g} kB")
+    wanted = [f"{value:.4g} {unit}" for value, unit in ((asked.latency_ms, "ms"), (asked.size_kb, "kB"))
+              if value is not None]
     least = [f"{space.size_bytes(space.smallest(drop), form) / KB:.4g} kB"]
     if costs is not None:
         program = _Program(space, drop)
