@@ -130,7 +130,7 @@ class Course:
         serving: how they are served.
         share: of the student's time that they may take.
         limit_ms: the same, in milliseconds.
-        calm_ms: of the student in float when the limit was measured: latencies are on the scale of that moment.
+        calm_ms: of the student as it is served, when the limit was measured: latencies are on the scale of that moment.
     """
 
     study: Study
@@ -154,7 +154,7 @@ class Course:
         order = SearchOrder(limits=Limits(latency_ms=self.limit_ms), backend=self.serving.backend, threads=1,
                             criteria=("taylor", "l2"), depth=True, samples=36, costs_folder=self.folder / "costs")
         state = RaceState.load(folder)
-        state.calm_ms = min(state.calmest(), self.calm_ms)
+        state.student_ms = {self.serving.name: self.calm_ms} | state.student_ms
         state.save(folder)
         with SearchClock(folder / "clock.json", 60 * self.study.arguments.minutes) as clock:
             found = ModelSearch(
@@ -172,7 +172,8 @@ class Course:
                       settings=self.study.teaching.settings, seed=self.seed, device=self.study.device, folder=folder,
                       tracker=Tracker(Console(), folder))
         workshop, state = self.workshop(folder), RaceState.load(folder)
-        stopwatch = Stopwatch(self.student, workshop.input_shape, 1, min(state.calmest(), self.calm_ms))
+        served = workshop.deploy(self.student, self.architecture, self.serving).answer
+        stopwatch = Stopwatch(served, workshop.input_shape, 1, state.student_ms.get(self.serving.name, self.calm_ms))
         with SearchClock(folder / "clock.json", 60 * self.study.arguments.minutes) as clock:
             if not state.entrants:
                 candidates = CANDIDATES[name](space, self)
@@ -189,7 +190,7 @@ class Course:
                     raise UserError(f"{name}: none of its networks keeps {self.limit_ms:.3f} ms")
                 winner = max(kept, key=lambda entrant: entrant.latency_ms or 0.0) if name == "random" else kept[0]
                 winner.pace = bench.pace(winner)
-                state.entrants, state.calm_ms = entrants, stopwatch.calm_ms
+                state.entrants, state.student_ms = entrants, {self.serving.name: stopwatch.calm_ms}
                 for entrant in entrants:
                     entrant.status = "won" if entrant is winner else "out"
                 state.save(folder)
@@ -301,11 +302,13 @@ def course(study: Study, model: str, seed: int, share: float, serving: Serving, 
     path = base / "student.json"
     if not path.is_file():
         workshop = found.workshop(base)
-        watch, served = Stopwatch(student, workshop.input_shape, 1), workshop.deploy(student, architecture, serving)
-        times = [watch.times([served.answer])[0].latency_ms for _ in range(SESSIONS)]
-        write_json(path, {"latency_ms": statistics.median(times), "calm_ms": watch.calm_ms})
-    calm = json.loads(path.read_text())
-    return replace(found, limit_ms=share * calm["latency_ms"], calm_ms=calm["calm_ms"])
+        served = workshop.deploy(student, architecture, serving).answer
+        watch = Stopwatch(served, workshop.input_shape, 1)
+        for _ in range(SESSIONS):
+            watch.times([served])
+        write_json(path, {"calm_ms": watch.calm_ms})
+    calm = json.loads(path.read_text())["calm_ms"]
+    return replace(found, limit_ms=share * calm, calm_ms=calm)
 
 
 def compare(study: Study, record: dict[str, Any], serving: Serving, keep: Callable[[], None]) -> None:

@@ -120,7 +120,7 @@ class RaceState(Strict):
         race_ends: seconds of the clock when the race should be over.
         factors: measured over predicted latency, by serving.
         making: seconds that it takes to make a network ready to be served.
-        student_ms: latency of the student, by serving.
+        student_ms: latency of the student at the calmest moment so far, by serving.
         servings: the ways to serve that were chosen among, by name.
     """
 

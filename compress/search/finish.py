@@ -30,7 +30,7 @@ from compress.search.race import FEWEST_STEPS
 from compress.search.serving import Deployed, Stopwatch, Workshop
 from compress.search.solve import Limits
 from compress.search.timed import in_steps, step_seconds, train_within
-from compress.search.verdict import KB, described, fits
+from compress.search.verdict import KB, described, standing
 from compress.training.loop import train
 from metadata.formats import write_weights
 from metadata.machine import torch_threads
@@ -73,7 +73,7 @@ class Finish:
     Args:
         bench: on which the winner trains.
         workshop: makes it ready to be served.
-        stopwatch: times it.
+        stopwatch: times it, beside the student as it is served.
         limits: that it should keep.
         state: takes what is measured.
         clock: of the search.
@@ -185,16 +185,16 @@ class Finish:
                                   how + (f"{form} weights" if winner.form == "int8_dynamic" else ""))
                       for form in forms]
         timings = self.stopwatch.times([trial.deployed.answer for trial in trials])
-        self.state.calm_ms = self.stopwatch.calm_ms
+        self.state.student_ms[winner.serving.name] = self.stopwatch.calm_ms
         for trial, timing in zip(trials, timings, strict=True):
             trial.entrant.latency_ms, trial.entrant.noise = timing.latency_ms, timing.noise
             self.say(f"  {described(trial.entrant)}, {trial.entrant.quantized or 'float32'}")
         self.keep()
         return max(trials, key=lambda trial: self._order(trial.entrant))
 
-    def _order(self, entrant: Entrant) -> tuple[bool, float]:
+    def _order(self, entrant: Entrant) -> tuple[int, float]:
         """Return what is compared of two answers: first whether it keeps the limits, then accuracy."""
-        return fits(entrant, self.limits), entrant.accuracy or 0.0
+        return -standing(entrant, self.limits), entrant.accuracy or 0.0
 
     def _trial(self, winner: Entrant, deployed: Deployed, images: int, how: str) -> Answer:
         """Count a network's right answers as it is served, and add it to the state."""

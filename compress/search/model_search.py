@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from compress.search.serving import Serving, Stopwatch, Workshop, servings
 from compress.search.solve import Limits
 from compress.search.space import Space
 from compress.search.values import ValueModel, value_model
-from compress.search.verdict import accuracy_lack, described, fits, missed, nearest_by_each
+from compress.search.verdict import accuracy_lack, described, missed, nearest_by_each, standing
 from compress.training.assessment import assess
 from compress.training.data import Data
 from compress.training.trackers import Tracker
@@ -127,13 +128,14 @@ class ModelSearch:
         stopwatch = Stopwatch(reference.answer, workshop.input_shape, self.order.threads, self.state.calmest(),
                               exact=self._time_matters)
         chosen = self._servings(workshop, stopwatch)
+        stopwatches = self._beside_the_student(workshop, chosen)
         costs = self._costs(space, chosen)
         values = self._values(space)
         bench = Bench(space=space, student=self.student, scores={name: model.scores for name, model in values.items()},
                       data=self.data, loss=self.teaching.loss(self.teacher, self.device), settings=self.teaching.settings,
                       seed=self.seed, device=self.device, folder=self.folder, tracker=self.tracker)
         proposer = Proposer(bench=bench, values=values, costs=costs, limits=limits, servings=chosen, depth=self.order.depth,
-                            state=self.state, workshop=workshop, stopwatch=stopwatch, keep=self._keep, say=say,
+                            state=self.state, workshop=workshop, stopwatches=stopwatches, keep=self._keep, say=say,
                             most=min(MOST, max(FEWEST, int(MAKING_SHARE * self.clock.seconds / self.state.making))))
         if not self.state.entrants:
             self._enter_student(space)
@@ -158,8 +160,8 @@ class ModelSearch:
             failures = [entrant.message for entrant in self.state.entrants if entrant.status == "failed"]
             raise VerificationError(f"search: the training of every candidate failed: {failures[0]}")
         winner.status = "won"
-        finish = Finish(bench=bench, workshop=workshop, stopwatch=stopwatch, limits=limits, state=self.state,
-                        clock=self.clock, keep=self._keep, say=say)
+        finish = Finish(bench=bench, workshop=workshop, stopwatch=stopwatches[winner.serving.name], limits=limits,
+                        state=self.state, clock=self.clock, keep=self._keep, say=say)
         answer = finish.answer(winner)
         self._check(answer)
         return answer
@@ -189,10 +191,25 @@ class ModelSearch:
         chosen = [possible[place] for place in order if timings[place].latency_ms <= AS_FAST * fastest
                   or not self._time_matters][:MOST_SERVINGS]
         self.state.making = min(making)  # the first of them imports libraries
-        self.state.student_ms = {serving.name: timing.latency_ms for serving, timing in zip(possible, timings, strict=True)}
         self.state.servings, self.state.calm_ms = [serving.name for serving in chosen], stopwatch.calm_ms
         self._keep()
         return chosen
+
+    def _beside_the_student(self, workshop: Workshop, chosen: Sequence[Serving]) -> dict[str, Stopwatch]:
+        """Return a stopwatch for each way to serve, whose reference is the student served that way.
+
+        Other work on the machine slows one runtime more than another: a network's share of the time of a reference on
+        another runtime would depend on the moment.
+        """
+        found = {}
+        for serving in chosen:
+            student = workshop.deploy(self.student, self.architecture, serving).answer
+            watch = Stopwatch(student, workshop.input_shape, self.order.threads,
+                              self.state.student_ms.get(serving.name, math.inf), exact=self._time_matters)
+            watch.times([student])
+            found[serving.name], self.state.student_ms[serving.name] = watch, watch.calm_ms
+        self._keep()
+        return found
 
     @property
     def _time_matters(self) -> bool:
@@ -257,7 +274,7 @@ class ModelSearch:
         if limits.latency_ms is None and limits.size_kb is None:
             enough = accuracy_lack(entrant, limits) <= 0
             return (0.0, entrant.latency_ms or 0.0) if enough else (1.0, -accuracy)
-        return float(not fits(entrant, limits)), -accuracy, entrant.latency_ms or 0.0
+        return float(standing(entrant, limits)), -accuracy, entrant.latency_ms or 0.0
 
     def _say_noise(self) -> None:
         """Warn where times are too uncertain to tell candidates apart."""

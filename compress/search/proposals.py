@@ -18,7 +18,7 @@ from compress.search.serving import Serving, Stopwatch, Workshop
 from compress.search.solve import Infeasible, Limits, Solution, solve
 from compress.search.space import Choice
 from compress.search.values import ValueModel, nearest
-from compress.search.verdict import KB, described, fits, size_excess
+from compress.search.verdict import KB, described, size_excess, standing
 from metadata.errors import UserError
 
 MARGIN = 0.97  # of a limit of time is solved for: what is measured scatters about what is predicted
@@ -41,7 +41,7 @@ class Proposer:
         depth: whether blocks may go.
         state: takes the networks.
         workshop: makes them ready.
-        stopwatch: times them.
+        stopwatches: time them, beside the student as it is served; by the name of the way to serve.
         keep: writes the state.
         say: shows a line.
         most: how many networks may race.
@@ -55,7 +55,7 @@ class Proposer:
     depth: bool
     state: RaceState
     workshop: Workshop
-    stopwatch: Stopwatch
+    stopwatches: Mapping[str, Stopwatch]
     keep: Callable[[], None]
     say: Callable[[str], None]
     most: int
@@ -98,12 +98,13 @@ class Proposer:
                 self._correct(entrant)
             self.keep()
         self.measure([entrant for entrant in self.state.racing() if entrant.latency_ms is None])
+        best = min((standing(entrant, self.limits) for entrant in self.state.racing()), default=2)
         for entrant in self.state.racing():
-            if not fits(entrant, self.limits):
+            if standing(entrant, self.limits) > min(best, 1):
                 entrant.status, entrant.message = "replaced", "misses a limit as measured"
         if not self.state.racing():  # a correction went too far
             for entrant in self.state.entrants:
-                if entrant.status == "replaced" and fits(entrant, self.limits):
+                if entrant.status == "replaced" and standing(entrant, self.limits) < 2:
                     entrant.status = "racing"
         if not self.state.racing():
             least = min(self.state.entrants, key=lambda entrant: entrant.latency_ms or 0.0)
@@ -118,11 +119,13 @@ class Proposer:
         """Measure the time and bytes of networks as they would be served now, beside each other."""
         if not entrants:
             return
-        ready = [self.workshop.deploy(*self.bench.network(entrant), entrant.serving) for entrant in entrants]
-        timings = self.stopwatch.times([each.answer for each in ready])
-        self.state.calm_ms = self.stopwatch.calm_ms
-        for entrant, each, timing in zip(entrants, ready, timings, strict=True):
-            entrant.latency_ms, entrant.noise, entrant.size_bytes = timing.latency_ms, timing.noise, each.size_bytes
+        for name, stopwatch in self.stopwatches.items():
+            served = [entrant for entrant in entrants if entrant.serving.name == name]
+            ready = [self.workshop.deploy(*self.bench.network(entrant), entrant.serving) for entrant in served]
+            timings = stopwatch.times([each.answer for each in ready]) if ready else []
+            for entrant, each, timing in zip(served, ready, timings, strict=True):
+                entrant.latency_ms, entrant.noise, entrant.size_bytes = timing.latency_ms, timing.noise, each.size_bytes
+            self.state.student_ms[name] = stopwatch.calm_ms
         self.keep()
 
     # -------------------------------------------------------------------------------------------------- solutions
@@ -201,7 +204,7 @@ class Proposer:
             self.state.factors[entrant.serving.name] = factor
             binding = entrant.predicted_ms * entrant.factor > WASTE * limits.latency_ms
             wasted = binding and entrant.latency_ms < WASTE * limits.latency_ms
-        if fits(entrant, limits) and not wasted:
+        if not standing(entrant, limits) and not wasted:
             return
         if size_excess(entrant, limits) > 0 and limits.size_kb is not None:
             limits = replace(limits, size_kb=limits.size_kb * SMALLER / (1 + size_excess(entrant, limits)))
