@@ -30,7 +30,7 @@ from compress.search.race import FEWEST_STEPS
 from compress.search.serving import Deployed, Stopwatch, Workshop
 from compress.search.solve import Limits
 from compress.search.timed import in_steps, step_seconds, train_within
-from compress.search.verdict import KB, described, standing
+from compress.search.verdict import KB, described, violation
 from compress.training.loop import train
 from metadata.formats import write_weights
 from metadata.machine import torch_threads
@@ -194,7 +194,7 @@ class Finish:
 
     def _order(self, entrant: Entrant) -> tuple[int, float]:
         """Return what is compared of two answers: first whether it keeps the limits, then accuracy."""
-        return -standing(entrant, self.limits), entrant.accuracy or 0.0
+        return -violation(entrant, self.limits), entrant.accuracy or 0.0
 
     def _trial(self, winner: Entrant, deployed: Deployed, images: int, how: str) -> Answer:
         """Count a network's right answers as it is served, and add it to the state."""

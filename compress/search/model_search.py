@@ -32,7 +32,7 @@ from compress.search.serving import Serving, Stopwatch, Workshop, servings
 from compress.search.solve import Limits
 from compress.search.space import Space
 from compress.search.values import ValueModel, value_model
-from compress.search.verdict import accuracy_lack, described, missed, nearest_by_each, standing
+from compress.search.verdict import accuracy_lack, described, missed, nearest_by_each, violation
 from compress.training.assessment import assess
 from compress.training.data import Data
 from compress.training.trackers import Tracker
@@ -274,7 +274,7 @@ class ModelSearch:
         if limits.latency_ms is None and limits.size_kb is None:
             enough = accuracy_lack(entrant, limits) <= 0
             return (0.0, entrant.latency_ms or 0.0) if enough else (1.0, -accuracy)
-        return float(standing(entrant, limits)), -accuracy, entrant.latency_ms or 0.0
+        return float(violation(entrant, limits)), -accuracy, entrant.latency_ms or 0.0
 
     def _say_noise(self) -> None:
         """Warn where times are too uncertain to tell candidates apart."""

@@ -18,7 +18,7 @@ from compress.search.serving import Serving, Stopwatch, Workshop
 from compress.search.solve import Infeasible, Limits, Solution, solve
 from compress.search.space import Choice
 from compress.search.values import ValueModel, nearest
-from compress.search.verdict import KB, described, size_excess, standing
+from compress.search.verdict import KB, described, size_excess, violation
 from metadata.errors import UserError
 
 MARGIN = 0.97  # of a limit of time is solved for: what is measured scatters about what is predicted
@@ -98,13 +98,13 @@ class Proposer:
                 self._correct(entrant)
             self.keep()
         self.measure([entrant for entrant in self.state.racing() if entrant.latency_ms is None])
-        best = min((standing(entrant, self.limits) for entrant in self.state.racing()), default=2)
+        best = min((violation(entrant, self.limits) for entrant in self.state.racing()), default=2)
         for entrant in self.state.racing():
-            if standing(entrant, self.limits) > min(best, 1):
+            if violation(entrant, self.limits) > min(best, 1):
                 entrant.status, entrant.message = "replaced", "misses a limit as measured"
         if not self.state.racing():  # a correction went too far
             for entrant in self.state.entrants:
-                if entrant.status == "replaced" and standing(entrant, self.limits) < 2:
+                if entrant.status == "replaced" and violation(entrant, self.limits) < 2:
                     entrant.status = "racing"
         if not self.state.racing():
             least = min(self.state.entrants, key=lambda entrant: entrant.latency_ms or 0.0)
@@ -204,7 +204,7 @@ class Proposer:
             self.state.factors[entrant.serving.name] = factor
             binding = entrant.predicted_ms * entrant.factor > WASTE * limits.latency_ms
             wasted = binding and entrant.latency_ms < WASTE * limits.latency_ms
-        if not standing(entrant, limits) and not wasted:
+        if not violation(entrant, limits) and not wasted:
             return
         if size_excess(entrant, limits) > 0 and limits.size_kb is not None:
             limits = replace(limits, size_kb=limits.size_kb * SMALLER / (1 + size_excess(entrant, limits)))

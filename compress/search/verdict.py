@@ -36,7 +36,7 @@ def missed(entrant: Entrant, limits: Limits) -> dict[str, float]:
     return {name: by for name, miss in MISSES.items() if (by := miss(entrant, limits)) > 1e-9}
 
 
-def standing(entrant: Entrant, limits: Limits) -> int:
+def violation(entrant: Entrant, limits: Limits) -> int:
     """Return 0 where a network keeps the limits of time and bytes, 1 where it may, as far as can be told, else 2.
 
     Of many networks that are measured, some seem faster than they are: those that keep a limit as measured are preferred,

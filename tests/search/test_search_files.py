@@ -18,7 +18,7 @@ from compress.search.clock import SearchClock
 from compress.search.entrants import Entrant, RaceState
 from compress.search.solve import Limits
 from compress.search.timed import in_steps, step_seconds, train_within
-from compress.search.verdict import missed, nearest_by_each, standing
+from compress.search.verdict import missed, nearest_by_each, violation
 from compress.training.distillation import cross_entropy
 from compress.training.mixup import Batch
 from compress.training.schedules import rate_factor
@@ -112,7 +112,7 @@ def test_a_limit_of_time_is_kept_within_what_can_be_told_and_one_of_bytes_exactl
     limits = Limits(latency_ms=1.0, size_kb=10)
     for latency_ms, noise, expected in ((0.99, 0.0, 0), (1.0, 0.0, 0), (1.01, 0.0, 1), (1.029, 0.0, 1), (1.031, 0.0, 2),
                                         (1.05, 0.06, 1)):
-        assert standing(measured(1, latency_ms, 10_000, 0, noise=noise), limits) == expected
+        assert violation(measured(1, latency_ms, 10_000, 0, noise=noise), limits) == expected
     assert list(missed(measured(1, 1.0, 10_001, 0), limits)) == ["size_kb"]
     assert list(missed(measured(1, 1.0, 10_000, 89), Limits(min_accuracy=0.9))) == ["min_accuracy"]
 
