@@ -28,9 +28,9 @@ from compress.search.clock import SearchClock
 from compress.search.entrants import Entrant, RaceState
 from compress.search.race import FEWEST_STEPS
 from compress.search.serving import Deployed, Stopwatch, Workshop
-from compress.search.solve import Limits
+from compress.search.solve import KB, Limits
 from compress.search.timed import in_steps, step_seconds, train_within
-from compress.search.verdict import KB, described, violation
+from compress.search.verdict import described, violation
 from compress.training.loop import train
 from metadata.formats import write_weights
 from metadata.machine import torch_threads

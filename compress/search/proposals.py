@@ -15,10 +15,10 @@ from compress.search.bench import Bench
 from compress.search.costs import CostModel
 from compress.search.entrants import Entrant, RaceState
 from compress.search.serving import Serving, Stopwatch, Workshop
-from compress.search.solve import Infeasible, Limits, Solution, solve
+from compress.search.solve import KB, Infeasible, Limits, Solution, solve
 from compress.search.space import Choice
 from compress.search.values import ValueModel, nearest
-from compress.search.verdict import KB, described, size_excess, violation
+from compress.search.verdict import described, size_excess, violation
 from metadata.errors import UserError
 
 MARGIN = 0.97  # of a limit of time is solved for: what is measured scatters about what is predicted

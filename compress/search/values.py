@@ -28,6 +28,7 @@ from architectures.architecture import Architecture
 from compress.pruning.groups import channel_groups
 from compress.pruning.importance import NEEDS_GRADIENTS, accumulate_gradients
 from compress.pruning.labels import find_units
+from compress.search.solve import loss_of
 from compress.search.space import Choice, Group, Space
 from compress.training.mixup import Batch, Loss
 from metadata.files import read_json, write_json
@@ -97,8 +98,7 @@ class ValueModel:
 
     def loss(self, choice: Choice) -> float:
         """Return the predicted rise of the loss on the model's scale: comparable between sub-networks of the space."""
-        return sum(self.terms[name][width] for name, width in choice.widths.items()) + sum(
-            self.blocks[name] for name in choice.dropped)
+        return loss_of(self, choice)
 
     def save(self, folder: Path) -> None:
         """Write the model, the table last."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.search.entrants import Entrant
-from compress.search.solve import Limits
+from compress.search.solve import KB, Limits
 
 TOLERANCE = 0.03  # by which a measured latency may exceed its limit: two measurements differ by as much
-KB = 1000  # bytes
 
 
 def latency_excess(entrant: Entrant, limits: Limits) -> float:

@@ -17,9 +17,8 @@ from compress.search.entrants import Entrant
 from compress.search.finish import Answer
 from compress.search.model_search import ModelSearch, SearchOrder
 from compress.search.serving import servings
-from compress.search.solve import Limits
+from compress.search.solve import KB, Limits
 from compress.search.space import Space
-from compress.search.verdict import KB
 from compress.training.distillation import TeacherLoss
 from compress.training.settings import TrainingSettings
 from compress.training.workers import check_ray, check_reachable
